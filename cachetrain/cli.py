@@ -1,0 +1,30 @@
+"""What the scripts' command lines share. Imports no torch, so that `--help` answers at once."""
+
+import argparse
+import sys
+
+
+def parser(doc, epilog=None):
+    """An argument parser whose help starts with the script's docstring and shows defaults."""
+
+    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        def _get_help_string(self, action):
+            if action.default in (None, False) or action.required:
+                return action.help
+            return super()._get_help_string(action)
+
+    return argparse.ArgumentParser(description=doc, epilog=epilog, formatter_class=Formatter)
+
+
+def run(main):
+    """Runs a script's main(argv) and turns expected errors into one line on stderr and exit code 2."""
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as error:
+        sys.exit(f"{sys.argv[0]}: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def add_device_arguments(parser):
+    parser.add_argument("--device", help="torch device; default: cuda if there is one, else cpu")

@@ -1,0 +1,1 @@
+"""Loading, composing and sampling models."""

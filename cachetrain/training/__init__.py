@@ -1,0 +1,1 @@
+"""Stage 2: sidecars in, a trained UNet out."""
