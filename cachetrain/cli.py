@@ -28,3 +28,15 @@ def run(main):
 
 def add_device_arguments(parser):
     parser.add_argument("--device", help="torch device; default: cuda if there is one, else cpu")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: bf16 on cuda, fp32 on cpu")
+
+
+def add_compose_arguments(parser):
+    parser.add_argument("--unet", required=True, help="UNet; a config without weights gives a fresh one")
+    parser.add_argument("--fresh_unet", action="store_true", help="only the UNet's config; new weights from --seed")
+    parser.add_argument("--vae", required=True, help="VAE")
+    parser.add_argument("--out", required=True, help="pipeline directory to write")
+    parser.add_argument("--objective", choices=("epsilon", "v_prediction", "flow"), default="epsilon",
+                        help="what the UNet is to predict; decides the scheduler saved with it")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="of all random weights")
+    parser.add_argument("--overwrite", action="store_true", help="replace --out")

@@ -15,6 +15,22 @@ CONFIG_PATTERNS = ("*.json", "*.txt", "*.model")
 _INCIDENTAL = ("transformers_version", "torch_dtype", "dtype", "architectures")
 
 
+def pick_device(device=None):
+    """`device`, or cuda where there is one, else cpu."""
+    import torch
+
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def pick_dtype(name, device):
+    """Torch dtype of "fp32", "bf16" or "fp16"; None gives bf16 on cuda and fp32 elsewhere."""
+    import torch
+
+    if name is None:
+        name = "bf16" if torch.device(device).type == "cuda" else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
 def resolve_model(model, revision=None, subfolders=()):
     """Returns the local directory of `model`, fetching a hub id's configs and safetensors if it is not a path.
 

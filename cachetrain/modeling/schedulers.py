@@ -40,7 +40,9 @@ def objective_of(scheduler):
         return "flow"
     objective = scheduler.config.get("prediction_type", "epsilon")
     if objective not in OBJECTIVES:
-        raise ValueError(f"{type(scheduler).__name__} has prediction_type {objective!r}; expected one of {OBJECTIVES}")
+        raise ValueError(
+            f"{type(scheduler).__name__} has prediction_type {objective!r}; expected one of {OBJECTIVES}"
+        )
     return objective
 
 

@@ -1,0 +1,204 @@
+"""Builds pipeline directories from parts. Frozen parts are copied byte for byte, so their fingerprints stay."""
+
+import json
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+from cachetrain.modeling import load
+from cachetrain.modeling.schedulers import make_scheduler
+
+HERE = Path(__file__).parent
+
+# Used to scale a projection when the user gives no captions: any plain English does.
+PLAIN_CAPTIONS = (
+    "",
+    "a photo of a cat",
+    "a man riding a bicycle through a crowded street at night",
+    "an oil painting of mountains above a lake, with a small wooden boat in the foreground",
+    "two red apples on a white plate next to a glass of water",
+    "portrait of an old woman laughing, black and white, shallow depth of field",
+    "a small green triangle on the left on a yellow background",
+    "aerial view of a city by the sea",
+)
+
+
+@contextmanager
+def staged_directory(out, overwrite=False):
+    """Yields a temporary directory beside `out` that takes its name on success and vanishes on failure.
+
+    Raises:
+        ValueError: `out` exists and may not be replaced.
+    """
+    out = Path(out)
+    if out.exists() and not overwrite:
+        raise ValueError(f"{out}: exists; choose another --out, or pass --overwrite")
+    stage = out.with_name(f".{out.name}.stage")
+    shutil.rmtree(stage, ignore_errors=True)
+    stage.mkdir(parents=True)
+    try:
+        yield stage
+        if out.exists():
+            shutil.rmtree(out)
+        stage.rename(out)
+    except BaseException:
+        shutil.rmtree(stage, ignore_errors=True)
+        raise
+
+
+def copy_component(source, target, patterns=("config.json", *load.WEIGHT_PATTERNS)):
+    """Copies the files of one component that match `patterns`; hub snapshots' links become files.
+
+    Raises:
+        ValueError: there are none.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    names = {path for pattern in patterns for path in Path(source).glob(pattern)}
+    if not names:
+        raise ValueError(f"{source}: holds none of {', '.join(patterns)}")
+    for path in sorted(names):
+        shutil.copyfile(path, target / path.name)
+
+
+def copy_tokenizer(model_dir, target):
+    """Copies a tokenizer, also out of a bare model directory where it lies between the weights."""
+    copy_component(load.component_dir(model_dir, "tokenizer"), target, load.CONFIG_PATTERNS)
+    for name in ("config.json", "generation_config.json", "model.safetensors.index.json"):
+        (target / name).unlink(missing_ok=True)
+
+
+def save_unet(unet_dir, vae, target, text_width, fresh, seed):
+    """Copies the UNet, or saves a freshly initialised one; checks that VAE and text encoder fit it.
+
+    Raises:
+        ValueError: latent channels or text width differ from the UNet's.
+    """
+    config = json.loads((unet_dir / "config.json").read_text())
+    fresh = fresh or not any(unet_dir.glob("*.safetensors"))
+    channels = vae.config.latent_channels
+    if config["in_channels"] != channels:
+        raise ValueError(
+            f"the VAE makes {channels} latent channels, the UNet in {unet_dir} takes {config['in_channels']}"
+        )
+    if text_width != config["cross_attention_dim"]:
+        raise ValueError(
+            f"the text encoder is {text_width} wide, the UNet in {unet_dir} wants {config['cross_attention_dim']}"
+        )
+    if not fresh:
+        copy_component(unet_dir, target)
+        return
+    target.mkdir()
+    (target / "config.json").write_text(json.dumps(config))
+    load.load_unet(target, seed=seed).save_pretrained(target)
+
+
+def write_model_index(stage, pipeline, components):
+    """Writes model_index.json. `components`: name -> [library, class], or [None, None] where there is none."""
+    import diffusers
+
+    index = {"_class_name": pipeline, "_diffusers_version": diffusers.__version__, **components}
+    (stage / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def compose_sd(unet, vae, clip, out, objective, fresh_unet=False, seed=0, overwrite=False):
+    """Composes a StableDiffusionPipeline directory: UNet + VAE + CLIP text tower.
+
+    Args:
+        unet, vae, clip: pipeline directories, bare components or hub ids.
+        objective: see modeling.schedulers.OBJECTIVES.
+        fresh_unet: take the UNet's config only and initialise its weights from `seed`.
+    """
+    unet_dir, vae_dir, clip_root = _resolve(unet, "unet"), _resolve(vae, "vae"), _text_root(clip)
+    encoder_dir = load.component_dir(clip_root, "text_encoder")
+    vae_module = load.load_vae(vae_dir)
+    width = json.loads((encoder_dir / "config.json").read_text())["hidden_size"]
+    with staged_directory(out, overwrite) as stage:
+        save_unet(unet_dir, vae_module, stage / "unet", width, fresh_unet, seed)
+        copy_component(vae_dir, stage / "vae")
+        copy_component(encoder_dir, stage / "text_encoder")
+        copy_tokenizer(clip_root, stage / "tokenizer")
+        scheduler = make_scheduler(objective)
+        scheduler.save_pretrained(stage / "scheduler")
+        write_model_index(stage, "StableDiffusionPipeline", {
+            "vae": ["diffusers", type(vae_module).__name__],
+            "text_encoder": ["transformers", "CLIPTextModel"],
+            "tokenizer": ["transformers", "CLIPTokenizer"],
+            "unet": ["diffusers", "UNet2DConditionModel"],
+            "scheduler": ["diffusers", type(scheduler).__name__],
+            "safety_checker": [None, None],
+            "feature_extractor": [None, None],
+            "requires_safety_checker": False,
+        })  # fmt: skip
+
+
+def compose_t5(
+    unet, vae, t5, out, objective, fresh_unet=False, seed=0, overwrite=False, captions=None, dtype=None, device="cpu"
+):
+    """Composes a StableDiffusionT5Pipeline directory: UNet + VAE + T5 encoder + projection to the UNet's width.
+
+    Args:
+        unet, vae, t5: pipeline directories, bare components or hub ids.
+        captions: list of str to which the projection is fitted by PCA; None: random orthogonal from `seed`.
+        dtype, device: for running T5 while the projection is made.
+    """
+    unet_dir, vae_dir, t5_root = _resolve(unet, "unet"), _resolve(vae, "vae"), _text_root(t5)
+    vae_module = load.load_vae(vae_dir)
+    width = json.loads((unet_dir / "config.json").read_text())["cross_attention_dim"]
+    with staged_directory(out, overwrite) as stage:
+        save_unet(unet_dir, vae_module, stage / "unet", width, fresh_unet, seed)
+        copy_component(vae_dir, stage / "vae")
+        copy_component(load.component_dir(t5_root, "text_encoder"), stage / "text_encoder")
+        copy_tokenizer(t5_root, stage / "tokenizer")
+        make_projection(stage, width, captions, seed, dtype, device).save_pretrained(stage / "projection")
+        shutil.copyfile(HERE / "t5_pipeline.py", stage / "pipeline.py")
+        shutil.copyfile(HERE / "t5_projection.py", stage / "projection" / "t5_projection.py")
+        scheduler = make_scheduler(objective)
+        scheduler.save_pretrained(stage / "scheduler")
+        write_model_index(stage, ["pipeline", "StableDiffusionT5Pipeline"], {
+            "vae": ["diffusers", type(vae_module).__name__],
+            "text_encoder": ["transformers", "T5EncoderModel"],
+            "tokenizer": ["transformers", "T5Tokenizer"],
+            "projection": ["t5_projection", "T5Projection"],
+            "unet": ["diffusers", "UNet2DConditionModel"],
+            "scheduler": ["diffusers", type(scheduler).__name__],
+        })  # fmt: skip
+
+
+def make_projection(model_dir, width, captions, seed, dtype=None, device="cpu"):
+    """Makes the T5Projection of a model directory that has text_encoder/ and tokenizer/.
+
+    With captions: the `width` leading principal components of their hidden states, centred. Without: a random
+    orthogonal map (orthonormal rows), which keeps distances as well as `width` dimensions can. Either way scaled to
+    unit standard deviation over the captions (PLAIN_CAPTIONS without).
+    """
+    import torch
+
+    from cachetrain.modeling.t5_projection import T5Projection
+    from cachetrain.modeling.text import TextEncoder
+
+    encoder = TextEncoder(model_dir, device, dtype or torch.float32, raw=True)
+    hidden = torch.cat([encoder.encode_ids(encoder.tokenize([c])[0])[0].float() for c in captions or PLAIN_CAPTIONS])
+    features = hidden.shape[1]
+    if features < width:
+        raise ValueError(f"T5 is {features} wide, less than the UNet's {width}; use a larger T5")
+    projection = T5Projection(features, width)
+    bias = torch.zeros(width)
+    if captions:
+        mean = hidden.mean(0)
+        values, vectors = torch.linalg.eigh(torch.cov(hidden.T, correction=0))
+        weight = vectors[:, values.argsort(descending=True)[:width]].T
+        bias = -weight @ mean
+    else:
+        weight = torch.empty(width, features)
+        torch.nn.init.orthogonal_(weight, generator=torch.Generator().manual_seed(seed))
+    projection.linear.load_state_dict({"weight": weight.contiguous(), "bias": bias})
+    projection.register_to_config(scaling_factor=1 / (hidden @ weight.T + bias).std().item())
+    return projection.eval().requires_grad_(False)
+
+
+def _resolve(model, component):
+    return load.component_dir(load.resolve_model(model, subfolders=(component,)), component)
+
+
+def _text_root(model):
+    return load.resolve_model(model, subfolders=("text_encoder", "tokenizer"))
