@@ -1,0 +1,251 @@
+#!/usr/bin/env python3
+"""Draws a small world of captioned shapes: a data set whose prompts a program can check.
+
+    ./dataset_scripts/draw_shapes.py --out shapes --num_images 3000 --prompts shapes_prompts.txt
+
+Writes 00000.png and 00000.txt ("a small red circle on the left on a blue background"), and so on. Six
+shapes, eight colors, five places and two sizes give 3,360 captions. Six (shape, color) pairs are never drawn:
+a model that renders them has understood its prompt and not only remembered a picture.
+`score_shapes.py` judges.
+
+Image i depends on the seed and i alone, so a longer data set begins with the shorter one, and a second run
+draws only what is missing.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+IMAGE_SIZE = 64
+SUPERSAMPLE = 4  # Pillow draws without antialiasing; drawing larger and averaging gives it
+
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+COLORS = {
+    "red": (220, 40, 40),
+    "green": (40, 165, 60),
+    "blue": (45, 75, 220),
+    "yellow": (245, 215, 50),
+    "cyan": (60, 210, 225),
+    "pink": (240, 105, 190),
+    "white": (245, 245, 245),
+    "black": (20, 20, 20),
+}
+PLACES = {  # center as (x, y), a fraction of the image
+    "on the left": (0.28, 0.5),
+    "on the right": (0.72, 0.5),
+    "at the top": (0.5, 0.28),
+    "at the bottom": (0.5, 0.72),
+    "in the middle": (0.5, 0.5),
+}
+SIZES = {"small": 0.14, "large": 0.24}  # radius, a fraction of the image
+PLACE_JITTER = 0.025
+SIZE_JITTER = 0.06  # relative to the radius
+
+HELD_OUT = frozenset(
+    {
+        ("circle", "green"),
+        ("square", "pink"),
+        ("triangle", "blue"),
+        ("star", "red"),
+        ("cross", "yellow"),
+        ("ring", "cyan"),
+    }
+)
+CAPTION = re.compile(
+    rf"a (?P<size>{'|'.join(SIZES)}) (?P<color>{'|'.join(COLORS)}) (?P<shape>{'|'.join(SHAPES)}) "
+    rf"(?P<place>{'|'.join(PLACES)}) on a (?P<background>{'|'.join(COLORS)}) background"
+)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One shape on a plain background; the fields are keys of SIZES, COLORS, SHAPES, PLACES and COLORS."""
+
+    size: str
+    color: str
+    shape: str
+    place: str
+    background: str
+
+    @property
+    def held_out(self):
+        """Whether the data set leaves out this scene's (shape, color) pair."""
+        return (self.shape, self.color) in HELD_OUT
+
+    @property
+    def caption(self):
+        """The scene in words; `parse_caption` is the inverse."""
+        return f"a {self.size} {self.color} {self.shape} {self.place} on a {self.background} background"
+
+
+def parse_caption(caption):
+    """Returns the Scene that a caption describes.
+
+    Raises:
+        ValueError: the text is not one of the 3,360 captions.
+    """
+    match = CAPTION.fullmatch(caption.strip())
+    if not match or match["color"] == match["background"]:
+        raise ValueError(
+            f"{caption!r} is not a caption of this world; expected something like "
+            '"a small red circle on the left on a blue background", with two different colors'
+        )
+    return Scene(**match.groupdict())
+
+
+def all_scenes():
+    """Returns the 3,360 scenes, trained and held out, in a fixed order."""
+    fields = itertools.product(SIZES, COLORS, SHAPES, PLACES, COLORS)
+    return [Scene(*values) for values in fields if values[1] != values[4]]
+
+
+TRAINED_SCENES = tuple(scene for scene in all_scenes() if not scene.held_out)
+HELD_OUT_SCENES = tuple(scene for scene in all_scenes() if scene.held_out)
+
+
+def regular_polygon(radii, num_points):
+    """Returns num_points (x, y) on a circle, the first straight up; radii alternate."""
+    angles = [2 * math.pi * i / num_points for i in range(num_points)]
+    return [(r * math.sin(a), -r * math.cos(a)) for a, r in zip(angles, itertools.cycle(radii), strict=False)]
+
+
+OUTLINES = {  # in units of the radius, centered on 0
+    "square": [(-0.82, -0.82), (0.82, -0.82), (0.82, 0.82), (-0.82, 0.82)],
+    "triangle": [(0, -0.95), (1, 0.8), (-1, 0.8)],
+    "star": regular_polygon((1.05, 0.45), 10),
+    "cross": [(x * s, y * t) for x, y, s, t in (
+        (0.3, 0.95, 1, -1), (0.3, 0.3, 1, -1), (0.95, 0.3, 1, -1),
+        (0.95, 0.3, 1, 1), (0.3, 0.3, 1, 1), (0.3, 0.95, 1, 1),
+        (0.3, 0.95, -1, 1), (0.3, 0.3, -1, 1), (0.95, 0.3, -1, 1),
+        (0.95, 0.3, -1, -1), (0.3, 0.3, -1, -1), (0.3, 0.95, -1, -1),
+    )],
+}  # fmt: skip
+
+
+def shape_mask(shape, center, radius, image_size=IMAGE_SIZE):
+    """Renders the coverage of one shape.
+
+    Args:
+        shape: one of SHAPES.
+        center, radius: (x, y) and a number, as fractions of the image.
+        image_size: width and height in pixels.
+
+    Returns:
+        `L` image, 255 inside, 0 outside, between on the edge.
+    """
+    scale = image_size * SUPERSAMPLE
+    x, y, radius = center[0] * scale, center[1] * scale, radius * scale
+    mask = Image.new("L", (scale, scale))
+    draw = ImageDraw.Draw(mask)
+    if shape in OUTLINES:
+        draw.polygon([(x + radius * u, y + radius * v) for u, v in OUTLINES[shape]], fill=255)
+    else:
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=255)
+    if shape == "ring":
+        hole = 0.55 * radius
+        draw.ellipse((x - hole, y - hole, x + hole, y + hole), fill=0)
+    return mask.resize((image_size, image_size), Image.Resampling.BOX)
+
+
+def draw(scene, rng):
+    """Draws a scene as a 64x64 RGB image; `rng`, a numpy Generator, jitters place and size a little."""
+    center = np.array(PLACES[scene.place]) + rng.uniform(-PLACE_JITTER, PLACE_JITTER, size=2)
+    radius = SIZES[scene.size] * (1 + rng.uniform(-SIZE_JITTER, SIZE_JITTER))
+    image = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), COLORS[scene.background])
+    image.paste(COLORS[scene.color], mask=shape_mask(scene.shape, center, radius))
+    return image
+
+
+def nth_image(seed, index):
+    """Returns (Scene, RGB image) number `index` of the data set `seed`: a pure function of both."""
+    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0, index)))
+    scene = TRAINED_SCENES[rng.integers(len(TRAINED_SCENES))]
+    return scene, draw(scene, rng)
+
+
+def evaluation_prompts(num_prompts, seed):
+    """Returns captions to sample from: trained and held-out pairs in turn, none twice."""
+    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(1,)))
+    half = (num_prompts + 1) // 2
+    trained = rng.choice(len(TRAINED_SCENES), half, replace=False)
+    held_out = rng.choice(len(HELD_OUT_SCENES), half, replace=False)
+    pairs = zip(trained, held_out, strict=True)
+    scenes = [scene for i, j in pairs for scene in (TRAINED_SCENES[i], HELD_OUT_SCENES[j])]
+    return [scene.caption for scene in scenes[:num_prompts]]
+
+
+def check_settings(out, settings):
+    """Records the settings of the data set in `out`, or compares them with those recorded there.
+
+    Raises:
+        ValueError: `out` holds a data set drawn with other settings.
+    """
+    path = out / "shapes.json"
+    if path.exists() and (found := json.loads(path.read_text())) != settings:
+        raise ValueError(
+            f"{path}: the images here were drawn with {found}, not {settings}; choose another --out or delete this"
+        )
+    path.write_text(json.dumps(settings) + "\n")
+
+
+def draw_dataset(out, num_images, seed):
+    """Writes the images and captions that `out` lacks; returns how many were drawn."""
+    from tqdm import tqdm
+
+    out.mkdir(parents=True, exist_ok=True)
+    check_settings(out, {"seed": seed})
+    present = {path.stem for path in out.glob("*.txt")}
+    missing = [index for index in range(num_images) if f"{index:05d}" not in present]
+    for index in tqdm(missing, desc="draw", unit="image", disable=None):
+        scene, image = nth_image(seed, index)
+        image.save(out / f"{index:05d}.png")
+        # The caption comes last: an image that has one is complete.
+        (out / f"{index:05d}.txt").write_text(scene.caption + "\n")
+    return len(missing)
+
+
+def parse_args(argv=None):
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the images and captions")
+    parser.add_argument("--num_images", type=int, default=3000, help="size of the data set")
+    parser.add_argument("--seed", type=int, default=0, help="another seed draws another data set")
+    parser.add_argument("--prompts", type=Path, help="also write prompts to evaluate with, one a line")
+    parser.add_argument("--num_prompts", type=int, default=120, help="half of them of held-out pairs")
+    args = parser.parse_args(argv)
+    if args.num_images < 0 or args.seed < 0:
+        parser.error("--num_images and --seed must not be negative")
+    if not 0 < args.num_prompts <= 2 * len(HELD_OUT_SCENES):
+        parser.error(f"--num_prompts {args.num_prompts}: expected 1 to {2 * len(HELD_OUT_SCENES)}")
+    return args
+
+
+def main(argv=None):
+    """Draws the data set and the prompts; returns the exit code."""
+    args = parse_args(argv)
+    try:
+        num_drawn = draw_dataset(args.out, args.num_images, args.seed)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{args.out}: {num_drawn} images drawn, {args.num_images - num_drawn} were there already")
+    if args.prompts:
+        args.prompts.parent.mkdir(parents=True, exist_ok=True)
+        prompts = evaluation_prompts(args.num_prompts, args.seed)
+        args.prompts.write_text("".join(f"{prompt}\n" for prompt in prompts))
+        print(f"{args.prompts}: {args.num_prompts} prompts")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
