@@ -1,0 +1,345 @@
+#!/usr/bin/env python3
+"""Makes models/tiny again from nothing: the embedded default, small enough to train on one CPU core in minutes.
+
+    ./models/make_tiny.py --stage all --out models/tiny
+
+Four parts, for 64x64 pictures of the world that dataset_scripts/draw_shapes.py draws:
+
+    vae/    AutoencoderKL with 4 latent channels, trained; about half an hour on a CPU core, minutes on a GPU
+    t5/     text_encoder/ and tokenizer/: random and frozen, never trained
+    clip/   text_encoder/ and tokenizer/: trained to make its words readable for cross-attention
+    unet/   config.json only: every run starts from fresh weights
+
+Only pictures and captions of the data set are used here: what it holds out stays held out.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+DRAW_SHAPES = ROOT / "dataset_scripts" / "draw_shapes.py"
+STAGES = ("unet", "t5", "clip", "vae")
+SEED = 0
+WIDTH = 64  # of both text encoders, and so the UNet's cross_attention_dim
+WORDS = (
+    "a small large circle square triangle star cross ring red green blue yellow cyan pink white black "
+    "on the left right at top bottom in middle background"
+).split()
+PUNCTUATION = "0123456789.,;:!?'\"()-"
+IMAGES_TO_DRAW = 12000
+VAE_STEPS, VAE_BATCH, VAE_LR = 6000, 8, 2e-3
+VAE_EVAL_EVERY = 250
+CLIP_STEPS, CLIP_BATCH, CLIP_LR = 1500, 32, 2e-3
+
+
+def draw_data(folder):
+    """Draws the training pictures; returns uint8 [N, 3, 64, 64] and the N captions."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    settings = ["--num_images", str(IMAGES_TO_DRAW), "--seed", str(SEED + 1)]
+    subprocess.run([sys.executable, str(DRAW_SHAPES), "--out", folder, *settings], check=True)
+    paths = sorted(Path(folder).glob("*.png"))
+    images = np.stack([np.asarray(Image.open(path)) for path in paths])
+    captions = [path.with_suffix(".txt").read_text().strip() for path in paths]
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), captions
+
+
+def make_unet(out, device):
+    """Writes the UNet's config.json, shared by both flavours; 1.1 million parameters, 8x8 latents."""
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=WIDTH,
+        attention_head_dim=4,  # diffusers takes this as the number of heads
+        norm_num_groups=8,
+    )
+    unet.save_config(out / "unet")
+
+
+def write_t5_tokenizer(folder):
+    """Writes a sentencepiece unigram model with one piece per word, letters for the rest, <unk> for what is left.
+
+    The ModelProto is written directly: sentencepiece's trainer prunes so regular a corpus down to its letters.
+    """
+    from sentencepiece import sentencepiece_model_pb2 as sentencepiece_model
+
+    model = sentencepiece_model.ModelProto()
+    model.trainer_spec.model_type = model.trainer_spec.UNIGRAM
+    model.trainer_spec.pad_id, model.trainer_spec.eos_id, model.trainer_spec.unk_id = 0, 1, 2
+    model.trainer_spec.bos_id = -1
+    model.normalizer_spec.name = "identity"
+    kinds = model.SentencePiece
+    pieces = [("<pad>", 0.0, kinds.CONTROL), ("</s>", 0.0, kinds.CONTROL), ("<unk>", 0.0, kinds.UNKNOWN)]
+    pieces += [(f"▁{word}", -1.0, kinds.NORMAL) for word in WORDS]
+    letters = [chr(code) for first in "aA" for code in range(ord(first), ord(first) + 26)]
+    # A log probability below any word's: letters are used only where no word fits.
+    pieces += [(letter, -10.0, kinds.NORMAL) for letter in ["▁", *letters, *PUNCTUATION]]
+    for piece, score, kind in pieces:
+        model.pieces.add(piece=piece, score=score, type=kind)
+    model.trainer_spec.vocab_size = len(pieces)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "spiece.model").write_bytes(model.SerializeToString(deterministic=True))
+    config = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "model_max_length": 512}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return len(pieces)
+
+
+def make_t5(out, device):
+    """Writes a random frozen T5 encoder and its tokenizer."""
+    import torch
+    from transformers import T5Config, T5EncoderModel
+
+    torch.manual_seed(SEED)
+    config = T5Config(
+        vocab_size=write_t5_tokenizer(out / "t5" / "tokenizer"),
+        d_model=WIDTH,
+        d_kv=16,
+        d_ff=128,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        is_encoder_decoder=False,
+        use_cache=False,
+    )
+    encoder = T5EncoderModel(config)
+    for name, parameter in encoder.named_parameters():
+        # With T5's own init the order of words hardly shows: a shape and its background swap their colors.
+        if "relative_attention_bias" in name:
+            torch.nn.init.normal_(parameter, std=3.0)
+    encoder.bfloat16().save_pretrained(out / "t5" / "text_encoder")
+
+
+def write_clip_tokenizer(folder):
+    """Writes CLIP's byte-level BPE: merges that make each word of this world one token, bytes for the rest.
+
+    Returns the vocabulary size; the last two ids are <|startoftext|> and <|endoftext|>.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.BpeTrainer(end_of_word_suffix="</w>", show_progress=False)
+    bpe.train_from_iterator([" ".join(WORDS)] * 2, trainer)
+    merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*alphabet, *(f"{letter}</w>" for letter in alphabet), *(a + b for a, b in merges)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    vocab = {token: index for index, token in enumerate(tokens)}
+    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False) + "\n")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return len(vocab)
+
+
+def caption_labels(captions):
+    """Returns int64 [N, 5]: size, color, shape, place and background of each caption, as word numbers."""
+    import torch
+
+    # a SIZE COLOR SHAPE on the PLACE on a BACKGROUND background
+    rows = [[caption.split()[i] for i in (1, 2, 3, 6, -2)] for caption in captions]
+    return torch.tensor([[WORDS.index(word) for word in row] for row in rows])
+
+
+def clip_reader(hidden_size, num_attributes):
+    """Returns the throw-away head: a learned query per attribute over the 77 tokens, then a word's logits."""
+    import torch
+
+    class Reader(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.queries = torch.nn.Parameter(torch.randn(1, num_attributes, hidden_size))
+            self.attention = torch.nn.MultiheadAttention(hidden_size, 4, batch_first=True)
+            self.words = torch.nn.Linear(hidden_size, len(WORDS))
+
+        def forward(self, tokens):  # [B, 77, D] -> logits [B, attributes, words]
+            read, _ = self.attention(self.queries.expand(len(tokens), -1, -1), tokens, tokens)
+            return self.words(read)
+
+    return Reader()
+
+
+def make_clip(out, device):
+    """Writes a CLIP text tower whose tokens say what the caption says, and its tokenizer.
+
+    A frozen random tower is not enough: a young UNet cannot find the shape in it. All 77 tokens are read,
+    padding included, as Stable Diffusion reads them; the layer before the last too, for --clip_skip.
+    """
+    import torch
+    import torch.nn.functional as F
+    from tqdm import trange
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    vocab_size = write_clip_tokenizer(out / "clip" / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(out / "clip" / "tokenizer")
+    config = CLIPTextConfig(
+        vocab_size=vocab_size,
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        projection_dim=WIDTH,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        bos_token_id=vocab_size - 2,
+        eos_token_id=vocab_size - 1,
+        pad_token_id=vocab_size - 1,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        captions = sorted(set(draw_data(folder)[1]))
+    ids = tokenizer(captions, padding="max_length", max_length=77, return_tensors="pt").input_ids.to(device)
+    labels = caption_labels(captions).to(device)
+    torch.manual_seed(SEED)
+    tower = CLIPTextModel(config).to(device)
+    readers = [clip_reader(WIDTH, labels.shape[1]).to(device) for _ in range(2)]
+    parameters = [p for module in (tower, *readers) for p in module.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=CLIP_LR, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, CLIP_LR, total_steps=CLIP_STEPS)
+    for _ in trange(CLIP_STEPS, desc="clip", disable=None):
+        batch = torch.randint(len(captions), (CLIP_BATCH,), device=device)
+        states = tower(ids[batch], output_hidden_states=True)
+        penultimate = tower.final_layer_norm(states.hidden_states[-2])
+        loss = sum(
+            F.cross_entropy(reader(tokens).flatten(0, 1), labels[batch].flatten())
+            for reader, tokens in zip(readers, (states.last_hidden_state, penultimate), strict=True)
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    print(f"clip: loss {loss.item():.4f}")
+    tower.bfloat16().save_pretrained(out / "clip" / "text_encoder")
+
+
+def make_vae(out, device):
+    """Trains the VAE; writes it whenever it is evaluated, so that a usable one exists early.
+
+    Plain MSE stalls near 23 dB with the shapes washed out: they are a few percent of the pixels, so theirs weigh
+    five times as much.
+    """
+    import torch
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+    from tqdm import trange
+
+    with tempfile.TemporaryDirectory() as folder:
+        images, _ = draw_data(folder)
+    validation, images = to_float(images[:128]).to(device), images[128:].to(device)
+    torch.manual_seed(SEED)
+    vae = new_vae().to(device, memory_format=torch.channels_last)
+    ema = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(0.995))
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=VAE_LR, betas=(0.9, 0.99), weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, VAE_LR, total_steps=VAE_STEPS, pct_start=0.05, div_factor=10, final_div_factor=100
+    )
+    for step in trange(1, VAE_STEPS + 1, desc="vae", disable=None):
+        batch = to_float(images[torch.randint(len(images), (VAE_BATCH,), device=device)])
+        loss = vae_loss(vae, with_smooth_field(batch))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        ema.update_parameters(vae)
+        if step % VAE_EVAL_EVERY == 0:
+            print(f"vae: step {step}, {save_vae(ema.module, validation, out):.2f} dB", flush=True)
+
+
+def new_vae():
+    """Returns a fresh AutoencoderKL: 8x smaller latents with 4 channels, 945 thousand parameters."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(16, 32, 64, 64),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        mid_block_add_attention=False,
+        sample_size=64,
+    )
+
+
+def to_float(images):
+    """Converts uint8 [B, 3, H, W] to float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def with_smooth_field(batch):
+    """Replaces the first picture by random smooth colors, so that pictures of another world do not fall apart."""
+    import torch
+    import torch.nn.functional as F
+
+    field = torch.rand(1, 3, 6, 6, device=batch.device) * 2 - 1
+    field = F.interpolate(field, size=batch.shape[-2:], mode="bicubic", align_corners=True).clamp(-1, 1)
+    return torch.cat([field, batch[1:]]).contiguous(memory_format=torch.channels_last)
+
+
+def vae_loss(vae, images):
+    """Squared error, the foreground five times, and a KL term that only keeps the latents from drifting apart."""
+    import torch
+
+    posterior = vae.encode(images).latent_dist
+    reconstructions = vae.decode(posterior.sample()).sample
+    background = images[:, :, :1, :1]  # no shape reaches a corner
+    weights = 1 + 4 * ((images - background).abs().amax(dim=1, keepdim=True) > 0.1).float()
+    weights[0] = 1  # the smooth field
+    kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
+    return torch.mean(weights * (reconstructions - images) ** 2) + 2e-5 * kl
+
+
+def save_vae(vae, images, out):
+    """Writes the VAE in bfloat16 with the scaling_factor that gives its latents unit variance.
+
+    Returns the PSNR in dB of the reconstructions of `images`, float32 [N, 3, 64, 64] in [-1, 1].
+    """
+    import copy
+
+    import torch
+
+    with torch.no_grad():
+        latents = vae.encode(images).latent_dist.mean
+        reconstructions = vae.decode(latents).sample.clamp(-1, 1)
+    mse = ((reconstructions - images) / 2).square().mean(dim=(1, 2, 3))
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
+    copy.deepcopy(vae).bfloat16().save_pretrained(out / "vae")
+    return (-10 * mse.log10()).mean().item()
+
+
+def parse_args(argv=None):
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--stage", choices=(*STAGES, "all"), default="all", help="the part to make")
+    parser.add_argument("--out", type=Path, default=ROOT / "models" / "tiny", help="folder for the parts")
+    parser.add_argument("--num_threads", type=int, default=1, help="CPU threads; more gain little at this size")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    """Makes one stage or all; returns the exit code."""
+    args = parse_args(argv)
+    import torch
+
+    torch.set_num_threads(args.num_threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    makers = {"unet": make_unet, "t5": make_t5, "clip": make_clip, "vae": make_vae}
+    for stage in STAGES if args.stage == "all" else (args.stage,):
+        print(f"{stage}: into {args.out / stage}", flush=True)
+        makers[stage](args.out, device)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
