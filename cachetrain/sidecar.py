@@ -114,7 +114,8 @@ def read_sidecar(path):
     data = Path(path).read_bytes()
     header, digest = _split(path, data)
     if not header.foreign and header.metadata.get("sha256") != digest:
-        raise SidecarError(f"{path}: content does not match its SHA-256; run the cache script again")
+        raise SidecarError(f"{path}: content does not match its SHA-256; delete it, or run the cache "
+                           "script with --verify")  # fmt: skip
     try:
         return load(data), header
     except SafetensorError as error:

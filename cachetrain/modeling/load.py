@@ -31,13 +31,14 @@ def pick_dtype(name, device):
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
-def resolve_model(model, revision=None, subfolders=()):
+def resolve_model(model, revision=None, subfolders=(), code=False):
     """Returns the local directory of `model`, fetching a hub id's configs and safetensors if it is not a path.
 
     Args:
         model: directory, or hub id.
         revision: branch, tag or commit of a hub id.
         subfolders: components wanted; () fetches everything but pickles and code.
+        code: fetch Python files too (nothing runs them here); only for users who said `--custom`.
 
     Raises:
         ValueError: neither a directory nor a hub id that can be fetched.
@@ -50,7 +51,7 @@ def resolve_model(model, revision=None, subfolders=()):
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = [*WEIGHT_PATTERNS, *CONFIG_PATTERNS]
+    patterns = [*WEIGHT_PATTERNS, *CONFIG_PATTERNS, *(["*.py"] if code else [])]
     if subfolders:
         patterns = ["*.json", *(f"{folder}/{pattern}" for folder in subfolders for pattern in patterns)]
     try:
@@ -121,7 +122,7 @@ def load_unet(directory, dtype=None, seed=0):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(directory))
-    return unet.to(dtype=dtype or torch.float32).train()
+    return (unet if dtype is None else unet.to(dtype)).train()
 
 
 def load_text_encoder(directory, dtype=None):
@@ -129,6 +130,7 @@ def load_text_encoder(directory, dtype=None):
     import torch
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     model_type = json.loads((Path(directory) / "config.json").read_text())["model_type"]
     classes = {
         "clip_text_model": transformers.CLIPTextModel,
@@ -173,8 +175,9 @@ def load_custom_pipeline(model, revision=None, dtype=None):
     from diffusers import DiffusionPipeline
 
     return DiffusionPipeline.from_pretrained(
-        model, revision=revision, custom_pipeline=model, trust_remote_code=True, torch_dtype=dtype
-    )
+        model, revision=revision, custom_pipeline=model, trust_remote_code=True, use_safetensors=True,
+        torch_dtype=dtype,
+    )  # fmt: skip
 
 
 def _load_diffusers(cls, directory, dtype, train=False):
