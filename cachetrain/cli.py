@@ -1,6 +1,7 @@
 """What the scripts' command lines share. Imports no torch, so that `--help` answers at once."""
 
 import argparse
+import math
 import sys
 
 
@@ -40,3 +41,17 @@ def add_compose_arguments(parser):
                         help="what the UNet is to predict; decides the scheduler saved with it")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of all random weights")
     parser.add_argument("--overwrite", action="store_true", help="replace --out")
+
+
+class Steps(str):
+    """A number of optimizer steps ("500"), or of whole or partial epochs ("2e", "0.1e")."""
+
+    def __new__(cls, text):
+        number = text.removesuffix("e")
+        if float(number) < 0 or (number == text and not number.isdecimal()):
+            raise ValueError(text)
+        return super().__new__(cls, text)
+
+    def resolve(self, steps_per_epoch):
+        """The number as optimizer steps; epochs round up, so that every sample is visited."""
+        return math.ceil(float(self[:-1]) * steps_per_epoch) if self.endswith("e") else int(self)

@@ -1,6 +1,5 @@
 """Text encoding, the same for caches and for sample prompts."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -69,12 +68,11 @@ class TextEncoder:
 
 
 def encode_like_cache(model_dir, kind, settings, captions, device="cpu", dtype=torch.float32):
-    """Encodes captions as the text cache of `kind` with `settings` (its header's JSON) was made.
+    """Encodes captions as the text cache of `kind` with `settings` (of its header, a dict) was made.
 
     Returns:
         list of float32 CPU tensors [T, D].
     """
-    settings = json.loads(settings) if settings else {}
     options = {key: settings[key] for key in ("clip_skip", "max_length", "raw") if key in settings}
     encoder = TextEncoder(model_dir, device, dtype, **options)
     if encoder.is_t5 != (kind == "txt_t5cache"):

@@ -1,0 +1,127 @@
+"""The list of all (image sidecar, text sidecar) pairs, as arrays that loader workers share."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from cachetrain.sidecar import NULL_STEM, RUN_KEYS, SUFFIXES, read_header
+
+_CHUNK = 1024
+
+
+class PairIndex:
+    """Pairs under some directories; what their headers say; no per-pair Python object.
+
+    Attributes:
+        shapes: distinct latent shapes (C, h, w); `shape_ids` uint16 [N] points into them.
+        tokens: uint16 [N], text length in tokens.
+        text_width: D of the embeddings.
+        image_metadata, text_metadata: header of the first pair ({} for headerless caches).
+    """
+
+    def __init__(self, directories, image_suffix, text_suffix):
+        """Walks `directories` and reads every header once.
+
+        Raises:
+            ValueError: no pairs; unreadable, foreign-shaped or mixed caches (two differing files are named).
+        """
+        self.image_suffix, self.text_suffix = image_suffix, text_suffix
+        stems, self.unpaired = [], 0
+        for directory in directories:
+            found, unpaired = _paired_stems(directory, image_suffix, text_suffix)
+            if not found:
+                raise ValueError(
+                    f"{directory}: no pairs of *{image_suffix} and *{text_suffix}; run the cache scripts on it first"
+                )
+            stems += found
+            self.unpaired += unpaired
+        encoded = [stem.encode("utf-8", "surrogateescape") for stem in stems]
+        self._offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+        self._names = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+        self._read_headers()
+
+    def __len__(self):
+        return len(self._offsets) - 1
+
+    def stem(self, i):
+        """Path of pair `i` without a suffix."""
+        return self._names[self._offsets[i] : self._offsets[i + 1]].tobytes().decode("utf-8", "surrogateescape")
+
+    @property
+    def masked(self):
+        """Whether padding is hidden from cross-attention: T5 yes, CLIP no. Headerless caches go by their suffix."""
+        kinds = {suffix: kind for kind, suffix in SUFFIXES.items()}
+        return (self.text_metadata.get("kind") or kinds.get(self.text_suffix)) != "txt_clipl"
+
+    def image_path(self, i):
+        return self.stem(i) + self.image_suffix
+
+    def text_path(self, i):
+        return self.stem(i) + self.text_suffix
+
+    def _read_headers(self):
+        shapes, self.num_foreign = {}, 0
+        self.shape_ids, self.tokens = np.zeros(len(self), np.uint16), np.zeros(len(self), np.uint16)
+        first = None
+        with ThreadPoolExecutor(8) as pool, tqdm(total=len(self), desc="headers", unit="pair", disable=None) as bar:
+            for start in range(0, len(self), _CHUNK):
+                rows = range(start, min(start + _CHUNK, len(self)))
+                for i, (image, text) in zip(rows, pool.map(self._headers, rows), strict=True):
+                    first = first or (image, text)
+                    _same_run(first[0], image, self.image_path(0), self.image_path(i))
+                    _same_run(first[1], text, self.text_path(0), self.text_path(i))
+                    if text.shapes["emb"][1] != first[1].shapes["emb"][1]:
+                        raise ValueError(f"{self.text_path(i)}: emb is {text.shapes['emb']}, {self.text_path(0)} has "
+                                         f"{first[1].shapes['emb']}; encode both with one model")  # fmt: skip
+                    self.shape_ids[i] = shapes.setdefault(image.shapes["latent"], len(shapes))
+                    self.tokens[i] = text.shapes["emb"][0]
+                    self.num_foreign += image.foreign or text.foreign
+                bar.update(len(rows))
+        self.shapes = list(shapes)
+        self.text_width = first[1].shapes["emb"][1]
+        self.image_metadata, self.text_metadata = first[0].metadata, first[1].metadata
+
+    def _headers(self, i):
+        image, text = read_header(self.image_path(i)), read_header(self.text_path(i))
+        for path, header, name, rank in (
+            (self.image_path(i), image, "latent", 3),
+            (self.text_path(i), text, "emb", 2),
+        ):
+            if len(header.shapes.get(name, ())) != rank:
+                raise ValueError(f"{path}: expected a tensor {name!r} of {rank} dimensions, found {header.shapes}")
+        return image, text
+
+
+def null_caption_path(directories, text_suffix):
+    """Path of the first `_null_caption` among the data directories, or None."""
+    paths = (Path(directory) / (NULL_STEM + text_suffix) for directory in directories)
+    return next((path for path in paths if path.exists()), None)
+
+
+def _same_run(first, other, first_path, other_path):
+    """Raises a ValueError that names both files where their headers say different encoders or settings."""
+    if first.run_identity == other.run_identity:
+        return
+    key = next(k for k, a, b in zip(RUN_KEYS, first.run_identity, other.run_identity, strict=True) if a != b)
+    raise ValueError(
+        f"mixed caches: {first_path} and {other_path} differ in {key}: "
+        f"{first.metadata.get(key)} against {other.metadata.get(key)}; run the cache script again on all of them"
+    )
+
+
+def _paired_stems(directory, image_suffix, text_suffix):
+    """Returns (sorted paths without suffix that have both sidecars, number of sidecars without partner)."""
+    if not Path(directory).is_dir():
+        raise ValueError(f"{directory}: no such directory")
+    stems, unpaired = [], 0
+    for folder, subfolders, names in os.walk(directory):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        images = {name.removesuffix(image_suffix) for name in names if name.endswith(image_suffix) and name[0] != "."}
+        texts = {name.removesuffix(text_suffix) for name in names if name.endswith(text_suffix) and name[0] != "."}
+        texts.discard(NULL_STEM)
+        stems += (os.path.join(folder, stem) for stem in sorted(images & texts))
+        unpaired += len(images ^ texts)
+    return stems, unpaired
