@@ -1,0 +1,104 @@
+"""Command lines of the cache scripts. Imports no torch, so that `--help` answers at once."""
+
+import argparse
+import os
+
+from cachetrain import cli, sidecar
+from cachetrain.caching.scan import CAPTION_SUFFIXES, IMAGE_SUFFIXES
+
+
+def image_parser(doc, kind, model):
+    """Parser of an image cache script; `check_image_args` completes what it parsed."""
+    parser = _parser(doc, kind, model, batch_size=8)
+    parser.add_argument("--vae", action="store_true", help="--model is a bare VAE, not a pipeline with one")
+    parser.add_argument(
+        "--custom", action="store_true", help="load the VAE by the pipeline code in the model's repository: RUNS it"
+    )
+    group = parser.add_argument_group("size of the images that are encoded (cover-resize, then centre crop)")
+    group.add_argument(
+        "--resolution",
+        type=int,
+        metavar="N",
+        help="square: 64 to 2048 in steps of 64, below 256 for toy models; default 512",
+    )
+    group.add_argument("--target_width", type=int, metavar="W", help="with --target_height: multiples of 8")
+    group.add_argument("--target_height", type=int, metavar="H")
+    group.add_argument("--flip", action="store_true", help="also encode the mirrored image, for --flip_p of training")
+    parser.add_argument(
+        "--num_workers",
+        type=int,
+        default=max(1, min(8, available_cores() - 1)),
+        help="processes that decode images; 0: none but this one",
+    )
+    return parser
+
+
+def text_parser(doc, kind, model):
+    """Parser of a text cache script, without the options that only CLIP or only T5 has."""
+    parser = _parser(doc, kind, model, batch_size=32)
+    parser.add_argument("--store_dtype", choices=("bf16", "fp32"), default="bf16", help="of the stored embeddings")
+    return parser
+
+
+def check_image_args(parser, args):
+    """Sets args.width and args.height from the size options; exits with a usage error if they make no sense."""
+    if (args.target_width is None) != (args.target_height is None):
+        parser.error("--target_width and --target_height go together")
+    if args.target_width is not None and args.resolution is not None:
+        parser.error("give --resolution or --target_width and --target_height, not both")
+    if args.target_width is not None:
+        args.width, args.height = args.target_width, args.target_height
+        if min(args.width, args.height) < 8 or args.width % 8 or args.height % 8:
+            parser.error(f"{args.width}x{args.height}: width and height must be multiples of 8")
+    else:
+        args.width = args.height = 512 if args.resolution is None else args.resolution
+        if args.width % 64 or not 64 <= args.width <= 2048:
+            parser.error(f"--resolution {args.resolution}: expected 64 to 2048 in steps of 64")
+    if args.vae and args.custom:
+        parser.error("--vae names a bare VAE, which has no pipeline code for --custom to run")
+    return args
+
+
+def positive_int(text):
+    """An int of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}: expected 1 or more")
+    return value
+
+
+def available_cores():
+    """CPU cores this process may use, which in a container can be fewer than the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cache_suffix(text):
+    if not text.startswith(".") or "/" in text or text.lower() in IMAGE_SUFFIXES.union(CAPTION_SUFFIXES):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a suffix like .img_sdxl, none of images or captions")
+    return text
+
+
+def _parser(doc, kind, model, batch_size):
+    parser = cli.parser(doc)
+    parser.add_argument(
+        "--data_root",
+        action="append",
+        required=True,
+        metavar="DIR",
+        help="folder of images, sub-folders included; may be given again",
+    )
+    parser.add_argument("--model", default=model, required=model is None, help="directory or hub id")
+    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
+    parser.add_argument("--batch_size", type=positive_int, default=batch_size)
+    cli.add_device_arguments(parser)
+    parser.add_argument(
+        "--cache_suffix",
+        type=_cache_suffix,
+        default=sidecar.SUFFIXES[kind],
+        help="of the sidecars, in place of the image's own",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="make all again, fresh and foreign ones too")
+    parser.add_argument(
+        "--verify", action="store_true", help="read existing sidecars completely and make damaged ones again"
+    )
+    return parser

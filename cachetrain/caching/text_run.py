@@ -1,0 +1,148 @@
+"""The main path of the text cache scripts: scan, check, encode each caption once, write, account."""
+
+import json
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from cachetrain.caching import runner
+from cachetrain.caching.freshness import caption_source
+from cachetrain.caching.scan import null_pair, read_caption
+from cachetrain.modeling import load
+from cachetrain.sidecar import sidecar_path
+
+# Captions are read, sorted by length and encoded once each within windows of this many images.
+_WINDOW = 65536
+
+# Components whose files do not change what a foreign pipeline's encode_prompt gives.
+_NOT_TEXT = ("unet", "vae", "scheduler", "safety_checker", "feature_extractor", "image_encoder")
+
+
+class Embedded(NamedTuple):
+    """Embedding [T, D] of the caption at `index` of a window; num_tokens of it are text, the rest is padding."""
+
+    index: int
+    emb: "torch.Tensor"  # noqa: F821 - torch is imported once there is something to encode
+    num_tokens: int
+    truncated: bool
+
+
+def cache_captions(args, kind, settings, components=("text_encoder", "tokenizer"), custom=False):
+    """Writes one `kind` sidecar beside each image under args.data_root that lacks a fresh one.
+
+    The null caption's, one per data root, is made like the others.
+
+    Args:
+        args: what `arguments.text_parser` gives.
+        settings: what changes the embeddings, beyond the dtypes: clip_skip, or max_length and raw.
+        components: sub-folders of the model that compute them.
+        custom: the repository's own pipeline code encodes.
+
+    Returns:
+        exit code: 0, or 1 if some caption failed.
+    """
+    tally = runner.Tally(kind)
+    model_dir = load.resolve_model(args.model, args.revision, () if custom else components, code=custom)
+    if custom:
+        folders = [path for path in sorted(model_dir.iterdir()) if path.is_dir() and path.name not in _NOT_TEXT]
+        folders.append(model_dir)
+    else:
+        folders = [load.component_dir(model_dir, name) for name in components]
+    dtypes = {"dtype": args.dtype or "auto", "store_dtype": args.store_dtype}
+    fields = {
+        "kind": kind,
+        **runner.model_fields(args, model_dir),
+        "encoder": load.fingerprint(*folders),
+        "settings": json.dumps(settings | dtypes, sort_keys=True),
+    }
+    pairs = [null_pair(root) for root in args.data_root] + runner.find_pairs(args, tally)
+    pending = runner.select(pairs, caption_source, fields, args, tally)
+    if pending:
+        with runner.account(tally):
+            _encode(args, pending, model_dir, settings, custom, fields, tally)
+    return tally.finish()
+
+
+def _encode(args, pending, model_dir, settings, custom, fields, tally):
+    import torch
+
+    device = load.pick_device(args.device)
+    dtype = load.pick_dtype(args.dtype, device)
+    encode = (
+        _custom_encoder(model_dir, device, dtype)
+        if custom
+        else _encoder(model_dir, device, dtype, settings, fields["kind"], args.batch_size)
+    )
+    fields = {**fields, "compute_dtype": str(dtype).removeprefix("torch.")}
+    store_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.store_dtype]
+    progress = tqdm(total=len(pending), desc=fields["kind"], unit="image", disable=None)
+    with progress, runner.Writer(tally, progress) as writer:
+        for start in range(0, len(pending), _WINDOW):
+            readers = _by_caption(pending[start : start + _WINDOW], tally, progress)
+            captions = list(readers)
+            for batch in encode(captions):
+                for item in batch:
+                    tally.counts["truncated"] += item.truncated * len(readers[captions[item.index]])
+                writer.submit(_rows(batch, captions, readers, fields, store_dtype, args.cache_suffix))
+
+
+def _by_caption(pairs, tally, progress):
+    """Returns caption -> list of (Pair, Caption); captions that cannot be read are reported."""
+    readers = {}
+    for pair in pairs:
+        try:
+            caption = read_caption(pair)
+        except (OSError, ValueError) as error:
+            tally.fail(pair.caption_file or pair.image, error)
+            progress.update()
+        else:
+            readers.setdefault(caption.text, []).append((pair, caption))
+    return readers
+
+
+def _encoder(model_dir, device, dtype, settings, kind, batch_size):
+    """Returns a function: captions -> batches, which are lists of Embedded."""
+    from cachetrain.modeling.text import TextEncoder
+
+    encoder = TextEncoder(model_dir, device, dtype, **settings)
+    if encoder.is_t5 != (kind == "txt_t5cache"):
+        raise ValueError(
+            f"{model_dir}: its text encoder is {'T5' if encoder.is_t5 else 'CLIP'}; "
+            f"use cache/{'create_t5cache_768.py' if encoder.is_t5 else 'create_clipl.py'}"
+        )
+
+    def encode(captions):
+        ids, cut = encoder.tokenize(captions)
+        # Captions of like length share a batch, so that little padding is computed; the longest come first, so
+        # that a batch too big for the memory fails at once.
+        order = sorted(range(len(ids)), key=lambda index: len(ids[index]), reverse=True)
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            embeddings = encoder.encode_ids([ids[index] for index in batch])
+            yield [Embedded(i, emb, len(ids[i]), cut[i]) for i, emb in zip(batch, embeddings, strict=True)]
+
+    return encode
+
+
+def _custom_encoder(model_dir, device, dtype):
+    """The same function as `_encoder` gives, by the repository's own pipeline code, one caption at a time."""
+    from cachetrain.caching.encoders import CustomTextEncoder
+
+    encoder = CustomTextEncoder(load.load_custom_pipeline(str(model_dir), dtype=dtype), device)
+    return lambda captions: ([Embedded(index, *encoder.encode(caption))] for index, caption in enumerate(captions))
+
+
+def _rows(batch, captions, readers, fields, store_dtype, suffix):
+    """Yields the Rows of one batch: each embedding once per image that has its caption."""
+    for item in batch:
+        tensors = {"emb": item.emb.to(store_dtype)}
+        for pair, caption in readers[captions[item.index]]:
+            metadata = {
+                **fields,
+                "source_size": caption.size,
+                "source_mtime_ns": caption.mtime_ns,
+                "source_sha256": caption.sha256,
+                "num_tokens": str(item.num_tokens),
+                "truncated": str(int(item.truncated)),
+            }
+            yield runner.Row(pair.image, sidecar_path(pair.image, suffix), tensors, metadata)
