@@ -1,0 +1,107 @@
+#!/usr/bin/env bash
+# Command 1: the whole way on an embedded default, from captioned images to pictures that follow their prompts.
+#   ./quickstart.sh                  T5 flavour: shapes data set, caches, training, samples, score
+#   ./quickstart.sh --sd             vanilla flavour, CLIP instead of T5
+#   ./quickstart.sh --data_root DIR  your own folder of captioned images, at 64x64: caches, short training, samples
+# Everything lands in quickstart/; a second run skips what is done (delete a part to have it made again).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+FLAVOUR=t5
+OWN_DATA=
+while [ $# -gt 0 ]; do
+    case $1 in
+        --sd) FLAVOUR=sd ;;
+        --data_root) OWN_DATA=${2:?--data_root needs a directory}; shift ;;
+        -h | --help) sed -n '2,6s/^# //p' "$0"; exit 0 ;;
+        *) echo "quickstart.sh: unknown option $1 (see --help)" >&2; exit 2 ;;
+    esac
+    shift
+done
+[ -z "$OWN_DATA" ] || [ -d "$OWN_DATA" ] || { echo "quickstart.sh: $OWN_DATA: no such directory" >&2; exit 2; }
+
+WORK=quickstart
+RUN=$FLAVOUR${OWN_DATA:+_own}
+MODEL=$WORK/model_$FLAVOUR
+DATA=${OWN_DATA:-$WORK/shapes}
+OUTPUT=$WORK/output/$RUN
+STEPS=2800
+[ -z "$OWN_DATA" ] || STEPS=600
+
+stage() { # stage TITLE COMMAND...: runs the command, says how long it took
+    local start=$SECONDS
+    printf '\n== %s\n' "$1"
+    "${@:2}"
+    printf '   %d s\n' $((SECONDS - start))
+}
+
+install() {
+    [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+}
+
+compose() {
+    [ ! -d "$MODEL" ] || { echo "$MODEL is there already"; return; }
+    local parts=(--unet models/tiny/unet --vae models/tiny/vae --objective flow --out "$MODEL")
+    if [ "$FLAVOUR" = t5 ]; then
+        models/compose_t5_sd.py "${parts[@]}" --t5 models/tiny/t5
+    else
+        models/compose_sd.py "${parts[@]}" --clip models/tiny/clip
+    fi
+}
+
+draw_data() {
+    dataset_scripts/draw_shapes.py --out "$DATA" --num_images 3000 --prompts "$WORK/prompts.txt" --num_prompts 120
+    head -n 4 "$WORK/prompts.txt" >"$WORK/sample_prompts_$RUN.txt"
+}
+
+make_caches() {
+    # Of a tiny model: suffixes of their own, so that real caches in the same folder stay as they are.
+    cache/create_img_sdxl.py --data_root "$DATA" --model "$MODEL" --target_width 64 --target_height 64 \
+        --batch_size 64 --cache_suffix "$IMGCACHE"
+    local script=create_clipl.py
+    [ "$FLAVOUR" = sd ] || script=create_t5cache_768.py
+    "cache/$script" --data_root "$DATA" --model "$MODEL" --batch_size 64 --cache_suffix "$TXTCACHE"
+}
+
+train() {
+    local last
+    last=$OUTPUT/checkpoint-$(printf %06d "$STEPS")
+    [ ! -d "$last" ] || { echo "$last is there already"; return; }
+    rm -rf "$OUTPUT" "$WORK/tensorboard/$RUN" # what an interrupted run left
+    MODEL=$MODEL DATADIR=$DATA OUTPUT=$OUTPUT LOGDIR=$WORK/tensorboard IMGCACHE=$IMGCACHE TXTCACHE=$TXTCACHE \
+        BATCH=16 STEPS=$STEPS OPTIMIZER=adamw LR=2e-3 SCHED=cosine GAMMA=0 DROPOUT=0.1 EMA=0.99 \
+        PRECISION=$PRECISION SAMPLE_PROMPTS=$WORK/sample_prompts_$RUN.txt SAMPLE_STEPS=400 SAVE_STEPS=1400 \
+        "./train_$FLAVOUR.sh" --betas 0.9 0.99 --warmup_steps 100 --lr_decay_steps "$STEPS" --sample_cfgs 1 3 7
+}
+
+draw_samples() {
+    local prompts=$WORK/prompts.txt
+    [ -z "$OWN_DATA" ] || prompts=$WORK/sample_prompts_$RUN.txt
+    ./sample.py --model "$OUTPUT/checkpoint-$(printf %06d "$STEPS")" --prompts "$prompts" --cfgs 3 --batch_size 60 \
+        --out "$WORK/samples_$RUN" --grid "$WORK/samples_$RUN.png"
+}
+
+printf 'cachetrain quickstart: %s flavour, %s\n' "$FLAVOUR" "${OWN_DATA:-embedded shapes}"
+mkdir -p "$WORK"
+stage "install (.venv)" install
+# shellcheck disable=SC1091
+source .venv/bin/activate
+if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    PRECISION=bf16
+else
+    PRECISION=fp32
+    export OMP_NUM_THREADS=1 # the tiny model is fastest on one thread; the loader has the other core
+fi
+IMGCACHE=.img_tiny
+TXTCACHE=.txt_tiny_$FLAVOUR
+
+stage "model ($MODEL)" compose
+[ -n "$OWN_DATA" ] || stage "data set ($DATA)" draw_data
+stage "cache" make_caches
+stage "train" train
+stage "sample" draw_samples
+
+printf '\nsample grid:  %s\ncheckpoints:  %s\nTensorBoard:  .venv/bin/tensorboard --logdir %s\n' \
+    "$WORK/samples_$RUN.png" "$OUTPUT/" "$WORK/tensorboard"
+[ -n "$OWN_DATA" ] || dataset_scripts/score_shapes.py "$WORK/samples_$RUN"

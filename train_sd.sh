@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Trains vanilla Stable Diffusion 1.5 (its own VAE and CLIP) from its caches.
+# This file IS the configuration: copy it beside itself, edit the copy, run the copy; it is kept with the run's output.
+# A variable set outside wins over the value here, a flag given here wins over both: LR=2e-5 ./train_sd.sh --seed 1
+set -euo pipefail
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+MODEL=${MODEL:-stable-diffusion-v1-5/stable-diffusion-v1-5}
+DATADIR=${DATADIR:-/data}               # holds the sidecars; several: DATADIR="/data/a /data/b"
+IMGCACHE=${IMGCACHE:-.img_sdvae}        # made by cache/create_img_sdvae.py
+TXTCACHE=${TXTCACHE:-.txt_clipl}        # made by cache/create_clipl.py
+
+BATCH=${BATCH:-64}                      # samples in one backward pass
+ACCUM=${ACCUM:-1}                       # backward passes in one step
+STEPS=${STEPS:-10000}                   # optimizer steps, or epochs: 2e
+OPTIMIZER=${OPTIMIZER:-adamw}           # lion, adamw
+LR=${LR:-1e-5}                          # lion wants 3 to 10 times less than adamw
+SCHED=${SCHED:-cosine}                  # constant, constant_with_warmup, linear, cosine
+GAMMA=${GAMMA:-5}                       # Min-SNR gamma; 0: off
+OBJECTIVE=${OBJECTIVE:-}                # epsilon, v_prediction, flow; empty: the model's own
+DROPOUT=${DROPOUT:-0.04}                # share of captions replaced by the empty one
+EMA=${EMA:-0}                           # decay of the weights' moving average; 0: off
+PRECISION=${PRECISION:-bf16}            # bf16, fp32
+
+SAMPLE_PROMPTS=${SAMPLE_PROMPTS:-}      # a file of prompts, one a line; empty: no samples
+SAMPLE_STEPS=${SAMPLE_STEPS:-250}
+SAVE_STEPS=${SAVE_STEPS:-1000}
+
+NAME=${NAME:-sd_${OPTIMIZER}_lr${LR}_b${BATCH}x${ACCUM}_${SCHED}_g${GAMMA}_s${STEPS}}
+OUTPUT=${OUTPUT:-output/$NAME}
+LOGDIR=${LOGDIR:-tensorboard}
+
+args=(--model "$MODEL" --imgcache_suffix "$IMGCACHE" --txtcache_suffix "$TXTCACHE"
+      --batch_size "$BATCH" --gradient_accum "$ACCUM" --max_steps "$STEPS"
+      --optimizer "$OPTIMIZER" --lr "$LR" --scheduler "$SCHED"
+      --cond_dropout "$DROPOUT" --ema_decay "$EMA" --precision "$PRECISION"
+      --output_dir "$OUTPUT" --logdir "$LOGDIR" --save_steps "$SAVE_STEPS" --copy_config "${BASH_SOURCE[0]}")
+[ "$GAMMA" = 0 ] || args+=(--use_snr --noise_gamma "$GAMMA")
+[ -z "$OBJECTIVE" ] || args+=(--objective "$OBJECTIVE")
+[ -z "$SAMPLE_PROMPTS" ] || args+=(--sample_prompts "$SAMPLE_PROMPTS" --sample_steps "$SAMPLE_STEPS")
+
+PYTHON=python3
+[ -n "${VIRTUAL_ENV:-}" ] || [ ! -x "$HERE/.venv/bin/python" ] || PYTHON=$HERE/.venv/bin/python
+# shellcheck disable=SC2086  # DATADIR may name several directories
+exec "$PYTHON" "$HERE/train_from_cached.py" --train_data_dir $DATADIR "${args[@]}" "$@"
