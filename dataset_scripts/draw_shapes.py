@@ -13,6 +13,7 @@ draws only what is missing.
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import math
@@ -39,15 +40,15 @@ COLORS = {
     "black": (20, 20, 20),
 }
 PLACES = {  # center as (x, y), a fraction of the image
-    "on the left": (0.28, 0.5),
-    "on the right": (0.72, 0.5),
-    "at the top": (0.5, 0.28),
-    "at the bottom": (0.5, 0.72),
+    "on the left": (0.3, 0.5),
+    "on the right": (0.7, 0.5),
+    "at the top": (0.5, 0.3),
+    "at the bottom": (0.5, 0.7),
     "in the middle": (0.5, 0.5),
 }
-SIZES = {"small": 0.14, "large": 0.24}  # radius, a fraction of the image
-PLACE_JITTER = 0.025
-SIZE_JITTER = 0.06  # relative to the radius
+SIZES = {"small": 0.17, "large": 0.26}  # radius, a fraction of the image
+PLACE_JITTER = 0.02
+SIZE_JITTER = 0.05  # relative to the radius
 
 HELD_OUT = frozenset(
     {
@@ -182,6 +183,12 @@ def evaluation_prompts(num_prompts, seed):
     return [scene.caption for scene in scenes[:num_prompts]]
 
 
+def world_id():
+    """Returns a short hash of all that a picture depends on besides its number."""
+    world = (SHAPES, COLORS, PLACES, SIZES, PLACE_JITTER, SIZE_JITTER, sorted(HELD_OUT))
+    return hashlib.sha256(repr(world).encode()).hexdigest()[:12]
+
+
 def check_settings(out, settings):
     """Records the settings of the data set in `out`, or compares them with those recorded there.
 
@@ -201,7 +208,7 @@ def draw_dataset(out, num_images, seed):
     from tqdm import tqdm
 
     out.mkdir(parents=True, exist_ok=True)
-    check_settings(out, {"seed": seed})
+    check_settings(out, {"seed": seed, "world": world_id()})
     present = {path.stem for path in out.glob("*.txt")}
     missing = [index for index in range(num_images) if f"{index:05d}" not in present]
     for index in tqdm(missing, desc="draw", unit="image", disable=None):

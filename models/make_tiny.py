@@ -5,7 +5,7 @@
 
 Four parts, for 64x64 pictures of the world that dataset_scripts/draw_shapes.py draws:
 
-    vae/    AutoencoderKL with 4 latent channels, trained; about half an hour on a CPU core, minutes on a GPU
+    vae/    AutoencoderKL with 4 latent channels, trained by train_tiny_vae.py: half an hour on a CPU core
     t5/     text_encoder/ and tokenizer/: random and frozen, never trained
     clip/   text_encoder/ and tokenizer/: trained to make its words readable for cross-attention
     unet/   config.json only: every run starts from fresh weights
@@ -22,6 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 DRAW_SHAPES = ROOT / "dataset_scripts" / "draw_shapes.py"
+TRAIN_TINY_VAE = ROOT / "models" / "train_tiny_vae.py"
 STAGES = ("unet", "t5", "clip", "vae")
 SEED = 0
 WIDTH = 64  # of both text encoders, and so the UNet's cross_attention_dim
@@ -31,23 +32,14 @@ WORDS = (
 ).split()
 PUNCTUATION = "0123456789.,;:!?'\"()-"
 IMAGES_TO_DRAW = 12000
-VAE_STEPS, VAE_BATCH, VAE_LR = 6000, 8, 2e-3
-VAE_EVAL_EVERY = 250
 CLIP_STEPS, CLIP_BATCH, CLIP_LR = 1500, 32, 2e-3
 
 
 def draw_data(folder):
-    """Draws the training pictures; returns uint8 [N, 3, 64, 64] and the N captions."""
-    import numpy as np
-    import torch
-    from PIL import Image
-
+    """Draws the training pictures and their captions into `folder`; returns the captions."""
     settings = ["--num_images", str(IMAGES_TO_DRAW), "--seed", str(SEED + 1)]
     subprocess.run([sys.executable, str(DRAW_SHAPES), "--out", folder, *settings], check=True)
-    paths = sorted(Path(folder).glob("*.png"))
-    images = np.stack([np.asarray(Image.open(path)) for path in paths])
-    captions = [path.with_suffix(".txt").read_text().strip() for path in paths]
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), captions
+    return [path.read_text().strip() for path in sorted(Path(folder).glob("*.txt"))]
 
 
 def make_unet(out, device):
@@ -196,7 +188,7 @@ def make_clip(out, device):
         pad_token_id=vocab_size - 1,
     )
     with tempfile.TemporaryDirectory() as folder:
-        captions = sorted(set(draw_data(folder)[1]))
+        captions = sorted(set(draw_data(folder)))
     ids = tokenizer(captions, padding="max_length", max_length=77, return_tensors="pt").input_ids.to(device)
     labels = caption_labels(captions).to(device)
     torch.manual_seed(SEED)
@@ -222,98 +214,11 @@ def make_clip(out, device):
 
 
 def make_vae(out, device):
-    """Trains the VAE; writes it whenever it is evaluated, so that a usable one exists early.
-
-    Plain MSE stalls near 23 dB with the shapes washed out: they are a few percent of the pixels, so theirs weigh
-    five times as much.
-    """
-    import torch
-    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-    from tqdm import trange
-
+    """Draws the training pictures and trains the VAE on them; the device is the script's own choice."""
     with tempfile.TemporaryDirectory() as folder:
-        images, _ = draw_data(folder)
-    validation, images = to_float(images[:128]).to(device), images[128:].to(device)
-    torch.manual_seed(SEED)
-    vae = new_vae().to(device, memory_format=torch.channels_last)
-    ema = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(0.995))
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=VAE_LR, betas=(0.9, 0.99), weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, VAE_LR, total_steps=VAE_STEPS, pct_start=0.05, div_factor=10, final_div_factor=100
-    )
-    for step in trange(1, VAE_STEPS + 1, desc="vae", disable=None):
-        batch = to_float(images[torch.randint(len(images), (VAE_BATCH,), device=device)])
-        loss = vae_loss(vae, with_smooth_field(batch))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        ema.update_parameters(vae)
-        if step % VAE_EVAL_EVERY == 0:
-            print(f"vae: step {step}, {save_vae(ema.module, validation, out):.2f} dB", flush=True)
-
-
-def new_vae():
-    """Returns a fresh AutoencoderKL: 8x smaller latents with 4 channels, 945 thousand parameters."""
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL(
-        block_out_channels=(16, 32, 64, 64),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        mid_block_add_attention=False,
-        sample_size=64,
-    )
-
-
-def to_float(images):
-    """Converts uint8 [B, 3, H, W] to float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1
-
-
-def with_smooth_field(batch):
-    """Replaces the first picture by random smooth colors, so that pictures of another world do not fall apart."""
-    import torch
-    import torch.nn.functional as F
-
-    field = torch.rand(1, 3, 6, 6, device=batch.device) * 2 - 1
-    field = F.interpolate(field, size=batch.shape[-2:], mode="bicubic", align_corners=True).clamp(-1, 1)
-    return torch.cat([field, batch[1:]]).contiguous(memory_format=torch.channels_last)
-
-
-def vae_loss(vae, images):
-    """Squared error, the foreground five times, and a KL term that only keeps the latents from drifting apart."""
-    import torch
-
-    posterior = vae.encode(images).latent_dist
-    reconstructions = vae.decode(posterior.sample()).sample
-    background = images[:, :, :1, :1]  # no shape reaches a corner
-    weights = 1 + 4 * ((images - background).abs().amax(dim=1, keepdim=True) > 0.1).float()
-    weights[0] = 1  # the smooth field
-    kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
-    return torch.mean(weights * (reconstructions - images) ** 2) + 2e-5 * kl
-
-
-def save_vae(vae, images, out):
-    """Writes the VAE in bfloat16 with the scaling_factor that gives its latents unit variance.
-
-    Returns the PSNR in dB of the reconstructions of `images`, float32 [N, 3, 64, 64] in [-1, 1].
-    """
-    import copy
-
-    import torch
-
-    with torch.no_grad():
-        latents = vae.encode(images).latent_dist.mean
-        reconstructions = vae.decode(latents).sample.clamp(-1, 1)
-    mse = ((reconstructions - images) / 2).square().mean(dim=(1, 2, 3))
-    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
-    copy.deepcopy(vae).bfloat16().save_pretrained(out / "vae")
-    return (-10 * mse.log10()).mean().item()
+        draw_data(folder)
+        command = [TRAIN_TINY_VAE, "--data_root", folder, "--out", out / "vae"]
+        subprocess.run([sys.executable, *map(str, command)], check=True)
 
 
 def parse_args(argv=None):
@@ -323,7 +228,6 @@ def parse_args(argv=None):
     )
     parser.add_argument("--stage", choices=(*STAGES, "all"), default="all", help="the part to make")
     parser.add_argument("--out", type=Path, default=ROOT / "models" / "tiny", help="folder for the parts")
-    parser.add_argument("--num_threads", type=int, default=1, help="CPU threads; more gain little at this size")
     return parser.parse_args(argv)
 
 
@@ -332,7 +236,7 @@ def main(argv=None):
     args = parse_args(argv)
     import torch
 
-    torch.set_num_threads(args.num_threads)
+    torch.set_num_threads(1)  # tensors this small only wait for more threads
     device = "cuda" if torch.cuda.is_available() else "cpu"
     makers = {"unet": make_unet, "t5": make_t5, "clip": make_clip, "vae": make_vae}
     for stage in STAGES if args.stage == "all" else (args.stage,):
