@@ -43,24 +43,36 @@ def cache_captions(args, kind, settings, components=("text_encoder", "tokenizer"
     """
     tally = runner.Tally(kind)
     model_dir = load.resolve_model(args.model, args.revision, () if custom else components, code=custom)
-    if custom:
-        folders = [path for path in sorted(model_dir.iterdir()) if path.is_dir() and path.name not in _NOT_TEXT]
-        folders.append(model_dir)
-    else:
-        folders = [load.component_dir(model_dir, name) for name in components]
     dtypes = {"dtype": args.dtype or "auto", "store_dtype": args.store_dtype}
     fields = {
         "kind": kind,
         **runner.model_fields(args, model_dir),
-        "encoder": load.fingerprint(*folders),
+        "encoder": load.fingerprint(*_fingerprinted(model_dir, components, custom)),
         "settings": json.dumps(settings | dtypes, sort_keys=True),
     }
-    pairs = [null_pair(root) for root in args.data_root] + runner.find_pairs(args, tally)
+    pairs = [null_pair(root) for root in dict.fromkeys(args.data_root)] + runner.find_pairs(args, tally)
     pending = runner.select(pairs, caption_source, fields, args, tally)
     if pending:
         with runner.account(tally):
             _encode(args, pending, model_dir, settings, custom, fields, tally)
     return tally.finish()
+
+
+def _fingerprinted(model_dir, components, custom):
+    """Returns the directories whose content decides what the embeddings are."""
+    if custom:
+        folders = (
+            path
+            for path in sorted(model_dir.iterdir())
+            if path.is_dir() and path.name not in _NOT_TEXT and path.name[0] != "."
+        )
+        return [model_dir, *folders]
+    if "projection" in components and not (model_dir / "projection").is_dir():
+        raise ValueError(
+            f"{model_dir}: has no projection/; build the model with models/compose_t5_sd.py, or pass --raw to keep "
+            "the encoder's own width"
+        )
+    return [load.component_dir(model_dir, name) for name in components]
 
 
 def _encode(args, pending, model_dir, settings, custom, fields, tally):
@@ -110,18 +122,34 @@ def _encoder(model_dir, device, dtype, settings, kind, batch_size):
             f"{model_dir}: its text encoder is {'T5' if encoder.is_t5 else 'CLIP'}; "
             f"use cache/{'create_t5cache_768.py' if encoder.is_t5 else 'create_clipl.py'}"
         )
+    num_layers = encoder.encoder.config.num_hidden_layers
+    if settings.get("clip_skip", 0) > num_layers:
+        raise ValueError(f"--clip_skip {settings['clip_skip']}: {model_dir} has only {num_layers} layers")
 
     def encode(captions):
         ids, cut = encoder.tokenize(captions)
-        # Captions of like length share a batch, so that little padding is computed; the longest come first, so
-        # that a batch too big for the memory fails at once.
-        order = sorted(range(len(ids)), key=lambda index: len(ids[index]), reverse=True)
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
+        # CLIP computes all of its 77 positions whatever the caption.
+        for batch in length_batches([len(row) if encoder.is_t5 else 0 for row in ids], batch_size):
             embeddings = encoder.encode_ids([ids[index] for index in batch])
             yield [Embedded(i, emb, len(ids[i]), cut[i]) for i, emb in zip(batch, embeddings, strict=True)]
 
     return encode
+
+
+def length_batches(lengths, batch_size):
+    """Yields lists of indices such that captions of like length share a batch and little padding is computed.
+
+    The longest come first, so that a batch too big for the memory fails at once. A batch ends early rather than
+    take a caption of less than 3/4 of its longest.
+    """
+    batch = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batch and (len(batch) == batch_size or lengths[index] < 0.75 * lengths[batch[0]]):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
 
 
 def _custom_encoder(model_dir, device, dtype):
