@@ -21,6 +21,8 @@ def run(main):
     """Runs a script's main(argv) and turns expected errors into one line on stderr and exit code 2."""
     try:
         sys.exit(main())
+    except ModuleNotFoundError as error:
+        sys.exit(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`")
     except (ValueError, OSError) as error:
         sys.exit(f"{sys.argv[0]}: error: {error}")
     except KeyboardInterrupt:

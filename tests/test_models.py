@@ -1,0 +1,228 @@
+"""Composed models: they load for their users, and draw for us what they draw for them."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, load_script
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
+from transformers import T5EncoderModel, T5Tokenizer
+
+from cachetrain.modeling import load
+from cachetrain.modeling.pictures import grid, render, sample_name, save_png
+from cachetrain.modeling.schedulers import make_scheduler, sampler_for
+from cachetrain.modeling.text import TextEncoder
+
+torch.set_num_threads(1)
+PROMPTS = ["a small red circle on the left on a blue background", "a star"]
+
+
+def compose(kind, out, *flags, **parts):
+    parts = {"unet": TINY / "unet", "vae": TINY / "vae", kind: TINY / kind, "out": out} | parts
+    script = load_script({"t5": "models/compose_t5_sd.py", "clip": "models/compose_sd.py"}[kind])
+    return script.main([*(str(x) for key, value in parts.items() for x in (f"--{key}", value)), *flags])
+
+
+def noise(seeds):
+    return torch.stack([torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+def pixels(images):
+    return np.stack([np.asarray(image) for image in images]).astype(int)
+
+
+@pytest.mark.parametrize("cfg", [1.0, 4.0])
+def test_our_samples_of_the_vanilla_flavour_equal_diffusers_pipeline(cfg, model_sd):
+    pipe = StableDiffusionPipeline.from_pretrained(model_sd, torch_dtype=torch.float32, safety_checker=None)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    expected = pipe(PROMPTS, latents=noise([3, 4]), num_inference_steps=5, guidance_scale=cfg).images
+    text = TextEncoder(model_sd)
+    null, *embeddings = [text.encode_ids(text.tokenize([prompt])[0])[0] for prompt in ["", *PROMPTS]]
+    unet, vae = load.load_unet(model_sd / "unet").eval(), load.load_vae(model_sd / "vae")
+    scheduler = sampler_for(load.load_scheduler(model_sd / "scheduler"))
+    images = render(unet, vae, scheduler, embeddings, null, cfg, [3, 4], (8, 8), 5, masked=False)
+    assert np.abs(pixels(images) - pixels(expected)).max() <= 1
+
+
+def test_our_samples_of_the_t5_flavour_equal_its_pipeline_whatever_the_batch(model_t5):
+    pipe = DiffusionPipeline.from_pretrained(
+        model_t5, custom_pipeline=str(model_t5), trust_remote_code=True, torch_dtype=torch.float32
+    )
+    pipe.scheduler = sampler_for(pipe.scheduler)
+    settings = {"num_inference_steps": 5, "guidance_scale": 3.0, "negative_prompt": "a green cross"}
+    expected = [
+        pipe(prompt, latents=noise([seed]), **settings).images[0] for seed, prompt in enumerate(PROMPTS)
+    ]  # fmt: skip
+    text = TextEncoder(model_t5)
+    null, *embeddings = [text.encode_ids(text.tokenize([p])[0])[0] for p in ["a green cross", *PROMPTS]]
+    unet, vae = load.load_unet(model_t5 / "unet").eval(), load.load_vae(model_t5 / "vae")
+    images = render(unet, vae, pipe.scheduler, embeddings, null, 3.0, [0, 1], (8, 8), 5, masked=True)
+    assert np.abs(pixels(images) - pixels(expected)).max() <= 1
+    different = pipe(PROMPTS[0], latents=noise([0]), num_inference_steps=5, guidance_scale=3.0).images[0]
+    assert np.abs(pixels([different]) - pixels(expected[:1])).max() > 1  # the negative prompt counts
+
+
+def test_t5_pipeline_encodes_prompts_as_t5_alone_does(model_t5):
+    pipe = DiffusionPipeline.from_pretrained(
+        model_t5, custom_pipeline=str(model_t5), trust_remote_code=True, torch_dtype=torch.float32
+    )
+    embeddings, mask = pipe.encode_prompt(PROMPTS)
+    assert embeddings.shape[1] % 8 == 0
+    tokenizer = T5Tokenizer.from_pretrained(TINY / "t5" / "tokenizer")
+    encoder = T5EncoderModel.from_pretrained(TINY / "t5" / "text_encoder", dtype=torch.float32)
+    weights = load_file(model_t5 / "projection" / "diffusion_pytorch_model.safetensors")
+    scale = json.loads((model_t5 / "projection" / "config.json").read_text())["scaling_factor"]
+    for row, keep, prompt in zip(embeddings, mask, PROMPTS, strict=True):
+        hidden = encoder(tokenizer(prompt, return_tensors="pt").input_ids).last_hidden_state[0]
+        expected = (hidden @ weights["linear.weight"].T + weights["linear.bias"]) * scale
+        torch.testing.assert_close(row[keep], expected, rtol=1e-4, atol=1e-5)
+        assert not row[~keep].any()
+
+
+def test_negative_prompts_are_one_for_all_or_one_each(model_t5):
+    pipe = DiffusionPipeline.from_pretrained(
+        model_t5, custom_pipeline=str(model_t5), trust_remote_code=True, torch_dtype=torch.float32
+    )
+    settings = {"latents": noise([0, 1]), "num_inference_steps": 2, "output_type": "latent"}
+    shared = pipe(PROMPTS, negative_prompt="a ring", **settings).images
+    each = pipe(PROMPTS, negative_prompt=["a ring", "a ring"], **settings).images
+    torch.testing.assert_close(shared, each)
+
+
+def test_projection_is_orthogonal_and_gives_unit_variance(model_t5, tmp_path):
+    projection = load.load_projection(model_t5 / "projection")
+    weight = projection.linear.weight
+    torch.testing.assert_close(weight @ weight.T, torch.eye(64), rtol=1e-4, atol=1e-5)
+    compose("t5", tmp_path / "other", "--seed", "1")
+    assert not torch.allclose(weight, load.load_projection(tmp_path / "other" / "projection").linear.weight)
+
+
+def test_projection_fitted_to_captions_spans_their_principal_components(tmp_path):
+    captions = [f"a {c} {s}" for c in ("red", "green", "blue", "white") for s in ("circle", "star", "ring", "cross")]
+    (tmp_path / "captions.txt").write_text("\n".join(captions))
+    unet = tmp_path / "unet"
+    config = UNet2DConditionModel.load_config(TINY / "unet") | {"cross_attention_dim": 16}
+    UNet2DConditionModel.from_config(config).save_config(unet)
+    assert compose("t5", tmp_path / "model", "--fit_captions", str(tmp_path / "captions.txt"), unet=unet) == 0
+    text = TextEncoder(tmp_path / "model", raw=True)
+    hidden = torch.cat([text.encode_ids(text.tokenize([c])[0])[0] for c in captions])
+    centred = (hidden - hidden.mean(0)).double()
+    principal = torch.linalg.svd(centred, full_matrices=False).Vh[:16]
+    weight = load.load_projection(tmp_path / "model" / "projection").linear.weight.double()
+    torch.testing.assert_close(weight.T @ weight, principal.T @ principal, rtol=1e-3, atol=1e-3)  # the same subspace
+    projected = load.load_projection(tmp_path / "model" / "projection")(hidden)
+    assert projected.std().item() == pytest.approx(1, rel=1e-3)
+    assert projected.mean(0).abs().max() < 1e-3
+
+
+def test_fresh_unet_comes_from_the_seed_and_leaves_the_global_generator_alone(tmp_path):
+    state = torch.random.get_rng_state()
+    compose("clip", tmp_path / "a", "--seed", "5")
+    assert torch.equal(state, torch.random.get_rng_state())
+    compose("clip", tmp_path / "b", "--fresh_unet", "--seed", "5", unet=tmp_path / "a")
+    compose("clip", tmp_path / "c", "--fresh_unet", "--seed", "6", unet=tmp_path / "a")
+    compose("clip", tmp_path / "d", unet=tmp_path / "c")
+    a, b, c, d = (load_file(tmp_path / x / "unet" / "diffusion_pytorch_model.safetensors") for x in "abcd")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not all(torch.equal(a[name], c[name]) for name in a)
+    assert all(torch.equal(c[name], d[name]) for name in c)
+    torch.manual_seed(5)
+    reference = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(TINY / "unet"))
+    assert all(torch.equal(a[name], tensor) for name, tensor in reference.state_dict().items())
+
+
+def test_parts_that_do_not_fit_are_refused_and_nothing_is_left(tmp_path):
+    vae = AutoencoderKL.from_config(AutoencoderKL.load_config(TINY / "vae"), latent_channels=8)
+    vae.save_pretrained(tmp_path / "vae8")
+    with pytest.raises(ValueError, match="8 latent channels"):
+        compose("clip", tmp_path / "out", vae=tmp_path / "vae8")
+    config = UNet2DConditionModel.load_config(TINY / "unet") | {"cross_attention_dim": 32}
+    UNet2DConditionModel.from_config(config).save_config(tmp_path / "unet32")
+    with pytest.raises(ValueError, match="64 wide"):
+        compose("clip", tmp_path / "out", unet=tmp_path / "unet32")
+    with pytest.raises(ValueError, match="no such directory"):
+        compose("clip", tmp_path / "out", vae=tmp_path / "nowhere")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["unet32", "vae8"]
+    compose("clip", tmp_path / "out")
+    with pytest.raises(ValueError, match="--overwrite"):
+        compose("clip", tmp_path / "out")
+
+
+def test_our_scripts_run_no_code_and_read_no_pickle_from_a_model_directory(model_t5, tmp_path):
+    model, canary = tmp_path / "model", tmp_path / "canary"
+    shutil.copytree(model_t5, model)
+    for path in (model / "pipeline.py", model / "projection" / "t5_projection.py"):
+        path.write_text(f"open({str(canary)!r}, 'w').close()\n")
+    sample = load_script("sample.py")
+    argv = ["--model", str(model), "--prompt", "a star", "--out", str(tmp_path / "out"), "--sampler_steps", "1"]
+    assert sample.main(argv) == 0
+    assert not canary.exists()
+    # In a process of its own: diffusers keeps what it imported from one local directory for the next.
+    load_it = (
+        f"DiffusionPipeline.from_pretrained({str(model)!r}, custom_pipeline={str(model)!r}, trust_remote_code=True)"
+    )
+    subprocess.run([sys.executable, "-c", f"from diffusers import DiffusionPipeline; {load_it}"], capture_output=True)
+    assert canary.exists()  # so the canary does sing where code runs
+    weights = model / "vae" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), model / "vae" / "diffusion_pytorch_model.bin")
+    weights.unlink()
+    with pytest.raises(OSError, match="safetensors"):
+        sample.main(argv)
+
+
+def test_components_of_other_classes_are_refused(tmp_path):
+    shutil.copytree(TINY / "vae", tmp_path / "vae")
+    config = json.loads((tmp_path / "vae" / "config.json").read_text())
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config | {"_class_name": "DiffusionPipeline"}))
+    with pytest.raises(ValueError, match="not a diffusers autoencoder"):
+        load.load_vae(tmp_path / "vae")
+
+
+def test_fingerprint_follows_weights_and_vocabulary_but_not_bookkeeping(tmp_path):
+    shutil.copytree(TINY / "vae", tmp_path / "a")
+    original = load.fingerprint(tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config | {"_diffusers_version": "9.9"}, indent=8))
+    assert load.fingerprint(tmp_path / "a") == original
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.5}))
+    assert load.fingerprint(tmp_path / "a") != original
+    shutil.copyfile(TINY / "vae" / "config.json", tmp_path / "a" / "config.json")
+    weights = tmp_path / "a" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert load.fingerprint(tmp_path / "a") != original
+
+
+def test_sample_script_writes_settings_into_pngs_and_the_same_noise_for_all_cfgs(model_sd, tmp_path):
+    from PIL import Image
+
+    argv = ["--model", str(model_sd), "--prompt", *PROMPTS, "--cfgs", "1", "3", "--sampler_steps", "2", "--seed", "9"]
+    argv += ["--out", str(tmp_path), "--grid", str(tmp_path / "grid.png")]
+    assert load_script("sample.py").main(argv) == 0
+    names = {sample_name(i, prompt, cfg) for i, prompt in enumerate(PROMPTS) for cfg in (1.0, 3.0)}
+    assert {path.name for path in tmp_path.iterdir()} == names | {"grid.png"}
+    info = Image.open(tmp_path / sample_name(1, PROMPTS[1], 3.0)).text
+    assert (info["prompt"], info["seed"], info["cfg"], info["num_inference_steps"]) == (PROMPTS[1], "10", "3", "2")
+
+
+def test_grid_shows_every_image_under_its_label(tmp_path):
+    from PIL import Image
+
+    colours = ["red", "lime", "blue"]
+    sheet = grid([Image.new("RGB", (64, 64), c) for c in colours], ["a longer label that must wrap", "b", ""], 2)
+    counts = {colour: count for count, colour in sheet.getcolors(1 << 20)}
+    for colour in ((255, 0, 0), (0, 255, 0), (0, 0, 255)):
+        assert counts[colour] == 128 * 128
+    save_png(sheet, tmp_path / "a" / "b.png", prompt="ünï <b>")
+    assert Image.open(tmp_path / "a" / "b.png").text["prompt"] == "ünï <b>"
+
+
+def test_sampler_for_v_prediction_keeps_the_models_betas():
+    scheduler = make_scheduler("v_prediction", make_scheduler("epsilon"))
+    assert sampler_for(scheduler).config.beta_end == 0.012

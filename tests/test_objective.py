@@ -1,0 +1,111 @@
+"""Objectives and loss weights against diffusers' own code and closed forms."""
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.training_utils import compute_snr
+
+from cachetrain.modeling.schedulers import SD_SCHEDULE, make_scheduler, objective_of, sampler_for
+from cachetrain.training.objective import alpha_sigma, min_snr_weights, noise_schedule, squared_error, target_of
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    latents, noise = torch.randn(2, 6, 4, 8, 8, generator=generator)
+    return latents, noise, torch.tensor([0, 1, 250, 500, 998, 999])
+
+
+def ddpm():
+    config = {k: v for k, v in SD_SCHEDULE.items() if k not in ("set_alpha_to_one", "steps_offset")}
+    return DDPMScheduler(**config)
+
+
+@pytest.mark.parametrize("objective", ["epsilon", "v_prediction"])
+def test_ddpm_noising_and_targets_equal_diffusers(objective, batch):
+    latents, noise, timesteps = batch
+    reference = ddpm()
+    alphas = noise_schedule(make_scheduler(objective), "cpu")
+    alpha, sigma = alpha_sigma(objective, timesteps, alphas)
+    torch.testing.assert_close(alpha * latents + sigma * noise, reference.add_noise(latents, noise, timesteps))
+    expected = noise if objective == "epsilon" else reference.get_velocity(latents, noise, timesteps)
+    torch.testing.assert_close(target_of(objective, latents, noise, alpha, sigma), expected)
+
+
+def test_flow_noising_and_target_equal_diffusers_and_lead_back_to_the_image(batch):
+    latents, noise, _ = batch
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0)
+    timesteps = scheduler.timesteps[[0, 100, 400, 600, 900, 999]]
+    alpha, sigma = alpha_sigma("flow", timesteps)
+    noisy = alpha * latents + sigma * noise
+    torch.testing.assert_close(noisy, scheduler.scale_noise(latents, timesteps, noise))
+    velocity = target_of("flow", latents, noise, alpha, sigma)
+    torch.testing.assert_close(noisy - sigma * velocity, latents)
+
+
+def test_min_snr_weights_match_paper(batch):
+    timesteps = batch[2]
+    snr = compute_snr(ddpm(), timesteps)
+    capped = torch.minimum(snr, torch.full_like(snr, 5.0))
+    for objective, expected in (("epsilon", capped / snr), ("v_prediction", capped / (snr + 1))):
+        alpha, sigma = alpha_sigma(objective, timesteps, noise_schedule(make_scheduler(objective), "cpu"))
+        torch.testing.assert_close(min_snr_weights(objective, alpha, sigma, 5.0), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_min_snr_weights_of_all_objectives_weigh_the_error_of_x0_alike(batch):
+    """The same error of x_0 must cost min(snr, gamma) whichever way it is predicted."""
+    latents, noise, _ = batch
+    alpha = torch.tensor([0.99, 0.9, 0.7, 0.5, 0.3, 0.1])[:, None, None, None]
+    error = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
+    for objective in ("epsilon", "v_prediction", "flow"):
+        sigma = 1 - alpha if objective == "flow" else (1 - alpha**2).sqrt()
+        snr = (alpha / sigma).square().flatten()
+        noisy = alpha * latents + sigma * noise
+        wrong = latents + error  # what the model believes x_0 to be, and the noise that follows from it
+        wrong_noise = (noisy - alpha * wrong) / sigma
+        prediction = target_of(objective, wrong, wrong_noise, alpha, sigma)
+        raw = squared_error(prediction, target_of(objective, latents, noise, alpha, sigma))
+        cost = raw * min_snr_weights(objective, alpha, sigma, 5.0)
+        expected = snr.clamp(max=5.0) * error.square().flatten(1).mean(1)
+        torch.testing.assert_close(cost, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_squared_error_of_bf16_reduces_in_float32():
+    prediction = torch.full((1, 4, 64, 64), 1.0, dtype=torch.bfloat16)
+    error = squared_error(prediction, torch.full((1, 4, 64, 64), 1.25))
+    assert error.dtype == torch.float32
+    assert error.item() == 0.0625
+
+
+@pytest.mark.parametrize("objective", ["epsilon", "v_prediction", "flow"])
+def test_scheduler_of_objective_says_and_samples_it(objective, tmp_path):
+    make_scheduler(objective).save_pretrained(tmp_path)
+    from cachetrain.modeling.load import load_scheduler
+
+    scheduler = load_scheduler(tmp_path)
+    assert objective_of(scheduler) == objective
+    assert objective_of(sampler_for(scheduler)) == objective
+
+
+@pytest.mark.parametrize("objective", ["epsilon", "v_prediction", "flow"])
+def test_denoise_with_a_perfect_model_recovers_the_image(objective):
+    """A UNet that knows x_0 must lead the sampler to it: schedules of training and sampling agree."""
+    from types import SimpleNamespace
+
+    from cachetrain.modeling.t5_pipeline import denoise
+
+    scheduler = sampler_for(make_scheduler(objective))
+    x0 = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3)).clamp(-2, 2)
+    alphas = noise_schedule(scheduler, "cpu")
+
+    class Oracle:
+        dtype = torch.float32
+
+        def __call__(self, x, t, **_):
+            alpha, sigma = alpha_sigma(objective, t.reshape(1), alphas)
+            noise = (x - alpha * x0) / sigma
+            return SimpleNamespace(sample=target_of(objective, x0, noise, alpha, sigma))
+
+    text = torch.zeros(1, 8, 4)
+    latents = denoise(Oracle(), scheduler, torch.randn(1, 4, 8, 8), text, text, 1.0, 20)
+    assert (latents - x0).abs().max() < 0.15  # DDIM ends at the noise of timestep 1, not at none

@@ -1,0 +1,99 @@
+"""The house rules that a program can check: arrows between the rooms, thin and quick scripts."""
+
+import ast
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import REPO
+
+PACKAGE = REPO / "cachetrain"
+SCRIPTS = sorted(
+    path.relative_to(REPO)
+    for folder in (".", "cache", "models", "dataset_scripts")
+    for path in (REPO / folder).glob("*.py")
+)
+# What each part of the package may import of the rest of it.
+ALLOWED = {
+    "sidecar": set(),
+    "cli": set(),
+    "modeling": set(),
+    "caching": {"sidecar", "cli", "modeling"},
+    "training": {"sidecar", "cli", "modeling"},
+}
+
+
+def imports_of(path):
+    """Dotted names that a module imports, inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def wrong_arrows(package):
+    for path in sorted(package.rglob("*.py")):
+        room = path.relative_to(package).parts[0].removesuffix(".py")
+        if room == "__init__":
+            continue
+        for name in imports_of(path):
+            parts = name.split(".")
+            if parts[0] == "cachetrain" and len(parts) > 1 and parts[1] not in ALLOWED[room] | {room}:
+                yield f"{path.name}: {room} imports {name}"
+            if parts[0] in {script.stem for script in SCRIPTS}:
+                yield f"{path.name} imports the script {name}"
+
+
+def test_package_arrows_point_one_way():
+    assert list(wrong_arrows(PACKAGE)) == []
+
+
+def test_a_wrong_arrow_is_noticed(tmp_path):
+    (tmp_path / "caching").mkdir()
+    (tmp_path / "caching" / "x.py").write_text("def f():\n    from cachetrain.training import data\n")
+    (tmp_path / "sidecar.py").write_text("import sample\n")
+    assert len(list(wrong_arrows(tmp_path))) == 3  # the module, the name in it, the script
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=str)
+def test_help_answers_in_half_a_second_without_torch(script):
+    code = (
+        f"import runpy, sys; sys.argv = [{str(REPO / script)!r}, '--help']\n"
+        f"sys.path.insert(0, {str((REPO / script).parent)!r})\n"
+        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "finally:\n    assert 'torch' not in sys.modules, 'torch was imported'\n"
+    )
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
+        times.append(time.perf_counter() - start)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("usage:")
+    assert min(times) < 0.5
+
+
+@pytest.mark.parametrize("script", [s for s in SCRIPTS if "cachetrain" in (REPO / s).read_text()], ids=str)
+def test_script_without_the_package_says_in_one_line_what_to_run(script):
+    required = {
+        "train_from_cached.py": ["--train_data_dir", "x", "--model", "x", "--output_dir", os.devnull + "/x"],
+        "sample.py": ["--model", "x", "--prompt", "x", "--out", "x"],
+    }
+    command = [sys.executable, "-S", REPO / script, *required.get(script.name, [])]
+    done = subprocess.run(command, capture_output=True, text=True, cwd="/")
+    assert done.returncode != 0
+    assert len(done.stderr.strip().splitlines()) == 1
+    if script.name != "train_from_cached.py":  # its output_dir is refused first
+        assert "run ./quickstart.sh" in done.stderr
+
+
+def test_scripts_are_executable_and_have_an_example():
+    for script in SCRIPTS:
+        path = REPO / script
+        assert os.access(path, os.X_OK), script
+        assert script.name in ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), script

@@ -1,0 +1,361 @@
+"""The training loop against a plain loop of diffusers and torch, and what must not change a run."""
+
+import hashlib
+import json
+import shutil
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from conftest import load_script
+from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import compute_snr
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from cachetrain.sidecar import read_sidecar, write_sidecar
+from cachetrain.training import draws
+from cachetrain.training.data import Batches, CachedPairs, collate
+from cachetrain.training.index import PairIndex
+
+torch.set_num_threads(1)
+trainer = load_script("train_from_cached.py")
+
+T5 = [".img_sdxl", ".txt_t5cache"]
+CLIP = [".img_sdxl", ".txt_clipl"]
+
+
+def run(data, model, out, *flags, suffixes=T5):
+    """Runs the trainer on `data` and returns (metrics lines, final UNet weights)."""
+    flags = list(map(str, flags))
+    steps = flags[flags.index("--max_steps") + 1]
+    argv = ["--train_data_dir", data, "--model", model, "--output_dir", out, "--logdir", out.parent / "tb"]
+    argv += ["--imgcache_suffix", suffixes[0], "--txtcache_suffix", suffixes[1], "--precision", "fp32"]
+    argv += ["--num_workers", 0, "--log_step", 1, "--device", "cpu"]
+    assert trainer.main([*map(str, argv), *flags]) == 0
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    weights = load_file(out / f"checkpoint-{int(steps):06d}" / "unet" / "diffusion_pytorch_model.safetensors")
+    return lines, weights
+
+
+def digest(weights):
+    parts = hashlib.sha256()
+    for name in sorted(weights):
+        parts.update(name.encode() + weights[name].numpy().tobytes())
+    return parts.hexdigest()
+
+
+def distance(weights, expected, start):
+    """How far two trained UNets are apart, as a share of how far training moved them.
+
+    Adam divides by the gradient's size, so that single elements with gradients near 0 amplify rounding; the whole
+    does not.
+    """
+    apart = sum((weights[name] - tensor).square().sum() for name, tensor in expected.items())
+    moved = sum((start[name] - tensor).square().sum() for name, tensor in expected.items())
+    return (apart / moved).sqrt().item()
+
+
+def plain_loop(data, model, objective, steps, accum, batch_size, masked, gamma):
+    """What the trainer must equal, written with diffusers and torch only (draws and order are given)."""
+    index = PairIndex([data], *(T5 if masked else CLIP))
+    order = iter(Batches(index, batch_size, 0, steps * accum))
+    unet = UNet2DConditionModel.from_pretrained(model / "unet").train()
+    ddpm = DDPMScheduler.from_pretrained(model / "scheduler", prediction_type=objective)
+    scale = json.loads((model / "vae" / "config.json").read_text())["scaling_factor"]
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3, betas=(0.9, 0.999), weight_decay=0.01)
+    rates = get_scheduler("cosine", optimizer, num_warmup_steps=2, num_training_steps=20)
+    losses = []
+    for _ in range(steps):
+        total = 0.0
+        for _ in range(accum):
+            for epoch, i in (keys := next(order)):
+                assert draws.generator(0, epoch, i, draws.DROPOUT).random() >= 0  # the null caption is off here
+            latents = torch.stack([load_file(index.image_path(i))["latent"].float() * scale for _, i in keys])
+            noise = torch.stack([
+                torch.from_numpy(draws.generator(0, e, i, draws.NOISE).standard_normal(latents[0].shape, np.float32))
+                for e, i in keys
+            ])  # fmt: skip
+            u = torch.tensor([draws.generator(0, e, i, draws.TIMESTEP).random() for e, i in keys])
+            text = [load_file(index.text_path(i))["emb"].float() for _, i in keys]
+            hidden = torch.nn.utils.rnn.pad_sequence(text, batch_first=True)
+            mask = None
+            if masked:
+                mask = torch.arange(hidden.shape[1]) < torch.tensor([len(t) for t in text])[:, None]
+            if objective == "flow":
+                t, sigma = u * 1000, u.float()[:, None, None, None]
+                noisy, target = (1 - sigma) * latents + sigma * noise, noise - latents
+            else:
+                t = (u * 1000).long()
+                noisy = ddpm.add_noise(latents, noise, t)
+                target = noise if objective == "epsilon" else ddpm.get_velocity(latents, noise, t)
+            loss = (unet(noisy, t, hidden, encoder_attention_mask=mask).sample - target).square().mean((1, 2, 3))
+            if gamma:
+                snr = compute_snr(ddpm, t)
+                loss = loss * snr.clamp(max=gamma) / (snr if objective == "epsilon" else snr + 1)
+            loss.mean().div(accum).backward()
+            total += loss.mean().item() / accum
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        rates.step()
+        optimizer.zero_grad()
+        losses.append(total)
+    return losses, unet.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("objective", "accum", "masked", "gamma"),
+    [("epsilon", 2, True, 5.0), ("v_prediction", 1, False, 5.0), ("flow", 2, True, None)],
+)
+def test_ten_steps_equal_a_plain_loop(objective, accum, masked, gamma, shapes, model_t5, model_sd, tmp_path):
+    model = model_t5 if masked else model_sd
+    flags = ["--max_steps", 10, "--batch_size", 3, "--gradient_accum", accum, "--objective", objective, "--lr", 1e-3]
+    flags += ["--scheduler", "cosine", "--warmup_steps", 2, "--lr_decay_steps", 20, "--cond_dropout", 0]
+    flags += ["--use_snr", "--noise_gamma", gamma] if gamma else []
+    lines, weights = run(shapes, model, tmp_path / "run", *flags, suffixes=T5 if masked else CLIP)
+    losses, expected = plain_loop(shapes, model, objective, 10, accum, 3, masked, gamma)
+    assert [line["01_Training/loss"] for line in lines] == pytest.approx(losses, rel=1e-4)
+    assert distance(weights, expected, UNet2DConditionModel.from_pretrained(model / "unet").state_dict()) < 1e-3
+
+
+def test_accumulation_equals_one_big_batch(shapes, model_t5, tmp_path):
+    common = ["--max_steps", 4, "--lr", 1e-3]
+    _, big = run(shapes, model_t5, tmp_path / "big", *common, "--batch_size", 6)
+    _, accumulated = run(shapes, model_t5, tmp_path / "acc", *common, "--batch_size", 2, "--gradient_accum", 3)
+    assert distance(accumulated, big, UNet2DConditionModel.from_pretrained(model_t5 / "unet").state_dict()) < 1e-3
+
+
+def test_workers_samples_saves_and_logging_never_change_the_weights(shapes, model_t5, tmp_path):
+    common = ["--max_steps", 5, "--batch_size", 4, "--lr", 1e-3, "--cond_dropout", 0.3]
+    _, bare = run(shapes, model_t5, tmp_path / "bare", *common)
+    everything = ["--num_workers", 2, "--log_step", 2, "--save_steps", 2, "--sample_steps", 2, "--sampler_steps", 2]
+    everything += ["--sample_prompt", "a red circle", "--ema_decay", 0.9]
+    _, loaded = run(shapes, model_t5, tmp_path / "loaded", *common, *everything)
+    assert digest(bare) == digest(loaded)
+    _, other_seed = run(shapes, model_t5, tmp_path / "seed", *common, "--seed", 1)
+    assert digest(bare) != digest(other_seed)
+
+
+def test_padding_never_changes_a_prediction(shapes, model_t5):
+    unet = UNet2DConditionModel.from_pretrained(model_t5 / "unet").eval()
+    index = PairIndex([shapes], *T5)
+    samples = [CachedPairs(index, 0, None, 1.0)[0, i] for i in (0, 1)]
+    samples[1]["embedding"] = samples[1]["embedding"][:5]  # lengths that differ a lot
+    batch = collate(samples, masked=True)
+    assert batch["encoder_hidden_states"].shape[1] % 8 == 0
+    hidden = batch["encoder_hidden_states"].clone()
+    hidden[~batch["encoder_attention_mask"]] = 100.0  # whatever padding holds must not matter
+    t = torch.tensor([500, 500])
+    with torch.no_grad():
+        together = unet(batch["latents"], t, hidden, encoder_attention_mask=batch["encoder_attention_mask"]).sample
+        for row, sample in enumerate(samples):
+            alone = unet(sample["latents"][None], t[:1], sample["embedding"][None]).sample
+            torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_an_epoch_visits_every_sample_once_and_drops_none():
+    class Index:
+        shape_ids = np.array([0] * 10 + [1] * 7)
+
+        def __len__(self):
+            return 17
+
+    batches = list(islice(Batches(Index(), 4, 0, 40), 40))
+    for batch in batches:
+        assert len({Index.shape_ids[i] for _, i in batch}) == 1
+    visits = [key for batch in batches for key in batch]
+    assert len(visits) == len(set(visits)) == 160
+    # 160 visits hold at least 8 whole epochs; at most 3 of one shape and 3 of the other are still waiting.
+    for epoch in range(8):
+        assert sorted(i for e, i in visits if e == epoch) == list(range(17))
+
+
+def test_batch_order_is_the_seeds_permutation_and_changes_with_the_epoch():
+    first, second = draws.permutation(0, 0, 100), draws.permutation(0, 1, 100)
+    assert sorted(first) == list(range(100))
+    assert (first != second).any()
+    assert (first == draws.permutation(0, 0, 100)).all()
+    assert (first != draws.permutation(1, 0, 100)).any()
+
+
+def test_draws_of_a_sample_are_its_own_and_standard_normal():
+    noise = draws.generator(0, 3, 7, draws.NOISE).standard_normal(200_000)
+    assert abs(noise.mean()) < 0.01
+    assert abs(noise.std() - 1) < 0.01
+    for other in ((1, 3, 7, draws.NOISE), (0, 4, 7, draws.NOISE), (0, 3, 8, draws.NOISE), (0, 3, 7, draws.FLIP)):
+        assert abs(np.corrcoef(noise, draws.generator(*other).standard_normal(200_000))[0, 1]) < 0.01
+
+
+def test_cond_dropout_replaces_the_share_of_captions_asked_for(shapes):
+    index = PairIndex([shapes], *T5)
+    null = read_sidecar(shapes / "_null_caption.txt_t5cache")[0]["emb"].float()
+    pairs = CachedPairs(index, 0, null, 1.0, cond_dropout=0.2)
+    samples = [pairs[epoch, i] for epoch in range(25) for i in range(24)]
+    dropped = [sample for sample in samples if sample["dropped"]]
+    assert 0.15 < len(dropped) / len(samples) < 0.25
+    assert all(torch.equal(sample["embedding"], null) for sample in dropped)
+    kept = next(sample for sample in samples if not sample["dropped"])
+    assert torch.equal(kept["embedding"], read_sidecar(index.text_path(kept["sample"]))[0]["emb"].float())
+
+
+def test_flip_uses_latent_flip_and_says_how_to_get_it(shapes, tmp_path):
+    index = PairIndex([shapes], *T5)
+    with pytest.raises(ValueError, match=r"cache with --flip"):
+        CachedPairs(index, 0, None, 1.0, flip_p=1.0)[0, 0]
+    data = tmp_path / "data"
+    shutil.copytree(shapes, data)
+    tensors, header = read_sidecar(index.image_path(0))
+    flipped = {**tensors, "latent_flip": -tensors["latent"]}
+    write_sidecar(data / (index.stem(0).split("/")[-1] + ".img_sdxl"), flipped, header.metadata)
+    pairs = CachedPairs(PairIndex([data], *T5), 0, None, 2.0, shift_factor=0.5, flip_p=1.0)
+    torch.testing.assert_close(pairs[0, 0]["latents"], (-tensors["latent"].float() - 0.5) * 2.0)
+
+
+def test_logged_scalars_are_right_and_in_both_logs(shapes, model_t5, tmp_path):
+    flags = ["--max_steps", 3, "--batch_size", 4, "--use_snr", "--objective", "epsilon", "--cond_dropout", 0]
+    lines, _ = run(shapes, model_t5, tmp_path / "run", *flags)
+    # Step 1 by hand: loss of the untrained UNet, gradients from autograd.
+    index = PairIndex([shapes], *T5)
+    scale = json.loads((model_t5 / "vae" / "config.json").read_text())["scaling_factor"]
+    pairs = CachedPairs(index, 0, None, scale)
+    batch = collate([pairs[key] for key in next(iter(Batches(index, 4, 0, 1)))], masked=True)
+    unet = UNet2DConditionModel.from_pretrained(model_t5 / "unet").train()
+    ddpm = DDPMScheduler.from_pretrained(model_t5 / "scheduler")
+    noisy = ddpm.add_noise(batch["latents"], batch["noise"], batch["timesteps"])
+    hidden, mask = batch["encoder_hidden_states"], batch["encoder_attention_mask"]
+    error = (unet(noisy, batch["timesteps"], hidden, encoder_attention_mask=mask).sample - batch["noise"]).square()
+    snr = compute_snr(ddpm, batch["timesteps"])
+    loss = (error.mean((1, 2, 3)) * snr.clamp(max=5) / snr).mean()
+    loss.backward()
+    qk = torch.cat([
+        p.grad.flatten() for name, p in unet.named_parameters() if ".to_q." in name or ".to_k." in name
+    ])  # fmt: skip
+    norm = torch.cat([p.grad.flatten() for p in unet.parameters()]).norm()
+    first = lines[0]
+    assert first["01_Training/loss"] == first["01_Training/loss_snr"] == pytest.approx(loss.item(), rel=1e-4)
+    assert first["01_Training/loss_raw"] == pytest.approx(error.mean().item(), rel=1e-4)
+    assert first["01_Training/qk_grads_av"] == pytest.approx(qk.abs().mean().item(), rel=1e-3)
+    assert first["01_Training/grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+    assert first["01_Training/images_seen"] == 4
+    events = EventAccumulator(str(tmp_path / "tb" / "run"))
+    events.Reload()
+    for tag in events.Tags()["scalars"]:
+        for event in events.Scalars(tag):
+            assert event.value == pytest.approx(lines[event.step - 1][tag], rel=1e-5)
+    assert set(events.Tags()["scalars"]) == set(first) - {"step"}
+
+
+@pytest.mark.parametrize("flavour", ["t5", "sd"])
+def test_checkpoint_is_a_complete_pipeline_whose_frozen_parts_are_stored_once(
+    flavour, shapes, model_t5, model_sd, tmp_path
+):
+    model, suffixes = (model_t5, T5) if flavour == "t5" else (model_sd, CLIP)
+    flags = ["--max_steps", 4, "--batch_size", 2, "--save_steps", 2, "--ema_decay", 0.9, "--lr", 1e-3]
+    _, weights = run(shapes, model, tmp_path / "run", *flags, "--objective", "v_prediction", suffixes=suffixes)
+    first, second = tmp_path / "run" / "checkpoint-000002", tmp_path / "run" / "checkpoint-000004"
+    for path in second.rglob("*"):
+        if path.is_file() and path.relative_to(second).parts[0] in ("vae", "text_encoder", "tokenizer", "projection"):
+            twin = first / path.relative_to(second)
+            assert path.stat().st_ino == twin.stat().st_ino
+            original = model / path.relative_to(second)
+            assert path.read_bytes() == original.read_bytes()
+            assert path.stat().st_ino != original.stat().st_ino
+    if flavour == "t5":
+        pipe = DiffusionPipeline.from_pretrained(second, custom_pipeline=str(second), trust_remote_code=True)
+    else:
+        pipe = StableDiffusionPipeline.from_pretrained(second)
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
+    assert digest(pipe.unet.state_dict()) == digest(weights)
+    image = pipe("a red circle", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
+    assert image.size == (64, 64)
+    ema = load_file(second / "unet_ema" / "diffusion_pytorch_model.safetensors")
+    assert digest(ema) != digest(weights)
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_bf16_autocast_keeps_float32_weights_and_learns(shapes, model_t5, tmp_path):
+    flags = ["--max_steps", 40, "--batch_size", 8, "--lr", 2e-3, "--precision", "bf16", "--objective", "flow"]
+    lines, weights = run(shapes, model_t5, tmp_path / "run", *flags)
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    losses = [line["01_Training/loss_raw"] for line in lines]
+    assert np.mean(losses[-10:]) < 0.75 * np.mean(losses[:5])
+
+
+def test_settings_are_kept_with_the_run(shapes, model_t5, tmp_path):
+    config = tmp_path / "my_run.sh"
+    config.write_text("#!/bin/sh\n")
+    run(shapes, model_t5, tmp_path / "run", "--max_steps", 1, "--batch_size", 2, "--copy_config", config)
+    assert (tmp_path / "run" / "my_run.sh").read_text() == "#!/bin/sh\n"
+    args = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert args["batch_size"] == 2
+    assert args["cond_dropout"] == 0.04
+
+
+def refused(data, model, out, *flags, suffixes=T5):
+    """The message with which the trainer refuses to start."""
+    with pytest.raises(ValueError) as error:
+        run(data, model, out, "--max_steps", 1, "--batch_size", 2, *flags, suffixes=suffixes)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("key", ["encoder", "settings", "scaling_factor"])
+def test_mixed_caches_are_refused_naming_two_files(key, shapes, model_t5, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(shapes, data)
+    odd = sorted(data.glob("*.img_sdxl"))[5]
+    tensors, header = read_sidecar(odd)
+    write_sidecar(odd, tensors, {**header.metadata, key: header.metadata[key] + "0"})
+    message = refused(data, model_t5, tmp_path / "run")
+    assert str(odd) in message
+    assert str(sorted(data.glob("*.img_sdxl"))[0]) in message
+    assert key in message
+
+
+def test_caches_that_do_not_fit_the_unet_are_refused(shapes, model_t5, tmp_path):
+    for field, value, word in (("in_channels", 8, "channels"), ("cross_attention_dim", 32, "wide")):
+        model = tmp_path / field
+        UNet2DConditionModel.from_config(
+            UNet2DConditionModel.load_config(model_t5 / "unet"), **{field: value}
+        ).save_pretrained(model)
+        assert word in refused(shapes, model, tmp_path / f"run_{field}")
+
+
+def test_run_that_cannot_start_says_why(shapes, model_t5, tmp_path):
+    assert "run the cache scripts" in refused(tmp_path, model_t5, tmp_path / "a")
+    data = tmp_path / "data"
+    shutil.copytree(shapes, data)
+    (data / "_null_caption.txt_t5cache").unlink()
+    assert "_null_caption" in refused(data, model_t5, tmp_path / "b")
+    run(shapes, model_t5, tmp_path / "c", "--max_steps", 1, "--batch_size", 2)
+    assert "already holds a run" in refused(shapes, model_t5, tmp_path / "c")
+    damaged = sorted(data.glob("*.txt_t5cache"))[3]
+    damaged.write_bytes(damaged.read_bytes()[:-7])
+    assert str(damaged) in refused(data, model_t5, tmp_path / "d")
+
+
+def test_headerless_caches_train_with_one_warning(shapes, model_t5, tmp_path, capsys):
+    from safetensors.torch import save_file
+
+    data = tmp_path / "data"
+    data.mkdir()
+    for path in shapes.glob("*.*"):
+        if path.suffix in T5:
+            save_file(load_file(path), data / path.name)
+    assert "vae_scaling_factor" in refused(data, model_t5, tmp_path / "a")
+    capsys.readouterr()
+    run(data, model_t5, tmp_path / "b", "--max_steps", 1, "--batch_size", 2, "--vae_scaling_factor", 0.5)
+    assert capsys.readouterr().err.count("cannot be verified") == 1
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--noise_gamma", "5"], ["--lr_decay_steps", "9"], ["--warmup_steps", "9"], ["--sample_cfgs", "1"],
+     ["--cond_dropout", "2"], ["--batch_size", "0"], ["--max_steps", "1.5"]],
+)  # fmt: skip
+def test_flags_that_cannot_apply_are_errors(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        trainer.main(["--train_data_dir", "x", "--model", "x", "--output_dir", "x", *flags])
+    assert stop.value.code == 2
+    assert flags[0] in capsys.readouterr().err
