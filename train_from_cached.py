@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Trains a Stable-Diffusion-class UNet from cached latents and text embeddings.
 
-    ./train_from_cached.py --model runwayml_sd15 --train_data_dir /data --output_dir output/run1 \\
+    ./train_from_cached.py --model models/t5_sd15 --train_data_dir /data --output_dir output/run1 \\
         --imgcache_suffix .img_sdxl --txtcache_suffix .txt_t5cache --batch_size 64 --lr 1e-5 --max_steps 10000
 
 Reads only sidecars: no VAE, no text encoder and no pixels in the loop. train_sd.sh and train_t5.sh are its front
@@ -15,13 +15,17 @@ from pathlib import Path
 
 try:
     from cachetrain import cli
-    from cachetrain.training.options import parse_args
+    from cachetrain.training import options
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`") from None
 
 
+def parse_args(argv=None):
+    return options.parse_args(__doc__, argv)
+
+
 def main(argv=None):
-    args = parse_args(__doc__, argv)
+    args = parse_args(argv)
     output_dir = open_output_dir(args)
 
     import torch

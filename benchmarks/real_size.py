@@ -1,0 +1,181 @@
+#!/usr/bin/env python3
+"""Runs the real size on whatever machine this is: SD1.5's UNet, SD's and SDXL's VAE, CLIP-L; random weights.
+
+    ./benchmarks/real_size.py --work /tmp/real_size
+
+Photographs of scikit-image (test extra) are cached at 512x512 through the scripts, then the UNet trains a few steps
+at batch 1. Each is compared with its bare counterpart, run beside it on the same inputs: the VAE or text tower alone
+on one resident batch, and a loop of forward, backward and AdamW on one resident batch. Needs 20 GB of memory and
+15 GB of disk; about ten minutes on two CPU cores.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from cachetrain import cli
+
+REPO = Path(__file__).resolve().parent.parent
+CAPTIONS = {
+    "astronaut": "a woman in an orange space suit in front of a flag and a model of a space shuttle",
+    "chelsea": "a close-up of a tabby cat with green eyes",
+    "coffee": "a cup of coffee on a saucer on a wooden table",
+    "rocket": "a rocket on its launch pad at dusk",
+}
+
+
+def parse_args(argv=None):
+    parser = cli.parser(__doc__)
+    parser.add_argument("--work", required=True, help="directory for models, caches and the run; kept")
+    parser.add_argument("--steps", type=int, default=4, help="training steps; the first one is not timed")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of training")
+    parser.add_argument(
+        "--bare", choices=("vae", "clip", "unet"), help="run only this bare counterpart (used by itself)"
+    )
+    return parser.parse_args(argv)
+
+
+def make_models(work):
+    """Saves random pipelines sd/ and sdxl_vae/ of the real sizes; returns nothing, skips what is there."""
+    import torch
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    if (work / "sd").exists():
+        return
+    torch.manual_seed(0)
+    blocks = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
+    blocks |= {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    AutoencoderKL(**blocks, sample_size=512, scaling_factor=0.18215).save_pretrained(work / "sd_vae")
+    AutoencoderKL(**blocks, sample_size=1024, scaling_factor=0.13025).save_pretrained(work / "sdxl_vae")
+    UNet2DConditionModel(sample_size=64, cross_attention_dim=768).save_config(work / "unet")
+    tiny = REPO / "models" / "tiny" / "clip" / "tokenizer"
+    config = CLIPTextConfig(
+        vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+        projection_dim=768, hidden_act="quick_gelu", bos_token_id=49406, eos_token_id=49407, pad_token_id=1,
+    )  # fmt: skip
+    CLIPTextModel(config).save_pretrained(work / "clip" / "text_encoder")
+    (work / "clip" / "tokenizer").mkdir()
+    for path in tiny.iterdir():  # its ids are few, but the tower costs the same whatever the ids
+        (work / "clip" / "tokenizer" / path.name).write_bytes(path.read_bytes())
+    parts = ["--unet", work / "unet", "--vae", work / "sd_vae", "--clip", work / "clip", "--out", work / "sd"]
+    subprocess.run([sys.executable, REPO / "models" / "compose_sd.py", *parts], check=True)
+
+
+def make_photographs(data):
+    """Writes the photographs as JPEGs with captions."""
+    import skimage.data
+    from PIL import Image
+
+    data.mkdir(parents=True, exist_ok=True)
+    for name, caption in CAPTIONS.items():
+        Image.fromarray(getattr(skimage.data, name)()).convert("RGB").save(data / f"{name}.jpg", quality=92)
+        (data / f"{name}.txt").write_text(caption)
+
+
+def measured(*command):
+    """Runs a command; returns (seconds, peak memory of that process in GiB, its standard output)."""
+    start = time.perf_counter()
+    process = subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.PIPE, text=True)
+    output = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise ValueError(f"{command[0]} failed with status {status}")
+    return time.perf_counter() - start, usage.ru_maxrss / 2**20, output
+
+
+def bare(what, work, args):
+    """The counterpart without our code around it; prints seconds per image as JSON."""
+    import torch
+
+    from cachetrain.modeling import load
+
+    if what == "unet":
+        return bare_loop(work, args)
+    if what == "vae":
+        vae, x = load.load_vae(work / "sd_vae"), torch.rand(1, 3, 512, 512)
+        call = lambda: vae.encode(x).latent_dist.mean  # noqa: E731
+    else:
+        clip = load.load_text_encoder(work / "clip" / "text_encoder")
+        ids = torch.zeros(4, 77, dtype=torch.long)
+        call = lambda: clip(ids).last_hidden_state  # noqa: E731
+    with torch.no_grad():
+        call()
+        start = time.perf_counter()
+        for _ in range(3):
+            call()
+    print(json.dumps((time.perf_counter() - start) / 3 / (4 if what == "clip" else 1)))
+
+
+def bare_loop(work, args):
+    """Seconds per step of forward, backward and AdamW on one resident batch of one."""
+    import torch
+
+    from cachetrain.modeling import load
+
+    unet = load.load_unet(work / "sd" / "unet")
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-5, fused=True)
+    x, text, t = torch.randn(1, 4, 64, 64), torch.randn(1, 77, 768), torch.tensor([500])
+    for step in range(args.steps):
+        if step == 1:
+            start = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16"):
+            output = unet(x, t, text).sample
+        (output.float() - x).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    print(json.dumps((time.perf_counter() - start) / (args.steps - 1)))
+
+
+def encode_seconds(output):
+    """Seconds per image out of a cache script's last line."""
+    return 1 / float(output.strip().splitlines()[-1].split()[-2])
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    work = Path(args.work)
+    if args.bare:
+        bare(args.bare, work, args)
+        return 0
+    work.mkdir(parents=True, exist_ok=True)
+    make_models(work)
+    make_photographs(data := work / "data")
+    counterpart = {
+        what: float(measured(__file__, "--work", work, "--bare", what, "--steps", args.steps,
+                             "--precision", args.precision)[2])
+        for what in ("vae", "clip", "unet")
+    }  # fmt: skip
+
+    rows = []
+    for script, model, what in (
+        ("create_img_sdvae.py", ["--model", work / "sd"], "vae"),
+        ("create_img_sdxl.py", ["--model", work / "sdxl_vae", "--vae"], "vae"),
+        ("create_clipl.py", ["--model", work / "sd"], "clip"),
+    ):
+        flags = ["--data_root", data, "--overwrite", "--batch_size", "4" if what == "clip" else "1"]
+        seconds, gib, output = measured(REPO / "cache" / script, *flags, *model)
+        rows.append((f"cache/{script}, 512x512", encode_seconds(output), counterpart[what], seconds, gib))
+
+    name = f"run-{int(time.time())}"
+    seconds, gib, _ = measured(
+        REPO / "train_from_cached.py", "--model", work / "sd", "--train_data_dir", data, "--output_dir", work / name,
+        "--logdir", work / "tensorboard", "--imgcache_suffix", ".img_sdvae", "--txtcache_suffix", ".txt_clipl",
+        "--batch_size", "1", "--max_steps", args.steps, "--log_step", "1", "--precision", args.precision,
+    )  # fmt: skip
+    lines = [json.loads(line) for line in (work / name / "metrics.jsonl").read_text().splitlines()][1:]
+    step_s = sum(1 / line["05_Performance/images_per_second"] for line in lines) / len(lines)
+    rows.append((f"train_from_cached.py, {args.precision}, batch 1", step_s, counterpart["unet"], seconds, gib))
+
+    print(f"{'':44}{'s/image':>9}{'bare':>9}{'ratio':>7}{'total s':>9}{'peak GiB':>10}")
+    for label, per_image, reference, total, gib in rows:
+        print(f"{label:44}{per_image:9.2f}{reference:9.2f}{per_image / reference:7.2f}{total:9.0f}{gib:10.1f}")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
