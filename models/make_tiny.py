@@ -14,10 +14,12 @@ Only pictures and captions of the data set are used here: what it holds out stay
 """
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,18 +114,39 @@ def make_t5(out, device):
     encoder.bfloat16().save_pretrained(out / "t5" / "text_encoder")
 
 
+def merge_pair(symbols, pair):
+    """Returns the symbols with each occurrence of the pair joined, from the left."""
+    merged = []
+    for symbol in symbols:
+        if merged and (merged[-1], symbol) == pair:
+            merged[-1] += symbol
+        else:
+            merged.append(symbol)
+    return merged
+
+
+def learn_merges(words):
+    """Learns byte pair merges (Sennrich et al. 2016) until every word is one token.
+
+    The tokenizers library has a trainer too; it breaks ties in another order at each run.
+    """
+    words = [[*word[:-1], f"{word[-1]}</w>"] for word in words]
+    merges = []
+    while counts := Counter(pair for symbols in words for pair in itertools.pairwise(symbols)):
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        merges.append(best)
+        words = [merge_pair(symbols, best) for symbols in words]
+    return merges
+
+
 def write_clip_tokenizer(folder):
     """Writes CLIP's byte-level BPE: merges that make each word of this world one token, bytes for the rest.
 
     Returns the vocabulary size; the last two ids are <|startoftext|> and <|endoftext|>.
     """
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers import pre_tokenizers
 
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    trainer = trainers.BpeTrainer(end_of_word_suffix="</w>", show_progress=False)
-    bpe.train_from_iterator([" ".join(WORDS)] * 2, trainer)
-    merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
+    merges = learn_merges(WORDS)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*alphabet, *(f"{letter}</w>" for letter in alphabet), *(a + b for a, b in merges)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
