@@ -110,11 +110,15 @@ def test_clip_skip_changes_the_embeddings_but_1_is_0(clip_cache, root):
 @pytest.mark.parametrize("raw", [False, True])
 def test_t5_batches_equal_each_caption_alone_without_padding(t5_cache, t5_model, root, raw):
     flags = ("--raw",) if raw else ()
+    near = {f"n{index}": "red " * (12 + index) for index in range(6)}  # of like length: these share batches
+    save_pictures(root, [f"{name}.png" for name in near], size=(8, 8))
+    for name, caption in near.items():
+        (root / f"{name}.txt").write_text(caption)
     assert t5_cache("--max_length", 32, "--store_dtype", "fp32", "--batch_size", 3, *flags) == 0
     encoder = T5EncoderModel.from_pretrained(t5_model / "text_encoder", dtype=torch.float32).eval()
     tokenizer = T5Tokenizer.from_pretrained(t5_model / "tokenizer")
     projection = T5Projection.from_pretrained(t5_model / "projection")
-    for name, caption in [*CAPTIONS.items(), ("_null_caption", "")]:
+    for name, caption in [*CAPTIONS.items(), *near.items(), ("_null_caption", "")]:
         ids = tokenizer(caption.strip(), truncation=True, max_length=32, return_tensors="pt").input_ids
         expected = encoder(ids).last_hidden_state[0]
         stored = emb(root / f"{name}{T5}")

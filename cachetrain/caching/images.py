@@ -82,17 +82,17 @@ def decode(data, width, height):
         # Metadata quirks, and "large image" (twice that size is an error): neither spoils the pixels.
         warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(data)) as image:
-            original_size, swapped = image.size, image.getexif().get(0x0112) in (5, 6, 7, 8)
+            stored_size, swapped = image.size, image.getexif().get(0x0112) in (5, 6, 7, 8)
             goal = (height, width) if swapped else (width, height)
-            if min(image.size[0] / goal[0], image.size[1] / goal[1]) > _DRAFT_MARGIN:
+            if min(stored_size[0] / goal[0], stored_size[1] / goal[1]) > _DRAFT_MARGIN:
                 image.draft(None, (goal[0] * _DRAFT_MARGIN, goal[1] * _DRAFT_MARGIN))
+            reduction = round(stored_size[0] / image.size[0])
             rgb = to_rgb(ImageOps.exif_transpose(image))
-    if swapped:
-        original_size = original_size[::-1]
-    box = cover_box(rgb.size, width, height)
-    resized = rgb.resize((width, height), Image.Resampling.BICUBIC, box=box)
-    scale = (original_size[0] / rgb.size[0], original_size[1] / rgb.size[1]) * 2
-    return np.array(resized), original_size, tuple(edge * s for edge, s in zip(box, scale, strict=True))
+    original_size = stored_size[::-1] if swapped else stored_size
+    crop_box = cover_box(original_size, width, height)
+    # A reduced size is rounded up, so the box is placed in the original and scaled.
+    box = tuple(edge / reduction for edge in crop_box)
+    return np.array(rgb.resize((width, height), Image.Resampling.BICUBIC, box=box)), original_size, crop_box
 
 
 def cover_box(size, width, height):
