@@ -5,20 +5,22 @@
 #   ./quickstart.sh --data_root DIR  your own folder of captioned images, at 64x64: caches, short training, samples
 # Everything lands in quickstart/; a second run skips what is done (delete a part to have it made again).
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
 
 FLAVOUR=t5
 OWN_DATA=
 while [ $# -gt 0 ]; do
     case $1 in
         --sd) FLAVOUR=sd ;;
-        --data_root) OWN_DATA=${2:?--data_root needs a directory}; shift ;;
-        -h | --help) sed -n '2,6s/^# //p' "$0"; exit 0 ;;
+        --data_root)
+            OWN_DATA=$(cd "${2:?--data_root needs a directory}" && pwd) || exit 2
+            shift
+            ;;
+        -h | --help) sed -n '2,6s/^# //p' "${BASH_SOURCE[0]}"; exit 0 ;;
         *) echo "quickstart.sh: unknown option $1 (see --help)" >&2; exit 2 ;;
     esac
     shift
 done
-[ -z "$OWN_DATA" ] || [ -d "$OWN_DATA" ] || { echo "quickstart.sh: $OWN_DATA: no such directory" >&2; exit 2; }
+cd "$(dirname "${BASH_SOURCE[0]}")"
 
 WORK=quickstart
 RUN=$FLAVOUR${OWN_DATA:+_own}
@@ -57,11 +59,28 @@ draw_data() {
 
 make_caches() {
     # Of a tiny model: suffixes of their own, so that real caches in the same folder stay as they are.
-    cache/create_img_sdxl.py --data_root "$DATA" --model "$MODEL" --target_width 64 --target_height 64 \
+    encode cache/create_img_sdxl.py --data_root "$DATA" --model "$MODEL" --target_width 64 --target_height 64 \
         --batch_size 64 --cache_suffix "$IMGCACHE"
     local script=create_clipl.py
     [ "$FLAVOUR" = sd ] || script=create_t5cache_768.py
-    "cache/$script" --data_root "$DATA" --model "$MODEL" --batch_size 64 --cache_suffix "$TXTCACHE"
+    encode "cache/$script" --data_root "$DATA" --model "$MODEL" --batch_size 64 --cache_suffix "$TXTCACHE"
+    [ -z "$OWN_DATA" ] || own_prompts >"$WORK/sample_prompts_$RUN.txt"
+}
+
+encode() { # exit code 1 says that some images or captions failed; each was named, the rest is there
+    "$@" || [ $? = 1 ]
+}
+
+own_prompts() { # the first captions of the folder
+    python - "$DATA" <<'EOF'
+import sys
+from itertools import islice
+
+from cachetrain.caching.scan import read_caption, scan
+
+pairs = islice(scan(sys.argv[1:], ".img_tiny", lambda *_: None), 4)
+print(*dict.fromkeys(" ".join(read_caption(pair).text.split()) for pair in pairs), sep="\n")
+EOF
 }
 
 train() {

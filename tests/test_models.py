@@ -226,3 +226,30 @@ def test_grid_shows_every_image_under_its_label(tmp_path):
 def test_sampler_for_v_prediction_keeps_the_models_betas():
     scheduler = make_scheduler("v_prediction", make_scheduler("epsilon"))
     assert sampler_for(scheduler).config.beta_end == 0.012
+
+
+def test_a_hub_model_is_fetched_by_parts_without_pickles_copies_and_code(monkeypatch, tmp_path):
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    files = ["model_index.json", "pipeline.py", "v1-5-pruned.safetensors", "v1-5-pruned.ckpt", "vae/config.json"]
+    files += ["vae/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.fp16.safetensors"]
+    files += ["vae/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.safetensors", "unet/config.json"]
+    bare = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "spiece.model"]
+    fetched = {}
+
+    def snapshot_download(model, revision, **patterns):
+        fetched[model] = set(filter_repo_objects(files if model == "owner/pipeline" else bare, **patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    load.resolve_model("owner/pipeline", subfolders=("vae",))
+    weights = {name for name in fetched["owner/pipeline"] if not name.endswith(".json")}
+    assert weights == {"vae/diffusion_pytorch_model.safetensors"}
+    load.resolve_model("owner/pipeline")
+    weights = {name for name in fetched["owner/pipeline"] if not name.endswith(".json")}
+    assert weights == {"vae/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.safetensors"}
+    load.resolve_model("owner/pipeline", code=True)
+    assert "pipeline.py" in fetched["owner/pipeline"]
+    load.resolve_model("owner/t5", subfolders=("text_encoder", "tokenizer"))
+    assert fetched["owner/t5"] == set(bare)

@@ -313,6 +313,26 @@ def test_mixed_caches_are_refused_naming_two_files(key, shapes, model_t5, tmp_pa
     assert key in message
 
 
+def test_a_null_caption_of_another_encoder_is_refused(shapes, model_t5, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(shapes, data)
+    null = data / "_null_caption.txt_t5cache"
+    tensors, header = read_sidecar(null)
+    write_sidecar(null, tensors, {**header.metadata, "encoder": "another"})
+    assert str(null) in refused(data, model_t5, tmp_path / "run")
+
+
+def test_a_model_with_another_vae_than_the_caches_is_warned_of(shapes, model_t5, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(model_t5, model)
+    config = json.loads((model / "vae" / "config.json").read_text())
+    (model / "vae" / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.5}))
+    run(shapes, model, tmp_path / "run", "--max_steps", 1, "--batch_size", 2)
+    assert "not the VAE that made the image caches" in capsys.readouterr().err
+    run(shapes, model_t5, tmp_path / "right", "--max_steps", 1, "--batch_size", 2)
+    assert capsys.readouterr().err == ""
+
+
 def test_caches_that_do_not_fit_the_unet_are_refused(shapes, model_t5, tmp_path):
     for field, value, word in (("in_channels", 8, "channels"), ("cross_attention_dim", 32, "wide")):
         model = tmp_path / field

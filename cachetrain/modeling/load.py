@@ -51,9 +51,10 @@ def resolve_model(model, revision=None, subfolders=(), code=False):
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = [*WEIGHT_PATTERNS, *CONFIG_PATTERNS, *(["*.py"] if code else [])]
-    if subfolders:
-        patterns = ["*.json", *(f"{folder}/{pattern}" for folder in subfolders for pattern in patterns)]
+    kinds = [*WEIGHT_PATTERNS, *CONFIG_PATTERNS, *(["*.py"] if code else [])]
+    patterns = [f"{folder}/{kind}" for folder in subfolders or ("*",) for kind in kinds]
+    # A bare component lies at the root, where pipelines keep single-file copies of all their weights: not those.
+    patterns += ["model*.safetensors*", "diffusion_pytorch_model*.safetensors*", *kinds[len(WEIGHT_PATTERNS) :]]
     try:
         # Variants (fp16, non_ema) would be fetched beside the plain weights and are not read.
         snapshot = snapshot_download(model, revision=revision, allow_patterns=patterns,

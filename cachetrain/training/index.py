@@ -19,7 +19,7 @@ class PairIndex:
         shapes: distinct latent shapes (C, h, w); `shape_ids` uint16 [N] points into them.
         tokens: uint16 [N], text length in tokens.
         text_width: D of the embeddings.
-        image_metadata, text_metadata: header of the first pair ({} for headerless caches).
+        image_header, text_header: of the first pair.
     """
 
     def __init__(self, directories, image_suffix, text_suffix):
@@ -54,7 +54,7 @@ class PairIndex:
     def masked(self):
         """Whether padding is hidden from cross-attention: T5 yes, CLIP no. Headerless caches go by their suffix."""
         kinds = {suffix: kind for kind, suffix in SUFFIXES.items()}
-        return (self.text_metadata.get("kind") or kinds.get(self.text_suffix)) != "txt_clipl"
+        return (self.text_header.metadata.get("kind") or kinds.get(self.text_suffix)) != "txt_clipl"
 
     def image_path(self, i):
         return self.stem(i) + self.image_suffix
@@ -71,8 +71,8 @@ class PairIndex:
                 rows = range(start, min(start + _CHUNK, len(self)))
                 for i, (image, text) in zip(rows, pool.map(self._headers, rows), strict=True):
                     first = first or (image, text)
-                    _same_run(first[0], image, self.image_path(0), self.image_path(i))
-                    _same_run(first[1], text, self.text_path(0), self.text_path(i))
+                    check_same_run(first[0], image, self.image_path(0), self.image_path(i))
+                    check_same_run(first[1], text, self.text_path(0), self.text_path(i))
                     if text.shapes["emb"][1] != first[1].shapes["emb"][1]:
                         raise ValueError(f"{self.text_path(i)}: emb is {text.shapes['emb']}, {self.text_path(0)} has "
                                          f"{first[1].shapes['emb']}; encode both with one model")  # fmt: skip
@@ -82,7 +82,7 @@ class PairIndex:
                 bar.update(len(rows))
         self.shapes = list(shapes)
         self.text_width = first[1].shapes["emb"][1]
-        self.image_metadata, self.text_metadata = first[0].metadata, first[1].metadata
+        self.image_header, self.text_header = first
 
     def _headers(self, i):
         image, text = read_header(self.image_path(i)), read_header(self.text_path(i))
@@ -101,7 +101,7 @@ def null_caption_path(directories, text_suffix):
     return next((path for path in paths if path.exists()), None)
 
 
-def _same_run(first, other, first_path, other_path):
+def check_same_run(first, other, first_path, other_path):
     """Raises a ValueError that names both files where their headers say different encoders or settings."""
     if first.run_identity == other.run_identity:
         return

@@ -62,5 +62,5 @@ def read_prompts(path):
 
 def text_info(index):
     """How captions were encoded, as a checkpoint must remember it, so that prompts are encoded alike later."""
-    settings = json.loads(index.text_metadata.get("settings") or "{}")
+    settings = json.loads(index.text_header.metadata.get("settings") or "{}")
     return {"kind": "txt_t5cache" if index.masked else "txt_clipl", "settings": settings}

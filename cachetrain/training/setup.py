@@ -8,7 +8,7 @@ from cachetrain.modeling import load
 from cachetrain.modeling.schedulers import make_scheduler
 from cachetrain.sidecar import read_sidecar
 from cachetrain.training.data import Batches, CachedPairs, make_loader
-from cachetrain.training.index import PairIndex, null_caption_path
+from cachetrain.training.index import PairIndex, check_same_run, null_caption_path
 from cachetrain.training.samples import Samples, read_prompts
 
 
@@ -36,6 +36,16 @@ def check_fit(index, unet, args):
         warn(f"--cond_dropout {args.cond_dropout}: above 0.25 the model learns little from captions")
 
 
+def check_vae(index, model_dir):
+    """Warns where the model would decode with another VAE than the one that made the caches."""
+    recorded = index.image_header.metadata.get("encoder")
+    if recorded and (model_dir / "vae").is_dir() and load.fingerprint(model_dir / "vae") != recorded:
+        warn(
+            f"{model_dir / 'vae'} is not the VAE that made the image caches ({index.image_header.metadata['model']}); "
+            "samples and checkpoints decode with the wrong one: compose the model with that VAE, or cache again"
+        )
+
+
 def open_scheduler(model_dir, objective):
     """The model's noise schedule, or that of --objective; a bare UNet has none and gets Stable Diffusion's."""
     own = load.load_scheduler(model_dir / "scheduler") if (model_dir / "scheduler").is_dir() else None
@@ -44,7 +54,7 @@ def open_scheduler(model_dir, objective):
 
 def open_loader(args, index, device, objective, max_steps):
     """The loader of finished batches: scaling factors from the caches, the null embedding from the data root."""
-    metadata = index.image_metadata
+    metadata = index.image_header.metadata
     scaling = args.vae_scaling_factor or float(metadata.get("scaling_factor") or 0)
     if not scaling:
         raise ValueError("the image caches do not say their VAE's scaling_factor; pass --vae_scaling_factor")
@@ -52,7 +62,11 @@ def open_loader(args, index, device, objective, max_steps):
     if null_path is None and args.cond_dropout:
         raise ValueError(f"no _null_caption{args.txtcache_suffix} in {args.train_data_dir}; "
                          "run the text cache script, or pass --cond_dropout 0")  # fmt: skip
-    null = read_sidecar(null_path)[0]["emb"].float() if null_path else None
+    null = None
+    if null_path:
+        tensors, header = read_sidecar(null_path)
+        check_same_run(index.text_header, header, index.text_path(0), null_path)
+        null = tensors["emb"].float()
     dataset = CachedPairs(
         index, args.seed, null, scaling, float(metadata.get("shift_factor") or 0), args.text_scaling_factor,
         args.cond_dropout, args.flip_p, continuous=objective == "flow",

@@ -1,0 +1,74 @@
+"""The whole way in a minute, through the scripts a user calls; and that its bound can be missed."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import REPO, TINY
+
+STEPS = 700
+# A minute of training places and colours shapes; which shape it is takes the quickstart's five.
+ATTRIBUTES = ("background", "color", "place", "size")
+BOUND = 80
+
+
+def script(name, *argv, **environment):
+    """Runs a script as a user would, with this Python first in PATH; returns its output."""
+    path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+    done = subprocess.run(
+        [REPO / name, *map(str, argv)], capture_output=True, text=True,
+        env=os.environ | {"PATH": path, "VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1"} | environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A composed model, 3,000 cached pictures, and prompts."""
+    work = tmp_path_factory.mktemp("end_to_end")
+    parts = ["--unet", TINY / "unet", "--vae", TINY / "vae", "--t5", TINY / "t5", "--objective", "flow"]
+    script("models/compose_t5_sd.py", *parts, "--out", work / "model")
+    prompts = ["--prompts", work / "prompts.txt", "--num_prompts", 60]
+    script("dataset_scripts/draw_shapes.py", "--out", work / "data", "--num_images", 3000, *prompts)
+    cache = ["--data_root", work / "data", "--model", work / "model", "--batch_size", 64]
+    script("cache/create_img_sdxl.py", *cache, "--resolution", 64)
+    script("cache/create_t5cache_768.py", *cache)
+    return work
+
+
+def score(world, data, out, lr="2e-3"):
+    """Trains through train_t5.sh, draws the prompts, returns the mean score of ATTRIBUTES in percent."""
+    settings = {"MODEL": world / "model", "DATADIR": data, "OUTPUT": out, "LOGDIR": out.parent / "tb", "BATCH": 16}
+    settings |= {"STEPS": STEPS, "OPTIMIZER": "adamw", "LR": lr, "SCHED": "cosine", "GAMMA": 0, "DROPOUT": 0.1}
+    settings |= {"EMA": 0.99, "PRECISION": "fp32"}
+    flags = ["--betas", 0.9, 0.99, "--warmup_steps", 50, "--lr_decay_steps", STEPS]
+    script("train_t5.sh", *flags, **{key: str(value) for key, value in settings.items()})
+    assert (out / "train_t5.sh").read_text() == (REPO / "train_t5.sh").read_text()
+    draw = ["--model", out / f"checkpoint-{STEPS:06d}", "--prompts", world / "prompts.txt", "--out", out / "drawn"]
+    script("sample.py", *draw, "--cfgs", 3, "--sampler_steps", 20, "--batch_size", 60)
+    output = script("dataset_scripts/score_shapes.py", out / "drawn", "--json", out / "score.json")
+    assert output.splitlines()[-1].startswith("prompt-following: ")
+    pairs = json.loads((out / "score.json").read_text())
+    return sum(pairs[half][name] for half in ("trained", "held_out") for name in ATTRIBUTES) / 2 / len(ATTRIBUTES)
+
+
+def test_a_minute_of_training_follows_prompts(world, tmp_path):
+    assert score(world, world / "data", tmp_path / "run") >= BOUND
+
+
+def test_a_wrong_learning_rate_fails_the_bound(world, tmp_path):
+    assert score(world, world / "data", tmp_path / "run", lr="2e-6") < BOUND - 20
+
+
+def test_shuffled_captions_fail_the_bound(world, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(world / "data", data)
+    captions = sorted(data.glob("[0-9]*.txt_t5cache"))
+    contents = [path.read_bytes() for path in captions]
+    for path, content in zip(captions, contents[1:] + contents[:1], strict=True):
+        path.write_bytes(content)
+    assert score(world, data, tmp_path / "run") < BOUND - 20
