@@ -47,6 +47,7 @@ def main(argv=None):
     model_dir = load.resolve_model(args.model, args.revision)
     unet = load.load_unet(load.component_dir(model_dir, "unet"), seed=args.seed)
     setup.check_fit(index, unet, args)
+    setup.check_vae(index, model_dir)
     scheduler = setup.open_scheduler(model_dir, args.objective)
     objective = objective_of(scheduler)
     alphas_cumprod = obj.noise_schedule(scheduler, device)
