@@ -40,7 +40,6 @@ def main(argv=None):
     from cachetrain.training.optim import Ema, lr_factor, make_optimizer, mean_abs_grad, qk_weights
     from cachetrain.training.samples import text_info
 
-    # What is trained on what.
     device = load.pick_device(args.device)
     autocast = setup.autocast_for(device, args.precision)
     index = setup.open_index(args)
@@ -52,15 +51,9 @@ def main(argv=None):
     objective = objective_of(scheduler)
     alphas_cumprod = obj.noise_schedule(scheduler, device)
 
-    # How long, and how fast.
-    steps_per_epoch = len(index) / (args.batch_size * args.gradient_accum)
-    max_steps = cli.Steps(f"{args.max_epochs}e" if args.max_epochs else args.max_steps).resolve(steps_per_epoch)
-    decay_steps = args.lr_decay_steps.resolve(steps_per_epoch) if args.lr_decay_steps else round(1.1 * max_steps)
-    warmup_steps = args.warmup_steps.resolve(steps_per_epoch) if args.warmup_steps else round(0.02 * decay_steps)
-    save_steps = max(1, cli.Steps(args.save_steps).resolve(steps_per_epoch))
-
+    plan = setup.make_plan(args, len(index))
     samples = setup.open_samples(args, model_dir, scheduler, index, device)
-    loader = setup.open_loader(args, index, device, objective, max_steps)
+    loader = setup.open_loader(args, index, device, objective, plan.max_steps)
     unet.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.preserve_format)
     ema = Ema(unet, args.ema_decay) if args.ema_decay else None
     optimizer = make_optimizer(args.optimizer, unet.parameters(), args.learning_rate, args.betas, args.weight_decay)
@@ -69,16 +62,16 @@ def main(argv=None):
     archive_settings(args, output_dir, metrics)
     print(
         f"{len(index):,} pairs of latents {index.shapes}; {objective}; {sum(p.numel() for p in unet.parameters()):,} "
-        f"parameters; {max_steps} steps of {args.batch_size} x {args.gradient_accum} = "
-        f"{max_steps / steps_per_epoch:.2f} epochs; {args.precision} on {device}"
+        f"parameters; {plan.max_steps} steps of {args.batch_size} x {args.gradient_accum} = "
+        f"{plan.max_steps / plan.steps_per_epoch:.2f} epochs; {args.precision} on {device}"
     )
 
     started = time.perf_counter()
     window = Window(device)
     batches = iter(loader)
-    progress = tqdm(range(1, max_steps + 1), desc="train", unit="step", disable=None)
+    progress = tqdm(range(1, plan.max_steps + 1), desc="train", unit="step", disable=None)
     for step in progress:
-        rate = args.learning_rate * lr_factor(args.scheduler, step - 1, warmup_steps, decay_steps)
+        rate = args.learning_rate * lr_factor(args.scheduler, step - 1, plan.warmup_steps, plan.decay_steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
 
@@ -88,23 +81,11 @@ def main(argv=None):
             window.wait_s += time.perf_counter() - waiting
             batch = {k: v if v is None else v.to(device, non_blocking=True) for k, v in batch.items()}
 
-            latents, noise, timesteps = batch["latents"], batch["noise"], batch["timesteps"]
-            alpha, sigma = obj.alpha_sigma(objective, timesteps, alphas_cumprod)
-            with autocast():
-                prediction = unet(
-                    alpha * latents + sigma * noise,
-                    timesteps,
-                    encoder_hidden_states=batch["encoder_hidden_states"],
-                    encoder_attention_mask=batch["encoder_attention_mask"],
-                ).sample
-            raw = obj.squared_error(prediction, obj.target_of(objective, latents, noise, alpha, sigma))
-            loss = raw
-            if args.use_snr:
-                loss = raw * obj.min_snr_weights(objective, alpha, sigma, args.noise_gamma)
+            loss, raw = losses(unet, batch, objective, alphas_cumprod, autocast, args)
             (loss.mean() / args.gradient_accum).backward()
             window.add(loss.mean(), raw.mean(), args.batch_size)
 
-        log_now = step % args.log_step == 0 or step in (1, max_steps)
+        log_now = step % args.log_step == 0 or step in (1, plan.max_steps)
         qk_grads = mean_abs_grad(qk) if log_now else None
         grad_norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), args.gradient_clip or float("inf"))
         optimizer.step()
@@ -116,16 +97,35 @@ def main(argv=None):
             values = window.read(grad_norm=grad_norm, qk_grads_av=qk_grads)
             log_step(metrics, step, values, rate, step * args.batch_size * args.gradient_accum, args.use_snr)
             progress.set_postfix(loss=f"{values['loss_raw']:.4f}", img_s=f"{values['images_per_second']:.1f}")
-        if samples and (step % args.sample_steps == 0 or step == max_steps):
+        if samples and (step % args.sample_steps == 0 or step == plan.max_steps):
             directory = output_dir / "samples" / f"step-{step:06d}"
             samples.draw(ema.model if ema else unet, directory, metrics, step, autocast)
-        if step % save_steps == 0 or step == max_steps:
+        if step % plan.save_steps == 0 or step == plan.max_steps:
             info = {"step": step, "objective": objective, "text": text_info(index)}
             saved = save_checkpoint(output_dir, step, unet, ema, scheduler, model_dir, info)
 
     metrics.close()
-    print(f"{max_steps} steps in {time.perf_counter() - started:.0f} s; last checkpoint: {saved}")
+    print(f"{plan.max_steps} steps in {time.perf_counter() - started:.0f} s; last checkpoint: {saved}")
     return 0
+
+
+def losses(unet, batch, objective, alphas_cumprod, autocast, args):
+    """One forward pass. Returns (loss to optimise, plain squared error), float32 [B] each."""
+    from cachetrain.training import objective as obj
+
+    latents, noise, timesteps = batch["latents"], batch["noise"], batch["timesteps"]
+    alpha, sigma = obj.alpha_sigma(objective, timesteps, alphas_cumprod)
+    with autocast():
+        prediction = unet(
+            alpha * latents + sigma * noise,
+            timesteps,
+            encoder_hidden_states=batch["encoder_hidden_states"],
+            encoder_attention_mask=batch["encoder_attention_mask"],
+        ).sample
+    raw = obj.squared_error(prediction, obj.target_of(objective, latents, noise, alpha, sigma))
+    if not args.use_snr:
+        return raw, raw
+    return raw * obj.min_snr_weights(objective, alpha, sigma, args.noise_gamma), raw
 
 
 def open_output_dir(args):

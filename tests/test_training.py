@@ -369,6 +369,24 @@ def test_headerless_caches_train_with_one_warning(shapes, model_t5, tmp_path, ca
     assert capsys.readouterr().err.count("cannot be verified") == 1
 
 
+def test_linked_folders_are_trained_on_once(shapes, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "linked").symlink_to(shapes)
+    (tmp_path / "data" / "again").symlink_to(shapes)
+    (tmp_path / "data" / "circle").symlink_to(tmp_path / "data")
+    assert len(PairIndex([tmp_path / "data"], *T5)) == 24
+
+
+def test_samples_of_custom_caches_are_refused(shapes, model_t5, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(shapes, data)
+    for path in data.glob("*.txt_t5cache"):
+        tensors, header = read_sidecar(path)
+        write_sidecar(path, tensors, {**header.metadata, "settings": '{"custom": true}'})
+    assert "--custom" in refused(data, model_t5, tmp_path / "a", "--sample_prompt", "a star")
+    run(data, model_t5, tmp_path / "b", "--max_steps", 1, "--batch_size", 2)
+
+
 @pytest.mark.parametrize(
     "flags",
     [["--noise_gamma", "5"], ["--lr_decay_steps", "9"], ["--warmup_steps", "9"], ["--sample_cfgs", "1"],

@@ -73,6 +73,11 @@ def encode_like_cache(model_dir, kind, settings, captions, device="cpu", dtype=t
     Returns:
         list of float32 CPU tensors [T, D].
     """
+    if settings.get("custom"):
+        raise ValueError(
+            "captions were encoded by a repository's own code (--custom), which is not run here; train without sample "
+            "prompts and draw with that repository's pipeline"
+        )
     options = {key: settings[key] for key in ("clip_skip", "max_length", "raw") if key in settings}
     encoder = TextEncoder(model_dir, device, dtype, **options)
     if encoder.is_t5 != (kind == "txt_t5cache"):

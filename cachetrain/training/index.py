@@ -1,5 +1,6 @@
 """The list of all (image sidecar, text sidecar) pairs, as arrays that loader workers share."""
 
+import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -49,6 +50,16 @@ class PairIndex:
     def stem(self, i):
         """Path of pair `i` without a suffix."""
         return self._names[self._offsets[i] : self._offsets[i + 1]].tobytes().decode("utf-8", "surrogateescape")
+
+    @property
+    def image_settings(self):
+        """The settings that made the image caches, as a dict; {} where they are not recorded."""
+        return json.loads(self.image_header.metadata.get("settings") or "{}")
+
+    @property
+    def text_settings(self):
+        """The settings that made the text caches, as a dict; {} where they are not recorded."""
+        return json.loads(self.text_header.metadata.get("settings") or "{}")
 
     @property
     def masked(self):
@@ -116,8 +127,12 @@ def _paired_stems(directory, image_suffix, text_suffix):
     """Returns (sorted paths without suffix that have both sidecars, number of sidecars without partner)."""
     if not Path(directory).is_dir():
         raise ValueError(f"{directory}: no such directory")
-    stems, unpaired = [], 0
-    for folder, subfolders, names in os.walk(directory):
+    stems, unpaired, visited = [], 0, set()
+    for folder, subfolders, names in os.walk(directory, followlinks=True):
+        if (real := os.path.realpath(folder)) in visited:  # links may lead in circles
+            subfolders.clear()
+            continue
+        visited.add(real)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         images = {name.removesuffix(image_suffix) for name in names if name.endswith(image_suffix) and name[0] != "."}
         texts = {name.removesuffix(text_suffix) for name in names if name.endswith(text_suffix) and name[0] != "."}

@@ -63,7 +63,9 @@ def _optimization_arguments(group):
     group.add_argument("--batch_size", type=_positive, default=64, help="samples in one backward pass")
     group.add_argument("--gradient_accum", "--grad_accum", type=_positive, default=1, help="backward passes a step")
     length = group.add_mutually_exclusive_group()
-    length.add_argument("--max_steps", type=cli.Steps, default="10000", help="optimizer steps, or epochs like 2e")
+    length.add_argument(
+        "--max_steps", type=cli.Steps, default=cli.Steps("10000"), help="optimizer steps, or epochs like 2e"
+    )
     length.add_argument("--max_epochs", type=float, help="visits to every sample")
     group.add_argument("--learning_rate", "--lr", type=float, default=1e-5, help="peak rate")
     group.add_argument("--scheduler", "--lr_scheduler", choices=SCHEDULES, default="constant", help="of the rate")
@@ -85,8 +87,8 @@ def _output_arguments(group):
     group.add_argument("--output_dir", required=True, help="of this run; its name is the run's name")
     group.add_argument("--logdir", default="tensorboard", help="TensorBoard events go to <logdir>/<run name>")
     group.add_argument("--log_step", type=_positive, default=25, help="optimizer steps between scalars")
-    group.add_argument("--save_steps", type=cli.Steps, default="1000", help="steps, or epochs like 1e, between "
-                       "checkpoints; one is always written at the end")  # fmt: skip
+    group.add_argument("--save_steps", type=cli.Steps, default=cli.Steps("1000"),
+                       help="steps, or epochs like 1e, between checkpoints; the last step always saves")  # fmt: skip
     group.add_argument("--copy_config", metavar="FILE", help="archive FILE (the wrapper script) in the output_dir")
 
 

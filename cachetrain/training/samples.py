@@ -1,7 +1,5 @@
 """Pictures of what the model draws, while it trains."""
 
-import json
-
 from cachetrain.modeling import load
 from cachetrain.modeling.pictures import grid, render, sample_name, save_png
 from cachetrain.modeling.schedulers import sampler_for
@@ -62,5 +60,4 @@ def read_prompts(path):
 
 def text_info(index):
     """How captions were encoded, as a checkpoint must remember it, so that prompts are encoded alike later."""
-    settings = json.loads(index.text_header.metadata.get("settings") or "{}")
-    return {"kind": "txt_t5cache" if index.masked else "txt_clipl", "settings": settings}
+    return {"kind": "txt_t5cache" if index.masked else "txt_clipl", "settings": index.text_settings}

@@ -1,9 +1,11 @@
 """Opens what a run needs, and refuses what does not fit together before anything is trained."""
 
 import sys
+from typing import NamedTuple
 
 import torch
 
+from cachetrain.cli import Steps
 from cachetrain.modeling import load
 from cachetrain.modeling.schedulers import make_scheduler
 from cachetrain.sidecar import read_sidecar
@@ -39,11 +41,33 @@ def check_fit(index, unet, args):
 def check_vae(index, model_dir):
     """Warns where the model would decode with another VAE than the one that made the caches."""
     recorded = index.image_header.metadata.get("encoder")
+    if index.image_settings.get("custom"):
+        return  # their fingerprint covers the repository's code too
     if recorded and (model_dir / "vae").is_dir() and load.fingerprint(model_dir / "vae") != recorded:
         warn(
-            f"{model_dir / 'vae'} is not the VAE that made the image caches ({index.image_header.metadata['model']}); "
+            f"{model_dir / 'vae'} is not the VAE that made the image caches; "
             "samples and checkpoints decode with the wrong one: compose the model with that VAE, or cache again"
         )
+
+
+class Plan(NamedTuple):
+    """Lengths in optimizer steps; steps_per_epoch is a float."""
+
+    steps_per_epoch: float
+    max_steps: int
+    warmup_steps: int
+    decay_steps: int
+    save_steps: int
+
+
+def make_plan(args, num_samples):
+    """Resolves epochs into steps, and what was not said into its default."""
+    per_epoch = num_samples / (args.batch_size * args.gradient_accum)
+    max_steps = Steps(f"{args.max_epochs}e" if args.max_epochs else args.max_steps).resolve(per_epoch)
+    # "Slightly longer" than the run, so that the rate ends above zero.
+    decay_steps = args.lr_decay_steps.resolve(per_epoch) if args.lr_decay_steps else round(1.1 * max_steps)
+    warmup_steps = args.warmup_steps.resolve(per_epoch) if args.warmup_steps else round(0.02 * decay_steps)
+    return Plan(per_epoch, max_steps, warmup_steps, decay_steps, max(1, args.save_steps.resolve(per_epoch)))
 
 
 def open_scheduler(model_dir, objective):
