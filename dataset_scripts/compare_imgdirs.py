@@ -200,8 +200,8 @@ def thumbnail(path, cell):
 
 def draw_text(draw, position, text, width, color, size=12):
     """Writes one line of at most `width` pixels in the letters Pillow's font has: ASCII, others become "?"."""
-    text = "".join(c for c in unicodedata.normalize("NFKD", text[:1000]) if not unicodedata.combining(c))
-    text = re.sub(r"[^ -~]", "?", " ".join(text.split()))
+    text = "".join(c for c in unicodedata.normalize("NFKD", text[:width]) if not unicodedata.combining(c))
+    text = re.sub(r"[^ -~]", "?", " ".join(text.split()))[: width // size * 5]  # letters are wider than size / 5
     font = ImageFont.load_default(size)
     while len(text) > 3 and font.getlength(text) > width:
         text = text.removesuffix("...")[:-1] + "..."

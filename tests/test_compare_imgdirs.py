@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ from urllib.parse import quote
 
 import pytest
 from conftest import REPO, load_script
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageDraw, PngImagePlugin
 
 SCRIPT = REPO / "dataset_scripts" / "compare_imgdirs.py"
 compare = load_script("dataset_scripts/compare_imgdirs.py")
@@ -165,6 +166,25 @@ def test_contact_sheet_has_a_row_per_pair_and_a_column_per_directory(tmp_path):
     assert sheet.getpixel((lefts[1] + 99, tops[1] + 99)) == (240, 238, 234)  # the empty cell of the unreadable image
 
 
+def test_contact_sheet_enlarges_small_images_without_smoothing(tmp_path):
+    pixels = Image.new("RGB", (2, 1), RED)
+    pixels.putpixel((1, 0), BLUE)
+    pixels.save(tmp_path / "x.png")
+    enlarged = compare.thumbnail(tmp_path / "x.png", 101)
+    assert enlarged.size == (100, 50)
+    assert [enlarged.getpixel((x, 49)) for x in (0, 49, 50, 99)] == [RED, RED, BLUE, BLUE]
+
+
+def test_contact_sheet_text_falls_back_to_letters_the_font_has():
+    def drawn(text):
+        image = Image.new("RGB", (200, 40), "white")
+        compare.draw_text(ImageDraw.Draw(image), (4, 4), text, 190, "black")
+        return image.tobytes()
+
+    assert drawn("é 円\n\t😀\udcff") == drawn("e ? ??")
+    assert drawn("a" * 500) == drawn("a" * 100) != drawn("a")  # cut with an ellipsis
+
+
 def test_contact_sheet_is_written_as_png_and_a_huge_one_is_refused(runs, tmp_path, monkeypatch, capsys):
     target = tmp_path / "sheet.png"
     assert compare.main([*map(str, runs), "--png", str(target)]) == 0
@@ -184,9 +204,11 @@ def serving(directories):
     with compare.make_server(roots, compare.column_labels(directories)) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def request(server, path, method="GET", host=None):
@@ -209,12 +231,17 @@ def test_server_streams_images_and_metadata_from_loopback_only(runs):
         assert (status, headers["Content-Type"]) == (200, "image/png")
         assert body == (runs[1] / "samples" / IMAGE).read_bytes()
         assert json.loads(request(server, f"/text/1/{IMAGE}")[2])["cfg"] == "7"
-        status, headers, body = request(server, f"/image/1/{IMAGE}", method="HEAD")
-        assert status == 200 and not body
-        assert int(headers["Content-Length"]) == (runs[1] / "samples" / IMAGE).stat().st_size
         assert request(server, f"/image/1/{IMAGE}", method="POST")[0] == 501
         page = request(server, "/")[2].decode()
         assert f"image/0/{IMAGE}" in page and "data:image" not in page
+
+
+def test_server_answers_head_without_a_body(runs):
+    with serving(runs) as server, socket.create_connection(server.server_address, timeout=10) as connection:
+        connection.sendall(f"HEAD /image/1/{IMAGE} HTTP/1.0\r\nHost: localhost\r\n\r\n".encode())
+        reply = connection.makefile("rb").read()
+    assert reply.startswith(b"HTTP/1.0 200") and reply.endswith(b"\r\n\r\n")
+    assert f"Content-Length: {(runs[1] / 'samples' / IMAGE).stat().st_size}\r\n".encode() in reply
 
 
 def test_server_shows_images_that_appear_later(runs):
@@ -281,10 +308,12 @@ def opened(browser, directories, tmp_path, **options):
     requests, errors = [], []
     page.on("request", lambda sent: requests.append(sent.url))
     page.on("pageerror", lambda error: errors.append(str(error)))
-    page.goto(target.as_uri())
-    page.wait_for_selector(".frame img")
-    yield page, requests
-    page.close()
+    try:
+        page.goto(target.as_uri())
+        page.wait_for_selector(".frame img")
+        yield page, requests
+    finally:
+        page.close()
     assert not errors
 
 
@@ -363,6 +392,7 @@ def test_jump_to_step_keeps_the_sample_and_gives_the_keyboard_back(browser, runs
     with opened(browser, runs, tmp_path) as (page, _):
         assert page.locator("#step option").all_text_contents() == ["50", "100", "1000"]
         page.keyboard.press("ArrowRight")
+        page.focus("#step")
         page.select_option("#step", "1000")
         assert page.text_content("#path") == "step-001000/01-same.png"
         page.keyboard.press("ArrowLeft")
@@ -441,7 +471,9 @@ def test_served_page_loads_only_what_is_shown(browser, runs):
     with serving(runs) as server:
         page = browser.new_page()
         requests = []
-        page.on("request", lambda sent: requests.append(sent.url.removeprefix(f"http://127.0.0.1:{server.server_port}")))
+        page.on(
+            "request", lambda sent: requests.append(sent.url.removeprefix(f"http://127.0.0.1:{server.server_port}"))
+        )
         page.goto(f"http://127.0.0.1:{server.server_port}/")
         page.wait_for_selector(".frame img")
         kinds = [f"/{kind}/{column}/{IMAGE}" for kind in ("image", "text") for column in (0, 1)]
@@ -463,3 +495,22 @@ def test_page_fits_a_phone_and_follows_the_color_scheme(browser, runs, tmp_path,
         background = page.evaluate("getComputedStyle(document.documentElement).backgroundColor")
         brightness = sum(map(int, re.findall(r"\d+", background)[:3])) / 3
         assert brightness > 240 if scheme == "light" else brightness < 40
+
+
+def test_image_that_loads_late_does_not_replace_a_newer_one(browser, runs):
+    with serving(runs) as server:
+        page = browser.new_page()
+        page.goto(f"http://127.0.0.1:{server.server_port}/")
+        page.wait_for_selector(".frame img")
+        held = []
+        page.route("**/image/0/step-000050/01-same.png", lambda route: held.append(route))
+        with page.expect_request("**/image/0/step-000050/01-same.png"):
+            page.keyboard.press("ArrowRight")
+        page.keyboard.press("ArrowRight")
+        newer = ".frame img[src='image/0/step-000100/00-a-red-circle_cfg4.png']"
+        page.wait_for_selector(newer)
+        with page.expect_response("**/image/0/step-000050/01-same.png"):
+            held[0].continue_()
+        page.wait_for_timeout(200)
+        assert page.locator(newer).count() == 1
+        page.close()
