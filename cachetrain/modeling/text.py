@@ -75,7 +75,7 @@ def encode_like_cache(model_dir, kind, settings, captions, device="cpu", dtype=t
     """
     if settings.get("custom"):
         raise ValueError(
-            "captions were encoded by a repository's own code (--custom), which is not run here; train without sample "
+            "captions were encoded by a repository's own code (--custom), not run here: train without sample "
             "prompts and draw with that repository's pipeline"
         )
     options = {key: settings[key] for key in ("clip_skip", "max_length", "raw") if key in settings}
