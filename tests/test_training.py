@@ -369,6 +369,43 @@ def test_headerless_caches_train_with_one_warning(shapes, model_t5, tmp_path, ca
     assert capsys.readouterr().err.count("cannot be verified") == 1
 
 
+@pytest.mark.parametrize("flavour", ["t5", "sd"])
+def test_photographs_at_512_train_from_their_caches(flavour, model_t5, model_sd, tmp_path):
+    import skimage.data
+    from PIL import Image
+
+    data, model = tmp_path / "data", model_t5 if flavour == "t5" else model_sd
+    data.mkdir()
+    for name, caption in (("astronaut", "a woman in a space suit"), ("chelsea", "a tabby cat, close up")):
+        Image.fromarray(getattr(skimage.data, name)()).save(data / f"{name}.jpg")
+        (data / f"{name}.txt").write_text(caption)
+    Image.fromarray(skimage.data.coffee()).save(data / "a cup of coffee_(1).png")  # captioned by its name
+    kinds = ["img_sdxl", "t5cache_768"] if flavour == "t5" else ["img_sdvae", "clipl"]
+    for kind in kinds:
+        extra = ["--resolution", "512", "--num_workers", "0"] if kind.startswith("img") else []
+        argv = ["--data_root", str(data), "--model", str(model), *extra]
+        assert load_script(f"cache/create_{kind}.py").main(argv) == 0
+    suffixes = T5 if flavour == "t5" else [".img_sdvae", ".txt_clipl"]
+    flags = [
+        "--max_steps",
+        3,
+        "--batch_size",
+        1,
+        "--sample_prompt",
+        "a cat",
+        "--sample_cfgs",
+        1,
+        "--sampler_steps",
+        1,
+    ]
+    lines, weights = run(data, model, tmp_path / "run", *flags, suffixes=suffixes)
+    assert all(0 < line["01_Training/loss_raw"] < 3 for line in lines)
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+    assert PairIndex([data], *suffixes).shapes == [(4, 64, 64)]
+    drawn = list((tmp_path / "run" / "samples").rglob("*.png"))
+    assert {Image.open(path).size for path in drawn} == {(512, 512)}
+
+
 def test_linked_folders_are_trained_on_once(shapes, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "linked").symlink_to(shapes)
