@@ -93,13 +93,13 @@ def crop_to_box(coverage):
 
 @cache
 def template(shape):
-    """Returns (coverage [32, 32], width, offset of the box's center (x, y)); the last two in units of the radius."""
+    """Returns (coverage [32, 32], area, offset of the box's center (x, y)), for a radius of 1."""
     radius, image_size = 0.4, 4 * IMAGE_SIZE
     mask = np.asarray(shape_mask(shape, (0.5, 0.5), radius, image_size)) / 255.0
     crop, (left, top, right, bottom) = crop_to_box(mask)
     scale = radius * image_size
     center = ((left + right) / 2, (top + bottom) / 2)
-    return crop, (right - left) / scale, [(c - image_size / 2) / scale for c in center]
+    return crop, (mask > 0.5).sum() / scale**2, [(c - image_size / 2) / scale for c in center]
 
 
 def soft_iou(a, b):
@@ -117,8 +117,9 @@ def read_scene(image):
     crop, (left, top, right, bottom) = crop_to_box(coverage)
     overlap = {shape: soft_iou(crop, template(shape)[0]) for shape in SHAPES}
     shape = max(overlap, key=overlap.get)
-    _, width, offset = template(shape)
-    radius = (right - left) / width
+    _, area, offset = template(shape)
+    # From the area and not the box: a star whose points are blurred away is no smaller for it.
+    radius = ((coverage > 0.5).sum() / area) ** 0.5
     center = [((left + right) / 2 - offset[0] * radius), ((top + bottom) / 2 - offset[1] * radius)]
     center, radius = np.divide(center, IMAGE_SIZE), radius / IMAGE_SIZE
     seen["color"] = color_name(foreground)
