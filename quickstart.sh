@@ -121,6 +121,6 @@ stage "cache" make_caches
 stage "train" train
 stage "sample" draw_samples
 
-printf '\nsample grid:  %s\ncheckpoints:  %s\nTensorBoard:  .venv/bin/tensorboard --logdir %s\n' \
+printf '\nsample grid:  %s\ncheckpoints:  %s\nTensorBoard:  .venv/bin/tensorboard --logdir %s --samples_per_plugin images=1000\n' \
     "$WORK/samples_$RUN.png" "$OUTPUT/" "$WORK/tensorboard"
 [ -n "$OWN_DATA" ] || dataset_scripts/score_shapes.py "$WORK/samples_$RUN"
