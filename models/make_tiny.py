@@ -233,7 +233,8 @@ def make_clip(out, device):
         optimizer.step()
         schedule.step()
     print(f"clip: loss {loss.item():.4f}")
-    tower.bfloat16().save_pretrained(out / "clip" / "text_encoder")
+    # In float32: StableDiffusionPipeline does not convert between a bfloat16 tower and a float32 UNet.
+    tower.save_pretrained(out / "clip" / "text_encoder")
 
 
 def make_vae(out, device):
