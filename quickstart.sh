@@ -91,7 +91,7 @@ train() {
     rm -rf "$OUTPUT" "$WORK/tensorboard/$RUN" # what an interrupted run left
     MODEL=$MODEL DATADIR=$DATA OUTPUT=$OUTPUT LOGDIR=$WORK/tensorboard IMGCACHE=$IMGCACHE TXTCACHE=$TXTCACHE \
         BATCH=16 STEPS=$STEPS OPTIMIZER=adamw LR=2e-3 SCHED=cosine GAMMA=0 DROPOUT=0.1 EMA=0.99 \
-        PRECISION=$PRECISION SAMPLE_PROMPTS=$WORK/sample_prompts_$RUN.txt SAMPLE_STEPS=$((STEPS / 4)) SAVE_STEPS=$((STEPS / 2)) \
+        PRECISION=$PRECISION SAMPLE_PROMPTS=$WORK/sample_prompts_$RUN.txt SAMPLE_STEPS=800 SAVE_STEPS=$((STEPS / 2)) \
         "./train_$FLAVOUR.sh" --betas 0.9 0.99 --warmup_steps 100 --lr_decay_steps "$STEPS" --sample_cfgs 1 3 7
 }
 
