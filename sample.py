@@ -45,10 +45,11 @@ def main(argv=None):
     from cachetrain.modeling.pictures import grid, render, sample_name, save_png
     from cachetrain.modeling.schedulers import sampler_for
     from cachetrain.modeling.text import encode_like_cache
+    from cachetrain.training.samples import read_prompts
 
     device = load.pick_device(args.device)
     dtype = load.pick_dtype(args.dtype, device)
-    prompts = args.prompt or [line.strip() for line in open(args.prompts, encoding="utf-8") if line.strip()]
+    prompts = args.prompt or read_prompts(args.prompts)
     model_dir = load.resolve_model(args.model)
     text, step = checkpoint_info(model_dir)
     null, *embeddings = encode_like_cache(

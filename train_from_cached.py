@@ -9,6 +9,7 @@ ends. `step` is one optimizer update; the loss is the mean over batch_size x gra
 """
 
 import json
+import math
 import shutil
 import time
 from pathlib import Path
@@ -147,13 +148,20 @@ def archive_settings(args, output_dir, metrics):
 
 
 def log_step(metrics, step, values, rate, images_seen, use_snr):
-    """Names the scalars of a log step and writes them."""
+    """Names the scalars of a log step and writes them.
+
+    Raises:
+        ValueError: the loss is not finite; nothing that follows would be worth its time.
+    """
     groups = {"images_per_second": "05_Performance", "data_wait_fraction": "05_Performance"}
     scalars = {f"{groups.get(key, '01_Training')}/{key}": value for key, value in values.items()}
     if use_snr:
         scalars["01_Training/loss_snr"] = values["loss"]
     scalars |= {"01_Training/learning_rate": rate, "01_Training/images_seen": images_seen}
     metrics.scalars(step, scalars)
+    if not math.isfinite(values["loss"]):
+        raise ValueError(f"the loss is {values['loss']} at step {step}: lower --lr, or use --precision fp32; "
+                         "earlier checkpoints are as they were")  # fmt: skip
 
 
 if __name__ == "__main__":

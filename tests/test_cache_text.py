@@ -304,3 +304,12 @@ def test_repository_code_encodes_only_with_custom(root, tmp_path):
         assert header.metadata["truncated"] == str(int(len(plain[name]) > 12))
     settled = sidecars(root, T5)
     assert run_script(*run, "--custom") == 0 and sidecars(root, T5) == settled
+
+
+def test_model_without_a_projection_says_what_to_do(t5_cache, t5_model, root, tmp_path):
+    import shutil
+
+    shutil.copytree(t5_model, tmp_path / "bare", ignore=shutil.ignore_patterns("projection"))
+    with pytest.raises(ValueError, match="--raw.*--custom"):
+        t5_cache("--model", tmp_path / "bare")
+    assert t5_cache("--model", tmp_path / "bare", "--raw") == 0

@@ -2,13 +2,16 @@
 
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
-from conftest import load_script
+from conftest import REPO, load_script
 from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_snr
@@ -404,6 +407,47 @@ def test_photographs_at_512_train_from_their_caches(flavour, model_t5, model_sd,
     assert PairIndex([data], *suffixes).shapes == [(4, 64, 64)]
     drawn = list((tmp_path / "run" / "samples").rglob("*.png"))
     assert {Image.open(path).size for path in drawn} == {(512, 512)}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(shapes, model_t5, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(shapes, data)
+    for path in sorted(data.glob("*.img_sdxl"))[:12]:
+        tensors, header = read_sidecar(path)
+        write_sidecar(path, {"latent": tensors["latent"] * float("nan")}, header.metadata)
+    flags = ["--max_steps", 9, "--batch_size", 24, "--save_steps", 1, "--log_step", 1]
+    with pytest.raises(ValueError, match="loss is nan at step 1"):
+        run(data, model_t5, tmp_path / "run", *flags)
+    assert not list((tmp_path / "run").glob("checkpoint*"))
+
+
+def test_a_failed_save_leaves_nothing_under_a_checkpoints_name(shapes, model_t5, tmp_path, monkeypatch):
+    from cachetrain.training import checkpoint
+
+    def disk_full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_write_index", disk_full)
+    with pytest.raises(OSError, match="No space left"):
+        run(shapes, model_t5, tmp_path / "run", "--max_steps", 1, "--batch_size", 2)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"args.json", "metrics.jsonl"}
+
+
+@pytest.mark.parametrize("flavour", ["t5", "sd"])
+def test_front_end_passes_its_settings_and_flags_given_to_it_win(flavour, shapes, model_t5, model_sd, tmp_path):
+    environment = {"DATADIR": shapes, "MODEL": model_t5 if flavour == "t5" else model_sd, "BATCH": 2, "STEPS": 1}
+    environment |= {"IMGCACHE": ".img_sdxl", "LR": "3e-4", "LOGDIR": tmp_path / "tb", "PRECISION": "fp32"}
+    done = subprocess.run(
+        [REPO / f"train_{flavour}.sh", "--seed", "7", "--num_workers", "0"], cwd=tmp_path, text=True,
+        capture_output=True, env=os.environ | {k: str(v) for k, v in environment.items()} | {"VIRTUAL_ENV": "x"}
+        | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    name = {"t5": "t5_lion_lr3e-4_b2x1_cosine_g5_s1", "sd": "sd_adamw_lr3e-4_b2x1_cosine_g5_s1"}[flavour]
+    args = json.loads((tmp_path / "output" / name / "args.json").read_text())
+    assert (args["learning_rate"], args["seed"], args["use_snr"], args["noise_gamma"]) == (3e-4, 7, True, 5.0)
+    assert (tmp_path / "output" / name / f"train_{flavour}.sh").exists()
+    assert (tmp_path / "output" / name / "checkpoint-000001" / "model_index.json").exists()
 
 
 def test_linked_folders_are_trained_on_once(shapes, tmp_path):

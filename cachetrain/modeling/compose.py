@@ -1,6 +1,7 @@
 """Builds pipeline directories from parts. Frozen parts are copied byte for byte, so their fingerprints stay."""
 
 import json
+import os
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,7 @@ PLAIN_CAPTIONS = (
 
 @contextmanager
 def staged_directory(out, overwrite=False):
-    """Yields a temporary directory beside `out` that takes its name on success and vanishes on failure.
+    """Yields a temporary directory beside `out` that takes its name once complete and vanishes on failure.
 
     Raises:
         ValueError: `out` exists and may not be replaced.
@@ -38,12 +39,24 @@ def staged_directory(out, overwrite=False):
     stage.mkdir(parents=True)
     try:
         yield stage
+        _sync(stage)
         if out.exists():
             shutil.rmtree(out)
         stage.rename(out)
     except BaseException:
         shutil.rmtree(stage, ignore_errors=True)
         raise
+
+
+def _sync(directory):
+    """Forces a directory tree to disk, so that the rename never promises more than a crash would leave."""
+    for folder, _, names in os.walk(directory):
+        for path in [*(os.path.join(folder, name) for name in names), folder]:
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
 
 def copy_component(source, target, patterns=("config.json", *load.WEIGHT_PATTERNS)):

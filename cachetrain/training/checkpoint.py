@@ -5,6 +5,8 @@ import os
 import shutil
 from pathlib import Path
 
+from cachetrain.modeling.compose import staged_directory
+
 FROZEN = ("vae", "text_encoder", "tokenizer", "projection", "feature_extractor", "safety_checker")
 
 
@@ -31,21 +33,15 @@ def save_checkpoint(output_dir, step, unet, ema, scheduler, model_dir, info):
         Path of the checkpoint.
     """
     target = checkpoint_path(output_dir, step)
-    stage = target.with_name(f".{target.name}.stage")
-    shutil.rmtree(stage, ignore_errors=True)
-    stage.mkdir(parents=True)
     earlier = checkpoints(output_dir)
-    _frozen_parts(earlier[-1] if earlier else Path(model_dir), stage, link=bool(earlier))
-    unet.save_pretrained(stage / "unet")
-    if ema is not None:
-        ema.model.save_pretrained(stage / "unet_ema")
-    scheduler.save_pretrained(stage / "scheduler")
-    _write_index(model_dir, stage, scheduler)
-    (stage / "cachetrain.json").write_text(json.dumps(info, indent=2) + "\n")
-    _sync(stage)
-    if target.exists():
-        shutil.rmtree(target)
-    os.replace(stage, target)
+    with staged_directory(target, overwrite=True) as stage:
+        _frozen_parts(earlier[-1] if earlier else Path(model_dir), stage, link=bool(earlier))
+        unet.save_pretrained(stage / "unet")
+        if ema is not None:
+            ema.model.save_pretrained(stage / "unet_ema")
+        scheduler.save_pretrained(stage / "scheduler")
+        _write_index(model_dir, stage, scheduler)
+        (stage / "cachetrain.json").write_text(json.dumps(info, indent=2) + "\n")
     return target
 
 
@@ -68,14 +64,3 @@ def _write_index(model_dir, stage, scheduler):
         index = json.loads(source.read_text())
         index["scheduler"] = ["diffusers", type(scheduler).__name__]
         (stage / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _sync(directory):
-    """Forces a directory tree to disk, so that the rename never promises more than a crash would leave."""
-    for folder, _, names in os.walk(directory):
-        for path in [*(os.path.join(folder, name) for name in names), folder]:
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
