@@ -310,6 +310,6 @@ def test_model_without_a_projection_says_what_to_do(t5_cache, t5_model, root, tm
     import shutil
 
     shutil.copytree(t5_model, tmp_path / "bare", ignore=shutil.ignore_patterns("projection"))
-    with pytest.raises(ValueError, match="--raw.*--custom"):
+    with pytest.raises(ValueError, match=r"--raw.*--custom"):
         t5_cache("--model", tmp_path / "bare")
     assert t5_cache("--model", tmp_path / "bare", "--raw") == 0

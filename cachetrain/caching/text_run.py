@@ -69,19 +69,10 @@ def _fingerprinted(model_dir, components, custom):
         return [model_dir, *folders]
     if "projection" in components and not (model_dir / "projection").is_dir():
         raise ValueError(
-            f"{model_dir}: has no projection/; build the model with models/compose_t5_sd.py, or pass --raw to keep "
-            "the encoder's own width"
-        )
-    return [load.component_dir(model_dir, name) for name in components]
-
-
-def _component(model_dir, name):
-    if name == "projection" and not (model_dir / name).is_dir():
-        raise ValueError(
             f"{model_dir}: has no projection/; compose it with models/compose_t5_sd.py, or pass --raw for T5's "
             "own width, or --custom to run the repository's own pipeline code"
         )
-    return load.component_dir(model_dir, name)
+    return [load.component_dir(model_dir, name) for name in components]
 
 
 def _encode(args, pending, model_dir, settings, custom, fields, tally):
