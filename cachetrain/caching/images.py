@@ -7,7 +7,7 @@ import warnings
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 # What `decode` does beyond its arguments: part of every image sidecar's settings.
 POLICY = {"resample": "bicubic", "alpha": "white", "exif": "transpose"}
@@ -38,6 +38,8 @@ class ImageFiles:
         path = self.paths[index]
         try:
             return decode_file(path, self.width, self.height)
+        except UnidentifiedImageError:
+            return path, "not an image that Pillow can identify"
         # Pillow's plugins raise nearly anything on malformed input, and one bad image must not stop the rest.
         except Exception as error:
             return path, f"{type(error).__name__}: {error}"
