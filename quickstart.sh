@@ -73,14 +73,16 @@ encode() { # exit code 1 says that some images or captions failed; each was name
 }
 
 own_prompts() { # the first captions of the folder
-    python - "$DATA" <<'EOF'
+    python - "$DATA" "$IMGCACHE" <<'EOF'
 import sys
 from itertools import islice
 
 from cachetrain.caching.scan import read_caption, scan
+from cachetrain.sidecar import sidecar_path
 
-pairs = islice(scan(sys.argv[1:], ".img_tiny", lambda *_: None), 4)
-print(*dict.fromkeys(" ".join(read_caption(pair).text.split()) for pair in pairs), sep="\n")
+pairs = scan(sys.argv[1:2], sys.argv[2], lambda *_: None)
+cached = (pair for pair in pairs if sidecar_path(pair.image, sys.argv[2]).exists())
+print(*dict.fromkeys(" ".join(read_caption(pair).text.split()) for pair in islice(cached, 4)), sep="\n")
 EOF
 }
 

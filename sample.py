@@ -79,7 +79,7 @@ def main(argv=None):
                 progress.update(len(images))
     if args.grid:
         images, labels = zip(*drawn[: args.grid_size], strict=True)
-        grid(images, labels, columns=8).save(args.grid)
+        grid(images, labels, columns=min(8, len(images))).save(args.grid)
     print(f"{len(drawn)} images in {out}" + (f"; grid: {args.grid}" if args.grid else ""))
     return 0
 
