@@ -1,12 +1,11 @@
 #!/usr/bin/env python3
-"""Trains a tiny VAE, such as models/tiny/vae, on small pictures of one thing on a plain background.
+"""Trains a tiny VAE on small pictures of one thing on a plain background.
 
     ./dataset_scripts/draw_shapes.py --out shapes --num_images 12000 --seed 1
     ./models/train_tiny_vae.py --data_root shapes --out models/tiny/vae
 
-About half an hour on one CPU core. The VAE is written at every evaluation, so that a usable one exists early.
-The shipped weights (34.6 dB) took two legs: 3,500 steps with the weight on the shapes' own pixels only, then 2,500
-at a learning rate of 1e-3 with the loss as it is now.
+Half an hour on one CPU core; the VAE is written at every evaluation, so that a usable one exists early. These two
+commands made models/tiny/vae as it is.
 """
 
 import argparse
