@@ -18,15 +18,20 @@ def parser(doc, epilog=None):
 
 
 def run(main):
-    """Runs a script's main(argv) and turns expected errors into one line on stderr and exit code 2."""
+    """Runs a script's main(argv); an expected error becomes one line on stderr and exit code 2."""
     try:
         sys.exit(main())
     except ModuleNotFoundError as error:
-        sys.exit(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`")
+        _stop(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`", 2)
     except (ValueError, OSError) as error:
-        sys.exit(f"{sys.argv[0]}: error: {error}")
+        _stop(error, 2)
     except KeyboardInterrupt:
-        sys.exit(130)
+        _stop("interrupted", 130)
+
+
+def _stop(message, code):
+    print(f"{sys.argv[0]}: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 def add_device_arguments(parser):

@@ -92,6 +92,17 @@ def test_script_without_the_package_says_in_one_line_what_to_run(script):
         assert "run ./quickstart.sh" in done.stderr
 
 
+@pytest.mark.parametrize("script", ["cache/create_clipl.py", "cache/create_img_sdxl.py", "train_from_cached.py"])
+def test_an_error_is_one_line_and_exit_code_2(script, tmp_path):
+    root = "--train_data_dir" if script.startswith("train") else "--data_root"
+    flags = ["--model", tmp_path / "nowhere", root, tmp_path / "missing"]
+    flags += ["--output_dir", tmp_path / "out"] if script.startswith("train") else []
+    done = subprocess.run([sys.executable, REPO / script, *flags], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert str(tmp_path) in done.stderr
+
+
 def test_scripts_are_executable_and_have_an_example():
     for script in SCRIPTS:
         path = REPO / script
