@@ -54,7 +54,7 @@ compose() {
 }
 
 draw_data() {
-    dataset_scripts/draw_shapes.py --out "$DATA" --num_images 3000 --prompts "$WORK/prompts.txt" --num_prompts 120
+    dataset_scripts/draw_shapes.py --out "$DATA" --num_images 6000 --prompts "$WORK/prompts.txt" --num_prompts 120
     head -n 4 "$WORK/prompts.txt" >"$WORK/sample_prompts_$RUN.txt"
 }
 
