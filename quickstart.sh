@@ -27,8 +27,7 @@ RUN=$FLAVOUR${OWN_DATA:+_own}
 MODEL=$WORK/model_$FLAVOUR
 DATA=${OWN_DATA:-$WORK/shapes}
 OUTPUT=$WORK/output/$RUN
-STEPS=3200
-[ "$FLAVOUR" = t5 ] || STEPS=2800
+STEPS=2800
 [ -z "$OWN_DATA" ] || STEPS=600
 
 stage() { # stage TITLE COMMAND...: runs the command, says how long it took
@@ -93,7 +92,7 @@ train() {
     rm -rf "$OUTPUT" "$WORK/tensorboard/$RUN" # what an interrupted run left
     MODEL=$MODEL DATADIR=$DATA OUTPUT=$OUTPUT LOGDIR=$WORK/tensorboard IMGCACHE=$IMGCACHE TXTCACHE=$TXTCACHE \
         BATCH=16 STEPS=$STEPS OPTIMIZER=adamw LR=2e-3 SCHED=cosine GAMMA=0 DROPOUT=0.1 EMA=0.99 \
-        PRECISION=$PRECISION SAMPLE_PROMPTS=$WORK/sample_prompts_$RUN.txt SAMPLE_STEPS=800 SAVE_STEPS=$((STEPS / 2)) \
+        PRECISION=$PRECISION SAMPLE_PROMPTS=$WORK/sample_prompts_$RUN.txt SAMPLE_STEPS=700 SAVE_STEPS=$((STEPS / 2)) \
         "./train_$FLAVOUR.sh" --betas 0.9 0.99 --warmup_steps 100 --lr_decay_steps "$STEPS" --sample_cfgs 1 3 7
 }
 
