@@ -450,6 +450,26 @@ def test_front_end_passes_its_settings_and_flags_given_to_it_win(flavour, shapes
     assert (tmp_path / "output" / name / "checkpoint-000001" / "model_index.json").exists()
 
 
+def test_folders_of_two_sizes_train_together_one_size_a_batch(shapes, model_t5, tmp_path):
+    wide = tmp_path / "wide"
+    shutil.copytree(shapes, wide)
+    argv = ["--data_root", wide, "--model", model_t5, "--target_width", 96, "--target_height", 64, "--num_workers", 0]
+    assert load_script("cache/create_img_sdxl.py").main(list(map(str, argv))) == 0
+    index = PairIndex([shapes, wide], *T5)
+    assert index.shapes == [(4, 8, 8), (4, 8, 12)]
+    for keys in islice(Batches(index, 4, 0, 12), 12):
+        assert len({index.shape_ids[i] for _, i in keys}) == 1
+    lines, _ = run(
+        shapes, model_t5, tmp_path / "run", "--max_steps", 6, "--batch_size", 4, "--train_data_dir", shapes, wide
+    )
+    assert len(lines) == 6
+    mixed = tmp_path / "mixed"
+    shutil.copytree(shapes, mixed)
+    odd = sorted(mixed.glob("*.img_sdxl"))[7]
+    shutil.copy(wide / odd.name, odd)
+    assert str(odd) in refused(mixed, model_t5, tmp_path / "run2")
+
+
 def test_linked_folders_are_trained_on_once(shapes, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "linked").symlink_to(shapes)

@@ -30,13 +30,14 @@ class PairIndex:
             ValueError: no pairs; unreadable, foreign-shaped or mixed caches (two differing files are named).
         """
         self.image_suffix, self.text_suffix = image_suffix, text_suffix
-        stems, self.unpaired = [], 0
+        stems, self.unpaired, self._starts = [], 0, set()
         for directory in directories:
             found, unpaired = _paired_stems(directory, image_suffix, text_suffix)
             if not found:
                 raise ValueError(
                     f"{directory}: no pairs of *{image_suffix} and *{text_suffix}; run the cache scripts on it first"
                 )
+            self._starts.add(len(stems))
             stems += found
             self.unpaired += unpaired
         encoded = [stem.encode("utf-8", "surrogateescape") for stem in stems]
@@ -82,7 +83,10 @@ class PairIndex:
                 rows = range(start, min(start + _CHUNK, len(self)))
                 for i, (image, text) in zip(rows, pool.map(self._headers, rows), strict=True):
                     first = first or (image, text)
-                    check_same_run(first[0], image, self.image_path(0), self.image_path(i))
+                    if i in self._starts:  # of a directory: another one may hold another size
+                        here = i, image
+                        check_same_run(first[0], image, self.image_path(0), self.image_path(i), but="settings")
+                    check_same_run(here[1], image, self.image_path(here[0]), self.image_path(i))
                     check_same_run(first[1], text, self.text_path(0), self.text_path(i))
                     if text.shapes["emb"][1] != first[1].shapes["emb"][1]:
                         raise ValueError(f"{self.text_path(i)}: emb is {text.shapes['emb']}, {self.text_path(0)} has "
@@ -112,15 +116,18 @@ def null_caption_path(directories, text_suffix):
     return next((path for path in paths if path.exists()), None)
 
 
-def check_same_run(first, other, first_path, other_path):
-    """Raises a ValueError that names both files where their headers say different encoders or settings."""
-    if first.run_identity == other.run_identity:
-        return
-    key = next(k for k, a, b in zip(RUN_KEYS, first.run_identity, other.run_identity, strict=True) if a != b)
-    raise ValueError(
-        f"mixed caches: {first_path} and {other_path} differ in {key}: "
-        f"{first.metadata.get(key)} against {other.metadata.get(key)}; run the cache script again on all of them"
-    )
+def check_same_run(first, other, first_path, other_path, but=None):
+    """Raises a ValueError that names both files where their headers say different encoders or settings.
+
+    Args:
+        but: a key of RUN_KEYS that may differ.
+    """
+    for key, a, b in zip(RUN_KEYS, first.run_identity, other.run_identity, strict=True):
+        if a != b and key != but:
+            raise ValueError(
+                f"mixed caches: {first_path} and {other_path} differ in {key}: {a} against {b}; "
+                "run the cache script again on all of them"
+            )
 
 
 def _paired_stems(directory, image_suffix, text_suffix):
