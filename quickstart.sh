@@ -27,7 +27,8 @@ RUN=$FLAVOUR${OWN_DATA:+_own}
 MODEL=$WORK/model_$FLAVOUR
 DATA=${OWN_DATA:-$WORK/shapes}
 OUTPUT=$WORK/output/$RUN
-STEPS=2800
+STEPS=3200
+[ "$FLAVOUR" = t5 ] || STEPS=2800
 [ -z "$OWN_DATA" ] || STEPS=600
 
 stage() { # stage TITLE COMMAND...: runs the command, says how long it took
