@@ -313,13 +313,15 @@ def test_damaged_sidecars_are_made_again_and_named(cache, root, capsys):
     (root / "a.img_sdxl").write_bytes(good[:-7])
     (root / "b.img_sdxl").write_bytes(b"")
     flipped = (root / "sub/c.img_sdxl").read_bytes()
+    latent = read_sidecar(root / "sub/c.img_sdxl")[0]["latent"]
     (root / "sub/c.img_sdxl").write_bytes(flipped[:-1] + bytes([flipped[-1] ^ 1]))
     assert cache() == 0
     output = capsys.readouterr()
     assert "2 encoded (2 corrupt), 1 fresh" in output.out
     assert "a.img_sdxl: damaged" in output.err and "b.img_sdxl: damaged" in output.err
     assert cache("--verify") == 0 and "1 encoded (1 corrupt), 2 fresh" in capsys.readouterr().out
-    assert (root / "sub/c.img_sdxl").read_bytes()[-8:] == flipped[-8:]
+    # Alone in its batch now, so equal but for the rounding of float16.
+    torch.testing.assert_close(read_sidecar(root / "sub/c.img_sdxl")[0]["latent"], latent, rtol=2e-3, atol=2e-3)
 
 
 def test_foreign_sidecar_is_kept_until_overwrite(cache, root, capsys):

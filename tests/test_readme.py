@@ -52,7 +52,7 @@ def test_readme_links_and_tree_name_files_that_exist():
     tree = README.split("## The tree")[1].split("```")[1]
     for line in tree.strip().splitlines():
         for name in re.match(r"((?:\S+ ?)+?)(?:  |$)", line.strip()).group(1).split():
-            assert any((REPO / folder / name).exists() for folder in ("", "cachetrain")), name
+            assert any((REPO / folder / name).exists() for folder in ("", "cachetrain", "models")), name
 
 
 def test_readme_tags_are_those_that_are_logged(shapes, model_t5, tmp_path):
