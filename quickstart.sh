@@ -90,7 +90,8 @@ train() {
     local last
     last=$OUTPUT/checkpoint-$(printf %06d "$STEPS")
     [ ! -d "$last" ] || { echo "$last is there already"; return; }
-    rm -rf "$OUTPUT" "$WORK/tensorboard/$RUN" # what an interrupted run left
+    # What an interrupted run left, and what was drawn from an earlier one.
+    rm -rf "$OUTPUT" "$WORK/tensorboard/$RUN" "$WORK/samples_$RUN" "$WORK/samples_$RUN.png"
     MODEL=$MODEL DATADIR=$DATA OUTPUT=$OUTPUT LOGDIR=$WORK/tensorboard IMGCACHE=$IMGCACHE TXTCACHE=$TXTCACHE \
         BATCH=16 STEPS=$STEPS OPTIMIZER=adamw LR=2e-3 SCHED=cosine GAMMA=0 DROPOUT=0.1 EMA=0.99 \
         PRECISION=$PRECISION SAMPLE_PROMPTS=$WORK/sample_prompts_$RUN.txt SAMPLE_STEPS=700 SAVE_STEPS=$((STEPS / 2)) \
@@ -98,6 +99,7 @@ train() {
 }
 
 draw_samples() {
+    [ ! -f "$WORK/samples_$RUN.png" ] || { echo "$WORK/samples_$RUN.png is there already"; return; }
     local prompts=$WORK/prompts.txt
     [ -z "$OWN_DATA" ] || prompts=$WORK/sample_prompts_$RUN.txt
     ./sample.py --model "$OUTPUT/checkpoint-$(printf %06d "$STEPS")" --prompts "$prompts" --cfgs 3 --batch_size 60 \
