@@ -86,7 +86,8 @@ def main(argv=None):
             (loss.mean() / args.gradient_accum).backward()
             window.add(loss.mean(), raw.mean(), args.batch_size)
 
-        log_now = step % args.log_step == 0 or step in (1, plan.max_steps)
+        save_now = step % plan.save_steps == 0 or step == plan.max_steps
+        log_now = step % args.log_step == 0 or step == 1 or save_now  # what is saved was seen to be finite
         qk_grads = mean_abs_grad(qk) if log_now else None
         grad_norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), args.gradient_clip or float("inf"))
         optimizer.step()
@@ -101,7 +102,7 @@ def main(argv=None):
         if samples and (step % args.sample_steps == 0 or step == plan.max_steps):
             directory = output_dir / "samples" / f"step-{step:06d}"
             samples.draw(ema.model if ema else unet, directory, metrics, step, autocast)
-        if step % plan.save_steps == 0 or step == plan.max_steps:
+        if save_now:
             info = {"step": step, "objective": objective, "text": text_info(index)}
             saved = save_checkpoint(output_dir, step, unet, ema, scheduler, model_dir, info)
 
@@ -151,7 +152,7 @@ def log_step(metrics, step, values, rate, images_seen, use_snr):
     """Names the scalars of a log step and writes them.
 
     Raises:
-        ValueError: the loss is not finite; nothing that follows would be worth its time.
+        ValueError: loss or gradients are not finite; nothing that follows would be worth its time.
     """
     groups = {"images_per_second": "05_Performance", "data_wait_fraction": "05_Performance"}
     scalars = {f"{groups.get(key, '01_Training')}/{key}": value for key, value in values.items()}
@@ -159,9 +160,11 @@ def log_step(metrics, step, values, rate, images_seen, use_snr):
         scalars["01_Training/loss_snr"] = values["loss"]
     scalars |= {"01_Training/learning_rate": rate, "01_Training/images_seen": images_seen}
     metrics.scalars(step, scalars)
-    if not math.isfinite(values["loss"]):
-        raise ValueError(f"the loss is {values['loss']} at step {step}: lower --lr, or use --precision fp32; "
-                         "earlier checkpoints are as they were")  # fmt: skip
+    if not math.isfinite(values["loss"] + values["grad_norm"]):
+        raise ValueError(
+            f"the loss is {values['loss']}, the gradient norm {values['grad_norm']} at step {step}: lower --lr, "
+            "or use --precision fp32; earlier checkpoints are as they were"
+        )
 
 
 if __name__ == "__main__":

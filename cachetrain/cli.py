@@ -5,7 +5,7 @@ import math
 import sys
 
 
-def parser(doc, epilog=None):
+def parser(doc):
     """An argument parser whose help starts with the script's docstring and shows defaults."""
 
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -14,7 +14,7 @@ def parser(doc, epilog=None):
                 return action.help
             return super()._get_help_string(action)
 
-    return argparse.ArgumentParser(description=doc, epilog=epilog, formatter_class=Formatter)
+    return argparse.ArgumentParser(description=doc, formatter_class=Formatter)
 
 
 def run(main):
