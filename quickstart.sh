@@ -80,7 +80,7 @@ from itertools import islice
 from cachetrain.caching.scan import read_caption, scan
 from cachetrain.sidecar import sidecar_path
 
-pairs = scan(sys.argv[1:2], sys.argv[2], lambda *_: None)
+pairs = scan(sys.argv[1:2], lambda *_: None)
 cached = (pair for pair in pairs if sidecar_path(pair.image, sys.argv[2]).exists())
 print(*dict.fromkeys(" ".join(read_caption(pair).text.split()) for pair in islice(cached, 4)), sep="\n")
 EOF

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import signal
 import sys
 
 
@@ -17,16 +18,30 @@ def parser(doc):
     return argparse.ArgumentParser(description=doc, formatter_class=Formatter)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as an exception: what ends cleanly on Ctrl-C does so when a launcher or scheduler stops it, too."""
+
+
 def run(main):
-    """Runs a script's main(argv); an expected error becomes one line on stderr and exit code 2."""
+    """Runs a script's main(argv); an expected error becomes one line on stderr and exit code 2.
+
+    Exit codes of interrupted scripts are the shell's: 130 after Ctrl-C, 143 after SIGTERM.
+    """
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         sys.exit(main())
     except ModuleNotFoundError as error:
         _stop(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`", 2)
     except (ValueError, OSError) as error:
         _stop(error, 2)
+    except Terminated:
+        _stop("terminated", 143)
     except KeyboardInterrupt:
         _stop("interrupted", 130)
+
+
+def _terminate(*_):
+    raise Terminated
 
 
 def _stop(message, code):

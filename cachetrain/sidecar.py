@@ -8,7 +8,9 @@ encoder and with which settings the tensors were made. This module imports no to
 import hashlib
 import json
 import os
+import re
 import secrets
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +24,13 @@ SUFFIXES = {
     "txt_clipl": ".txt_clipl",
     "txt_t5cache": ".txt_t5cache",
 }
+
+# What `temporary_path` gives: the machine and the process say whether anybody is still writing it.
+_TEMPORARY = re.compile(r"\.cachetrain~(?P<node>[^~]*)~(?P<pid>\d+)~[0-9a-f]{8}.*\.tmp")
+_ABANDONED_AGE_S = 3600
+
+# Stand for the two hashes of a header while they are computed.
+_NO_SHA256, _NO_HEADER_SHA256 = "x" * 64, "0" * 64
 
 # Sidecars that may train together agree on all of these.
 RUN_KEYS = ("kind", "encoder", "settings", "scaling_factor", "shift_factor")
@@ -40,7 +49,7 @@ class Header(NamedTuple):
 
     @property
     def foreign(self):
-        return "cachetrain_format" not in self.metadata and "sha256" not in self.metadata
+        return not {"cachetrain_format", "sha256", "header_sha256"} & self.metadata.keys()
 
     @property
     def run_identity(self):
@@ -54,10 +63,31 @@ def sidecar_path(source, suffix):
     return source.with_name(source.stem + suffix)
 
 
+def temporary_path(path):
+    """A hidden name beside `path` for a file that is not complete yet; short, however long the target's is."""
+    path = Path(path)
+    owner = f"{os.uname().nodename}~{os.getpid()}" if hasattr(os, "uname") else f"~{os.getpid()}"
+    return path.with_name(f".cachetrain~{owner}~{secrets.token_hex(4)}{path.suffix}.tmp")
+
+
+def is_abandoned(path):
+    """Whether `path` is a temporary file whose writer is gone: dead on this machine, or silent for an hour."""
+    match = _TEMPORARY.fullmatch(os.path.basename(path))
+    if match is None:
+        return False
+    if hasattr(os, "uname") and match["node"] == os.uname().nodename:
+        try:
+            os.kill(int(match["pid"]), 0)  # signal 0 only asks whether the process exists
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            pass  # another user's, alive
+    return time.time() - os.stat(path).st_mtime > _ABANDONED_AGE_S
+
+
 def atomic_write(path, data):
     """Writes bytes under `path`, which holds either its old or its new content at every moment."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = temporary_path(path)
     try:
         temporary.write_bytes(data)
         os.replace(temporary, path)
@@ -72,14 +102,19 @@ def write_sidecar(path, tensors, metadata):
     Args:
         path: target; its directory must exist.
         tensors: name -> CPU tensor.
-        metadata: str -> str; `cachetrain_format` and `sha256` are added here.
+        metadata: str -> str; the format and two hashes are added: `sha256` of the payload, which safetensors does
+            not check, and `header_sha256` of everything before it, so that a header can be trusted unread further.
     """
     from safetensors.torch import save
 
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    metadata = {"cachetrain_format": FORMAT, **metadata}
-    _, digest = _split(path, save(tensors, metadata))
-    atomic_write(path, save(tensors, {**metadata, "sha256": digest}))
+    added = {"cachetrain_format": FORMAT, "sha256": _NO_SHA256, "header_sha256": _NO_HEADER_SHA256}
+    data = save(tensors, metadata | added)
+    start = _payload_start(data)
+    payload = memoryview(data)[start:]
+    header = data[:start].replace(_NO_SHA256.encode(), hashlib.sha256(payload).hexdigest().encode())
+    digest = hashlib.sha256(header).hexdigest()
+    atomic_write(path, b"".join((header.replace(_NO_HEADER_SHA256.encode(), digest.encode()), payload)))
 
 
 def read_header(path):
@@ -95,7 +130,7 @@ def read_header(path):
         wanted = 8 + int.from_bytes(data[:8], "little")
         if len(data) < wanted <= size:
             data += file.read(wanted - len(data))
-    return _split(path, data, size)[0]
+    return _parse(path, data, size)
 
 
 def read_sidecar(path):
@@ -105,32 +140,31 @@ def read_sidecar(path):
         (tensors by name, Header). Foreign files are returned unverified.
 
     Raises:
-        SidecarError: the file does not match its own hash, or cannot be parsed.
+        SidecarError: the file does not match its own hashes, or cannot be parsed.
         OSError: the file cannot be opened.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
 
     data = Path(path).read_bytes()
-    header, digest = _split(path, data)
-    if not header.foreign and header.metadata.get("sha256") != digest:
-        raise SidecarError(f"{path}: content does not match its SHA-256; delete it, or run the cache "
-                           "script with --verify")  # fmt: skip
+    header = _parse(path, data, len(data))
+    payload = memoryview(data)[_payload_start(data) :]
+    if not header.foreign and header.metadata.get("sha256") != hashlib.sha256(payload).hexdigest():
+        raise SidecarError(f"{path}: its tensors do not match their SHA-256; delete it, or run the cache "
+                           "script with --full")  # fmt: skip
     try:
         return load(data), header
     except SafetensorError as error:
         raise SidecarError(f"{path}: {error}; run the cache script again") from error
 
 
-def _split(path, data, size=None):
-    """Parses safetensors bytes, of which the payload may be missing when the file's `size` is given.
+def _payload_start(data):
+    return 8 + int.from_bytes(data[:8], "little")
 
-    Returns:
-        (Header, digest): the SHA-256 over header fields, tensor table and payload, so that a flip anywhere in
-        the file changes it (safetensors itself misses one in the payload).
-    """
-    size = len(data) if size is None else size
-    start = 8 + int.from_bytes(data[:8], "little")
+
+def _parse(path, data, size):
+    """Parses and checks the header of a file of `size` bytes that begins with `data`."""
+    start = _payload_start(data)
     try:
         table = json.loads(data[8:start])
         metadata = table.pop("__metadata__", {})
@@ -144,11 +178,14 @@ def _split(path, data, size=None):
         raise SidecarError(f"{path}: not a readable safetensors file; run the cache script again") from error
     if end != size:
         raise SidecarError(f"{path}: {size} bytes, its header promises {end}; run the cache script again")
-    if not header.foreign and metadata.get("cachetrain_format") != FORMAT:
+    if header.foreign:
+        return header
+    if metadata.get("cachetrain_format", FORMAT) != FORMAT:
         raise SidecarError(
-            f"{path}: format {metadata.get('cachetrain_format')}, this version reads {FORMAT}; "
-            "run the cache script again"
+            f"{path}: format {metadata['cachetrain_format']}, this version reads {FORMAT}; run the cache script again"
         )
-    fields = {key: value for key, value in metadata.items() if key != "sha256"}
-    canonical = json.dumps([fields, table], sort_keys=True).encode()
-    return header, hashlib.sha256(canonical + b"\0" + data[start:]).hexdigest()
+    digest = metadata.get("header_sha256", "none")
+    blank = data[:start].replace(digest.encode(), _NO_HEADER_SHA256.encode())
+    if hashlib.sha256(blank).hexdigest() != digest:
+        raise SidecarError(f"{path}: its header does not match its SHA-256; run the cache script again")
+    return header

@@ -32,7 +32,7 @@ from skimage import data as photographs
 
 from cachetrain.caching import encoders, images, scan
 from cachetrain.caching.image_run import load as image_run_load
-from cachetrain.sidecar import read_header, read_sidecar, write_sidecar
+from cachetrain.sidecar import read_header, read_sidecar, temporary_path, write_sidecar
 
 SUFFIX = ".img_sdxl"
 
@@ -131,9 +131,9 @@ def test_latent_is_float16_unless_a_value_overflows():
 
 def test_latent_that_is_not_finite_is_reported_and_not_written(cache, root, monkeypatch, capsys):
     def broken(vae, inputs):
-        return torch.full((len(inputs), 4, 8, 8), math.nan)
+        return torch.full((len(inputs), 4, 8, 8), math.nan), None
 
-    monkeypatch.setattr(encoders, "encode_images", broken)
+    monkeypatch.setattr(encoders, "encode_posterior", broken)
     assert cache() == 1
     assert not sidecars(root, SUFFIX) and "not finite" in capsys.readouterr().err
 
@@ -145,7 +145,7 @@ def decoded(image, width=16, height=16, **save):
     """Pixels that `decode` gives of a Pillow image saved as PNG (or save["format"])."""
     buffer = io.BytesIO()
     image.save(buffer, **{"format": "PNG", **save})
-    return images.decode(buffer.getvalue(), width, height)[0]
+    return images.decode(buffer.getvalue(), [(width, height)])[0]
 
 
 def test_transparency_shows_white_however_it_is_stored():
@@ -206,7 +206,7 @@ def test_exif_orientation_is_undone(orientation):
     exif[0x0112] = orientation
     buffer = io.BytesIO()
     Image.fromarray(stored).save(buffer, "JPEG", quality=98, subsampling=0, exif=exif)
-    pixels, original_size, crop_box = images.decode(buffer.getvalue(), 24, 16)
+    pixels, original_size, crop_box = images.decode(buffer.getvalue(), [(24, 16)])
     expected = ImageOps.fit(Image.fromarray(upright), (24, 16), Image.Resampling.BICUBIC)
     assert original_size == (upright.shape[1], upright.shape[0])
     assert np.abs(pixels.astype(int) - np.asarray(expected)).mean() < 2
@@ -218,9 +218,9 @@ def test_exif_orientation_is_undone(orientation):
 def test_reduced_scale_decode_of_large_jpegs_is_not_visible(monkeypatch, name):
     buffer = io.BytesIO()
     Image.fromarray(getattr(photographs, name)()).save(buffer, "JPEG", quality=92)
-    reduced = images.decode(buffer.getvalue(), 64, 64)
+    reduced = images.decode(buffer.getvalue(), [(64, 64)])
     monkeypatch.setattr(images, "_DRAFT_MARGIN", math.inf)
-    full = images.decode(buffer.getvalue(), 64, 64)
+    full = images.decode(buffer.getvalue(), [(64, 64)])
     assert reduced[1:] == full[1:]
     mse = np.mean((reduced[0].astype(float) - full[0]) ** 2)
     assert 0 < mse < 255**2 / 10**4  # PSNR above 40 dB
@@ -297,7 +297,7 @@ def test_changed_vae_encodes_all_again_and_a_copy_of_it_none(cache, root, model,
 
 
 @pytest.mark.parametrize("field", ["kind", "encoder", "settings", "source_sha256"])
-def test_each_header_field_alone_makes_exactly_its_sidecar_stale(cache, root, field, capsys):
+def test_sidecar_of_another_encoder_setting_or_source_is_stale(cache, root, field, capsys):
     cache()
     tensors, header = read_sidecar(root / "b.img_sdxl")
     altered = header.metadata | {field: "other"} | ({"source_size": "1"} if field == "source_sha256" else {})
@@ -305,6 +305,40 @@ def test_each_header_field_alone_makes_exactly_its_sidecar_stale(cache, root, fi
     before = sidecars(root, SUFFIX)
     assert cache() == 0
     assert changed(before, sidecars(root, SUFFIX)) == ["b"] and "1 encoded (1 stale)" in capsys.readouterr().out
+
+
+def test_each_header_field_altered_alone_flags_exactly_its_sidecar(cache, root, capsys):
+    cache()
+    path = root / "b.img_sdxl"
+    good, fields = path.read_bytes(), read_header(path).metadata
+    assert {"kind", "settings", "scaling_factor", "source_mtime_ns", "crop_box", "sha256"} < fields.keys()
+    for field, value in fields.items():
+        # The last character of the value, in the file's own bytes: neither size nor hashes are brought up to date.
+        old = json.dumps(value)[1:-1]
+        entry = f'"{field}":"{old}"'.encode()
+        assert good.count(entry) == 1
+        if value:
+            path.write_bytes(good.replace(entry, entry[:-2] + bytes([entry[-2] ^ 1]) + b'"'))
+        else:  # revision of a local model
+            path.write_bytes(good.replace(entry, entry.replace(field.encode(), field[:-1].encode() + b"m")))
+        before = sidecars(root, SUFFIX)
+        capsys.readouterr()
+        assert cache() == 0
+        assert changed(before, sidecars(root, SUFFIX)) == ["b"], field
+        assert "1 encoded (1 corrupt), 2 fresh" in capsys.readouterr().out
+
+
+def test_full_finds_an_image_changed_under_its_old_size_and_time(cache, root, capsys):
+    cache()
+    stat = os.stat(root / "b.jpg")
+    altered = bytearray((root / "b.jpg").read_bytes())
+    altered[len(altered) // 2] ^= 1
+    (root / "b.jpg").write_bytes(altered)
+    os.utime(root / "b.jpg", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    before = sidecars(root, SUFFIX)
+    assert cache() == 0 and not changed(before, sidecars(root, SUFFIX))
+    assert cache("--full") == 0 and changed(before, sidecars(root, SUFFIX)) == ["b"]
+    assert cache("--full") == 0 and "0 encoded, 3 fresh" in capsys.readouterr().out
 
 
 def test_damaged_sidecars_are_made_again_and_named(cache, root, capsys):
@@ -319,7 +353,7 @@ def test_damaged_sidecars_are_made_again_and_named(cache, root, capsys):
     output = capsys.readouterr()
     assert "2 encoded (2 corrupt), 1 fresh" in output.out
     assert "a.img_sdxl: damaged" in output.err and "b.img_sdxl: damaged" in output.err
-    assert cache("--verify") == 0 and "1 encoded (1 corrupt), 2 fresh" in capsys.readouterr().out
+    assert cache("--full") == 0 and "1 encoded (1 corrupt), 2 fresh" in capsys.readouterr().out
     # Alone in its batch now, so equal but for the rounding of float16.
     torch.testing.assert_close(read_sidecar(root / "sub/c.img_sdxl")[0]["latent"], latent, rtol=2e-3, atol=2e-3)
 
@@ -381,21 +415,26 @@ def test_scan_finds_images_only_in_a_fixed_order(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "loop").symlink_to(tmp_path)
-    found = [
-        Path(pair.image).relative_to(tmp_path).as_posix() for pair in scan.scan([tmp_path, tmp_path], SUFFIX, None)
-    ]
+    found = [Path(pair.image).relative_to(tmp_path).as_posix() for pair in scan.scan([tmp_path, tmp_path], None)]
     assert found == ["a.png", "b.JPG", "m/n/x.gif", "z/a.webp"]
 
 
-def test_leftovers_of_killed_runs_are_removed_once_they_are_old(cache, root):
-    old, young = root / ".a.img_sdxl.01234567.tmp", root / ".b.img_sdxl.89abcdef.tmp"
+def test_temporary_files_of_dead_runs_are_removed_and_of_live_ones_kept(cache, root):
+    with subprocess.Popen([sys.executable, "-c", ""]) as dead:
+        pass
+    own = temporary_path(root / "a.img_sdxl")
+    gone, elsewhere, silent = (
+        root / own.name.replace(str(os.getpid()), str(dead.pid)),
+        root / own.name.replace(os.uname().nodename, "another-machine"),
+        root / own.name.replace(os.uname().nodename, "a-third-machine"),
+    )
     other = root / ".notes.tmp"
-    for path in (old, young, other):
+    for path in (own, gone, elsewhere, silent, other):
         path.write_text("half")
-    for path in (old, other):
+    for path in (silent, other):
         os.utime(path, (time.time() - 7200,) * 2)
     cache()
-    assert not old.exists() and young.exists() and other.exists()
+    assert sorted(root.glob(".*")) == sorted([own, elsewhere, other])
 
 
 def test_dead_worker_ends_the_run_with_its_reason(cache, root, monkeypatch):
@@ -419,7 +458,7 @@ def test_interrupt_leaves_only_whole_sidecars(model, tmp_path):
     os.killpg(process.pid, signal.SIGINT)  # as a terminal's Ctrl-C: to the workers too
     errors = process.communicate(timeout=30)[1]
     assert process.returncode == 130, errors
-    assert "interrupted; run again to continue" in errors and "Traceback" not in errors
+    assert "stopped; run again to continue" in errors and "Traceback" not in errors
     written = sidecars(tmp_path, SUFFIX)
     assert 0 < len(written) < 60 and not list(tmp_path.glob(".*"))
     for name in written:

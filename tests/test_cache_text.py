@@ -154,7 +154,7 @@ def test_caption_comes_from_txt_then_caption_then_file_name(tmp_path):
         for suffix, text in files.items():
             (tmp_path / image).with_suffix(f".{suffix}").write_bytes(text)
         (tmp_path / image).touch()
-        pairs = {pair.image: pair for pair in scan.scan([tmp_path], T5, None)}
+        pairs = {pair.image: pair for pair in scan.scan([tmp_path], None)}
         return scan.read_caption(pairs[str(tmp_path / image)]).text
 
     assert caption("1.png", txt=b" from txt\n", caption=b"from caption") == "from txt"

@@ -18,10 +18,11 @@ SCRIPTS = sorted(
 # What each part of the package may import of the rest of it.
 ALLOWED = {
     "sidecar": set(),
+    "packed": set(),
     "cli": set(),
     "modeling": set(),
-    "caching": {"sidecar", "cli", "modeling"},
-    "training": {"sidecar", "cli", "modeling"},
+    "caching": {"sidecar", "packed", "cli", "modeling"},
+    "training": {"sidecar", "packed", "cli", "modeling"},
 }
 
 

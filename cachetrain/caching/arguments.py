@@ -23,11 +23,20 @@ def image_parser(doc, kind, model):
     )
     group.add_argument("--target_width", type=int, metavar="W", help="with --target_height: multiples of 8")
     group.add_argument("--target_height", type=int, metavar="H")
+    group.add_argument(
+        "--bucket",
+        action="store_true",
+        help="each image at the size nearest to it in aspect ratio: about --resolution² pixels, sides in steps of 64",
+    )
+    group.add_argument(
+        "--aspect_limit", type=_aspect_limit, metavar="A", help="of --bucket: longest side / other side; default 2"
+    )
     group.add_argument("--flip", action="store_true", help="also encode the mirrored image, for --flip_p of training")
+    parser.add_argument("--store_posterior", action="store_true", help="also store the posterior's logvar")
     parser.add_argument(
         "--num_workers",
         type=int,
-        default=max(1, min(8, available_cores() - 1)),
+        default=max(1, min(8, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)),
         help="processes that decode images; 0: none but this one",
     )
     return parser
@@ -41,7 +50,8 @@ def text_parser(doc, kind, model):
 
 
 def check_image_args(parser, args):
-    """Sets args.width and args.height from the size options; exits with a usage error if they make no sense."""
+    """Sets args.width, args.height (of the square bucket) and args.aspect_limit from the size options; exits with a
+    usage error if they make no sense."""
     if (args.target_width is None) != (args.target_height is None):
         parser.error("--target_width and --target_height go together")
     if args.target_width is not None and args.resolution is not None:
@@ -54,9 +64,21 @@ def check_image_args(parser, args):
         args.width = args.height = 512 if args.resolution is None else args.resolution
         if args.width % 64 or not 64 <= args.width <= 2048:
             parser.error(f"--resolution {args.resolution}: expected 64 to 2048 in steps of 64")
+    if args.aspect_limit is not None and not args.bucket:
+        parser.error("--aspect_limit belongs to --bucket")
+    if args.bucket and args.target_width is not None:
+        parser.error("--bucket takes --resolution, not --target_width and --target_height")
+    args.aspect_limit = args.aspect_limit or 2.0
     if args.vae and args.custom:
         parser.error("--vae names a bare VAE, which has no pipeline code for --custom to run")
     return args
+
+
+def _aspect_limit(text):
+    value = float(text)
+    if not 1 <= value <= 16:
+        raise argparse.ArgumentTypeError(f"{text}: expected 1 to 16")
+    return value
 
 
 def positive_int(text):
@@ -99,6 +121,8 @@ def _parser(doc, kind, model, batch_size):
     )
     parser.add_argument("--overwrite", action="store_true", help="make all again, fresh and foreign ones too")
     parser.add_argument(
-        "--verify", action="store_true", help="read existing sidecars completely and make damaged ones again"
+        "--full",
+        action="store_true",
+        help="decide by content: hash every source and every sidecar, not only compare size, time and header",
     )
     return parser

@@ -8,21 +8,51 @@ FLOAT16_MAX = torch.finfo(torch.float16).max
 
 
 @torch.no_grad()
-def encode_images(vae, images):
-    """Encodes images to latent means (scaling_factor and shift_factor not applied).
+def encode_posterior(vae, images):
+    """Encodes images to what the VAE says of their latents (scaling_factor and shift_factor not applied).
 
     Args:
         vae: any frozen diffusers autoencoder, in eval mode.
         images: float [B, 3, H, W] in [-1, 1], in the VAE's dtype and on its device.
 
     Returns:
-        [B, C, H/8, W/8], same dtype and device (for a VAE that reduces 8-fold).
+        (mean, logvar): [B, C, H/8, W/8] each (for a VAE that reduces 8-fold), same dtype and device; logvar is None
+        for a deterministic autoencoder.
     """
     output = vae.encode(images)
     if hasattr(output, "latent_dist"):
-        return output.latent_dist.mean
+        return output.latent_dist.mean, output.latent_dist.logvar
     # Deterministic autoencoders name it differently: AutoencoderDC, AutoencoderTiny.
-    return output.latent if hasattr(output, "latent") else output.latents
+    return (output.latent if hasattr(output, "latent") else output.latents), None
+
+
+def encode_images(vae, images):
+    """The mean alone of `encode_posterior`."""
+    return encode_posterior(vae, images)[0]
+
+
+def check_vae(vae, sizes):
+    """Refuses what this VAE cannot encode, or what could not be trained on right afterwards.
+
+    Args:
+        sizes: list of (width, height) of the images.
+
+    Raises:
+        ValueError: a video autoencoder; latents scaled channel by channel; a size that its reduction does not divide.
+    """
+    name = type(vae).__name__
+    if any(parameter.ndim == 5 for parameter in vae.parameters()):
+        raise ValueError(f"{name}: encodes video, not images; pass an image VAE")
+    if getattr(vae.config, "latents_mean", None) is not None or getattr(vae.config, "latents_std", None) is not None:
+        raise ValueError(
+            f"{name}: its config scales each latent channel on its own (latents_mean, latents_std), the cache keeps "
+            "one scaling_factor and one shift_factor; pass a VAE without"
+        )
+    blocks = getattr(vae.config, "block_out_channels", None) or [1] * 4
+    factor = getattr(vae, "spatial_compression_ratio", None) or 2 ** (len(blocks) - 1)
+    for width, height in sizes:
+        if width % factor or height % factor:
+            raise ValueError(f"{width}x{height}: {name} reduces {factor}-fold; give sides in multiples of {factor}")
 
 
 def to_model_range(pixels, dtype):

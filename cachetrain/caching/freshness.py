@@ -42,8 +42,8 @@ def caption_source(pair):
     return Source(str(stat.st_size), str(stat.st_mtime_ns), lambda: read_caption(pair).sha256)
 
 
-def sidecar_state(path, source, wanted, verify=False):
-    """Returns FRESH, MISSING, STALE, CORRUPT or FOREIGN.
+def sidecar_state(path, source, wanted, full=False):
+    """Decides from one header read; `source` was one stat.
 
     A source that was only touched (new time, same SHA-256) leaves its sidecar fresh; the header is then brought up
     to date, so that the next run need not hash again.
@@ -52,28 +52,32 @@ def sidecar_state(path, source, wanted, verify=False):
         path: of the sidecar.
         source: Source.
         wanted: header fields of this run.
-        verify: also check the payload's hash, by reading the whole file.
+        full: hash the source and the whole sidecar, whatever size, time and header say.
+
+    Returns:
+        (FRESH, MISSING, STALE, CORRUPT or FOREIGN; header fields, {} where there are none).
 
     Raises:
         OSError: source or sidecar exists but cannot be read.
         ValueError: the caption is not text.
     """
     try:
-        header = read_sidecar(path)[1] if verify else read_header(path)
+        header = read_sidecar(path)[1] if full else read_header(path)
     except FileNotFoundError:
-        return MISSING
+        return MISSING, {}
     except SidecarError:
-        return CORRUPT
-    if header.foreign:
-        return FOREIGN
+        return CORRUPT, {}
     metadata = header.metadata
+    if header.foreign:
+        return FOREIGN, metadata
     if any(metadata.get(key) != wanted[key] for key in COMPARED):
-        return STALE
-    if (metadata.get("source_size"), metadata.get("source_mtime_ns")) == (source.size, source.mtime_ns):
-        return FRESH
+        return STALE, metadata
+    unchanged = (metadata.get("source_size"), metadata.get("source_mtime_ns")) == (source.size, source.mtime_ns)
+    if unchanged and not full:
+        return FRESH, metadata
     if metadata.get("source_sha256") != source.sha256():
-        return STALE
-    return _refresh(path, source)
+        return STALE, metadata
+    return (FRESH if unchanged else _refresh(path, source)), metadata
 
 
 def _refresh(path, source):

@@ -5,8 +5,11 @@ import signal
 
 from tqdm import tqdm
 
-from cachetrain.caching import images, runner
+from cachetrain.caching import images, ranks, runner
+from cachetrain.caching.buckets import bucket_sizes
 from cachetrain.caching.freshness import image_source
+from cachetrain.caching.tally import Tally
+from cachetrain.caching.writer import Row, Writer
 from cachetrain.modeling import load
 from cachetrain.sidecar import sidecar_path
 
@@ -20,61 +23,78 @@ def cache_images(args, kind):
     Returns:
         exit code: 0, or 1 if some image failed.
     """
-    tally = runner.Tally(kind)
     model_dir = load.resolve_model(
         args.model, args.revision, () if args.vae or args.custom else ("vae",), code=args.custom
     )
     vae_dir = model_dir if args.vae else load.component_dir(model_dir, "vae")
-    settings = {"width": args.width, "height": args.height, "flip": args.flip, "dtype": args.dtype or "auto"}
-    if args.custom:
-        settings["custom"] = True
     fields = {
         "kind": kind,
         **runner.model_fields(args, model_dir),
         "encoder": load.fingerprint(vae_dir, *([model_dir] if args.custom else [])),
-        "settings": json.dumps(settings | images.POLICY, sort_keys=True),
+        "settings": json.dumps(_settings(args), sort_keys=True),
     }
-    pairs = runner.find_pairs(args, tally)
-    paths = [pair.image for pair in runner.select(pairs, image_source, fields, args, tally)]
-    if paths:
-        with runner.account(tally):
-            _encode(args, paths, vae_dir, model_dir, fields, tally)
-    return tally.finish()
+    with Tally(kind, args.data_root[0], args.cache_suffix) as tally:
+        pairs = runner.select(runner.find_pairs(args, tally), image_source, fields, args, tally)
+        if pairs:
+            with tally.encoding():
+                _encode(args, pairs, vae_dir, model_dir, fields, tally)
+        return tally.finish(show_coverage=args.bucket)
 
 
-def _encode(args, paths, vae_dir, model_dir, fields, tally):
-    batches = _batches(args, paths)  # first: workers decode while the model loads
-    device = load.pick_device(args.device)
-    dtype = load.pick_dtype(args.dtype, device)
-    if args.custom:
-        vae = load.load_custom_pipeline(str(model_dir), dtype=dtype).vae.eval().requires_grad_(False)
-    else:
-        vae = load.load_vae(vae_dir, dtype)
-    vae = vae.to(device)
+def _settings(args):
+    """What changes the latents, for the header."""
+    settings = {
+        "width": args.width,
+        "height": args.height,
+        "aspect_limit": args.aspect_limit if args.bucket else None,
+        "flip": args.flip,
+        "store_posterior": args.store_posterior,
+        "dtype": args.dtype or "auto",
+    }
+    return settings | images.POLICY | ({"custom": True} if args.custom else {})
+
+
+def _encode(args, pairs, vae_dir, model_dir, fields, tally):
+    sizes = bucket_sizes(args.width, args.aspect_limit) if args.bucket else [(args.width, args.height)]
+    batches = _batches(args, pairs, sizes)  # first: workers decode while the model loads
+    vae, dtype = _load_vae(args, vae_dir, model_dir, sizes)
     fields = {
         **fields,
         "compute_dtype": str(dtype).removeprefix("torch."),
         "scaling_factor": repr(float(getattr(vae.config, "scaling_factor", None) or 1.0)),
         "shift_factor": repr(float(getattr(vae.config, "shift_factor", None) or 0.0)),
     }
-    progress = tqdm(total=len(paths), desc=fields["kind"], unit="image", disable=None)
-    with progress, runner.Writer(tally, progress) as writer:
-        for pixels, decoded, failures in batches:
+    progress = tqdm(total=len(pairs), desc=fields["kind"], unit="image", disable=None if ranks.rank() == 0 else True)
+    with progress, Writer(tally, progress) as writer:
+        for pixels, decoded, failures in tally.waiting(_of_one_size(batches, args.batch_size), progress):
             for path, reason in failures:
                 tally.fail(path, reason)
                 progress.update()
             if decoded:
-                latents = _latents(vae, pixels.to(device), dtype, args.flip)
+                latents = _latents(vae, pixels.to(vae.device), dtype, args)
                 writer.submit(_rows(latents, decoded, fields, args.cache_suffix))
 
 
-def _batches(args, paths):
+def _load_vae(args, vae_dir, model_dir, sizes):
+    from cachetrain.caching.encoders import check_vae
+
+    device = load.pick_device(args.device)
+    dtype = load.pick_dtype(args.dtype, device)
+    if args.custom:
+        vae = load.load_custom_pipeline(str(model_dir), dtype=dtype).vae.eval().requires_grad_(False)
+    else:
+        vae = load.load_vae(vae_dir, dtype)
+    check_vae(vae, sizes)
+    return vae.to(device), dtype
+
+
+def _batches(args, pairs, sizes):
     """Starts the worker processes and returns an iterator over their collated batches."""
     from torch.utils.data import DataLoader
 
-    num_workers = min(args.num_workers, -(-len(paths) // args.batch_size))
+    num_workers = min(args.num_workers, -(-len(pairs) // args.batch_size))
     loader = DataLoader(
-        images.ImageFiles(paths, args.width, args.height),
+        images.ImageFiles(pairs, sizes),
         batch_size=args.batch_size,
         num_workers=num_workers,
         collate_fn=images.collate,
@@ -83,19 +103,50 @@ def _batches(args, paths):
     return iter(loader)
 
 
+def _of_one_size(batches, batch_size):
+    """Regroups collated batches of mixed sizes into full ones of one size each; the last of a size may be smaller.
+
+    Yields:
+        (uint8 tensor [B, height, width, 3] or None, list of B (path, header fields), list of (path, reason)).
+    """
+    import torch
+
+    waiting = {}
+    for groups, failures in batches:
+        if failures:
+            yield None, [], failures
+        for pixels, rows in groups:
+            if len(rows) == batch_size:
+                yield pixels, rows, []
+                continue
+            queue = waiting.setdefault(pixels.shape[1:], [])
+            # Copies: one image of a group must not keep all of the group's shared memory.
+            queue += zip(pixels.clone(), rows, strict=True)
+            if len(queue) >= batch_size:
+                full, waiting[pixels.shape[1:]] = queue[:batch_size], queue[batch_size:]
+                yield torch.stack([image for image, _ in full]), [row for _, row in full], []
+    for queue in filter(None, waiting.values()):
+        yield torch.stack([image for image, _ in queue]), [row for _, row in queue], []
+
+
 def _ignore_interrupt(_):
     """Ctrl-C reaches every process of a terminal; the main one stops the workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _latents(vae, pixels, dtype, flip):
+def _latents(vae, pixels, dtype, args):
     """Returns name -> latents [B, C, h, w] on the VAE's device; the host does not wait for them."""
-    from cachetrain.caching.encoders import encode_images, to_model_range
+    from cachetrain.caching.encoders import encode_images, encode_posterior, to_model_range
 
     inputs = to_model_range(pixels, dtype)
-    latents = {"latent": encode_images(vae, inputs)}
-    if flip:
+    mean, logvar = encode_posterior(vae, inputs)
+    latents = {"latent": mean}
+    if args.flip:
         latents["latent_flip"] = encode_images(vae, inputs.flip(-1))
+    if args.store_posterior:
+        if logvar is None:
+            raise ValueError(f"{type(vae).__name__} has no posterior; run without --store_posterior")
+        latents["logvar"] = logvar
     return latents
 
 
@@ -106,4 +157,4 @@ def _rows(latents, decoded, fields, suffix):
     latents = {name: batch.float().cpu() for name, batch in latents.items()}
     for index, (path, image_fields) in enumerate(decoded):
         tensors = {name: storage_dtype(batch[index]) for name, batch in latents.items()}
-        yield runner.Row(path, sidecar_path(path, suffix), tensors, fields | image_fields)
+        yield Row(path, sidecar_path(path, suffix), tensors, fields | image_fields)

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from cachetrain.caching.buckets import nearest_size
+
 # What `decode` does beyond its arguments: part of every image sidecar's settings.
 POLICY = {"resample": "bicubic", "alpha": "white", "exif": "transpose"}
 
@@ -26,18 +28,23 @@ class Decoded(NamedTuple):
 
 
 class ImageFiles:
-    """Map-style dataset over image files: item i is a Decoded, or (path, reason) for one that cannot be read."""
+    """Map-style dataset over Pairs: item i is a Decoded, or (path, reason) for an image that cannot be read.
 
-    def __init__(self, paths, width, height):
-        self.paths, self.width, self.height = paths, width, height
+    Args:
+        pairs: scan.Pairs.
+        sizes: list of (width, height); each image takes the one nearest to it in aspect ratio.
+    """
+
+    def __init__(self, pairs, sizes):
+        self.pairs, self.sizes = pairs, sizes
 
     def __len__(self):
-        return len(self.paths)
+        return len(self.pairs)
 
     def __getitem__(self, index):
-        path = self.paths[index]
+        path = self.pairs[index].image
         try:
-            return decode_file(path, self.width, self.height)
+            return decode_file(path, self.sizes)
         except UnidentifiedImageError:
             return path, "not an image that Pillow can identify"
         # Pillow's plugins raise nearly anything on malformed input, and one bad image must not stop the rest.
@@ -45,7 +52,7 @@ class ImageFiles:
             return path, f"{type(error).__name__}: {error}"
 
 
-def decode_file(path, width, height):
+def decode_file(path, sizes):
     """Reads a file once and returns it as Decoded; its header fields describe exactly the bytes decoded.
 
     Raises:
@@ -54,7 +61,8 @@ def decode_file(path, width, height):
     with open(path, "rb") as file:
         stat = os.fstat(file.fileno())
         data = file.read()
-    pixels, original_size, crop_box = decode(data, width, height)
+    pixels, original_size, crop_box = decode(data, sizes)
+    height, width = pixels.shape[:2]
     fields = {
         "source_size": str(stat.st_size),
         "source_mtime_ns": str(stat.st_mtime_ns),
@@ -68,12 +76,12 @@ def decode_file(path, width, height):
     return Decoded(path, pixels, fields)
 
 
-def decode(data, width, height):
+def decode(data, sizes):
     """Decodes an image file's bytes: upright, RGB, on white, cover-resized and centre-cropped.
 
     Args:
         data: content of the file; of an animation the first frame counts.
-        width, height: of the result, in pixels.
+        sizes: list of (width, height) in pixels, of which the nearest in aspect ratio is taken.
 
     Returns:
         (uint8 array [height, width, 3],
@@ -85,12 +93,13 @@ def decode(data, width, height):
         warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(data)) as image:
             stored_size, swapped = image.size, image.getexif().get(0x0112) in (5, 6, 7, 8)
+            original_size = stored_size[::-1] if swapped else stored_size
+            width, height = nearest_size(original_size, sizes)
             goal = (height, width) if swapped else (width, height)
             if min(stored_size[0] / goal[0], stored_size[1] / goal[1]) > _DRAFT_MARGIN:
                 image.draft(None, (goal[0] * _DRAFT_MARGIN, goal[1] * _DRAFT_MARGIN))
             reduction = round(stored_size[0] / image.size[0])
             rgb = to_rgb(ImageOps.exif_transpose(image))
-    original_size = stored_size[::-1] if swapped else stored_size
     crop_box = cover_box(original_size, width, height)
     # A reduced size is rounded up, so the box is placed in the original and scaled.
     box = tuple(edge / reduction for edge in crop_box)
@@ -126,14 +135,21 @@ def to_rgb(image):
 
 
 def collate(items):
-    """Joins one batch in the worker.
+    """Joins what one batch of workers' items holds by size.
 
     Returns:
-        (uint8 tensor [B, height, width, 3] or None, list of B (path, header fields), list of (path, reason)).
+        (list of (uint8 tensor [b, height, width, 3], list of b (path, header fields)), list of (path, reason)).
     """
     import torch
 
-    decoded = [item for item in items if isinstance(item, Decoded)]
-    failures = [item for item in items if not isinstance(item, Decoded)]
-    pixels = torch.from_numpy(np.stack([item.pixels for item in decoded])) if decoded else None
-    return pixels, [(item.path, item.fields) for item in decoded], failures
+    decoded, failures = {}, []
+    for item in items:
+        if isinstance(item, Decoded):
+            decoded.setdefault(item.pixels.shape, []).append(item)
+        else:
+            failures.append(item)
+    groups = [
+        (torch.from_numpy(np.stack([item.pixels for item in group])), [(item.path, item.fields) for item in group])
+        for group in decoded.values()
+    ]
+    return groups, failures

@@ -2,18 +2,13 @@
 
 import hashlib
 import os
-import re
-import time
 from typing import NamedTuple
 
-from cachetrain.sidecar import NULL_STEM
+from cachetrain.packed import PackedStrings
+from cachetrain.sidecar import NULL_STEM, is_abandoned
 
 IMAGE_SUFFIXES = frozenset(".jpg .jpeg .jfif .jpe .png .webp .bmp .gif .tif .tiff .avif .jp2 .ppm .pgm .tga".split())
 CAPTION_SUFFIXES = (".txt", ".caption")
-
-# What atomic_write leaves behind when its process is killed.
-_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
-_LEFTOVER_AGE_S = 3600
 
 
 class Pair(NamedTuple):
@@ -21,6 +16,27 @@ class Pair(NamedTuple):
 
     image: str
     caption_file: str | None
+
+
+class Pairs:
+    """An append-only list of Pair, in little more memory than its paths' bytes."""
+
+    def __init__(self):
+        self._images, self._captions = PackedStrings(), bytearray()
+
+    def append(self, pair):
+        self._images.append(pair.image)
+        extension = os.path.splitext(pair.caption_file or "")[1]
+        self._captions.append(CAPTION_SUFFIXES.index(extension) if extension else len(CAPTION_SUFFIXES))
+
+    def __len__(self):
+        return len(self._captions)
+
+    def __getitem__(self, index):
+        image, caption = self._images[index], self._captions[index]
+        if caption == len(CAPTION_SUFFIXES):
+            return Pair(image, None)
+        return Pair(image, os.path.splitext(image)[0] + CAPTION_SUFFIXES[caption])
 
 
 class Caption(NamedTuple):
@@ -35,15 +51,14 @@ class Caption(NamedTuple):
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
-def scan(roots, suffix, fail):
+def scan(roots, fail):
     """Yields one Pair per image under `roots`, sorted within each folder, sub-folders after their parent's files.
 
-    Hidden files and folders, sidecars and `_null_caption.*` are no images. Symbolic links are followed, each folder
-    is visited once.
+    Hidden files and folders and `_null_caption.*` are no images. Symbolic links are followed, each folder is
+    visited once. Temporary files that killed runs left are removed.
 
     Args:
         roots: directories.
-        suffix: of the sidecars; temporary files that killed runs left of them are removed.
         fail: called as fail(path, reason) for folders that cannot be read, and for the second of two images that
             would share a sidecar.
 
@@ -54,7 +69,7 @@ def scan(roots, suffix, fail):
     for root in roots:
         if not os.path.isdir(root):
             raise ValueError(f"--data_root {root}: no such directory")
-        for folder, names in _folders(root, visited, suffix, fail):
+        for folder, names in _folders(root, visited, _is_source, fail, remove_abandoned=True):
             yield from _pairs(folder, names, fail)
 
 
@@ -84,8 +99,40 @@ def read_caption(pair):
     return Caption(text, str(stat.st_size), str(stat.st_mtime_ns))
 
 
-def _folders(root, visited, suffix, fail):
-    """Yields (folder, sorted names of its files), depth first, and removes leftovers of killed runs."""
+def find_sidecars(paths, suffixes):
+    """Yields the paths (str) of sidecars, sorted within each folder; nothing is opened.
+
+    Args:
+        paths: sidecar files, which are taken as they are, and folders, searched to any depth.
+        suffixes: what a sidecar's name ends with, one or several of them.
+
+    Raises:
+        ValueError: a path does not exist.
+        OSError: a folder cannot be read.
+    """
+    visited = set()
+    for path in paths:
+        if os.path.isfile(path):
+            yield os.fspath(path)
+        elif not os.path.isdir(path):
+            raise ValueError(f"{path}: no such file or directory")
+        else:
+            for folder, names in _folders(path, visited, lambda name: name.endswith(tuple(suffixes))):
+                yield from (os.path.join(folder, name) for name in names)
+
+
+def _is_source(name):
+    extension = os.path.splitext(name)[1].lower()
+    return extension in IMAGE_SUFFIXES or extension in CAPTION_SUFFIXES
+
+
+def _folders(root, visited, keep, fail=None, remove_abandoned=False):
+    """Yields (folder, sorted names of those files that `keep` says), depth first.
+
+    Args:
+        visited: real paths of folders seen so far; grows.
+        fail: called as fail(folder, reason) for one that cannot be read; None raises.
+    """
     stack = [os.fspath(root)]
     while stack:
         folder = stack.pop()
@@ -98,17 +145,23 @@ def _folders(root, visited, suffix, fail):
             with os.scandir(folder) as entries:
                 for entry in entries:
                     if entry.name.startswith("."):
-                        _remove_leftover(entry, suffix)
-                    else:
-                        (subfolders if entry.is_dir() else names).append(entry.name)
+                        if remove_abandoned:
+                            _remove_if_abandoned(entry.path)
+                    elif entry.is_dir():
+                        subfolders.append(entry.name)
+                    elif keep(entry.name):
+                        names.append(entry.name)
         except OSError as error:
+            if fail is None:
+                raise
             fail(folder, f"cannot be read: {error.strerror}")
-        yield folder, sorted(names)
+        names.sort()
+        yield folder, names
         stack.extend(os.path.join(folder, name) for name in sorted(subfolders, reverse=True))
 
 
 def _pairs(folder, names, fail):
-    files = set(names)
+    captions = {name for name in names if name.endswith(CAPTION_SUFFIXES)}
     first_of_stem = {}
     for name in names:
         stem, extension = os.path.splitext(name)
@@ -119,15 +172,13 @@ def _pairs(folder, names, fail):
             fail(path, f"would share its sidecar with {first_of_stem[stem]} beside it; rename one of the two")
             continue
         first_of_stem[stem] = name
-        caption = next((stem + suffix for suffix in CAPTION_SUFFIXES if stem + suffix in files), None)
+        caption = next((stem + suffix for suffix in CAPTION_SUFFIXES if stem + suffix in captions), None)
         yield Pair(path, caption and os.path.join(folder, caption))
 
 
-def _remove_leftover(entry, suffix):
-    if suffix in entry.name and _LEFTOVER.fullmatch(entry.name):
-        try:
-            # A younger one may belong to a run that is still writing it.
-            if time.time() - entry.stat(follow_symlinks=False).st_mtime > _LEFTOVER_AGE_S:
-                os.unlink(entry.path)
-        except OSError:
-            pass  # another run removed it, or the folder is read-only: it harms nobody
+def _remove_if_abandoned(path):
+    try:
+        if is_abandoned(path):
+            os.unlink(path)
+    except OSError:
+        pass  # another run removed it, or the folder is read-only: it harms nobody

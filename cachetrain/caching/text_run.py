@@ -1,13 +1,17 @@
 """The main path of the text cache scripts: scan, check, encode each caption once, write, account."""
 
 import json
+from itertools import chain, pairwise
 from typing import NamedTuple
 
+import numpy as np
 from tqdm import tqdm
 
-from cachetrain.caching import runner
+from cachetrain.caching import ranks, runner
 from cachetrain.caching.freshness import caption_source
 from cachetrain.caching.scan import null_pair, read_caption
+from cachetrain.caching.tally import Tally
+from cachetrain.caching.writer import Row, Writer
 from cachetrain.modeling import load
 from cachetrain.sidecar import sidecar_path
 
@@ -41,7 +45,6 @@ def cache_captions(args, kind, settings, components=("text_encoder", "tokenizer"
     Returns:
         exit code: 0, or 1 if some caption failed.
     """
-    tally = runner.Tally(kind)
     model_dir = load.resolve_model(args.model, args.revision, () if custom else components, code=custom)
     dtypes = {"dtype": args.dtype or "auto", "store_dtype": args.store_dtype}
     fields = {
@@ -50,12 +53,13 @@ def cache_captions(args, kind, settings, components=("text_encoder", "tokenizer"
         "encoder": load.fingerprint(*_fingerprinted(model_dir, components, custom)),
         "settings": json.dumps(settings | dtypes, sort_keys=True),
     }
-    pairs = [null_pair(root) for root in dict.fromkeys(args.data_root)] + runner.find_pairs(args, tally)
-    pending = runner.select(pairs, caption_source, fields, args, tally)
-    if pending:
-        with runner.account(tally):
-            _encode(args, pending, model_dir, settings, custom, fields, tally)
-    return tally.finish()
+    with Tally(kind, args.data_root[0], args.cache_suffix) as tally:
+        nulls = map(null_pair, dict.fromkeys(args.data_root))
+        pairs = runner.select(chain(nulls, runner.find_pairs(args, tally)), caption_source, fields, args, tally)
+        if pairs:
+            with tally.encoding():
+                _encode(args, pairs, model_dir, settings, custom, fields, tally)
+        return tally.finish()
 
 
 def _fingerprinted(model_dir, components, custom):
@@ -75,7 +79,7 @@ def _fingerprinted(model_dir, components, custom):
     return [load.component_dir(model_dir, name) for name in components]
 
 
-def _encode(args, pending, model_dir, settings, custom, fields, tally):
+def _encode(args, pairs, model_dir, settings, custom, fields, tally):
     import torch
 
     device = load.pick_device(args.device)
@@ -87,15 +91,34 @@ def _encode(args, pending, model_dir, settings, custom, fields, tally):
     )
     fields = {**fields, "compute_dtype": str(dtype).removeprefix("torch.")}
     store_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.store_dtype]
-    progress = tqdm(total=len(pending), desc=fields["kind"], unit="image", disable=None)
-    with progress, runner.Writer(tally, progress) as writer:
-        for start in range(0, len(pending), _WINDOW):
-            readers = _by_caption(pending[start : start + _WINDOW], tally, progress)
+    progress = tqdm(total=len(pairs), desc=fields["kind"], unit="image", disable=None if ranks.rank() == 0 else True)
+    with progress, Writer(tally, progress) as writer:
+        windows = (_by_caption(window, tally, progress) for window in _windows(pairs))
+        for readers in tally.waiting(windows, progress):
             captions = list(readers)
             for batch in encode(captions):
-                for item in batch:
-                    tally.counts["truncated"] += item.truncated * len(readers[captions[item.index]])
                 writer.submit(_rows(batch, captions, readers, fields, store_dtype, args.cache_suffix))
+
+
+def _windows(pairs):
+    """Yields iterables of Pair of about _WINDOW each, such that all images of one caption are in one of them."""
+    count = len(pairs)
+    order, bounds = range(count), [0, count]
+    if count > _WINDOW:
+        # Reads each caption once more, which is little beside encoding the same one in several windows.
+        keys = np.fromiter((_caption_key(pair) for pair in pairs), np.int64, count)
+        order = np.argsort(keys, kind="stable")
+        starts = np.flatnonzero(np.diff(keys[order], prepend=~keys[order[0]]))  # of runs of equal captions
+        bounds = [*np.unique(starts[np.searchsorted(starts, range(0, count, _WINDOW), side="right") - 1]), count]
+    for start, end in pairwise(bounds):
+        yield (pairs[index] for index in order[start:end])
+
+
+def _caption_key(pair):
+    try:
+        return hash(read_caption(pair).text)
+    except (OSError, ValueError):
+        return 0  # reported when its window is read
 
 
 def _by_caption(pairs, tally, progress):
@@ -173,4 +196,4 @@ def _rows(batch, captions, readers, fields, store_dtype, suffix):
                 "num_tokens": str(item.num_tokens),
                 "truncated": str(int(item.truncated)),
             }
-            yield runner.Row(pair.image, sidecar_path(pair.image, suffix), tensors, metadata)
+            yield Row(pair.image, sidecar_path(pair.image, suffix), tensors, metadata)

@@ -6,6 +6,7 @@ scripts call it only when the user said `--custom`.
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
@@ -16,10 +17,12 @@ _INCIDENTAL = ("transformers_version", "torch_dtype", "dtype", "architectures")
 
 
 def pick_device(device=None):
-    """`device`, or cuda where there is one, else cpu."""
+    """`device`, or cuda where there is one (under a launcher: this process's own), else cpu."""
     import torch
 
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device is None and torch.cuda.is_available():
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    return torch.device(device or "cpu")
 
 
 def pick_dtype(name, device):

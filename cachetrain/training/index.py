@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from cachetrain.packed import PackedStrings
 from cachetrain.sidecar import NULL_STEM, RUN_KEYS, SUFFIXES, read_header
 
 _CHUNK = 1024
@@ -30,27 +31,24 @@ class PairIndex:
             ValueError: no pairs; unreadable, foreign-shaped or mixed caches (two differing files are named).
         """
         self.image_suffix, self.text_suffix = image_suffix, text_suffix
-        stems, self.unpaired, self._starts = [], 0, set()
+        self._stems, self.unpaired, self._starts = PackedStrings(), 0, set()
         for directory in directories:
-            found, unpaired = _paired_stems(directory, image_suffix, text_suffix)
-            if not found:
+            start = len(self._stems)
+            self._starts.add(start)
+            for stem in self._paired_stems(directory):
+                self._stems.append(stem)
+            if len(self._stems) == start:
                 raise ValueError(
                     f"{directory}: no pairs of *{image_suffix} and *{text_suffix}; run the cache scripts on it first"
                 )
-            self._starts.add(len(stems))
-            stems += found
-            self.unpaired += unpaired
-        encoded = [stem.encode("utf-8", "surrogateescape") for stem in stems]
-        self._offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
-        self._names = np.frombuffer(b"".join(encoded), dtype=np.uint8)
         self._read_headers()
 
     def __len__(self):
-        return len(self._offsets) - 1
+        return len(self._stems)
 
     def stem(self, i):
         """Path of pair `i` without a suffix."""
-        return self._names[self._offsets[i] : self._offsets[i + 1]].tobytes().decode("utf-8", "surrogateescape")
+        return self._stems[i]
 
     @property
     def image_settings(self):
@@ -73,6 +71,24 @@ class PairIndex:
 
     def text_path(self, i):
         return self.stem(i) + self.text_suffix
+
+    def _paired_stems(self, directory):
+        """Yields the paths without suffix that have both sidecars, sorted within each folder; counts the others."""
+        if not Path(directory).is_dir():
+            raise ValueError(f"{directory}: no such directory")
+        image_suffix, text_suffix, visited = self.image_suffix, self.text_suffix, set()
+        for folder, subfolders, names in os.walk(directory, followlinks=True):
+            if (real := os.path.realpath(folder)) in visited:  # links may lead in circles
+                subfolders.clear()
+                continue
+            visited.add(real)
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+            names = [name for name in names if name[0] != "."]
+            images = {name.removesuffix(image_suffix) for name in names if name.endswith(image_suffix)}
+            texts = {name.removesuffix(text_suffix) for name in names if name.endswith(text_suffix)}
+            texts.discard(NULL_STEM)
+            yield from (os.path.join(folder, stem) for stem in sorted(images & texts))
+            self.unpaired += len(images ^ texts)
 
     def _read_headers(self):
         shapes, self.num_foreign = {}, 0
@@ -128,22 +144,3 @@ def check_same_run(first, other, first_path, other_path, but=None):
                 f"mixed caches: {first_path} and {other_path} differ in {key}: {a} against {b}; "
                 "run the cache script again on all of them"
             )
-
-
-def _paired_stems(directory, image_suffix, text_suffix):
-    """Returns (sorted paths without suffix that have both sidecars, number of sidecars without partner)."""
-    if not Path(directory).is_dir():
-        raise ValueError(f"{directory}: no such directory")
-    stems, unpaired, visited = [], 0, set()
-    for folder, subfolders, names in os.walk(directory, followlinks=True):
-        if (real := os.path.realpath(folder)) in visited:  # links may lead in circles
-            subfolders.clear()
-            continue
-        visited.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        images = {name.removesuffix(image_suffix) for name in names if name.endswith(image_suffix) and name[0] != "."}
-        texts = {name.removesuffix(text_suffix) for name in names if name.endswith(text_suffix) and name[0] != "."}
-        texts.discard(NULL_STEM)
-        stems += (os.path.join(folder, stem) for stem in sorted(images & texts))
-        unpaired += len(images ^ texts)
-    return stems, unpaired

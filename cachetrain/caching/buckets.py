@@ -1,0 +1,111 @@
+"""The sizes images are encoded at, and the report of how well they fit."""
+
+import math
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+
+from cachetrain.sidecar import temporary_path
+
+STEP = 64
+
+
+def bucket_sizes(resolution, aspect_limit):
+    """Sizes of about resolution² pixels with sides in multiples of 64.
+
+    For each possible side the other one that comes nearest to resolution² pixels, in both orientations.
+
+    Args:
+        resolution: side of the square bucket; a multiple of 64.
+        aspect_limit: longest allowed side / other side, at least 1.
+
+    Returns:
+        sorted list of (width, height); the square is always among them.
+    """
+    cells = (resolution // STEP) ** 2
+    sizes = {(resolution, resolution)}
+    for a in range(1, cells + 1):
+        b = max(1, round(cells / a))
+        if max(a, b) <= aspect_limit * min(a, b):
+            sizes |= {(a * STEP, b * STEP), (b * STEP, a * STEP)}
+    return sorted(sizes)
+
+
+def nearest_size(original_size, sizes):
+    """The (width, height) of `sizes` whose aspect ratio is nearest, on the logarithmic scale, to the original's."""
+    aspect = original_size[0] / original_size[1]
+    return min(sizes, key=lambda size: abs(math.log(size[0] / size[1] / aspect)))
+
+
+class Coverage:
+    """Counts, from sidecar headers, how many images have each size and how much of them is cropped away."""
+
+    def __init__(self):
+        self.images, self.kept = Counter(), Counter()  # by size; kept: sum of the fractions that are not cropped
+
+    def add(self, metadata):
+        """Counts one image sidecar by its header."""
+        size = f"{metadata['width']}x{metadata['height']}"
+        left, top, right, bottom = map(float, metadata["crop_box"].split(","))
+        area = int(metadata["original_width"]) * int(metadata["original_height"])
+        self.images[size] += 1
+        self.kept[size] += (right - left) * (bottom - top) / area
+
+    def table(self):
+        """Lines of a table: size, images, share of all, how much is cropped away on average; the fullest first."""
+        total = self.images.total()
+        yield f"{'bucket':>11}{'images':>11}{'share':>9}{'cropped away':>15}"
+        for size, images in sorted(self.images.items(), key=lambda item: (-item[1], item[0])):
+            yield f"{size:>11}{images:>11,}{images / total:>9.1%}{1 - self.kept[size] / images:>15.1%}"
+        if len(self.images) > 1:
+            yield f"{'all':>11}{total:>11,}{1:>9.1%}{1 - self.kept.total() / total:>15.1%}"
+
+
+def is_upscaled(metadata):
+    """Whether the header is of an image that had to be enlarged to cover its size."""
+    return int(metadata["original_width"]) < int(metadata["width"]) or int(metadata["original_height"]) < int(
+        metadata["height"]
+    )
+
+
+class UpscaledList:
+    """A text file of the images that were enlarged, a line each; of all images of a run, fresh ones too.
+
+    Written to a part file as the run goes, since the images may be many; `publish` makes it visible.
+    """
+
+    def __init__(self, target):
+        self.target, self.part = Path(target), None
+
+    def add(self, path, metadata):
+        if self.part is None:
+            self.part = open(temporary_path(self.target), "w", encoding="utf-8", errors="surrogateescape")
+        size = "{original_width}x{original_height} -> {width}x{height}".format_map(metadata)
+        self.part.write(f"{path}\t{size}\n")
+
+    def close(self):
+        """Returns the part file's path, or None if there was nothing to list."""
+        if self.part is None:
+            return None
+        self.part.close()
+        return self.part.name
+
+    def discard(self):
+        if self.part is not None:
+            self.part.close()
+            Path(self.part.name).unlink(missing_ok=True)
+
+    def publish(self, parts):
+        """Joins the part files of all ranks under the target's name; without any an old list is removed."""
+        if not parts:
+            self.target.unlink(missing_ok=True)
+            return
+        joined = temporary_path(self.target)
+        with open(joined, "wb") as out:
+            for part in parts:
+                with open(part, "rb") as file:
+                    shutil.copyfileobj(file, out)
+        os.replace(joined, self.target)
+        for part in parts:
+            os.unlink(part)
