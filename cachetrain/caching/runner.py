@@ -13,7 +13,7 @@ from cachetrain.caching.scan import Pairs, scan
 from cachetrain.sidecar import sidecar_path
 
 # Checking waits for the file system, on network storage for a millisecond a file: several at a time.
-_THREADS, _CHUNK = 8, 256
+_THREADS, _CHUNK = 8, 64
 
 
 def find_pairs(args, tally):
