@@ -6,9 +6,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from cachetrain.caching.scan import read_caption
-from cachetrain.sidecar import SidecarError, read_header, read_sidecar, write_sidecar
+from cachetrain.sidecar import Header, SidecarError, read_header, read_sidecar, write_sidecar
 
 FRESH, MISSING, STALE, CORRUPT, FOREIGN = "fresh", "missing", "stale", "corrupt", "foreign"
+
+# Fresh, but its source has a new time.
+TOUCHED = "touched"
 
 # A sidecar is stale when its header differs from the run in one of these.
 COMPARED = ("kind", "encoder", "settings")
@@ -61,23 +64,43 @@ def sidecar_state(path, source, wanted, full=False):
         OSError: source or sidecar exists but cannot be read.
         ValueError: the caption is not text.
     """
+    state, header = file_state(path, full)
+    if state is None and any(header.metadata.get(key) != wanted[key] for key in COMPARED):
+        state = STALE
+    if state is None:
+        state = source_state(header.metadata, source, full)
+    if state == TOUCHED:
+        state = _refresh(path, source)
+    return state, header.metadata
+
+
+def file_state(path, full=False):
+    """What the file alone tells: (MISSING, CORRUPT, FOREIGN, or None: encoder and source decide; its Header).
+
+    Args:
+        full: compare its tensors with their hash, too.
+    """
     try:
         header = read_sidecar(path)[1] if full else read_header(path)
     except FileNotFoundError:
-        return MISSING, {}
+        return MISSING, Header({}, {}, {})
     except SidecarError:
-        return CORRUPT, {}
-    metadata = header.metadata
-    if header.foreign:
-        return FOREIGN, metadata
-    if any(metadata.get(key) != wanted[key] for key in COMPARED):
-        return STALE, metadata
+        return CORRUPT, Header({}, {}, {})
+    return (FOREIGN if header.foreign else None), header
+
+
+def source_state(metadata, source, full=False):
+    """What the source tells of a sidecar with these header fields: FRESH, TOUCHED or STALE.
+
+    Args:
+        full: hash the source though its size and time are unchanged.
+    """
     unchanged = (metadata.get("source_size"), metadata.get("source_mtime_ns")) == (source.size, source.mtime_ns)
     if unchanged and not full:
-        return FRESH, metadata
+        return FRESH
     if metadata.get("source_sha256") != source.sha256():
-        return STALE, metadata
-    return (FRESH if unchanged else _refresh(path, source)), metadata
+        return STALE
+    return FRESH if unchanged else TOUCHED
 
 
 def _refresh(path, source):
