@@ -30,6 +30,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.custom and (args.raw or args.max_length):
         parser.error("--custom leaves length and projection to the repository's code: drop --max_length and --raw")
+    if args.custom and args.batch_size != parser.get_default("batch_size"):
+        parser.error("--custom encodes one caption at a time: drop --batch_size")
     return args
 
 

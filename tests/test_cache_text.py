@@ -18,7 +18,7 @@ from PIL import Image
 from skimage import data as photographs
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
-from cachetrain.caching import scan
+from cachetrain.caching import scan, text_run
 from cachetrain.modeling.t5_projection import T5Projection
 from cachetrain.modeling.text import TextEncoder
 from cachetrain.sidecar import read_header, read_sidecar
@@ -174,6 +174,53 @@ def test_identical_captions_are_encoded_once(t5_cache, root, monkeypatch, capsys
     assert len(encoded) == 3  # "the same", "another", ""
     assert "6 encoded" in capsys.readouterr().out
     assert torch.equal(emb(root / f"b{T5}"), emb(root / f"e{T5}"))
+
+
+def test_identical_captions_are_encoded_once_also_when_they_are_read_in_several_windows(t5_cache, root, monkeypatch):
+    monkeypatch.setattr(text_run, "_WINDOW", 4)
+    words = ["red", "red", "blue", "red", "star", "blue", "red", "ring", "red", "cat", "red", "star"]
+    for index, word in enumerate(words):
+        (root / f"n{index:02}.txt").write_text(word)
+    save_pictures(root, [f"n{index:02}.png" for index in range(len(words))], size=(8, 8))
+    (root / "n05.txt").write_bytes(b"\xff")  # not UTF-8: reported, and in nobody's way
+    encoded, encode_ids = [], TextEncoder.encode_ids
+    monkeypatch.setattr(TextEncoder, "encode_ids", lambda self, ids: encoded.extend(ids) or encode_ids(self, ids))
+    assert t5_cache() == 1
+    distinct = {*words, *CAPTIONS.values()}  # "" of the null caption is one of them
+    assert len(encoded) == len(distinct) == len(set(map(tuple, encoded)))
+    assert len(sidecars(root, T5)) == len(words) - 1 + len(CAPTIONS) + 1
+    assert torch.equal(emb(root / f"n00{T5}"), emb(root / f"n10{T5}"))
+
+
+# Root mean square of the error relative to that of the embeddings, of each dtype against float32.
+TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-3}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_t5_embeddings_of_each_dtype_are_those_of_float32_to_its_rounding(t5_cache, t5_model, root, dtype):
+    assert t5_cache("--dtype", dtype, "--store_dtype", "fp32", "--raw", "--batch_size", 3) == 0
+    encoder = T5EncoderModel.from_pretrained(t5_model / "text_encoder", dtype=torch.float32).eval()
+    tokenizer = T5Tokenizer.from_pretrained(t5_model / "tokenizer")
+    for name, caption in CAPTIONS.items():
+        expected = encoder(tokenizer(caption.strip(), return_tensors="pt").input_ids).last_hidden_state[0]
+        error = (emb(root / f"{name}{T5}") - expected).norm() / expected.norm()
+        assert error < TOLERANCE[dtype]
+    assert dtype == "fp32" or error > TOLERANCE["fp32"]  # it was not float32 after all
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_clip_embeddings_of_each_dtype_are_those_of_float32_to_its_rounding(clip_cache, clip_model, root, dtype):
+    assert clip_cache("--dtype", dtype, "--store_dtype", "fp32", "--batch_size", 3) == 0
+    tower = CLIPTextModel.from_pretrained(clip_model / "text_encoder", dtype=torch.float32).eval()
+    tokenizer = CLIPTokenizer.from_pretrained(clip_model / "tokenizer")
+    for name, caption in CAPTIONS.items():
+        ids = tokenizer(caption.strip(), padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+        expected = tower(ids.input_ids).last_hidden_state[0]
+        error = (emb(root / f"{name}{CLIP}") - expected).norm() / expected.norm()
+        assert error < TOLERANCE[dtype]
+    assert dtype == "fp32" or error > TOLERANCE["fp32"]
 
 
 def test_captions_of_like_length_share_batches(t5_cache, root, monkeypatch):
