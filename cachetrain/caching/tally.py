@@ -91,19 +91,19 @@ class Tally:
     def summary(self):
         """One line: `img_sdxl: 12 encoded (2 stale), 30 fresh in 4.1 s, 2.9 images/s, 3% data wait`."""
         counts, elapsed_s = self.counts, time.perf_counter() - self.started_s
-        why = [f"{counts[state]:,} {state}" for state in (STALE, CORRUPT) if counts[state]]
+        why = [f"{counts[state]} {state}" for state in (STALE, CORRUPT) if counts[state]]
         parts = [
-            f"{counts['encoded']:,} encoded" + (f" ({', '.join(why)})" if why else ""),
-            f"{counts[FRESH]:,} fresh",
+            f"{counts['encoded']} encoded" + (f" ({', '.join(why)})" if why else ""),
+            f"{counts[FRESH]} fresh",
         ]
         if counts[FOREIGN]:
-            parts.append(f"{counts[FOREIGN]:,} foreign kept (no header; --overwrite replaces them)")
+            parts.append(f"{counts[FOREIGN]} foreign kept (no header; --overwrite replaces them)")
         if counts["truncated"]:
-            parts.append(f"{counts['truncated']:,} captions truncated")
+            parts.append(f"{counts['truncated']} captions truncated")
         if counts["upscaled"]:
-            parts.append(f"{counts['upscaled']:,} images upscaled")
+            parts.append(f"{counts['upscaled']} images upscaled")
         if counts["failed"]:
-            parts.append(f"{counts['failed']:,} failed")
+            parts.append(f"{counts['failed']} failed")
         line = f"{self.kind}: {', '.join(parts)} in {elapsed_s:.1f} s, {counts['encoded'] / elapsed_s:.1f} images/s"
         times_s = self.times_s
         return line + (f", {times_s['waiting'] / times_s['encoding']:.0%} data wait" if times_s["encoding"] else "")

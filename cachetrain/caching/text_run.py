@@ -163,11 +163,11 @@ def length_batches(lengths, batch_size):
     """Yields lists of indices such that captions of like length share a batch and little padding is computed.
 
     The longest come first, so that a batch too big for the memory fails at once. A batch ends early rather than
-    take a caption of less than 3/4 of its longest.
+    take a caption of less than 5/6 of its longest.
     """
     batch = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and (len(batch) == batch_size or lengths[index] < 0.75 * lengths[batch[0]]):
+        if batch and (len(batch) == batch_size or lengths[index] < 5 / 6 * lengths[batch[0]]):
             yield batch
             batch = []
         batch.append(index)

@@ -1,0 +1,345 @@
+#!/usr/bin/env python3
+"""Measures the cache scripts against the parts they consist of, run beside them on the same files.
+
+    ./benchmarks/cache_throughput.py --work /tmp/cache_throughput
+
+Images: photographs of scikit-image (test extra) as JPEGs of 512 to 4000 pixels, cached at 256x256 with a random VAE
+of Stable Diffusion's size and with the tiny VAE; beside them decoding on all cores alone, and the VAE alone on one
+resident batch. Text: captions of 5 to 200 tokens through a random T5 of t5-small's size, beside a loop over them one
+by one. Scan: 100,000 empty images, captions and real sidecars are listed and checked, and indexed as for training.
+Start: `--help` of each cache script. The last column is what the project wants of each ratio. About eight minutes on
+two CPU cores and 1.5 GB of disk; what --work holds already is used again.
+"""
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+import tracemalloc
+from argparse import Namespace
+from pathlib import Path
+
+from cachetrain import cli
+
+REPO = Path(__file__).resolve().parent.parent
+TINY = REPO / "models" / "tiny"
+SIZES = (512, 1024, 2048, 4000)
+PARTS = ("images", "text", "scan", "start")
+
+
+def parse_args(argv=None):
+    parser = cli.parser(__doc__)
+    parser.add_argument("--work", required=True, help="directory for models, pictures and caches; kept")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
+    parser.add_argument("--num_images", type=int, default=24, help="through the VAE of full size; 10 x as many tiny")
+    parser.add_argument("--num_captions", type=int, default=400)
+    parser.add_argument("--num_pairs", type=int, default=100_000, help="of the scan")
+    parser.add_argument("--device", help="torch device; default: cuda if there is one, else cpu")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: bf16 on cuda, fp32 on cpu")
+    return parser.parse_args(argv)
+
+
+def seconds(function, *arguments):
+    """Returns (seconds that one call took, its result)."""
+    start = time.perf_counter()
+    result = function(*arguments)
+    return time.perf_counter() - start, result
+
+
+def run_script(name, *argv):
+    """Runs main() of a cache script in this process, where torch is imported already."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location(name, REPO / "cache" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if module.main([str(argument) for argument in argv]):
+        raise ValueError(f"{name} {argv} failed")
+
+
+def shared_arguments(args):
+    given = (("--device", args.device), ("--dtype", args.dtype))
+    return [word for flag, value in given if value for word in (flag, value)]
+
+
+# Images
+
+
+def make_photographs(folder, count):
+    """Writes `count` JPEGs, the four photographs in turn, of each size in turn; returns their paths."""
+    import skimage.data
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    names, paths = ("astronaut", "chelsea", "coffee", "rocket"), []
+    for index in range(count):
+        path = folder / f"{index:04}.jpg"
+        paths.append(str(path))
+        if not path.exists():
+            image = Image.fromarray(getattr(skimage.data, names[index % 4])())
+            scale = SIZES[index // 4 % len(SIZES)] / max(image.size)
+            image.resize([round(side * scale) for side in image.size], Image.Resampling.LANCZOS).save(
+                path, quality=92
+            )
+    return paths
+
+
+def make_vae(work):
+    """A random VAE of Stable Diffusion's size."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    if not (work / "vae").exists():
+        torch.manual_seed(0)
+        AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=512,
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        ).save_pretrained(work / "vae")  # fmt: skip
+    return work / "vae"
+
+
+def decode_256(path):
+    from cachetrain.caching import images
+
+    return images.decode_file(path, [(256, 256)]).pixels
+
+
+def decode_alone(paths):
+    """Seconds to decode all files on all cores, processes started before."""
+    from cachetrain.caching.arguments import available_cores
+
+    with multiprocessing.get_context("fork").Pool(available_cores()) as pool:
+        pool.map(decode_256, paths[: 2 * available_cores()])
+        return seconds(pool.map, decode_256, paths, 4)[0]
+
+
+def encode_alone(args, vae_dir, count, batch_size=8):
+    """Seconds to encode `count` images, as often as needed the same resident batch."""
+    import torch
+
+    from cachetrain.caching.encoders import encode_images
+    from cachetrain.modeling import load
+
+    device = load.pick_device(args.device)
+    dtype = load.pick_dtype(args.dtype, device)
+    vae, batch = load.load_vae(vae_dir, dtype).to(device), torch.rand(batch_size, 3, 256, 256)
+
+    def encode():
+        for _ in range(count // batch_size):
+            encode_images(vae, batch.to(device, dtype)).float().cpu()
+
+    encode_images(vae, batch[:1].to(device, dtype))
+    return seconds(encode)[0]
+
+
+def measure_images(args, work):
+    """Yields the rows of both VAEs and of reduced-scale decoding."""
+    from cachetrain.modeling import load
+
+    on_cpu = load.pick_device(args.device).type == "cpu"
+    for label, vae_dir, count in (
+        ("tiny VAE", TINY / "vae", 10 * args.num_images),
+        ("SD-size VAE", make_vae(work), args.num_images),
+    ):
+        paths = make_photographs(work / f"photographs_{count}", count)
+        argv = ["--data_root", Path(paths[0]).parent, "--model", vae_dir, "--vae", "--resolution", 256, "--overwrite"]
+        decode_s, encode_s = decode_alone(paths), encode_alone(args, vae_dir, count)
+        script_s = seconds(run_script, "create_img_sdxl", *argv, *shared_arguments(args))[0]
+        reference_s = decode_s + encode_s if on_cpu else max(decode_s, encode_s)
+        parts = f"decode {decode_s:.1f} s {'+' if on_cpu else '|'} encode {encode_s:.1f} s"
+        yield f"{count} images, {label}: {script_s:.1f} s", parts, script_s / reference_s, "<= 1.10"
+    yield measure_draft(make_photographs(work / f"photographs_{10 * args.num_images}", 10 * args.num_images))
+
+
+def measure_draft(paths):
+    """Full against reduced-scale decoding of the large ones: the pictures' PSNR, and the time."""
+    import math
+
+    import numpy as np
+
+    from cachetrain.caching import images
+
+    large = [path for index, path in enumerate(paths) if SIZES[index // 4 % len(SIZES)] >= 2048][:16]
+    margin = images._DRAFT_MARGIN
+    reduced_s, reduced = seconds(lambda: [decode_256(path) for path in large])
+    images._DRAFT_MARGIN = math.inf
+    full_s, full = seconds(lambda: [decode_256(path) for path in large])
+    images._DRAFT_MARGIN = margin
+    errors = [np.mean((a.astype(float) - b) ** 2) for a, b in zip(reduced, full, strict=True)]
+    psnr = 10 * math.log10(255**2 / max(errors))
+    label = f"decode of 2048 to 4000 px: {1000 * reduced_s / len(large):.0f} ms, PSNR >= {psnr:.1f} dB"
+    return label, f"full scale {1000 * full_s / len(large):.0f} ms", reduced_s / full_s, "< 1"
+
+
+# Text
+
+
+def make_t5(work):
+    """A random T5 encoder of t5-small's size behind the tiny tokenizer, whose words are one token each."""
+    import torch
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    out = work / "t5"
+    if not out.exists():
+        torch.manual_seed(0)
+        tokenizer = T5Tokenizer.from_pretrained(TINY / "t5" / "tokenizer")
+        config = T5Config(vocab_size=len(tokenizer), d_model=512, d_kv=64, d_ff=2048, num_layers=6, num_heads=8)
+        T5EncoderModel(config).save_pretrained(out / "text_encoder")
+        tokenizer.save_pretrained(out / "tokenizer")
+        (out / "model_index.json").write_text("{}")
+    return out
+
+
+def make_captions(folder, count):
+    """Writes captions of 5 to 200 tokens, short ones more often (log-uniform), as {image, caption} pairs."""
+    import numpy as np
+
+    words = "a small red circle on the left on a blue background".split()
+    lengths = np.exp(np.random.default_rng(0).uniform(np.log(5), np.log(200), count)).astype(int)
+    folder.mkdir(parents=True, exist_ok=True)
+    captions = []
+    for index, length in enumerate(lengths):
+        order = np.random.default_rng(index).integers(0, len(words), length - 1)  # and the closing </s>
+        captions.append(" ".join(words[word] for word in order))
+        (folder / f"{index:05}.jpg").touch()
+        (folder / f"{index:05}.txt").write_text(captions[-1])
+    return captions
+
+
+def measure_text(args, work):
+    import torch
+    from transformers import T5EncoderModel, T5Tokenizer, logging
+
+    logging.disable_progress_bar()
+    from cachetrain.caching import text_run
+    from cachetrain.modeling import load
+    from cachetrain.sidecar import read_sidecar
+
+    model, folder = make_t5(work), work / f"captions_{args.num_captions}"
+    captions = make_captions(folder, args.num_captions)
+    device = load.pick_device(args.device)
+    dtype = load.pick_dtype(args.dtype, device)
+    tokenizer = T5Tokenizer.from_pretrained(model / "tokenizer")
+    encoder = T5EncoderModel.from_pretrained(model / "text_encoder", dtype=dtype).eval().to(device)
+
+    @torch.no_grad()
+    def one_by_one():
+        ids = [tokenizer(caption, return_tensors="pt").input_ids.to(device) for caption in captions]
+        return [encoder(row).last_hidden_state[0].float().cpu() for row in ids]
+
+    encoder(torch.zeros(1, 8, dtype=torch.long, device=device))
+    single_s, expected = seconds(one_by_one)
+    argv = ["--data_root", folder, "--model", model, "--raw", "--store_dtype", "fp32", "--overwrite"]
+    script_s = seconds(run_script, "create_t5cache_768", *argv, *shared_arguments(args))[0]
+    stored = (read_sidecar(folder / f"{index:05}.txt_t5cache")[0]["emb"] for index in range(len(captions)))
+    error = max(((a - b).norm() / b.norm()).item() for a, b in zip(stored, expected, strict=True))
+    label = f"{len(captions)} captions: {script_s:.1f} s, largest relative error {error:.0e}"
+    yield label, f"one by one {single_s:.1f} s", single_s / script_s, ">= 3"
+    lengths = [len(rows) for rows in expected]
+    batches = list(text_run.length_batches(lengths, 32))
+    computed = sum(len(batch) * max(lengths[index] for index in batch) for batch in batches)
+    yield "tokens computed", "tokens stored", computed / sum(lengths), "<= 1.10"
+
+
+# Scan
+
+
+def make_pairs(root, count, per_folder=1000):
+    """Writes empty images, captions, and small but whole sidecars whose sources look unchanged."""
+    import torch
+
+    from cachetrain.sidecar import write_sidecar
+
+    done = root / "count.json"
+    if done.exists() and json.loads(done.read_text()) == count:
+        return
+    latent, emb = torch.zeros(4, 8, 8, dtype=torch.float16), torch.zeros(1, 64, dtype=torch.bfloat16)
+    shared = {"model": "model", "revision": "", "encoder": "0" * 64, "settings": "{}", "compute_dtype": "float32"}
+    shape = {"width": "64", "height": "64", "original_width": "64", "original_height": "64", "crop_box": "0,0,64,64"}
+    shape |= {"scaling_factor": "1.0", "shift_factor": "0.0"}
+    for index in range(count):
+        stem = root / f"{index // per_folder:04}" / f"photograph_{index:08}"
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        for suffix, kind, tensors, more in (
+            (".jpg", "img_sdxl", {"latent": latent}, shape),
+            (".txt", "txt_t5cache", {"emb": emb}, {"num_tokens": "1", "truncated": "0"}),
+        ):
+            source = stem.with_suffix(suffix)
+            source.touch()
+            stat = os.stat(source)
+            fields = {"source_size": str(stat.st_size), "source_mtime_ns": str(stat.st_mtime_ns)}
+            metadata = {"kind": kind, **shared, **fields, "source_sha256": "0" * 64, **more}
+            write_sidecar(stem.with_suffix(f".{kind}"), tensors, metadata)
+    done.write_text(json.dumps(count))
+
+
+def check(root, suffix):
+    """What a cache script does before it encodes: lists all files and checks their sidecars."""
+    from cachetrain.caching import runner
+    from cachetrain.caching.freshness import image_source
+    from cachetrain.caching.tally import Tally
+
+    args = Namespace(data_root=[str(root)], cache_suffix=suffix, overwrite=False, full=False)
+    wanted = {"kind": "img_sdxl", "encoder": "0" * 64, "settings": "{}"}
+    tally = Tally("img_sdxl", root, suffix)
+    return runner.select(runner.find_pairs(args, tally), image_source, wanted, args, tally), tally
+
+
+def index(root):
+    """What the trainer does before its first step."""
+    from cachetrain.training.index import PairIndex
+
+    return PairIndex([str(root)], ".img_sdxl", ".txt_t5cache")
+
+
+def bytes_per_pair(function, arguments, count):
+    """Returns (peak, kept) memory of one call, in bytes a pair."""
+    tracemalloc.start()
+    result = function(*arguments)
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    del result
+    return peak / count, kept / count
+
+
+def measure_scan(args, work):
+    root, count = work / f"pairs_{args.num_pairs}", args.num_pairs
+    make_pairs(root, count)
+    bound_s = 10 * count / 100_000
+    for label, function, arguments in (
+        ("check, all fresh", check, (root, ".img_sdxl")),
+        ("check, all missing", check, (root, ".img_none")),
+        ("training index", index, (root,)),
+    ):
+        function(*arguments)  # the file system's own caches are warm for every one of them
+        elapsed_s = seconds(function, *arguments)[0]
+        peak, kept = bytes_per_pair(function, arguments, count)
+        yield f"{count} pairs, {label}: {elapsed_s:.1f} s", f"bound {bound_s:.0f} s", elapsed_s / bound_s, "<= 1"
+        yield f"  memory: peak {peak:.0f}, kept {kept:.0f} bytes a pair", "bound 200", peak / 200, "<= 1"
+
+
+def measure_start(args, work):
+    for path in sorted((REPO / "cache").glob("create_*.py")):
+        command = [sys.executable, path, "--help"]
+        best_s = min(
+            seconds(lambda c: subprocess.run(c, check=True, capture_output=True), command)[0] for _ in range(5)
+        )
+        yield f"{path.name} --help: {best_s:.2f} s", "bound 0.5 s", best_s / 0.5, "<= 1"
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    work = Path(args.work)
+    work.mkdir(parents=True, exist_ok=True)
+    measures = {"images": measure_images, "text": measure_text, "scan": measure_scan, "start": measure_start}
+    rows = [row for part in args.parts for row in measures[part](args, work)]
+    print(f"\n{'measured':62}{'against':34}{'ratio':>6}  wanted")
+    for measured, against, ratio, wanted in rows:
+        print(f"{measured:62}{against:34}{ratio:6.2f}  {wanted}")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
