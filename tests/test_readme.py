@@ -7,19 +7,24 @@ import subprocess
 import pytest
 from conftest import REPO, load_script
 
-README = (REPO / "README.md").read_text(encoding="utf-8")
-COMMANDS = [
+README, CACHE_README = ((REPO / name).read_text(encoding="utf-8") for name in ("README.md", "cache/README.md"))
+COMMANDS = sorted({
     line.split("#")[0].strip()
-    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for block in re.findall(r"```bash\n(.*?)```", README + CACHE_README, re.DOTALL)
     for line in block.splitlines()
     if line.split("#")[0].strip()
-]
+})  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_readme_command_parses(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = [word for word in shlex.split(command) if not re.fullmatch(r"[A-Z_]+=.*", word)]
+    if words[0] == "torchrun":
+        from torch.distributed.run import parse_args
+
+        launched = parse_args(words[1:])
+        words = [launched.training_script, *launched.training_script_args]
     name, argv = words[0].removeprefix("./"), words[1:]
     for word in argv:
         if re.fullmatch(r"output/\w+", word):
