@@ -371,6 +371,27 @@ def test_headerless_caches_train_with_one_warning(shapes, model_t5, tmp_path, ca
     assert capsys.readouterr().err.count("cannot be verified") == 1
 
 
+def test_bucketed_caches_of_one_folder_train_together_each_batch_of_one_size(shapes, model_t5, tmp_path):
+    from PIL import Image
+
+    from cachetrain.training.data import Batches
+    from cachetrain.training.index import PairIndex
+
+    data = tmp_path / "data"
+    shutil.copytree(shapes, data)
+    for index, path in enumerate(sorted(data.glob("*.png"))):
+        if index % 3:
+            Image.open(path).resize((128, 64) if index % 3 == 1 else (64, 128)).save(path)
+    argv = ["--data_root", data, "--model", model_t5, "--resolution", 192, "--bucket", "--num_workers", 0]
+    assert load_script("cache/create_img_sdxl.py").main(list(map(str, argv))) == 0
+    index = PairIndex([data], *T5)
+    assert sorted(index.shapes) == [(4, 16, 32), (4, 24, 24), (4, 32, 16)]
+    for batch in Batches(index, 4, seed=0, num_batches=9):
+        assert len({index.shape_ids[i] for _, i in batch}) == 1
+    lines, _ = run(data, model_t5, tmp_path / "run", "--max_steps", 6, "--batch_size", 4)
+    assert len(lines) == 6 and all(line["01_Training/loss"] < 10 for line in lines)
+
+
 @pytest.mark.parametrize("flavour", ["t5", "sd"])
 def test_photographs_at_512_train_from_their_caches(flavour, model_t5, model_sd, tmp_path):
     import skimage.data
