@@ -3,7 +3,7 @@
 import re
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from cachetrain.modeling.t5_pipeline import decode_latents, denoise, pad_embeddings
@@ -64,11 +64,13 @@ def grid(images, labels, columns, min_side=128):
     """One picture of all images, row by row, each under its label.
 
     Args:
-        images: PIL images of one size; small ones are enlarged to `min_side` without smoothing.
+        images: PIL images. Each cell is as wide and high as the largest; if that is less than `min_side`, all are
+            enlarged by one factor, without smoothing.
         labels: str for each.
     """
-    scale = max(1, -(-min_side // min(images[0].size)))
-    width, height = (side * scale for side in images[0].size)
+    cell = tuple(max(sides) for sides in zip(*(image.size for image in images), strict=True))
+    scale = max(1, -(-min_side // min(cell)))
+    width, height = (side * scale for side in cell)
     font = ImageFont.load_default(size=11)
     lines = [_wrap(label, font, width - 8) for label in labels]
     band = 6 + 14 * max(map(len, lines))
@@ -78,7 +80,7 @@ def grid(images, labels, columns, min_side=128):
     for i, (image, text) in enumerate(zip(images, lines, strict=True)):
         x, y = 6 + i % columns * (width + 6), 6 + i // columns * (height + band + 6)
         draw.multiline_text((x + 2, y), "\n".join(text), fill="black", font=font, spacing=2)
-        sheet.paste(image.resize((width, height), Image.Resampling.NEAREST if scale > 1 else None), (x, y + band))
+        sheet.paste(ImageOps.scale(image, scale, Image.Resampling.NEAREST), (x, y + band))
     return sheet
 
 
@@ -90,4 +92,8 @@ def _wrap(text, font, width):
             lines[-1] = longer
         else:
             lines.append(word)
+        while font.getlength(lines[-1]) > width and len(lines[-1]) > 1:  # a path, or a script without spaces
+            line = lines.pop()
+            cut = next((n for n in range(len(line) - 1, 1, -1) if font.getlength(line[:n]) <= width), 1)
+            lines += [line[:cut], line[cut:]]
     return lines

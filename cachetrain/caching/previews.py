@@ -1,0 +1,251 @@
+"""Latents back to pictures: what the tools that show and judge caches and VAEs share.
+
+Imports no torch until a `Decoder` is made, so that `--help` answers at once.
+"""
+
+import argparse
+import hashlib
+import json
+import random
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from cachetrain import cli, sidecar
+from cachetrain.caching import arguments, images
+from cachetrain.modeling import load
+
+IMAGE_SUFFIXES = tuple(suffix for kind, suffix in sidecar.SUFFIXES.items() if kind.startswith("img_"))
+
+# Differences of a good VAE are too dark to see.
+_DIFFERENCE_GAIN = 4
+
+
+class Latent(NamedTuple):
+    """One latent [C, h, w] (scaling_factor not applied), and the header it came with, if any."""
+
+    path: str
+    tensor: "torch.Tensor"  # noqa: F821
+    header: sidecar.Header | None = None
+
+
+class Comparison(NamedTuple):
+    """A source and what its latent decodes to, both uint8 [height, width, 3]; psnr in dB."""
+
+    name: str
+    source: np.ndarray
+    decoded: np.ndarray
+    psnr: float
+
+
+def add_vae_arguments(parser):
+    parser.add_argument("--model", required=True, help="pipeline or VAE: directory or hub id")
+    parser.add_argument("--vae", action="store_true", help="--model is a bare VAE, not a pipeline with one")
+    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
+    parser.add_argument("--batch_size", type=arguments.positive_int, default=4)
+    cli.add_device_arguments(parser)
+
+
+def add_choice_arguments(parser, default, note=None):
+    parser.add_argument("--num_images", type=count, default=default, metavar="N",
+                        help=f"that many, chosen at random; 0: all{note or ''}")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="of the choice")
+
+
+def png_file(text):
+    """argparse type: a Path that ends with .png."""
+    if not text.lower().endswith(".png"):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a file name that ends with .png")
+    return Path(text)
+
+
+def count(text):
+    """argparse type: an int of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value}: expected 0 or more")
+    return value
+
+
+def choose(items, num_items, seed):
+    """A random subset of `num_items` items, in their order; all for 0 or when there are no more."""
+    if not 0 < num_items < len(items):
+        return items
+    return [items[index] for index in sorted(random.Random(seed).sample(range(len(items)), num_items))]
+
+
+class Failures:
+    """Called as fail(path, reason), names a file on stderr and counts it; the run goes on."""
+
+    def __init__(self):
+        self.count = 0
+
+    def __call__(self, path, reason):
+        self.count += 1
+        reason = getattr(reason, "strerror", None) or str(reason)  # some name their file already
+        _say(reason if reason.startswith(str(path)) else f"{path}: {reason}")
+
+
+class Decoder:
+    """A VAE that turns sidecars back into pictures; files that cannot be are passed to `fail`."""
+
+    def __init__(self, args, fail):
+        """Loads the VAE that the arguments of `add_vae_arguments` name."""
+        from cachetrain.caching.encoders import check_vae
+
+        model_dir = load.resolve_model(args.model, args.revision, () if args.vae else ("vae",))
+        vae_dir = model_dir if args.vae else load.component_dir(model_dir, "vae")
+        device = load.pick_device(args.device)
+        self.dtype = load.pick_dtype(args.dtype, device)
+        self.vae = load.load_vae(vae_dir, self.dtype).to(device)
+        check_vae(self.vae, [])
+        self.model, self.fingerprint, self.batch_size = args.model, load.fingerprint(vae_dir), args.batch_size
+        self.fail, self.warned = fail, False
+
+    def read(self, paths, name="latent"):
+        """Yields the Latent `name` of each sidecar; warns once if another VAE made one."""
+        for path in paths:
+            try:
+                tensors, header = sidecar.read_sidecar(path)
+                self._check(tensors, name)
+            except (OSError, ValueError) as error:
+                self.fail(path, error)
+                continue
+            self._warn_of_another_vae(path, header)
+            yield Latent(path, tensors[name], header)
+
+    def _check(self, tensors, name):
+        if name not in tensors:
+            hint = "; run the image cache script with --flip" if name == "latent_flip" and "latent" in tensors else ""
+            raise ValueError(f"has no {name}, only {', '.join(tensors) or 'nothing'}{hint}")
+        shape, channels = tuple(tensors[name].shape), self.vae.config.latent_channels
+        if len(shape) != 3 or shape[0] != channels:
+            raise ValueError(
+                f"its {name} is {list(shape)}, the VAE of {self.model} wants [{channels}, h, w]; "
+                "give --model the VAE that made it"
+            )
+
+    def _warn_of_another_vae(self, path, header):
+        if header.foreign or self.warned:
+            return
+        metadata = header.metadata
+        # With --custom the fingerprint covers the repository's code too, which is not read here.
+        custom = json.loads(metadata.get("settings", "{}")).get("custom")
+        encoder = metadata.get("encoder", "")
+        if encoder != self.fingerprint and not custom:
+            self.warned = True
+            _say(
+                f"warning: {path} was made by another VAE ({metadata.get('model')}, fingerprint {encoder[:12]}) than "
+                f"the one of {self.model} ({self.fingerprint[:12]}); its pictures may be wrong"
+            )
+
+    def encode(self, pixels):
+        """list of uint8 [H, W, 3] of one size -> latent means [B, C, h, w]."""
+        import torch
+
+        from cachetrain.caching.encoders import encode_images, to_model_range
+
+        batch = torch.from_numpy(np.stack(pixels)).to(self.vae.device)
+        return encode_images(self.vae, to_model_range(batch, self.dtype))
+
+    def pictures(self, latents):
+        """Yields (Latent, uint8 array [height, width, 3]), in batches of one size, so not quite in order."""
+        waiting = {}  # shape -> its Latents, fewer than a batch
+        for latent in latents:
+            group = waiting.setdefault(tuple(latent.tensor.shape), [])
+            group.append(latent)
+            if len(group) == self.batch_size:
+                yield from self._decode(group)
+                group.clear()
+        for group in waiting.values():
+            yield from self._decode(group)
+
+    def _decode(self, group):
+        import torch
+
+        if not group:
+            return
+        batch = torch.stack([latent.tensor.float() for latent in group])
+        try:
+            with torch.no_grad():
+                sample = self.vae.decode(batch.to(self.vae.device, self.dtype)).sample.float()
+        except torch.OutOfMemoryError as error:
+            raise OSError(f"out of device memory; run again with a smaller --batch_size ({error})") from error
+        finite = sample.isfinite().flatten(1).all(1).tolist()
+        pixels = sample.clamp(-1, 1).mul(127.5).add(127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        for latent, picture, good in zip(group, pixels, finite, strict=True):
+            if good:
+                yield latent, picture
+            else:
+                self.fail(latent.path, "the VAE gave values that are not finite; try --dtype fp32 or bf16")
+
+
+def source_pixels(path, width, height, sha256=None):
+    """Decodes an image file as the cache scripts do, to uint8 [height, width, 3].
+
+    Args:
+        sha256: of the file that is expected.
+
+    Returns:
+        None if the file has another SHA-256.
+
+    Raises:
+        OSError, ValueError: the file cannot be read, or is no image.
+    """
+    data = Path(path).read_bytes()
+    if sha256 and hashlib.sha256(data).hexdigest() != sha256:
+        return None
+    try:
+        return images.decode(data, [(width, height)])[0]
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path}: not an image that Pillow can identify") from error
+    # Pillow's plugins raise nearly anything on malformed input.
+    except Exception as error:
+        raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
+
+
+def compare(name, source, decoded):
+    return Comparison(name, source, decoded, psnr(source, decoded))
+
+
+def psnr(a, b):
+    """Peak signal-to-noise ratio in dB of two uint8 images: 10 log10(255^2 / mean squared error)."""
+    mse = np.mean((a.astype(np.float32) - b.astype(np.float32)) ** 2)
+    return float("inf") if mse == 0 else float(10 * np.log10(255**2 / mse))
+
+
+def statistics(values):
+    """`mean 30.12 dB, median 30.45, min 24.01 over 12 images` of a list of PSNRs."""
+    if not values:
+        return "no image compared"
+    mean, median = np.mean(values), np.median(values)
+    return f"mean {mean:.2f} dB, median {median:.2f}, min {min(values):.2f} over {len(values)} images"
+
+
+def comparison_sheet(comparisons, max_side):
+    """One picture with a row for each Comparison: source, decoded, absolute difference (brightened)."""
+    cells, labels = [], []
+    for name, source, decoded, value in comparisons:
+        difference = np.abs(source.astype(int) - decoded) * _DIFFERENCE_GAIN
+        cells += [source, decoded, difference.clip(0, 255).astype(np.uint8)]
+        labels += [name, f"decoded, {value:.2f} dB", f"difference x {_DIFFERENCE_GAIN}"]
+    return contact_sheet(cells, labels, 3, max_side)
+
+
+def contact_sheet(pictures, labels, columns, max_side):
+    """One picture of uint8 arrays [height, width, 3] of any sizes, reduced to `max_side` where they are larger."""
+    from cachetrain.modeling.pictures import grid
+
+    thumbnails = [Image.fromarray(picture) for picture in pictures]
+    for thumbnail in thumbnails:
+        thumbnail.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+    return grid(thumbnails, labels, columns)
+
+
+def _say(message):
+    """A line on stderr that does not break a progress bar."""
+    tqdm.write(message, file=sys.stderr)
