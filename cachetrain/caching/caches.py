@@ -1,0 +1,179 @@
+"""What is known of the sidecars of one suffix: how many are of which state, who made them, and how to make more."""
+
+import json
+import shlex
+from collections import Counter, defaultdict
+from typing import NamedTuple
+
+from cachetrain.caching.buckets import Coverage, is_upscaled
+from cachetrain.caching.freshness import CORRUPT, FOREIGN, FRESH, MISSING, STALE
+from cachetrain.sidecar import RUN_KEYS, SUFFIXES, Header
+
+ORPHANED, UNREADABLE = "orphaned", "unreadable"
+
+# What running a cache script mends.
+TO_MAKE = (MISSING, STALE, CORRUPT)
+
+IMAGE_SCRIPTS = {"img_sdvae": "cache/create_img_sdvae.py", "img_sdxl": "cache/create_img_sdxl.py"}
+TEXT_SCRIPTS = {"txt_clipl": "cache/create_clipl.py", "txt_t5cache": "cache/create_t5cache_768.py"}
+SCRIPTS = IMAGE_SCRIPTS | TEXT_SCRIPTS
+
+# Of the cache scripts' options that take a value.
+_DEFAULTS = {"aspect_limit": 2.0, "clip_skip": 0, "max_length": 256, "dtype": "auto", "store_dtype": "bf16"}
+
+
+class Examples:
+    """A count, and the first few of what it counts."""
+
+    def __init__(self, limit=3):
+        self.limit, self.count, self.first = limit, 0, []
+
+    def add(self, line):
+        self.count += 1
+        if len(self.first) < self.limit:
+            self.first.append(line)
+
+
+class Seen(NamedTuple):
+    """What one look at a sidecar tells; `ours`: it carries a cachetrain header, whole or damaged."""
+
+    state: str
+    header: Header
+    num_bytes: int
+    ours: bool
+
+
+class Caches:
+    """What is known of the sidecars of one suffix; nothing here grows with their number."""
+
+    def __init__(self, suffix, kind, named):
+        self.suffix, self.kind = suffix, kind  # None until a header tells
+        self.named = named  # on the command line: shown even if there are none
+        self.counts, self.num_bytes = Counter(), 0
+        self.examples = defaultdict(Examples)  # by state
+        self.runs = Counter()  # (root, run identity, state) -> sidecars
+        self.first = {}  # run identity -> (path, header fields) of the first sidecar that has it
+        self.coverage, self.num_upscaled = Coverage(), 0
+        self.tokens, self.num_truncated = Counter(), 0
+        self.nulls = {}  # root -> state
+        self.majority = {}  # root -> run identity
+
+    @property
+    def is_text(self):
+        return (self.kind or "").startswith("txt")
+
+    @property
+    def bad_nulls(self):
+        """Root -> state of those null captions that are neither fresh nor foreign."""
+        return {root: state for root, state in self.nulls.items() if state not in (FRESH, FOREIGN)}
+
+    @property
+    def mixed(self):
+        """Whether the trainer would refuse them: it wants one encoder, and one settings within each root."""
+        in_roots = {(root, identity) for root, identity, _ in self.runs}
+        encoders = {_encoder(identity) for _, identity in in_roots}
+        return len(encoders) > 1 or len(in_roots) > len({root for root, _ in in_roots})
+
+    @property
+    def complete(self):
+        return not (self.mixed or self.bad_nulls or any(self.counts[state] for state in TO_MAKE))
+
+    def add(self, item, seen):
+        self.counts[seen.state] += 1
+        self.num_bytes += seen.num_bytes
+        self.examples[seen.state].add(item.path)
+        if seen.state in (CORRUPT, ORPHANED):
+            return
+        # Other programs' headers may use our words for something else.
+        metadata, identity = {} if seen.state == FOREIGN else seen.header.metadata, seen.header.run_identity
+        if self.kind is None and metadata.get("kind") in SUFFIXES:
+            self.kind = metadata["kind"]
+        self.runs[item.root, identity, seen.state] += 1
+        self.first.setdefault(identity, (item.path, metadata))
+        self.num_truncated += metadata.get("truncated") == "1"
+        if "num_tokens" in metadata:
+            self.tokens[int(metadata["num_tokens"])] += 1
+        if "crop_box" in metadata:
+            self.coverage.add(metadata)
+            self.num_upscaled += is_upscaled(metadata)
+
+    def settle(self):
+        """Once all are added: what is fresh, but not of the encoder and settings that most have, counts as stale."""
+        encoders, in_roots = Counter(), Counter()
+        for (root, identity, state), count in self.runs.items():
+            if state != FOREIGN:
+                encoders[_encoder(identity)] += count
+                in_roots[root, identity] += count
+        for (root, identity), _ in in_roots.most_common():
+            if _encoder(identity) == encoders.most_common(1)[0][0]:
+                self.majority.setdefault(root, identity)
+        for (root, identity, state), count in self.runs.items():
+            if state == FRESH and identity != self.majority.get(root):
+                self.counts[FRESH] -= count
+                self.counts[STALE] += count
+                if self.first[identity][0] not in self.examples[STALE].first:
+                    self.examples[STALE].add(self.first[identity][0])
+
+    def by_run(self):
+        """Yields (number, path of the first, its header fields, names of those that most have otherwise)."""
+        counts = Counter()
+        for (_, identity, _), count in self.runs.items():
+            counts[identity] += count
+        most = next(iter(self.majority.values()), None)
+        for identity, count in counts.most_common():
+            path, metadata = self.first[identity]
+            differs = metadata and most and identity not in self.majority.values()
+            yield count, path, metadata, _differing(identity, most) if differs else []
+
+    def commands(self, roots):
+        """Returns the command lines that make what is not fresh, with model and settings as most have them."""
+        most, roots_of, lines = next(iter(self.majority.values()), None), defaultdict(list), []
+        for root in roots:
+            roots_of[self.majority.get(root, most)].append(root)
+        for identity, some in roots_of.items() if self.kind else ():
+            metadata = self.first[identity][1] if identity else {}
+            words = [SCRIPTS[self.kind], *(word for root in some for word in ("--data_root", root))]
+            for option in ("model", "revision"):
+                words += [f"--{option}", metadata[option]] if metadata.get(option) else []
+            words += settings_flags(metadata)
+            words += ["--cache_suffix", self.suffix] if self.suffix != SUFFIXES[self.kind] else []
+            lines.append(shlex.join(words))
+        return lines
+
+
+def settings_flags(metadata):
+    """The options of a cache script that give the settings of a header, defaults left out; a list of words."""
+    settings = _settings(metadata)
+    width, height, aspect_limit = (settings.get(key) for key in ("width", "height", "aspect_limit"))
+    words = []
+    if aspect_limit is not None:
+        words += ["--bucket", "--resolution", width]
+    elif width is not None:
+        square = width == height and width % 64 == 0
+        words += ["--resolution", width] if square else ["--target_width", width, "--target_height", height]
+    for option in ("flip", "store_posterior", "raw", "custom"):
+        words += [f"--{option}"] if settings.get(option) else []
+    for option, default in _DEFAULTS.items():
+        words += [f"--{option}", settings[option]] if settings.get(option, default) not in (None, default) else []
+    return [str(word) for word in words]
+
+
+def _encoder(identity):
+    return tuple(value for key, value in zip(RUN_KEYS, identity, strict=True) if key != "settings")
+
+
+def _settings(metadata):
+    text = metadata.get("settings") or "{}"
+    try:
+        settings = json.loads(text)
+    except ValueError:
+        settings = None
+    return settings if isinstance(settings, dict) else {"settings": text}
+
+
+def _differing(identity, other):
+    """Names of the header fields and of the single settings in which two run identities differ."""
+    a, b = (dict(zip(RUN_KEYS, one, strict=True)) for one in (identity, other))
+    names = [key for key in RUN_KEYS if a[key] != b[key] and key != "settings"]
+    a, b = _settings(a), _settings(b)
+    return names + [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
