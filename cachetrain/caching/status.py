@@ -61,7 +61,7 @@ class Status:
         for root in roots:
             if not os.path.isdir(root):
                 raise ValueError(f"--data_root {root}: no such directory")
-        self.roots, self._verify = list(dict.fromkeys(roots)), verify
+        self.roots, self._verify = list(roots), verify
         self.num_images, self.captions, self._first_images = 0, Counter(), Examples()
         self.damaged, self.unreadable, self.kept = Examples(_MAX_LISTED), Examples(_MAX_LISTED), Examples(_MAX_LISTED)
         self.orphans, self.orphan_bytes = PackedStrings(), 0
