@@ -1,7 +1,10 @@
 """The main path of the image cache scripts: scan, check, decode, encode, write, account."""
 
 import json
+import os
 import signal
+import sys
+from contextlib import contextmanager
 
 from tqdm import tqdm
 
@@ -98,9 +101,24 @@ def _batches(args, pairs, sizes):
         batch_size=args.batch_size,
         num_workers=num_workers,
         collate_fn=images.collate,
-        worker_init_fn=_ignore_interrupt,
+        worker_init_fn=_leave_quietly,
     )
-    return iter(loader)
+    with _signals_wait():
+        return iter(loader)
+
+
+@contextmanager
+def _signals_wait():
+    """Around the start of processes: what a signal's handler raises there may get lost, or end a worker noisily."""
+    came = []
+    handlers = {n: signal.signal(n, lambda n, _: came.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
 def _of_one_size(batches, batch_size):
@@ -129,9 +147,12 @@ def _of_one_size(batches, batch_size):
         yield torch.stack([image for image, _ in queue]), [row for _, row in queue], []
 
 
-def _ignore_interrupt(_):
-    """Ctrl-C reaches every process of a terminal; the main one stops the workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_quietly(_):
+    """Makes a worker process end without a word: a signal to all processes, as a terminal's Ctrl-C is, is the main
+    one's to report."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process stops the workers
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # by the signal itself would be an error to the main one
+    sys.excepthook = lambda *_: None  # of the thread that hands over pixels, when the main process is gone
 
 
 def _latents(vae, pixels, dtype, args):
