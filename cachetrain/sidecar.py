@@ -91,8 +91,10 @@ def atomic_write(path, data):
     try:
         temporary.write_bytes(data)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):  # writing does not say where it failed, opening names the temporary file
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 

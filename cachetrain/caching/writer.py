@@ -37,25 +37,45 @@ class Writer:
             self._collect()
 
     def _collect(self):
-        written, failures = self.pending.popleft().result()
+        self.pending[0].exception()  # waits; should a signal end that, the batch is still listed
+        written, failures, error = self.pending.popleft().result()
         for source, metadata in written:
             self.tally.counts["encoded"] += 1
             self.tally.observe(source, metadata)
         for source, reason in failures:
             self.tally.fail(source, reason)
         self.progress.update(len(written) + len(failures))
+        if error:
+            raise error
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        self.pool.shutdown(wait=True)
+    def __exit__(self, kind, *_):
+        # Waits for batches, not for threads: those are not waited for again once a signal interrupts that.
+        try:
+            self._collect_rest()
+        except KeyboardInterrupt:
+            if kind is None:  # a first signal ends the run, a second one this wait
+                self._collect_rest()
+            raise
+        finally:
+            self.pool.shutdown(wait=False)
+
+    def _collect_rest(self):
+        """Counts all batches; only then raises the error of one of them."""
+        failed = None
         while self.pending:
-            self._collect()
+            try:
+                self._collect()
+            except (OSError, RuntimeError) as error:
+                failed = error
+        if failed:
+            raise failed
 
 
 def _write_rows(rows):
-    """Returns (list of (source, header) written, list of (source, reason) not written)."""
+    """Returns (list of (source, header) written, list of (source, reason) not written, error that ends the run)."""
     written, failures = [], []
     for row in rows:
         if not all(tensor.isfinite().all() for tensor in row.tensors.values()):
@@ -65,8 +85,8 @@ def _write_rows(rows):
             write_sidecar(row.target, row.tensors, row.metadata)
         except OSError as error:
             if error.errno in (ENOSPC, EDQUOT, EROFS):
-                raise  # no other file would fare better
+                return written, failures, error  # no other file would fare better
             failures.append((row.source, f"its sidecar cannot be written: {error}"))
         else:
             written.append((row.source, row.metadata))
-    return written, failures
+    return written, failures, None
