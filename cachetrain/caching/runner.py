@@ -4,6 +4,7 @@ import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from threading import Event
 
 from tqdm import tqdm
 
@@ -67,15 +68,22 @@ def select(pairs, source_of, wanted, args, tally):
 
 def _in_threads(function, items):
     """Yields (item, function(item)) in order; as few items as keep the threads busy are held at a time."""
-    items, running = iter(items), deque()
+    items, running, stopped = iter(items), deque(), Event()
+
+    def results_of(chunk):
+        return [function(item) for item in chunk if not stopped.is_set()]
+
     with ThreadPoolExecutor(_THREADS) as pool:
-        while True:
-            while len(running) < 2 * _THREADS and (chunk := list(islice(items, _CHUNK))):
-                running.append((chunk, pool.submit(lambda chunk: list(map(function, chunk)), chunk)))
-            if not running:
-                return
-            chunk, results = running.popleft()
-            yield from zip(chunk, results.result(), strict=True)
+        try:
+            while True:
+                while len(running) < 2 * _THREADS and (chunk := list(islice(items, _CHUNK))):
+                    running.append((chunk, pool.submit(results_of, chunk)))
+                if not running:
+                    return
+                chunk, results = running.popleft()
+                yield from zip(chunk, results.result(), strict=True)
+        finally:
+            stopped.set()  # an interrupted run does not wait for what is queued, which may be much to hash
 
 
 def model_fields(args, model_dir):
