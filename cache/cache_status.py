@@ -35,7 +35,7 @@ def parse_args(argv=None):
     parser = cli.parser(__doc__)
     parser.add_argument("--data_root", action="append", required=True, metavar="DIR",
                         help="folder of images, sub-folders included; may be given again")  # fmt: skip
-    parser.add_argument("--cache_suffix", action="append", default=[], type=_cache_suffix, metavar="SUFFIX",
+    parser.add_argument("--cache_suffix", action="append", type=_cache_suffix, metavar="SUFFIX",
                         help="look for these, too, and miss them where they are not; may be given again. Other "
                              "suffixes than the usual ones are also found by the sidecars' headers")  # fmt: skip
     parser.add_argument("--verify", action="store_true", help="read all tensors and compare them with their SHA-256")
@@ -50,7 +50,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
-    status = Status(args.data_root, args.cache_suffix, args.verify)
+    status = Status(args.data_root, args.cache_suffix or (), args.verify)
     if not status.num_images and not any(caches.counts.total() for caches in status.caches):
         raise ValueError(f"no images and no sidecars under {', '.join(args.data_root)}")
     print_table(status)
