@@ -20,7 +20,7 @@ try:
     from tqdm import tqdm
 
     from cachetrain import cli
-    from cachetrain.caching.arguments import _cache_suffix
+    from cachetrain.caching.arguments import cache_suffix
     from cachetrain.caching.caches import IMAGE_SCRIPTS, ORPHANED, TEXT_SCRIPTS, TO_MAKE, settings_flags
     from cachetrain.caching.freshness import CORRUPT, FOREIGN, FRESH, MISSING, STALE
     from cachetrain.caching.status import Status, delete_orphans
@@ -35,7 +35,7 @@ def parse_args(argv=None):
     parser = cli.parser(__doc__)
     parser.add_argument("--data_root", action="append", required=True, metavar="DIR",
                         help="folder of images, sub-folders included; may be given again")  # fmt: skip
-    parser.add_argument("--cache_suffix", action="append", type=_cache_suffix, metavar="SUFFIX",
+    parser.add_argument("--cache_suffix", action="append", type=cache_suffix, metavar="SUFFIX",
                         help="look for these, too, and miss them where they are not; may be given again. Other "
                              "suffixes than the usual ones are also found by the sidecars' headers")  # fmt: skip
     parser.add_argument("--verify", action="store_true", help="read all tensors and compare them with their SHA-256")

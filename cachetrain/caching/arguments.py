@@ -94,7 +94,8 @@ def available_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _cache_suffix(text):
+def cache_suffix(text):
+    """A suffix of sidecars, as an argparse type."""
     if not text.startswith(".") or "/" in text or text.lower() in IMAGE_SUFFIXES.union(CAPTION_SUFFIXES):
         raise argparse.ArgumentTypeError(f"{text!r}: expected a suffix like .img_sdxl, none of images or captions")
     return text
@@ -115,7 +116,7 @@ def _parser(doc, kind, model, batch_size):
     cli.add_device_arguments(parser)
     parser.add_argument(
         "--cache_suffix",
-        type=_cache_suffix,
+        type=cache_suffix,
         default=sidecar.SUFFIXES[kind],
         help="of the sidecars, in place of the image's own",
     )

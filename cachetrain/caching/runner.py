@@ -51,7 +51,7 @@ def select(pairs, source_of, wanted, args, tally):
     selected = Pairs()
     mine = (pair for pair in pairs if ranks.is_mine(pair.image))
     with tqdm(desc="checking", unit="image", disable=None, leave=False) as progress:
-        for pair, (state, metadata) in _in_threads(check, mine):
+        for pair, (state, metadata) in in_threads(check, mine):
             progress.update()
             if isinstance(state, Exception):
                 tally.fail(pair.image, state)
@@ -66,7 +66,7 @@ def select(pairs, source_of, wanted, args, tally):
     return selected
 
 
-def _in_threads(function, items):
+def in_threads(function, items):
     """Yields (item, function(item)) in order; as few items as keep the threads busy are held at a time."""
     items, running, stopped = iter(items), deque(), Event()
 

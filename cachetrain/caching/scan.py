@@ -69,8 +69,8 @@ def scan(roots, fail):
     for root in roots:
         if not os.path.isdir(root):
             raise ValueError(f"--data_root {root}: no such directory")
-        for folder, names in _folders(root, visited, _is_source, fail, remove_abandoned=True):
-            yield from _pairs(folder, names, fail)
+        for folder, names in walk_folders(root, visited, is_source, fail, remove_abandoned=True):
+            yield from pair_up(folder, names, fail)
 
 
 def null_pair(root):
@@ -117,21 +117,23 @@ def find_sidecars(paths, suffixes):
         elif not os.path.isdir(path):
             raise ValueError(f"{path}: no such file or directory")
         else:
-            for folder, names in _folders(path, visited, lambda name: name.endswith(tuple(suffixes))):
+            for folder, names in walk_folders(path, visited, lambda name: name.endswith(tuple(suffixes))):
                 yield from (os.path.join(folder, name) for name in names)
 
 
-def _is_source(name):
+def is_source(name):
+    """Whether a file of this name is an image or a caption."""
     extension = os.path.splitext(name)[1].lower()
     return extension in IMAGE_SUFFIXES or extension in CAPTION_SUFFIXES
 
 
-def _folders(root, visited, keep, fail=None, remove_abandoned=False):
+def walk_folders(root, visited, keep, fail=None, remove_abandoned=False):
     """Yields (folder, sorted names of those files that `keep` says), depth first.
 
     Args:
         visited: real paths of folders seen so far; grows.
         fail: called as fail(folder, reason) for one that cannot be read; None raises.
+        remove_abandoned: temporary files that killed runs left.
     """
     stack = [os.fspath(root)]
     while stack:
@@ -160,7 +162,8 @@ def _folders(root, visited, keep, fail=None, remove_abandoned=False):
         stack.extend(os.path.join(folder, name) for name in sorted(subfolders, reverse=True))
 
 
-def _pairs(folder, names, fail):
+def pair_up(folder, names, fail):
+    """Yields a Pair per image among the sorted `names` of a folder's files; `fail` as in `scan`."""
     captions = {name for name in names if name.endswith(CAPTION_SUFFIXES)}
     first_of_stem = {}
     for name in names:

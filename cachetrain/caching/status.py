@@ -95,7 +95,7 @@ class Status:
 
     def _walk(self):
         with tqdm(desc="checking", unit="sidecar", disable=None, leave=False) as progress:
-            for item, seen in runner._in_threads(self._look, self._items()):
+            for item, seen in runner.in_threads(self._look, self._items()):
                 progress.update()
                 caches = self._caches[item.suffix]
                 if isinstance(seen, Exception):
@@ -112,10 +112,10 @@ class Status:
         """Yields an Item per sidecar; counts images and captions, and notes images that have no sidecar."""
         visited = set()
         for root in self.roots:
-            for folder, names in scan._folders(root, visited, lambda name: True, self._fail):
+            for folder, names in scan.walk_folders(root, visited, lambda name: True, self._fail):
                 self._discover(folder, names)
                 sidecars = {name for name in names if name.endswith(self._suffixes)}
-                for pair in scan._pairs(folder, names, self._fail):
+                for pair in scan.pair_up(folder, names, self._fail):
                     self._count(pair)
                     stem = os.path.splitext(os.path.basename(pair.image))[0]
                     for suffix in self._suffixes:
@@ -134,7 +134,7 @@ class Status:
         """Learns suffixes that nobody named, from the headers of the first few files of each unknown suffix."""
         for name in names:
             suffix = os.path.splitext(name)[1]
-            if not suffix or self._tried[suffix] >= _TRIES or suffix in self._caches or scan._is_source(name):
+            if not suffix or self._tried[suffix] >= _TRIES or suffix in self._caches or scan.is_source(name):
                 continue
             self._tried[suffix] += 1
             try:
