@@ -2,11 +2,10 @@
 
 import math
 import os
-import shutil
 from collections import Counter
 from pathlib import Path
 
-from cachetrain.sidecar import temporary_path
+from cachetrain.sidecar import atomic_write, temporary_path
 
 STEP = 64
 
@@ -72,40 +71,32 @@ def is_upscaled(metadata):
 class UpscaledList:
     """A text file of the images that were enlarged, a line each; of all images of a run, fresh ones too.
 
-    Written to a part file as the run goes, since the images may be many; `publish` makes it visible.
+    The lines are kept as bytes until the run's end, which is little beside the lists of its images.
     """
 
     def __init__(self, target):
-        self.target, self.part = Path(target), None
+        self.target, self.lines = Path(target), bytearray()
 
     def add(self, path, metadata):
-        if self.part is None:
-            self.part = open(temporary_path(self.target), "w", encoding="utf-8", errors="surrogateescape")
         size = "{original_width}x{original_height} -> {width}x{height}".format_map(metadata)
-        self.part.write(f"{path}\t{size}\n")
+        self.lines += os.fsencode(f"{path}\t{size}\n")
 
-    def close(self):
-        """Returns the part file's path, or None if there was nothing to list."""
-        if self.part is None:
+    def write_part(self):
+        """Leaves the lines in a temporary file, for rank 0 to publish; returns its path, None without any lines."""
+        if not self.lines:
             return None
-        self.part.close()
-        return self.part.name
-
-    def discard(self):
-        if self.part is not None:
-            self.part.close()
-            Path(self.part.name).unlink(missing_ok=True)
+        part = temporary_path(self.target)
+        atomic_write(part, self.lines)
+        return str(part)
 
     def publish(self, parts):
-        """Joins the part files of all ranks under the target's name; without any an old list is removed."""
-        if not parts:
-            self.target.unlink(missing_ok=True)
-            return
-        joined = temporary_path(self.target)
-        with open(joined, "wb") as out:
+        """Writes the file from these lines and the parts of other ranks; without any an old file is removed."""
+        try:
+            lines = b"".join([self.lines, *(Path(part).read_bytes() for part in parts)])
+            if lines:
+                atomic_write(self.target, lines)
+            else:
+                self.target.unlink(missing_ok=True)
+        finally:
             for part in parts:
-                with open(part, "rb") as file:
-                    shutil.copyfileobj(file, out)
-        os.replace(joined, self.target)
-        for part in parts:
-            os.unlink(part)
+                os.unlink(part)

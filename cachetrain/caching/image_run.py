@@ -36,12 +36,12 @@ def cache_images(args, kind):
         "encoder": load.fingerprint(vae_dir, *([model_dir] if args.custom else [])),
         "settings": json.dumps(_settings(args), sort_keys=True),
     }
-    with Tally(kind, args.data_root[0], args.cache_suffix) as tally:
-        pairs = runner.select(runner.find_pairs(args, tally), image_source, fields, args, tally)
-        if pairs:
-            with tally.encoding():
-                _encode(args, pairs, vae_dir, model_dir, fields, tally)
-        return tally.finish(show_coverage=args.bucket)
+    tally = Tally(kind, args.data_root[0], args.cache_suffix)
+    pairs = runner.select(runner.find_pairs(args, tally), image_source, fields, args, tally)
+    if pairs:
+        with tally.encoding():
+            _encode(args, pairs, vae_dir, model_dir, fields, tally)
+    return tally.finish(show_coverage=args.bucket)
 
 
 def _settings(args):

@@ -2,9 +2,12 @@
 
 import json
 import os
+import socket
 import time
 import zlib
-from datetime import timedelta
+from contextlib import contextmanager
+
+_POLL_S = 0.2
 
 
 def rank():
@@ -21,21 +24,64 @@ def is_mine(path):
     return zlib.crc32(os.fsencode(path)) % world_size() == rank()
 
 
-def exchange(record):
-    """Returns the records of all ranks in their order. Waits for the slowest; the only place where ranks meet.
+@contextmanager
+def meeting(record):
+    """Around what rank 0 does with the account of the whole run; the only place where ranks meet.
+
+    Every rank waits for the slowest before, and for rank 0 after: a launcher may end the others as soon as one of
+    them ends with an exit code that is not 0. Waiting is asking, so that signals are heard.
 
     Args:
         record: what `json` can write.
-    """
-    if world_size() == 1:
-        return [record]
-    from torch.distributed import rendezvous
 
-    # A key-value store of the launcher's: no process group, since the ranks never compute together.
-    store, me, size = next(rendezvous("env://", timeout=timedelta(days=30)))
-    store.set(f"cachetrain/{me}", json.dumps(record))
-    records = [json.loads(store.get(f"cachetrain/{other}")) for other in range(size)]
-    store.add("cachetrain/read", 1)
-    while me == 0 and store.add("cachetrain/read", 0) < size:
-        time.sleep(0.05)  # rank 0 may be the one that serves the store: it leaves last
-    return records
+    Yields:
+        the records of all ranks in their order.
+
+    Raises:
+        OSError: the launcher, or the rank that stands in for it, is gone.
+    """
+    me, size = rank(), world_size()
+    if size == 1:
+        yield [record]
+        return
+    from torch.distributed import DistError
+
+    try:
+        store = _store()
+        store.set(f"record/{me}", json.dumps(record))
+        _wait(store, [f"record/{other}" for other in range(size)])
+        yield [json.loads(store.get(f"record/{other}")) for other in range(size)]
+        if me == 0:
+            store.set("done", "")
+        _wait(store, ["done"])
+        store.set(f"leaves/{me}", "")
+        if me == 0:  # last, since it may be the one that serves the store
+            _wait(store, [f"leaves/{other}" for other in range(size)])
+    except DistError as error:
+        raise OSError(f"the other ranks cannot be reached any more ({error}); what was encoded is kept") from error
+
+
+def _store():
+    """The launcher's key-value store, or one that rank 0 serves. No process group: ranks never compute together."""
+    from torch.distributed import PrefixStore, TCPStore
+
+    try:
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    except KeyError as error:
+        raise ValueError(f"WORLD_SIZE is set and {error} is not; start all ranks with torchrun") from None
+    launched = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    serve = rank() == 0 and not launched
+    while not serve:
+        try:
+            socket.create_connection(address, timeout=10).close()
+            break
+        except OSError as error:
+            if launched:
+                raise OSError(f"the launcher does not answer ({error}); what was encoded is kept") from error
+            time.sleep(_POLL_S)  # rank 0 is not that far yet
+    return PrefixStore("cachetrain", TCPStore(*address, is_master=serve, wait_for_workers=False))
+
+
+def _wait(store, keys):
+    while not store.check(keys):
+        time.sleep(_POLL_S)

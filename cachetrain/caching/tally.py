@@ -31,13 +31,6 @@ class Tally:
         self.started_s = time.perf_counter()
         self.times_s = Counter()  # encoding: the whole loop; waiting: the part in which the encoder had no data
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        if error[0] is not None:
-            self.upscaled.discard()
-
     def fail(self, path, reason):
         """Names a file that gets no sidecar; the run goes on."""
         self.counts["failed"] += 1
@@ -116,18 +109,19 @@ class Tally:
         """
         record = {
             "counts": self.counts, "times_s": self.times_s, "failures": self.failures,
-            "images": self.coverage.images, "kept": self.coverage.kept, "upscaled": self.upscaled.close(),
+            "images": self.coverage.images, "kept": self.coverage.kept,
+            "upscaled": self.upscaled.write_part() if ranks.rank() else None,
         }  # fmt: skip
-        records = ranks.exchange(record)
-        for other in records[: ranks.rank()] + records[ranks.rank() + 1 :]:
-            self.counts.update(other["counts"])
-            self.times_s.update(other["times_s"])
-            self.failures += other["failures"]
-            self.coverage.images.update(other["images"])
-            self.coverage.kept.update(other["kept"])
-        if ranks.rank() == 0:
-            self.upscaled.publish([record["upscaled"] for record in records if record["upscaled"]])
-            self._print(show_coverage)
+        with ranks.meeting(record) as records:
+            for other in records[: ranks.rank()] + records[ranks.rank() + 1 :]:
+                self.counts.update(other["counts"])
+                self.times_s.update(other["times_s"])
+                self.failures += other["failures"]
+                self.coverage.images.update(other["images"])
+                self.coverage.kept.update(other["kept"])
+            if ranks.rank() == 0:
+                self.upscaled.publish([record["upscaled"] for record in records if record["upscaled"]])
+                self._print(show_coverage)
         return 1 if self.counts["failed"] else 0
 
     def _print(self, show_coverage):

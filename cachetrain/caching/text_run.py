@@ -53,13 +53,13 @@ def cache_captions(args, kind, settings, components=("text_encoder", "tokenizer"
         "encoder": load.fingerprint(*_fingerprinted(model_dir, components, custom)),
         "settings": json.dumps(settings | dtypes, sort_keys=True),
     }
-    with Tally(kind, args.data_root[0], args.cache_suffix) as tally:
-        nulls = map(null_pair, dict.fromkeys(args.data_root))
-        pairs = runner.select(chain(nulls, runner.find_pairs(args, tally)), caption_source, fields, args, tally)
-        if pairs:
-            with tally.encoding():
-                _encode(args, pairs, model_dir, settings, custom, fields, tally)
-        return tally.finish()
+    tally = Tally(kind, args.data_root[0], args.cache_suffix)
+    nulls = map(null_pair, dict.fromkeys(args.data_root))
+    pairs = runner.select(chain(nulls, runner.find_pairs(args, tally)), caption_source, fields, args, tally)
+    if pairs:
+        with tally.encoding():
+            _encode(args, pairs, model_dir, settings, custom, fields, tally)
+    return tally.finish()
 
 
 def _fingerprinted(model_dir, components, custom):
