@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import signal
 import sys
 
@@ -27,7 +28,14 @@ def run(main):
 
     Exit codes of interrupted scripts are the shell's: 130 after Ctrl-C, 143 after SIGTERM.
     """
-    signal.signal(signal.SIGTERM, _terminate)
+    main_pid = os.getpid()
+
+    def terminate(*_):
+        if os.getpid() != main_pid:
+            os._exit(143)  # a process that a library forked: it has nothing to say
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
     try:
         sys.exit(main())
     except ModuleNotFoundError as error:
@@ -38,10 +46,6 @@ def run(main):
         _stop("terminated", 143)
     except KeyboardInterrupt:
         _stop("interrupted", 130)
-
-
-def _terminate(*_):
-    raise Terminated
 
 
 def _stop(message, code):
