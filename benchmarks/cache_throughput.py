@@ -14,6 +14,7 @@ two CPU cores and 1.5 GB of disk; what --work holds already is used again.
 import json
 import multiprocessing
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -116,7 +117,7 @@ def decode_alone(paths):
 
 
 def encode_alone(args, vae_dir, count, batch_size=8):
-    """Seconds to encode `count` images, as often as needed the same resident batch."""
+    """Seconds to encode `count` images: the median of some passes over one resident batch, times their number."""
     import torch
 
     from cachetrain.caching.encoders import encode_images
@@ -125,13 +126,8 @@ def encode_alone(args, vae_dir, count, batch_size=8):
     device = load.pick_device(args.device)
     dtype = load.pick_dtype(args.dtype, device)
     vae, batch = load.load_vae(vae_dir, dtype).to(device), torch.rand(batch_size, 3, 256, 256)
-
-    def encode():
-        for _ in range(count // batch_size):
-            encode_images(vae, batch.to(device, dtype)).float().cpu()
-
-    encode_images(vae, batch[:1].to(device, dtype))
-    return seconds(encode)[0]
+    times_s = [seconds(lambda: encode_images(vae, batch.to(device, dtype)).float().cpu())[0] for _ in range(8)]
+    return statistics.median(times_s[1:]) * count / batch_size
 
 
 def measure_images(args, work):

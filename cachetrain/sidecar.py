@@ -29,8 +29,8 @@ SUFFIXES = {
 _TEMPORARY = re.compile(r"\.cachetrain~(?P<node>[^~]*)~(?P<pid>\d+)~[0-9a-f]{8}.*\.tmp")
 _ABANDONED_AGE_S = 3600
 
-# Stand for the two hashes of a header while they are computed.
-_NO_SHA256, _NO_HEADER_SHA256 = "x" * 64, "0" * 64
+# Stands for a hash in the header while it is computed.
+_NO_SHA256 = "0" * 64
 
 # Sidecars that may train together agree on all of these.
 RUN_KEYS = ("kind", "encoder", "settings", "scaling_factor", "shift_factor")
@@ -110,13 +110,13 @@ def write_sidecar(path, tensors, metadata):
     from safetensors.torch import save
 
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    added = {"cachetrain_format": FORMAT, "sha256": _NO_SHA256, "header_sha256": _NO_HEADER_SHA256}
+    added = {"cachetrain_format": FORMAT, "sha256": _NO_SHA256, "header_sha256": _NO_SHA256}
     data = save(tensors, metadata | added)
     start = _payload_start(data)
     payload = memoryview(data)[start:]
-    header = data[:start].replace(_NO_SHA256.encode(), hashlib.sha256(payload).hexdigest().encode())
-    digest = hashlib.sha256(header).hexdigest()
-    atomic_write(path, b"".join((header.replace(_NO_HEADER_SHA256.encode(), digest.encode()), payload)))
+    header = data[:start].replace(_entry("sha256"), _entry("sha256", hashlib.sha256(payload).hexdigest()))
+    header = header.replace(_entry("header_sha256"), _entry("header_sha256", hashlib.sha256(header).hexdigest()))
+    atomic_write(path, b"".join((header, payload)))
 
 
 def read_header(path):
@@ -160,6 +160,11 @@ def read_sidecar(path):
         raise SidecarError(f"{path}: {error}; run the cache script again") from error
 
 
+def _entry(key, digest=_NO_SHA256):
+    """Bytes of a hash in the header, as safetensors writes them."""
+    return f'"{key}":"{digest}"'.encode()
+
+
 def _payload_start(data):
     return 8 + int.from_bytes(data[:8], "little")
 
@@ -186,8 +191,8 @@ def _parse(path, data, size):
         raise SidecarError(
             f"{path}: format {metadata['cachetrain_format']}, this version reads {FORMAT}; run the cache script again"
         )
-    digest = metadata.get("header_sha256", "none")
-    blank = data[:start].replace(digest.encode(), _NO_HEADER_SHA256.encode())
+    digest = metadata.get("header_sha256")
+    blank = data[:start].replace(_entry("header_sha256", digest), _entry("header_sha256"))
     if hashlib.sha256(blank).hexdigest() != digest:
         raise SidecarError(f"{path}: its header does not match its SHA-256; run the cache script again")
     return header

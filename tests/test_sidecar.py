@@ -29,6 +29,12 @@ def test_sidecar_reads_back_and_opens_with_plain_safetensors(path):
     assert header.shapes["latent"] == (2, 4, 4) and header.dtypes["latent"] == "F16"
 
 
+def test_fields_that_look_like_hashes_or_hold_quotes_are_kept(path):
+    fields = {"a": "0" * 64, "b": f'"sha256":"{"0" * 64}"', "c": f'"header_sha256":"{"0" * 64}"', "d": "\\ü\n"}
+    sidecar.write_sidecar(path, {"latent": torch.ones(3)}, fields)
+    assert fields.items() <= sidecar.read_sidecar(path)[1].metadata.items()
+
+
 def test_sidecar_with_any_byte_flipped_is_noticed(path):
     data = path.read_bytes()
     for position in range(len(data)):
