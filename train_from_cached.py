@@ -48,7 +48,7 @@ def main(argv=None):
     unet = load.load_unet(load.component_dir(model_dir, "unet"), seed=args.seed)
     setup.check_fit(index, unet, args)
     setup.check_vae(index, model_dir)
-    scheduler = setup.open_scheduler(model_dir, args.objective)
+    scheduler = setup.open_scheduler(model_dir, args.objective, args.zero_terminal_snr)
     objective = objective_of(scheduler)
     alphas_cumprod = obj.noise_schedule(scheduler, device)
 

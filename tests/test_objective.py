@@ -3,10 +3,19 @@
 import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
-from diffusers.training_utils import compute_snr
+from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
+from diffusers.training_utils import compute_density_for_timestep_sampling, compute_snr
 
 from cachetrain.modeling.schedulers import SD_SCHEDULE, make_scheduler, objective_of, sampler_for
-from cachetrain.training.objective import alpha_sigma, min_snr_weights, noise_schedule, squared_error, target_of
+from cachetrain.training.objective import (
+    alpha_sigma,
+    min_snr_weights,
+    noise_schedule,
+    squared_error,
+    stratified,
+    target_of,
+    timestep_fraction,
+)
 
 
 @pytest.fixture
@@ -68,6 +77,42 @@ def test_min_snr_weights_of_all_objectives_weigh_the_error_of_x0_alike(batch):
         cost = raw * min_snr_weights(objective, alpha, sigma, 5.0)
         expected = snr.clamp(max=5.0) * error.square().flatten(1).mean(1)
         torch.testing.assert_close(cost, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_zero_terminal_snr_is_that_of_diffusers_and_ends_in_pure_noise(batch):
+    scheduler = make_scheduler("v_prediction", make_scheduler("epsilon"), zero_terminal_snr=True)
+    expected = torch.cumprod(1 - rescale_zero_terminal_snr(ddpm().betas), 0)
+    alphas = noise_schedule(scheduler, "cpu")
+    torch.testing.assert_close(alphas, expected)
+    assert alphas[-1] == 0 and scheduler.config.timestep_spacing == "trailing"
+    scheduler.set_timesteps(10)
+    assert scheduler.timesteps[0] == 999
+    latents, noise, _ = batch
+    alpha, sigma = alpha_sigma("v_prediction", torch.full((6,), 999), alphas)
+    assert torch.equal(target_of("v_prediction", latents, noise, alpha, sigma), -latents)
+    assert (min_snr_weights("v_prediction", alpha, sigma, 5.0) == 0).all()
+
+
+@pytest.mark.parametrize("objective", ["epsilon", "flow"])
+def test_zero_terminal_snr_is_refused_where_it_means_nothing(objective):
+    with pytest.raises(ValueError, match="v_prediction"):
+        make_scheduler(objective, zero_terminal_snr=True)
+
+
+def test_logit_normal_timesteps_are_distributed_as_in_diffusers():
+    uniform = (torch.arange(20_000) + 0.5) / 20_000
+    ours = torch.tensor([timestep_fraction("logit_normal", u.item()) for u in uniform])
+    torch.manual_seed(0)
+    theirs = compute_density_for_timestep_sampling("logit_normal", 200_000, logit_mean=0.0, logit_std=1.0)
+    quantiles = torch.tensor([0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99])
+    torch.testing.assert_close(ours.quantile(quantiles), theirs.quantile(quantiles), rtol=0.02, atol=0.003)
+    assert timestep_fraction("logit_normal", 0.0) == 0 and timestep_fraction("uniform", 0.3) == 0.3
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.37, 0.999])
+def test_stratified_numbers_fall_one_in_each_part(offset):
+    numbers = [stratified(offset, slot, 16) for slot in range(16)]
+    assert sorted(int(number * 16) for number in numbers) == list(range(16))
 
 
 def test_squared_error_of_bf16_reduces_in_float32():

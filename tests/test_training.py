@@ -182,6 +182,45 @@ def test_batch_order_is_the_seeds_permutation_and_changes_with_the_epoch():
     assert (first != draws.permutation(1, 0, 100)).any()
 
 
+@pytest.mark.parametrize("accum", [1, 3])
+def test_stratified_batches_spread_each_step_over_all_timesteps_whatever_its_micro_batches(accum):
+    class Index:
+        shape_ids = np.zeros(50, np.uint16)
+
+        def __len__(self):
+            return 50
+
+    batch_size = 12 // accum
+    batches = list(Batches(Index(), batch_size, 0, 8 * accum, strata=accum))
+    plain = list(Batches(Index(), batch_size, 0, 8 * accum))
+    assert [[key[:2] for key in batch] for batch in batches] == plain  # the same samples in the same order
+    numbers = [[key[2] for batch in batches[i : i + accum] for key in batch] for i in range(0, len(batches), accum)]
+    for step in numbers:
+        assert sorted(int(number * 12) for number in step) == list(range(12))
+    assert len({round(number, 9) for step in numbers for number in step}) == 8 * 12
+    for batch in batches:  # and each of the micro-batches over all of the range, more coarsely
+        assert sorted(int(key[2] * batch_size) for key in batch) == list(range(batch_size))
+
+
+def test_timestep_range_offset_noise_and_sampling_change_only_what_they_say(shapes):
+    index = PairIndex([shapes], *T5)
+    plain = CachedPairs(index, 0, None, 1.0)
+    ranged = CachedPairs(index, 0, None, 1.0, timestep_range=(200, 300))
+    middle = CachedPairs(index, 0, None, 1.0, timestep_sampling="logit_normal")
+    offset = CachedPairs(index, 0, None, 1.0, offset_noise=0.1)
+    for i in range(len(index)):
+        a = plain[0, i]
+        assert ranged[0, i]["timesteps"] == 200 + a["timesteps"] // 10
+        added = offset[0, i]["noise"] - a["noise"]
+        assert added.std(dim=(1, 2)).max() < 1e-6 and added[:, 0, 0].abs().max() > 1e-4
+        assert torch.equal(offset[0, i]["latents"], a["latents"]) and offset[0, i]["timesteps"] == a["timesteps"]
+    offsets = torch.stack([offset[0, i]["noise"] - plain[0, i]["noise"] for i in range(len(index))])[..., 0, 0]
+    assert 0.05 < offsets.std() < 0.15
+    uniform, normal = (np.array([d[0, i]["timesteps"] for i in range(len(index))]) for d in (plain, middle))
+    assert (uniform.argsort() == normal.argsort()).all() and normal.std() < uniform.std()
+    assert plain[0, 0, 0.25]["timesteps"] == 250 and ranged[0, 0, 0.25]["timesteps"] == 225
+
+
 def test_draws_of_a_sample_are_its_own_and_standard_normal():
     noise = draws.generator(0, 3, 7, draws.NOISE).standard_normal(200_000)
     assert abs(noise.mean()) < 0.01
@@ -369,6 +408,17 @@ def test_headerless_caches_train_with_one_warning(shapes, model_t5, tmp_path, ca
     capsys.readouterr()
     run(data, model_t5, tmp_path / "b", "--max_steps", 1, "--batch_size", 2, "--vae_scaling_factor", 0.5)
     assert capsys.readouterr().err.count("cannot be verified") == 1
+
+
+def test_zero_terminal_snr_is_trained_and_saved_with_the_checkpoint(shapes, model_t5, tmp_path):
+    flags = ["--max_steps", 2, "--batch_size", 4, "--zero_terminal_snr", "--use_snr", "--offset_noise", 0.1]
+    flags += ["--timestep_sampling", "stratified", "--grad_accum", 2]
+    with pytest.raises(ValueError, match="epsilon cannot tell"):
+        run(shapes, model_t5, tmp_path / "epsilon", *flags)
+    lines, _ = run(shapes, model_t5, tmp_path / "v", *flags, "--objective", "v_prediction")
+    assert all(0 < line["01_Training/loss_raw"] < 10 for line in lines)
+    config = json.loads((tmp_path / "v/checkpoint-000002/scheduler/scheduler_config.json").read_text())
+    assert config["rescale_betas_zero_snr"] and config["timestep_spacing"] == "trailing"
 
 
 def test_bucketed_caches_of_one_folder_train_together_each_batch_of_one_size(shapes, model_t5, tmp_path):

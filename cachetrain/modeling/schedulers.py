@@ -14,17 +14,30 @@ SD_SCHEDULE = {
 }
 
 
-def make_scheduler(objective, base=None):
+def make_scheduler(objective, base=None, zero_terminal_snr=False):
     """Makes the scheduler of an objective.
 
     Args:
         objective: "epsilon", "v_prediction" or "flow" (rectified flow, Liu et al. 2022).
         base: a scheduler whose betas are kept; Stable Diffusion's when None.
+        zero_terminal_snr: rescale the betas so that the last timestep is pure noise, and sample from there (Lin et
+            al. 2024, sections 3.1 and 3.3).
+
+    Raises:
+        ValueError: zero_terminal_snr with an objective that does not train at pure noise, or has it anyway.
     """
     from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
+    if zero_terminal_snr and objective != "v_prediction":
+        reason = "starts at pure noise anyway" if objective == "flow" else "cannot tell the image from pure noise"
+        raise ValueError(f"--zero_terminal_snr: {objective} {reason}; use it with --objective v_prediction")
     if objective == "flow":
         return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0)
+    if zero_terminal_snr:
+        config = SD_SCHEDULE if base is None or objective_of(base) == "flow" else base.config
+        return DDIMScheduler.from_config(
+            config, prediction_type=objective, rescale_betas_zero_snr=True, timestep_spacing="trailing"
+        )
     if base is None or objective_of(base) == "flow":
         return DDIMScheduler(**SD_SCHEDULE, prediction_type=objective)
     return type(base).from_config(base.config, prediction_type=objective)

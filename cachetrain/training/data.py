@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 from cachetrain.modeling.t5_pipeline import pad_embeddings
 from cachetrain.sidecar import read_sidecar
 from cachetrain.training import draws
+from cachetrain.training.objective import stratified, timestep_fraction
 
 
 class CachedPairs(Dataset):
@@ -20,34 +21,45 @@ class CachedPairs(Dataset):
         scaling_factor, shift_factor: of the VAE: latents become (latent - shift) * scaling.
         text_scaling_factor: multiplies all embeddings.
         cond_dropout, flip_p: probabilities, per sample and visit.
-        continuous: timestep is 1000 * sigma, uniform in [0, 1000) (flow matching), not an integer.
+        continuous: timestep is 1000 * sigma (flow matching), not an integer.
+        timestep_sampling: of objective.TIMESTEP_SAMPLING.
+        timestep_range: (first, end) of the timesteps, within 0 and 1000.
+        offset_noise: standard deviation of noise that is the same over all pixels of a channel, added to the noise
+            (Guttenberg 2023, "Diffusion with offset noise").
     """
 
     def __init__(
         self, index, seed, null_embedding, scaling_factor, shift_factor=0.0, text_scaling_factor=1.0,
-        cond_dropout=0.0, flip_p=0.0, num_train_timesteps=1000, continuous=False,
+        cond_dropout=0.0, flip_p=0.0, continuous=False, timestep_sampling="uniform", timestep_range=(0, 1000),
+        offset_noise=0.0,
     ):  # fmt: skip
         self.index, self.seed = index, seed
         self.null_embedding = null_embedding
         self.scaling_factor, self.shift_factor = scaling_factor, shift_factor
         self.text_scaling_factor = text_scaling_factor
         self.cond_dropout, self.flip_p = cond_dropout, flip_p
-        self.num_train_timesteps, self.continuous = num_train_timesteps, continuous
+        self.continuous, self.timestep_sampling, self.timestep_range = continuous, timestep_sampling, timestep_range
+        self.offset_noise = offset_noise
 
     def __len__(self):
         return len(self.index)
 
     def __getitem__(self, key):
-        """Returns a dict: latents, noise float32 [C, h, w]; timestep; embedding float32 [T, D]; dropped; sample."""
-        epoch, i = key
+        """Returns a dict: latents, noise float32 [C, h, w]; timestep; embedding float32 [T, D]; dropped; sample.
+
+        Args:
+            key: (epoch, i), or (epoch, i, the uniform number that decides the timestep).
+        """
+        epoch, i, *given = key
         dropped = self._chance(epoch, i, draws.DROPOUT) < self.cond_dropout
         embedding = self.null_embedding if dropped else read_sidecar(self.index.text_path(i))[0]["emb"].float()
         latents = self._latents(epoch, i)
-        noise = draws.generator(self.seed, epoch, i, draws.NOISE).standard_normal(latents.shape, dtype=np.float32)
-        timestep = self._chance(epoch, i, draws.TIMESTEP) * self.num_train_timesteps
+        first, end = self.timestep_range
+        uniform = given[0] if given else self._chance(epoch, i, draws.TIMESTEP)
+        timestep = first + timestep_fraction(self.timestep_sampling, uniform) * (end - first)
         return {
             "latents": latents,
-            "noise": torch.from_numpy(noise),
+            "noise": torch.from_numpy(self._noise(epoch, i, latents.shape)),
             "timesteps": timestep if self.continuous else int(timestep),
             "embedding": embedding * self.text_scaling_factor,
             "dropped": dropped,
@@ -56,6 +68,13 @@ class CachedPairs(Dataset):
 
     def _chance(self, epoch, i, purpose):
         return draws.generator(self.seed, epoch, i, purpose).random()
+
+    def _noise(self, epoch, i, shape):
+        noise = draws.generator(self.seed, epoch, i, draws.NOISE).standard_normal(shape, dtype=np.float32)
+        if self.offset_noise:
+            offset = draws.generator(self.seed, epoch, i, draws.OFFSET).standard_normal(shape[0], dtype=np.float32)
+            noise += self.offset_noise * offset[:, None, None]
+        return noise
 
     def _latents(self, epoch, i):
         tensors, _ = read_sidecar(self.index.image_path(i))
@@ -72,10 +91,14 @@ class Batches:
 
     Each epoch visits every sample once, in permutation(seed, epoch). A batch is of one latent shape; samples that do
     not fill one are carried into the next epoch, never dropped.
+
+    Args:
+        strata: number of batches that make one step, over which timesteps are to be stratified; 0: they are not.
     """
 
-    def __init__(self, index, batch_size, seed, num_batches):
+    def __init__(self, index, batch_size, seed, num_batches, strata=0):
         self.index, self.batch_size, self.seed, self.num_batches = index, batch_size, seed, num_batches
+        self.strata = strata
 
     def __len__(self):
         return self.num_batches
@@ -90,8 +113,19 @@ class Batches:
                     continue
                 if made == self.num_batches:
                     return
-                yield filling.pop(self.index.shape_ids[i])
+                yield self._stratified(filling.pop(self.index.shape_ids[i]), made)
                 made += 1
+
+    def _stratified(self, batch, made):
+        """Gives each sample of batch number `made` its part of the range of timesteps."""
+        if not self.strata:
+            return batch
+        step, part = divmod(made, self.strata)
+        offset = draws.generator(self.seed, 0, step, draws.STRATA).random()
+        return [
+            (epoch, i, stratified(offset, slot * self.strata + part, self.strata * self.batch_size))
+            for slot, (epoch, i) in enumerate(batch)
+        ]
 
 
 def collate(samples, masked):

@@ -6,7 +6,7 @@ which samples are visited, the number of workers or ranks, or on what else was d
 
 import numpy as np
 
-ORDER, NOISE, TIMESTEP, DROPOUT, FLIP = range(5)
+ORDER, NOISE, TIMESTEP, DROPOUT, FLIP, OFFSET, STRATA = range(7)
 
 
 def generator(seed, epoch, sample, purpose):

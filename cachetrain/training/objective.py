@@ -3,7 +3,33 @@
 All objectives share x_t = alpha_t x_0 + sigma_t noise; they differ in (alpha_t, sigma_t) and in the target.
 """
 
+import math
+from statistics import NormalDist
+
 import torch
+
+TIMESTEP_SAMPLING = ("uniform", "logit_normal", "stratified")
+
+
+def timestep_fraction(sampling, uniform):
+    """Where in the range of timesteps a sample is trained, in [0, 1), from a uniform number in [0, 1).
+
+    uniform: everywhere alike. logit_normal: most often in the middle, sigmoid of a standard normal number (Esser et
+    al. 2024, section 3.1). stratified: as uniform, for numbers that are themselves spread over the batch (below).
+    """
+    if sampling != "logit_normal":
+        return uniform
+    if uniform == 0:
+        return 0.0
+    return 1 / (1 + math.exp(-NormalDist().inv_cdf(uniform)))
+
+
+def stratified(offset, slot, batch_size):
+    """The uniform number of one sample of a batch, such that the batch has one in each of `batch_size` equal parts of
+    [0, 1): frac(offset + slot / batch_size) (the low-discrepancy sampler of Kingma et al. 2021). offset: uniform in
+    [0, 1), one per batch.
+    """
+    return (offset + slot / batch_size) % 1.0
 
 
 def alpha_sigma(objective, timesteps, alphas_cumprod=None):

@@ -29,6 +29,8 @@ def parse_args(doc, argv=None):
         parser.error("--scheduler constant has no warm-up; use constant_with_warmup")
     if not (args.sample_prompt or args.sample_prompts) and args.sample_cfgs is not None:
         parser.error("--sample_cfgs needs --sample_prompt or --sample_prompts")
+    if not 0 <= args.timestep_range[0] < args.timestep_range[1] <= 1000:
+        parser.error(f"--timestep_range {args.timestep_range}: expected 0 <= FIRST < END <= 1000")
     args.noise_gamma = 5.0 if args.noise_gamma is None else args.noise_gamma
     args.sample_cfgs = args.sample_cfgs or [1.0, 4.0, 7.0]
     args.betas = tuple(args.betas or {"adamw": (0.9, 0.999), "lion": (0.9, 0.99)}[args.optimizer])
@@ -53,6 +55,14 @@ def _objective_arguments(group):
     group.add_argument("--objective", choices=("epsilon", "v_prediction", "flow"), help="default: the model's own")
     group.add_argument("--use_snr", action="store_true", help="Min-SNR loss weights; the raw loss is logged beside")
     group.add_argument("--noise_gamma", type=float, help="gamma of --use_snr (5)")
+    group.add_argument("--zero_terminal_snr", action="store_true",
+                       help="rescale the noise schedule to end in pure noise (v_prediction only)")  # fmt: skip
+    group.add_argument("--offset_noise", type=_not_negative, default=0.0, metavar="STD",
+                       help="noise alike in all pixels of a channel, to learn dark and bright images")  # fmt: skip
+    group.add_argument("--timestep_sampling", choices=("uniform", "logit_normal", "stratified"),
+                       default="uniform", help="middle ones more often; or spread evenly in each step")  # fmt: skip
+    group.add_argument("--timestep_range", type=int, nargs=2, default=(0, 1000), metavar=("FIRST", "END"),
+                       help="train only these of the 1000 timesteps")  # fmt: skip
     group.add_argument("--cond_dropout", type=_probability, default=0.04, help='share of captions replaced by ""')
     group.add_argument(
         "--flip_p", type=_probability, default=0.0, help="share of images mirrored (needs latent_flip)"
@@ -104,6 +114,13 @@ def _sample_arguments(group):
 def _positive(text):
     value = int(text)
     if value < 1:
+        raise ValueError
+    return value
+
+
+def _not_negative(text):
+    value = float(text)
+    if not 0 <= value < float("inf"):
         raise ValueError
     return value
 

@@ -7,7 +7,7 @@ import torch
 
 from cachetrain.cli import Steps
 from cachetrain.modeling import load
-from cachetrain.modeling.schedulers import make_scheduler
+from cachetrain.modeling.schedulers import make_scheduler, objective_of
 from cachetrain.sidecar import read_sidecar
 from cachetrain.training.data import Batches, CachedPairs, make_loader
 from cachetrain.training.index import PairIndex, check_same_run, null_caption_path
@@ -70,10 +70,12 @@ def make_plan(args, num_samples):
     return Plan(per_epoch, max_steps, warmup_steps, decay_steps, max(1, args.save_steps.resolve(per_epoch)))
 
 
-def open_scheduler(model_dir, objective):
+def open_scheduler(model_dir, objective, zero_terminal_snr=False):
     """The model's noise schedule, or that of --objective; a bare UNet has none and gets Stable Diffusion's."""
     own = load.load_scheduler(model_dir / "scheduler") if (model_dir / "scheduler").is_dir() else None
-    return make_scheduler(objective or "epsilon", own) if objective or own is None else own
+    if own is not None and not objective and not zero_terminal_snr:
+        return own
+    return make_scheduler(objective or (objective_of(own) if own else "epsilon"), own, zero_terminal_snr)
 
 
 def open_loader(args, index, device, objective, max_steps):
@@ -93,9 +95,11 @@ def open_loader(args, index, device, objective, max_steps):
         null = tensors["emb"].float()
     dataset = CachedPairs(
         index, args.seed, null, scaling, float(metadata.get("shift_factor") or 0), args.text_scaling_factor,
-        args.cond_dropout, args.flip_p, continuous=objective == "flow",
+        args.cond_dropout, args.flip_p, objective == "flow", args.timestep_sampling, args.timestep_range,
+        args.offset_noise,
     )  # fmt: skip
-    batches = Batches(index, args.batch_size, args.seed, max_steps * args.gradient_accum)
+    strata = args.gradient_accum if args.timestep_sampling == "stratified" else 0
+    batches = Batches(index, args.batch_size, args.seed, max_steps * args.gradient_accum, strata)
     return make_loader(dataset, batches, index.masked, args.num_workers, device.type == "cuda")
 
 
