@@ -126,7 +126,7 @@ def read_header(path):
         SidecarError: the file is cut or its header is not readable.
         OSError: the file cannot be opened.
     """
-    with open(path, "rb") as file:
+    with open(path, "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         data = file.read(min(size, 4096))
         wanted = 8 + int.from_bytes(data[:8], "little")

@@ -24,7 +24,7 @@ from conftest import REPO, load_script
 from PIL import Image
 from safetensors.torch import load_file
 
-from cachetrain import cli
+from cachetrain import bulk, cli
 from cachetrain.caching import runner
 from cachetrain.sidecar import read_sidecar, write_sidecar
 
@@ -338,7 +338,7 @@ def test_interrupted_check_does_not_wait_for_what_is_queued():
         checked.append(item)
         time.sleep(0.001)
 
-    results = runner.in_threads(slow_check, range(10**6))
+    results = bulk.in_threads(slow_check, range(10**6))
     next(results)
     before = len(checked)
     results.close()

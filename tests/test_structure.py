@@ -18,11 +18,11 @@ SCRIPTS = sorted(
 # What each part of the package may import of the rest of it.
 ALLOWED = {
     "sidecar": set(),
-    "packed": set(),
+    "bulk": set(),
     "cli": set(),
     "modeling": set(),
-    "caching": {"sidecar", "packed", "cli", "modeling"},
-    "training": {"sidecar", "packed", "cli", "modeling"},
+    "caching": {"sidecar", "bulk", "cli", "modeling"},
+    "training": {"sidecar", "bulk", "cli", "modeling"},
 }
 
 

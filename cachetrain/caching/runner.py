@@ -1,20 +1,14 @@
 """Which sidecars a run has to make: its share of the files, minus what is fresh."""
 
 import os
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
-from threading import Event
 
 from tqdm import tqdm
 
+from cachetrain.bulk import in_threads
 from cachetrain.caching import ranks
 from cachetrain.caching.freshness import CORRUPT, FOREIGN, FRESH, sidecar_state
 from cachetrain.caching.scan import Pairs, scan
 from cachetrain.sidecar import sidecar_path
-
-# Checking waits for the file system, on network storage for a millisecond a file: several at a time.
-_THREADS, _CHUNK = 8, 64
 
 
 def find_pairs(args, tally):
@@ -64,26 +58,6 @@ def select(pairs, source_of, wanted, args, tally):
             elif state != FOREIGN:
                 selected.append(pair)
     return selected
-
-
-def in_threads(function, items):
-    """Yields (item, function(item)) in order; as few items as keep the threads busy are held at a time."""
-    items, running, stopped = iter(items), deque(), Event()
-
-    def results_of(chunk):
-        return [function(item) for item in chunk if not stopped.is_set()]
-
-    with ThreadPoolExecutor(_THREADS) as pool:
-        try:
-            while True:
-                while len(running) < 2 * _THREADS and (chunk := list(islice(items, _CHUNK))):
-                    running.append((chunk, pool.submit(results_of, chunk)))
-                if not running:
-                    return
-                chunk, results = running.popleft()
-                yield from zip(chunk, results.result(), strict=True)
-        finally:
-            stopped.set()  # an interrupted run does not wait for what is queued, which may be much to hash
 
 
 def model_fields(args, model_dir):

@@ -4,7 +4,7 @@ import hashlib
 import os
 from typing import NamedTuple
 
-from cachetrain.packed import PackedStrings
+from cachetrain.bulk import PackedStrings
 from cachetrain.sidecar import NULL_STEM, is_abandoned
 
 IMAGE_SUFFIXES = frozenset(".jpg .jpeg .jfif .jpe .png .webp .bmp .gif .tif .tiff .avif .jp2 .ppm .pgm .tga".split())

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from cachetrain.caching import runner, scan
+from cachetrain.bulk import PackedStrings, in_threads
+from cachetrain.caching import scan
 from cachetrain.caching.caches import ORPHANED, UNREADABLE, Caches, Examples, Seen
 from cachetrain.caching.freshness import (
     CORRUPT,
@@ -20,7 +21,6 @@ from cachetrain.caching.freshness import (
     image_source,
     source_state,
 )
-from cachetrain.packed import PackedStrings
 from cachetrain.sidecar import NULL_STEM, SUFFIXES, SidecarError, read_header
 
 # How many files of an unknown suffix are opened to see whether they are sidecars: the first may be damaged.
@@ -95,7 +95,7 @@ class Status:
 
     def _walk(self):
         with tqdm(desc="checking", unit="sidecar", disable=None, leave=False) as progress:
-            for item, seen in runner.in_threads(self._look, self._items()):
+            for item, seen in in_threads(self._look, self._items()):
                 progress.update()
                 caches = self._caches[item.suffix]
                 if isinstance(seen, Exception):

@@ -2,16 +2,13 @@
 
 import json
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from cachetrain.packed import PackedStrings
+from cachetrain.bulk import PackedStrings, in_threads
 from cachetrain.sidecar import NULL_STEM, RUN_KEYS, SUFFIXES, read_header
-
-_CHUNK = 1024
 
 
 class PairIndex:
@@ -93,37 +90,38 @@ class PairIndex:
     def _read_headers(self):
         shapes, self.num_foreign = {}, 0
         self.shape_ids, self.tokens = np.zeros(len(self), np.uint16), np.zeros(len(self), np.uint16)
-        first = None
-        with ThreadPoolExecutor(8) as pool, tqdm(total=len(self), desc="headers", unit="pair", disable=None) as bar:
-            for start in range(0, len(self), _CHUNK):
-                rows = range(start, min(start + _CHUNK, len(self)))
-                for i, (image, text) in zip(rows, pool.map(self._headers, rows), strict=True):
-                    first = first or (image, text)
-                    if i in self._starts:  # of a directory: another one may hold another size
-                        here = i, image
-                        check_same_run(first[0], image, self.image_path(0), self.image_path(i), but="settings")
-                    check_same_run(here[1], image, self.image_path(here[0]), self.image_path(i))
-                    check_same_run(first[1], text, self.text_path(0), self.text_path(i))
-                    if text.shapes["emb"][1] != first[1].shapes["emb"][1]:
-                        raise ValueError(f"{self.text_path(i)}: emb is {text.shapes['emb']}, {self.text_path(0)} has "
-                                         f"{first[1].shapes['emb']}; encode both with one model")  # fmt: skip
-                    self.shape_ids[i] = shapes.setdefault(image.shapes["latent"], len(shapes))
-                    self.tokens[i] = text.shapes["emb"][0]
-                    self.num_foreign += image.foreign or text.foreign
-                bar.update(len(rows))
+        self.image_header, self.text_header = self._headers(0)
+        self.text_width, first_in_directory = self.text_header.shapes["emb"][1], 0
+        pairs = in_threads(self._headers, range(len(self)))
+        for i, (image, text) in tqdm(pairs, desc="headers", total=len(self), unit="pair", disable=None):
+            if i in self._starts:  # another directory may hold another size
+                first_in_directory, images_here = i, image
+                self._check_image(0, self.image_header, i, image, but="settings")
+            if image.run_identity != images_here.run_identity:
+                self._check_image(first_in_directory, images_here, i, image)
+            if text.run_identity != self.text_header.run_identity:
+                check_same_run(self.text_header, text, self.text_path(0), self.text_path(i))
+            if text.shapes["emb"][1] != self.text_width:
+                raise ValueError(f"{self.text_path(i)}: emb is {text.shapes['emb']}, {self.text_path(0)} has "
+                                 f"{self.text_header.shapes['emb']}; encode both with one model")  # fmt: skip
+            self.shape_ids[i] = shapes.setdefault(image.shapes["latent"], len(shapes))
+            self.tokens[i] = text.shapes["emb"][0]
+            self.num_foreign += image.foreign or text.foreign
         self.shapes = list(shapes)
-        self.text_width = first[1].shapes["emb"][1]
-        self.image_header, self.text_header = first
+
+    def _check_image(self, first, first_header, other, other_header, but=None):
+        check_same_run(first_header, other_header, self.image_path(first), self.image_path(other), but)
 
     def _headers(self, i):
-        image, text = read_header(self.image_path(i)), read_header(self.text_path(i))
-        for path, header, name, rank in (
-            (self.image_path(i), image, "latent", 3),
-            (self.text_path(i), text, "emb", 2),
-        ):
+        stem, headers = self.stem(i), []
+        for suffix, name, rank in ((self.image_suffix, "latent", 3), (self.text_suffix, "emb", 2)):
+            header = read_header(stem + suffix)
             if len(header.shapes.get(name, ())) != rank:
-                raise ValueError(f"{path}: expected a tensor {name!r} of {rank} dimensions, found {header.shapes}")
-        return image, text
+                raise ValueError(
+                    f"{stem}{suffix}: expected a tensor {name!r} of {rank} dimensions, found {header.shapes}"
+                )
+            headers.append(header)
+        return headers
 
 
 def null_caption_path(directories, text_suffix):

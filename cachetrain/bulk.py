@@ -1,0 +1,53 @@
+"""What millions of files need: lists of paths without a Python object each, and several files looked at at a time."""
+
+import os
+from array import array
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from threading import Event
+
+# Looking at a file waits for the file system, on network storage for a millisecond.
+_THREADS, _CHUNK = 8, 64
+
+
+class PackedStrings:
+    """An append-only list of strings: their bytes one after another, and 8 more each for where they end.
+
+    Forked loader workers share it, since reading it writes no reference counts into its memory. File names that are
+    not UTF-8 survive, as they do in `os.fsdecode`.
+    """
+
+    def __init__(self):
+        self._bytes, self._ends = bytearray(), array("Q")
+
+    def append(self, string):
+        self._bytes += os.fsencode(string)
+        self._ends.append(len(self._bytes))
+
+    def __len__(self):
+        return len(self._ends)
+
+    def __getitem__(self, index):
+        start = self._ends[index - 1] if index > 0 else 0
+        return os.fsdecode(bytes(self._bytes[start : self._ends[index]]))
+
+
+def in_threads(function, items):
+    """Yields (item, function(item)) in order; as few items as keep the threads busy are held at a time."""
+    items, running, stopped = iter(items), deque(), Event()
+
+    def results_of(chunk):
+        return [function(item) for item in chunk if not stopped.is_set()]
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        try:
+            while True:
+                while len(running) < 2 * _THREADS and (chunk := list(islice(items, _CHUNK))):
+                    running.append((chunk, pool.submit(results_of, chunk)))
+                if not running:
+                    return
+                chunk, results = running.popleft()
+                yield from zip(chunk, results.result(), strict=True)
+        finally:
+            stopped.set()  # an interrupted run does not wait for what is queued, which may be much to hash
