@@ -108,6 +108,7 @@ class Forks:
         """
         self.count += 1
         log = self.log_dir / f"{self.count}.log"
+        log.touch()  # it may be killed before it writes a word
         request = {"script": f"cache/{script}.py", "argv": [str(argument) for argument in argv], "log": str(log)}
         request |= {"slow_s": slow_s, "max_bytes": max_bytes, "env": {key: str(value) for key, value in env.items()}}
         return Fork(self, self.ask(request), log)
@@ -176,7 +177,7 @@ def _serve():
 
 
 def _run(request):
-    log = os.open(request["log"], os.O_CREAT | os.O_WRONLY)
+    log = os.open(request["log"], os.O_WRONLY)
     for stream, file in enumerate((os.open(os.devnull, os.O_RDONLY), log, log)):
         os.dup2(file, stream)
     os.environ.update(request["env"])

@@ -342,7 +342,7 @@ def test_interrupted_check_does_not_wait_for_what_is_queued():
     next(results)
     before = len(checked)
     results.close()
-    assert len(checked) - before <= 2 * runner._THREADS
+    assert len(checked) - before <= 2 * bulk._THREADS
 
 
 # Out of space
