@@ -25,7 +25,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from cachetrain import bulk, cli
-from cachetrain.caching import runner
 from cachetrain.sidecar import read_sidecar, write_sidecar
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks into /proc")
