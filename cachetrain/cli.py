@@ -26,26 +26,35 @@ class Terminated(KeyboardInterrupt):
 def run(main):
     """Runs a script's main(argv); an expected error becomes one line on stderr and exit code 2.
 
-    Exit codes of interrupted scripts are the shell's: 130 after Ctrl-C, 143 after SIGTERM.
+    A signal ends it as an exception, so that what is open is closed; a second one ends it at once. Exit codes of
+    interrupted scripts are the shell's: 130 after Ctrl-C, 143 after SIGTERM.
     """
-    main_pid = os.getpid()
+    main_pid, came = os.getpid(), []
 
-    def terminate(*_):
+    def interrupt(number, _):
         if os.getpid() != main_pid:
-            os._exit(143)  # a process that a library forked: it has nothing to say
-        raise Terminated
+            os._exit(128 + number)  # a process that a library forked: it has nothing to say
+        came.append(number)
+        _set_handlers(signal.SIG_DFL)
+        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, terminate)
     try:
-        sys.exit(main())
+        _set_handlers(interrupt)
+        code = main()
+        _set_handlers(signal.SIG_DFL)  # all is done: no exception in what the interpreter does last
+        sys.exit(code)
     except ModuleNotFoundError as error:
         _stop(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`", 2)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, KeyboardInterrupt) as error:
+        if came:  # libraries make their own errors of it
+            _stop("terminated" if came[0] == signal.SIGTERM else "interrupted", 128 + came[0])
         _stop(error, 2)
-    except Terminated:
-        _stop("terminated", 143)
-    except KeyboardInterrupt:
-        _stop("interrupted", 130)
+
+
+def _set_handlers(handler):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as in the background of a shell script
+            signal.signal(number, handler)
 
 
 def _stop(message, code):
