@@ -10,7 +10,7 @@ damaged or hold values that are not finite are named and left out; the exit code
 """
 
 try:
-    from cachetrain import cli
+    from cachetrain import bulk, cli
     from cachetrain.caching import statistics
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`") from None
@@ -22,7 +22,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    paths = statistics.random_subset(statistics.find_paths(args), args.num_images, args.seed)
+    paths = bulk.random_subset(statistics.find_paths(args), args.num_images, args.seed)
     overall, channels, sizes, failures = statistics.Moments(), statistics.Moments(), set(), []
     for _, latent, header in statistics.read_tensors(paths, "latent", 3, same_vae, failures):
         overall.add(latent.reshape(1, -1))

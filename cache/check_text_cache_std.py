@@ -14,7 +14,7 @@ from collections import Counter
 try:
     import numpy as np
 
-    from cachetrain import cli
+    from cachetrain import bulk, cli
     from cachetrain.caching import statistics
     from cachetrain.sidecar import NULL_STEM
 except ModuleNotFoundError as error:
@@ -29,7 +29,7 @@ def main(argv=None):
     args = parse_args(argv)
     null_paths, failures = [], []
     captions = without_null(statistics.find_paths(args), null_paths)
-    paths = statistics.random_subset(captions, args.num_images, args.seed)
+    paths = bulk.random_subset(captions, args.num_images, args.seed)
     values, norms, lengths, truncated = statistics.Moments(), statistics.Moments(), set(), Counter()
     for _, emb, header in statistics.read_tensors(paths, "emb", 2, same_encoder, failures):
         values.add(emb.reshape(1, -1))

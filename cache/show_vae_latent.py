@@ -13,8 +13,8 @@ try:
     import os
     from pathlib import Path
 
-    from cachetrain import cli
-    from cachetrain.caching import previews, scan
+    from cachetrain import bulk, cli
+    from cachetrain.caching import arguments, previews, scan
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`") from None
 
@@ -32,7 +32,7 @@ def parse_args(argv=None):
     output.add_argument("--out", type=Path, metavar="DIR", help="folder for one picture per sidecar")
     output.add_argument("--sheet", type=previews.png_file, metavar="FILE", help="PNG with all pictures on it")
     parser.add_argument("--format", choices=("png", "webp"), help="of the pictures in --out; default: png")
-    previews.add_choice_arguments(parser, None, f"; default: {_SHEET_IMAGES} with --sheet, all with --out")
+    arguments.add_choice_arguments(parser, None, f"; default: {_SHEET_IMAGES} with --sheet, all with --out")
     parser.add_argument("--flip", action="store_true", help="show latent_flip, the latent of the mirrored image")
     args = parser.parse_args(argv)
     if args.sheet and args.format:
@@ -51,7 +51,7 @@ def main(argv=None):
     found = list({os.path.abspath(path): path for path in scan.find_sidecars(args.paths, suffixes)}.values())
     if not found:
         raise ValueError(f"no {' or '.join(suffixes)} under {', '.join(args.paths)}; run an image cache script first")
-    paths = previews.choose(found, args.num_images, args.seed)
+    paths = bulk.random_subset(found, args.num_images, args.seed)
     names = preview_names(args, paths)
     fail = previews.Failures()
     decoder = previews.Decoder(args, fail)

@@ -12,8 +12,8 @@ normal depends on VAE and images, which `cache/validate_vae.py` tells. The exit 
 try:
     import os
 
-    from cachetrain import cli
-    from cachetrain.caching import previews, scan
+    from cachetrain import bulk, cli
+    from cachetrain.caching import arguments, previews, scan
     from cachetrain.sidecar import sidecar_path
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`") from None
@@ -29,7 +29,7 @@ def parse_args(argv=None):
                         help="folder of images with sidecars, sub-folders included; may be given again")  # fmt: skip
     parser.add_argument("--cache_suffix", metavar="SUFFIX",
                         help=f"of the sidecars; default: {' and '.join(previews.IMAGE_SUFFIXES)}")  # fmt: skip
-    previews.add_choice_arguments(parser, 100)
+    arguments.add_choice_arguments(parser, 100)
     parser.add_argument("--min_psnr", type=float, metavar="DB", help="an image below this makes the exit code 1")
     parser.add_argument("--sheet", type=previews.png_file, metavar="FILE",
                         help=f"PNG that shows the {_NUM_WORST} worst: source, decoded, difference")  # fmt: skip
@@ -44,7 +44,7 @@ def main(argv=None):
 
     fail = previews.Failures()
     cached = find_cached(args, fail)
-    chosen = dict(previews.choose(cached, args.num_images, args.seed))
+    chosen = dict(bulk.random_subset(cached, args.num_images, args.seed))
     measured, stale, worst = [], [], []
     compared = comparisons(previews.Decoder(args, fail), chosen, stale)
     for comparison in tqdm(compared, total=len(chosen), desc="comparing", unit="image", disable=None):

@@ -8,11 +8,10 @@ images. The exit code is 1 if some image could not be read (each is named), 2 on
 """
 
 try:
-    import argparse
     import os
 
-    from cachetrain import cli
-    from cachetrain.caching import previews, scan
+    from cachetrain import bulk, cli
+    from cachetrain.caching import arguments, previews, scan
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`") from None
 
@@ -23,20 +22,12 @@ def parse_args(argv=None):
     parser = cli.parser(__doc__)
     parser.add_argument("paths", nargs="+", metavar="PATH", help="images, and folders of them at any depth")
     previews.add_vae_arguments(parser)
-    previews.add_choice_arguments(parser, 100)
-    parser.add_argument("--resolution", type=resolution, default=512, metavar="N",
+    arguments.add_choice_arguments(parser, 100)
+    parser.add_argument("--resolution", type=arguments.resolution, default=512, metavar="N",
                         help="side of the square that is cut out: 64 to 2048 in steps of 64")  # fmt: skip
     parser.add_argument("--out", type=previews.png_file, metavar="FILE",
                         help=f"PNG that shows the first {_MAX_ROWS} of them")  # fmt: skip
     return parser.parse_args(argv)
-
-
-def resolution(text):
-    """argparse type: the sides that the cache scripts take."""
-    value = int(text)
-    if value % 64 or not 64 <= value <= 2048:
-        raise argparse.ArgumentTypeError(f"{value}: expected 64 to 2048 in steps of 64")
-    return value
 
 
 def main(argv=None):
@@ -45,7 +36,7 @@ def main(argv=None):
     from cachetrain.modeling.pictures import save_png
 
     fail = previews.Failures()
-    paths = previews.choose(find_images(args.paths, fail), args.num_images, args.seed)
+    paths = bulk.random_subset(find_images(args.paths, fail), args.num_images, args.seed)
     decoder = previews.Decoder(args, fail)
     check_vae(decoder.vae, [(args.resolution, args.resolution)])
     values, shown = [], []

@@ -1,6 +1,8 @@
 """What millions of files need: lists of paths without a Python object each, and several files looked at at a time."""
 
+import heapq
 import os
+import random
 import time
 from array import array
 from collections import deque
@@ -30,8 +32,18 @@ class PackedStrings:
         return len(self._ends)
 
     def __getitem__(self, index):
-        start = self._ends[index - 1] if index > 0 else 0
+        index = range(len(self))[index]
+        start = self._ends[index - 1] if index else 0
         return os.fsdecode(bytes(self._bytes[start : self._ends[index]]))
+
+
+def random_subset(items, number, seed):
+    """Returns `number` of the items, each equally likely, in their order, and holds no more than these; 0: all."""
+    if not number:
+        return items
+    draw = random.Random(seed).random
+    drawn = heapq.nsmallest(number, ((draw(), index, item) for index, item in enumerate(items)))
+    return [item for _, _, item in sorted(drawn, key=lambda one: one[1])]
 
 
 def in_threads(function, items):
@@ -48,9 +60,9 @@ def in_threads(function, items):
     chunk = list(islice(items, _CHUNK))
     start_s, start_cpu_s = time.perf_counter(), time.thread_time()
     results = results_of(chunk)
-    busy = (time.thread_time() - start_cpu_s) / (time.perf_counter() - start_s)
+    busy = time.thread_time() - start_cpu_s > 0.5 * (time.perf_counter() - start_s)
     yield from zip(chunk, results, strict=True)
-    if busy > 0.5:
+    if busy:
         yield from ((item, function(item)) for item in items)
         return
     with ThreadPoolExecutor(_THREADS) as pool:

@@ -19,10 +19,6 @@ def parser(doc):
     return argparse.ArgumentParser(description=doc, formatter_class=Formatter)
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, as an exception: what ends cleanly on Ctrl-C does so when a launcher or scheduler stops it, too."""
-
-
 def run(main):
     """Runs a script's main(argv); an expected error becomes one line on stderr and exit code 2.
 
@@ -36,7 +32,7 @@ def run(main):
             os._exit(128 + number)  # a process that a library forked: it has nothing to say
         came.append(number)
         _set_handlers(signal.SIG_DFL)
-        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+        raise KeyboardInterrupt  # of SIGTERM too: what ends cleanly on Ctrl-C does so when a scheduler stops it
 
     try:
         _set_handlers(interrupt)

@@ -176,16 +176,16 @@ def test_crash_after_any_operation_of_a_write_leaves_the_old_sidecar_or_the_new(
 
 
 def test_kill_at_random_moments_leaves_whole_sidecars_and_a_job_that_can_be_finished(job, tmp_path):
-    kill_at_random(job, tmp_path, kills=16, seed=0)
+    check_kills_at_random(job, tmp_path, kills=16, seed=0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 5))
 def test_kill_at_hundreds_of_random_moments(job, tmp_path, seed):
-    kill_at_random(job, tmp_path, kills=75, seed=seed)
+    check_kills_at_random(job, tmp_path, kills=75, seed=seed)
 
 
-def kill_at_random(job, tmp_path, kills, seed):
+def check_kills_at_random(job, tmp_path, kills, seed):
     rng = random.Random(seed)
     killed = killed_while_writing = folder = 0
     while killed < kills:

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from cache_fixtures import changed, make_pipeline, picture, run_script, save_pictures, sidecars
+from cache_fixtures import changed, picture, run_script, save_pictures, sidecars
 from diffusers import AsymmetricAutoencoderKL, AutoencoderDC, AutoencoderKL, AutoencoderKLCogVideoX, AutoencoderTiny
 from PIL import Image, ImageOps
 
@@ -24,13 +24,8 @@ PICTURES = {
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return make_pipeline(tmp_path_factory.mktemp("models") / "pipeline", "clip")
-
-
-@pytest.fixture(scope="module")
-def vae(model):
-    return AutoencoderKL.from_pretrained(model / "vae", torch_dtype=torch.float32).eval()
+def vae(model_sd):
+    return AutoencoderKL.from_pretrained(model_sd / "vae", torch_dtype=torch.float32).eval()
 
 
 @pytest.fixture
@@ -42,11 +37,11 @@ def root(tmp_path):
 
 
 @pytest.fixture
-def cache(model, root):
+def cache(model_sd, root):
     def run(*argv):
         size = () if "--resolution" in argv else ("--resolution", 192)
         return run_script(
-            "create_img_sdxl", "--data_root", root, "--model", model, "--num_workers", 0, *size, *argv
+            "create_img_sdxl", "--data_root", root, "--model", model_sd, "--num_workers", 0, *size, *argv
         )  # fmt: skip
 
     return run

@@ -9,7 +9,7 @@ from cache_fixtures import run_script
 from conftest import load_script
 from safetensors.torch import save_file
 
-from cachetrain.caching.statistics import Estimate, Moments, random_subset
+from cachetrain.caching.statistics import Estimate, Moments
 from cachetrain.sidecar import write_sidecar
 
 VAE = {"kind": "img_sdxl", "encoder": "e" * 64, "settings": "{}", "scaling_factor": "0.13025", "shift_factor": "0.0"}
@@ -110,13 +110,6 @@ def test_estimate_is_printed_to_two_digits_of_its_error():
     assert str(Estimate(-1234.5, 67.8)) == "-1234 ± 68"
     assert str(Estimate(0.5, float("nan"))) == "0.5 ± n/a"
     assert Estimate(2.0, 0.5).distance(3) == "measured 2.0 standard errors below it"
-
-
-def test_random_subset_gives_every_item_the_same_chance():
-    counts = np.bincount([item for seed in range(3000) for item in random_subset(iter(range(10)), 3, seed)])
-    assert counts.sum() == 9000 and np.abs(counts - 900).max() < 5 * (900 * 0.7) ** 0.5
-    assert random_subset(iter(range(10)), 3, 7) == random_subset(iter(range(10)), 3, 7)
-    assert len(set(random_subset(iter(range(5)), 9, 0))) == 5
 
 
 # ---- calculate_vae_scaling.py ----

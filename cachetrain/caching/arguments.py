@@ -17,7 +17,7 @@ def image_parser(doc, kind, model):
     group = parser.add_argument_group("size of the images that are encoded (cover-resize, then centre crop)")
     group.add_argument(
         "--resolution",
-        type=int,
+        type=resolution,
         metavar="N",
         help="square: 64 to 2048 in steps of 64, below 256 for toy models; default 512",
     )
@@ -62,8 +62,6 @@ def check_image_args(parser, args):
             parser.error(f"{args.width}x{args.height}: width and height must be multiples of 8")
     else:
         args.width = args.height = 512 if args.resolution is None else args.resolution
-        if args.width % 64 or not 64 <= args.width <= 2048:
-            parser.error(f"--resolution {args.resolution}: expected 64 to 2048 in steps of 64")
     if args.aspect_limit is not None and not args.bucket:
         parser.error("--aspect_limit belongs to --bucket")
     if args.bucket and args.target_width is not None:
@@ -72,6 +70,14 @@ def check_image_args(parser, args):
     if args.vae and args.custom:
         parser.error("--vae names a bare VAE, which has no pipeline code for --custom to run")
     return args
+
+
+def resolution(text):
+    """A side of square images."""
+    value = int(text)
+    if value % 64 or not 64 <= value <= 2048:
+        raise argparse.ArgumentTypeError(f"{value}: expected 64 to 2048 in steps of 64")
+    return value
 
 
 def _aspect_limit(text):
@@ -87,6 +93,20 @@ def positive_int(text):
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value}: expected 1 or more")
     return value
+
+
+def count(text):
+    """An int of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value}: expected 0 or more")
+    return value
+
+
+def add_choice_arguments(parser, default, note=None):
+    parser.add_argument("--num_images", type=count, default=default, metavar="N",
+                        help=f"that many, chosen at random; 0: all{note or ''}")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="of the choice")
 
 
 def available_cores():

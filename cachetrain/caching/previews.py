@@ -6,7 +6,6 @@ Imports no torch until a `Decoder` is made, so that `--help` answers at once.
 import argparse
 import hashlib
 import json
-import random
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -50,32 +49,11 @@ def add_vae_arguments(parser):
     cli.add_device_arguments(parser)
 
 
-def add_choice_arguments(parser, default, note=None):
-    parser.add_argument("--num_images", type=count, default=default, metavar="N",
-                        help=f"that many, chosen at random; 0: all{note or ''}")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="of the choice")
-
-
 def png_file(text):
     """argparse type: a Path that ends with .png."""
     if not text.lower().endswith(".png"):
         raise argparse.ArgumentTypeError(f"{text!r}: expected a file name that ends with .png")
     return Path(text)
-
-
-def count(text):
-    """argparse type: an int of at least 0."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value}: expected 0 or more")
-    return value
-
-
-def choose(items, num_items, seed):
-    """A random subset of `num_items` items, in their order; all for 0 or when there are no more."""
-    if not 0 < num_items < len(items):
-        return items
-    return [items[index] for index in sorted(random.Random(seed).sample(range(len(items)), num_items))]
 
 
 class Failures:

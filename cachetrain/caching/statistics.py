@@ -1,8 +1,6 @@
 """Statistics over the tensors of many sidecars: one pass, constant memory, float64, and with standard errors."""
 
-import heapq
 import math
-import random
 import sys
 from typing import NamedTuple
 
@@ -10,7 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cachetrain import cli
-from cachetrain.caching.arguments import positive_int
+from cachetrain.caching.arguments import add_choice_arguments
 from cachetrain.caching.scan import find_sidecars
 from cachetrain.sidecar import SUFFIXES, read_sidecar
 
@@ -127,10 +125,7 @@ def parser(doc, kinds):
     parser = cli.parser(doc)
     parser.add_argument("paths", nargs="+", metavar="PATH", help="folder, sub-folders included, or sidecar")
     parser.add_argument("--cache_suffix", help=f"of the sidecars in folders; default: {' and '.join(suffixes)}")
-    parser.add_argument(
-        "--num_images", type=positive_int, metavar="N", help="measure N, drawn at random; default: all"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of that draw")
+    add_choice_arguments(parser, 0)
     parser.set_defaults(suffixes=suffixes)
     return parser
 
@@ -138,12 +133,6 @@ def parser(doc, kinds):
 def find_paths(args):
     """Yields the paths of the sidecars that the command line names."""
     return find_sidecars(args.paths, [args.cache_suffix] if args.cache_suffix else args.suffixes)
-
-
-def random_subset(items, number, seed):
-    """Returns `number` of the items, each equally likely, and holds no more than these; None: all as they come."""
-    draw = random.Random(seed).random
-    return items if number is None else heapq.nsmallest(number, items, key=lambda _: draw())
 
 
 def check_measured(num_measured, args, failures):

@@ -22,7 +22,7 @@ class CachedPairs(Dataset):
         text_scaling_factor: multiplies all embeddings.
         cond_dropout, flip_p: probabilities, per sample and visit.
         continuous: timestep is 1000 * sigma (flow matching), not an integer.
-        timestep_sampling: of objective.TIMESTEP_SAMPLING.
+        timestep_sampling: of objective.timestep_fraction.
         timestep_range: (first, end) of the timesteps, within 0 and 1000.
         offset_noise: standard deviation of noise that is the same over all pixels of a channel, added to the noise
             (Guttenberg 2023, "Diffusion with offset noise").

@@ -8,8 +8,6 @@ from statistics import NormalDist
 
 import torch
 
-TIMESTEP_SAMPLING = ("uniform", "logit_normal", "stratified")
-
 
 def timestep_fraction(sampling, uniform):
     """Where in the range of timesteps a sample is trained, in [0, 1), from a uniform number in [0, 1).
