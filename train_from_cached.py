@@ -3,15 +3,18 @@
 
     ./train_from_cached.py --model models/t5_sd15 --train_data_dir /data --output_dir output/run1 \\
         --imgcache_suffix .img_sdxl --txtcache_suffix .txt_t5cache --batch_size 64 --lr 1e-5 --max_steps 10000
+    torchrun --nproc_per_node 8 train_from_cached.py ...
 
 Reads only sidecars: no VAE, no text encoder and no pixels in the loop. train_sd.sh and train_t5.sh are its front
-ends. `step` is one optimizer update; the loss is the mean over batch_size x gradient_accum samples.
+ends. `step` is one optimizer update; the loss is the mean over batch_size x gradient_accum x ranks samples.
 """
 
 import json
 import math
 import shutil
 import time
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 try:
@@ -19,6 +22,9 @@ try:
     from cachetrain.training import options
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`") from None
+
+# --overfit has shown that training works once the loss has come down to this share of the first step's.
+OVERFIT_SHARE = 0.1
 
 
 def parse_args(argv=None):
@@ -29,105 +35,180 @@ def main(argv=None):
     args = parse_args(argv)
     output_dir = open_output_dir(args)
 
-    import torch
+    from cachetrain.modeling import load
+    from cachetrain.training import setup
+    from cachetrain.training.checkpoint import checkpoints
+    from cachetrain.training.distributed import World
+
+    world = World(load.pick_device(args.device))
+    try:
+        return train(args, output_dir, world)
+    except (RuntimeError, MemoryError) as error:
+        if not setup.is_out_of_memory(error):
+            raise
+        kept = [str(path) for path in checkpoints(output_dir)[-1:]] or ["none yet"]
+        raise ValueError(f"{setup.memory_advice(args, error)}; last checkpoint: {kept[0]}") from error
+    finally:
+        world.close()
+
+
+def train(args, output_dir, world):
+    """Runs the training; returns the exit code."""
     from tqdm import tqdm
 
     from cachetrain.modeling import load
     from cachetrain.modeling.schedulers import objective_of
-    from cachetrain.training import objective as obj
     from cachetrain.training import setup
-    from cachetrain.training.checkpoint import save_checkpoint
-    from cachetrain.training.metrics import Metrics, Window
-    from cachetrain.training.optim import Ema, lr_factor, make_optimizer, mean_abs_grad, qk_weights
+    from cachetrain.training.checkpoint import Saving
+    from cachetrain.training.data import on_device
+    from cachetrain.training.distributed import gradients_stay, wrap
+    from cachetrain.training.ema import Ema
+    from cachetrain.training.logs import Logs
+    from cachetrain.training.objective import noise_schedule
+    from cachetrain.training.optim import autocast_for, clip_gradients, loss_scaler, make_optimizer
     from cachetrain.training.samples import text_info
+    from cachetrain.training.schedules import lr_factor
 
-    device = load.pick_device(args.device)
-    autocast = setup.autocast_for(device, args.precision)
-    index = setup.open_index(args)
+    # What is trained, and on what.
+    device, say = world.device, print if world.main else lambda _: None
+    index, held_out = setup.open_index(args, world)
     model_dir = load.resolve_model(args.model, args.revision)
-    unet = load.load_unet(load.component_dir(model_dir, "unet"), seed=args.seed)
-    setup.check_fit(index, unet, args)
     setup.check_vae(index, model_dir)
+    unet, chosen = setup.open_unet(args, index, model_dir, device)
     scheduler = setup.open_scheduler(model_dir, args.objective, args.zero_terminal_snr)
     objective = objective_of(scheduler)
-    alphas_cumprod = obj.noise_schedule(scheduler, device)
+    alphas_cumprod = noise_schedule(scheduler, device)
+    plan = setup.make_plan(args, index.num_visits, world.ranks)
+    pairs = setup.open_pairs(args, index, objective)
+    loader, batches = setup.open_loader(args, pairs, device, plan, world)
 
-    plan = setup.make_plan(args, len(index))
-    samples = setup.open_samples(args, model_dir, scheduler, index, device)
-    loader = setup.open_loader(args, index, device, objective, plan.max_steps)
-    unet.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.preserve_format)
-    ema = Ema(unet, args.ema_decay) if args.ema_decay else None
-    optimizer = make_optimizer(args.optimizer, unet.parameters(), args.learning_rate, args.betas, args.weight_decay)
-    qk = qk_weights(unet)
-    metrics = Metrics(output_dir, Path(args.logdir) / output_dir.name)
-    archive_settings(args, output_dir, metrics)
-    print(
-        f"{len(index):,} pairs of latents {index.shapes}; {objective}; {sum(p.numel() for p in unet.parameters()):,} "
-        f"parameters; {plan.max_steps} steps of {args.batch_size} x {args.gradient_accum} = "
-        f"{plan.max_steps / plan.steps_per_epoch:.2f} epochs; {args.precision} on {device}"
+    # What trains it.
+    model = wrap(unet, world, args.fsdp)
+    trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    autocast, scaler = autocast_for(device, args.precision), loss_scaler(device, args.precision)
+    optimizer = make_optimizer(
+        args.optimizer, trained, plan.peak_lr, args.betas, args.weight_decay, args.cpu_offload
     )
+    offloaded = optimizer.cpu_parameters if args.cpu_offload else None
+    ema = Ema(trained, args.ema_decay, "cpu" if args.cpu_offload else None, offloaded) if args.ema_decay else None
+    losses = partial(
+        forward, objective=objective, alphas_cumprod=alphas_cumprod, autocast=autocast, dtype=trained[0].dtype,
+        gamma=args.noise_gamma if args.use_snr else None,
+    )  # fmt: skip
 
-    started = time.perf_counter()
-    window = Window(device)
-    batches = iter(loader)
-    progress = tqdm(range(1, plan.max_steps + 1), desc="train", unit="step", disable=None)
+    def rate(step):
+        factor = lr_factor(args.scheduler, step - 1, plan.warmup_steps, plan.decay_steps,
+                           min_lr_rate=args.min_lr_rate, peak_lr=plan.peak_lr)  # fmt: skip
+        return plan.peak_lr * factor
+
+    # What is seen of it.
+    samples = setup.open_samples(args, model_dir, scheduler, index, device)
+    validation = setup.open_validation(args, held_out, objective, plan, device, world)
+    saving = Saving(args, plan, world)
+    if world.main:
+        archive_settings(args, output_dir)
+    logs = Logs(args, world, unet, objective, alphas_cumprod, pairs, plan, rate, autocast, scaler, device)
+    stats, metrics = logs.statistics, logs.metrics
+    say(f"{chosen}\n{setup.coverage(index, plan, args, world)}")
+    say(f"{plan.max_steps} steps of {args.batch_size} x {args.gradient_accum} x {world.ranks} = "
+        f"{plan.effective_batch}; {objective}; {args.precision} on {device}")  # fmt: skip
+
+    def draw(step, last_samples):
+        with ema.applied() if ema else nullcontext():
+            directory = output_dir / "samples" / f"step-{step:06d}"
+            samples.draw(unet, directory, metrics if world.main else None, step, autocast, last_samples)
+
+    if samples and samples.due(0, plan.max_steps) and (world.main or args.fsdp):
+        draw(0, ())
+    started, first_loss, code = time.perf_counter(), None, 0
+    feed = on_device(loader, device)
+    progress = tqdm(range(1, plan.max_steps + 1), desc="train", unit="step", disable=None if world.main else True)
     for step in progress:
-        rate = args.learning_rate * lr_factor(args.scheduler, step - 1, plan.warmup_steps, plan.decay_steps)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate(step)
 
-        for _ in range(args.gradient_accum):
+        for micro_step in range(1, args.gradient_accum + 1):
             waiting = time.perf_counter()
-            batch = next(batches)
-            window.wait_s += time.perf_counter() - waiting
-            batch = {k: v if v is None else v.to(device, non_blocking=True) for k, v in batch.items()}
+            batch = next(feed)
+            stats.wait_s += time.perf_counter() - waiting
+            with gradients_stay(model, micro_step == args.gradient_accum):
+                loss, raw, *seen = losses(model, batch)
+                scaler.scale(loss.mean() / args.gradient_accum).backward()
+            stats.add(batch, *seen, raw.detach(), loss.detach())
 
-            loss, raw = losses(unet, batch, objective, alphas_cumprod, autocast, args)
-            (loss.mean() / args.gradient_accum).backward()
-            window.add(loss.mean(), raw.mean(), args.batch_size)
-
-        save_now = step % plan.save_steps == 0 or step == plan.max_steps
-        log_now = step % args.log_step == 0 or step == 1 or save_now  # what is saved was seen to be finite
-        qk_grads = mean_abs_grad(qk) if log_now else None
-        grad_norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), args.gradient_clip or float("inf"))
-        optimizer.step()
+        save_now = saving.due(step)
+        validate_now = validation is not None and validation.due(step, plan.max_steps)
+        log_now = logs.due(step) or save_now or validate_now  # what is saved was seen to be finite
+        scaler.unscale_(optimizer)
+        grad_norm = stats.gradients(log_now)
+        if args.gradient_clip:
+            clip_gradients(trained, grad_norm, args.gradient_clip)
+        logs.diagnostics.before(step)
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad(set_to_none=True)
         if ema:
             ema.update(step)
+        if plan.ends_epoch(step):
+            stats.epoch_end()
 
         if log_now:
-            values = window.read(grad_norm=grad_norm, qk_grads_av=qk_grads)
-            log_step(metrics, step, values, rate, step * args.batch_size * args.gradient_accum, args.use_snr)
-            progress.set_postfix(loss=f"{values['loss_raw']:.4f}", img_s=f"{values['images_per_second']:.1f}")
-        if samples and (step % args.sample_steps == 0 or step == plan.max_steps):
-            directory = output_dir / "samples" / f"step-{step:06d}"
-            samples.draw(ema.model if ema else unet, directory, metrics, step, autocast)
+            measured = validation.measure(unet, lambda *a: losses(*a)[:2], step, ema) if validate_now else {}
+            tags = logs.write(step, optimizer, measured)
+            check_finite(stats, scaler, step)
+            speed = tags.get("05_Performance/images_per_second", math.nan)
+            progress.set_postfix(loss=f"{stats.loss_raw:.4f}", img_s=f"{speed:.1f}", refresh=False)
+        if samples and samples.due(step, plan.max_steps) and (world.main or args.fsdp):
+            draw(step, batch["samples"].tolist())
         if save_now:
             info = {"step": step, "objective": objective, "text": text_info(index)}
-            saved = save_checkpoint(output_dir, step, unet, ema, scheduler, model_dir, info)
+            saved = saving.save(step, unet, ema, scheduler, model_dir, info)
+            if samples and world.main:
+                samples.animate(metrics, step)
+
+        if args.overfit and log_now:
+            first_loss = first_loss or stats.loss_raw
+            if stats.loss_raw < OVERFIT_SHARE * first_loss:
+                break
+    progress.close()
 
     metrics.close()
-    print(f"{plan.max_steps} steps in {time.perf_counter() - started:.0f} s; last checkpoint: {saved}")
-    return 0
+    if args.overfit:
+        code = report_overfit(args, say, first_loss, stats.loss_raw, step)
+    else:
+        say(setup.leftover(index, batches))
+    say(f"{step} steps in {time.perf_counter() - started:.0f} s"
+        + (f"; last checkpoint: {saved}" if step == plan.max_steps else ""))  # fmt: skip
+    return code
 
 
-def losses(unet, batch, objective, alphas_cumprod, autocast, args):
-    """One forward pass. Returns (loss to optimise, plain squared error), float32 [B] each."""
-    from cachetrain.training import objective as obj
+def forward(model, batch, objective, alphas_cumprod, autocast, dtype, gamma):
+    """One forward pass.
+
+    Args:
+        batch: as data.collate makes it, on the device.
+        dtype: of the model's weights.
+        gamma: of Min-SNR, or None: plain squared error.
+
+    Returns:
+        (loss to optimise, plain squared error: float32 [B]; prediction, target: [B, C, h, w], detached; alpha, sigma:
+        float32 [B, 1, 1, 1]).
+    """
+    from cachetrain.training.objective import alpha_sigma, min_snr_weights, squared_error, target_of
 
     latents, noise, timesteps = batch["latents"], batch["noise"], batch["timesteps"]
-    alpha, sigma = obj.alpha_sigma(objective, timesteps, alphas_cumprod)
+    alpha, sigma = alpha_sigma(objective, timesteps, alphas_cumprod)
     with autocast():
-        prediction = unet(
-            alpha * latents + sigma * noise,
+        prediction = model(
+            (alpha * latents + sigma * noise).to(dtype),
             timesteps,
             encoder_hidden_states=batch["encoder_hidden_states"],
             encoder_attention_mask=batch["encoder_attention_mask"],
         ).sample
-    raw = obj.squared_error(prediction, obj.target_of(objective, latents, noise, alpha, sigma))
-    if not args.use_snr:
-        return raw, raw
-    return raw * obj.min_snr_weights(objective, alpha, sigma, args.noise_gamma), raw
+    target = target_of(objective, latents, noise, alpha, sigma)
+    raw = squared_error(prediction, target)
+    loss = raw if gamma is None else raw * min_snr_weights(objective, alpha, sigma, gamma)
+    return loss, raw, prediction.detach(), target, alpha, sigma
 
 
 def open_output_dir(args):
@@ -139,32 +220,35 @@ def open_output_dir(args):
     return output_dir
 
 
-def archive_settings(args, output_dir, metrics):
-    """Keeps the settings with the run: args.json, the wrapper script, TensorBoard."""
-    resolved = json.dumps(vars(args), indent=2)
-    (output_dir / "args.json").write_text(resolved + "\n")
-    metrics.text("15_Configuration/args", f"```\n{resolved}\n```")
+def archive_settings(args, output_dir):
+    """Keeps the settings with the run: args.json and the wrapper script."""
+    (output_dir / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
     if args.copy_config:
         shutil.copy(args.copy_config, output_dir)
 
 
-def log_step(metrics, step, values, rate, images_seen, use_snr):
-    """Names the scalars of a log step and writes them.
+def check_finite(stats, scaler, step):
+    """Stops a run whose loss or gradients are not finite: nothing that follows would be worth its time.
 
-    Raises:
-        ValueError: loss or gradients are not finite; nothing that follows would be worth its time.
+    float16's loss scaler skips steps whose gradients are not finite, so there only the loss counts.
     """
-    groups = {"images_per_second": "05_Performance", "data_wait_fraction": "05_Performance"}
-    scalars = {f"{groups.get(key, '01_Training')}/{key}": value for key, value in values.items()}
-    if use_snr:
-        scalars["01_Training/loss_snr"] = values["loss"]
-    scalars |= {"01_Training/learning_rate": rate, "01_Training/images_seen": images_seen}
-    metrics.scalars(step, scalars)
-    if not math.isfinite(values["loss"] + values["grad_norm"]):
+    gradients = 0.0 if scaler.is_enabled() else stats.grad_norm
+    if not math.isfinite(stats.loss + gradients):
         raise ValueError(
-            f"the loss is {values['loss']}, the gradient norm {values['grad_norm']} at step {step}: lower --lr, "
+            f"the loss is {stats.loss}, the gradient norm {stats.grad_norm} at step {step}: lower --lr, "
             "or use --precision fp32; earlier checkpoints are as they were"
         )
+
+
+def report_overfit(args, say, first_loss, loss, step):
+    """Says whether the samples were learned by heart; returns the exit code."""
+    share = f"the loss on fixed noise went from {first_loss:.4f} to {loss:.4f} in {step} steps"
+    if loss < OVERFIT_SHARE * first_loss:
+        say(f"overfit: {share}: this script, these caches and this model train")
+        return 0
+    say(f"overfit: {share}, not below a tenth: give it more --max_steps or a higher --lr; if that does not help, "
+        "something in caches, model or flags keeps it from training")  # fmt: skip
+    return 1
 
 
 if __name__ == "__main__":

@@ -148,16 +148,22 @@ def read_sidecar(path):
     from safetensors import SafetensorError
     from safetensors.torch import load
 
+    data, header = read_verified(path)
+    try:
+        return load(data), header
+    except SafetensorError as error:
+        raise SidecarError(f"{path}: {error}; run the cache script again") from error
+
+
+def read_verified(path):
+    """Reads one sidecar as it is and verifies it, as `read_sidecar` does; returns (bytes, Header)."""
     data = Path(path).read_bytes()
     header = _parse(path, data, len(data))
     payload = memoryview(data)[_payload_start(data) :]
     if not header.foreign and header.metadata.get("sha256") != hashlib.sha256(payload).hexdigest():
         raise SidecarError(f"{path}: its tensors do not match their SHA-256; delete it, or run the cache "
                            "script with --full")  # fmt: skip
-    try:
-        return load(data), header
-    except SafetensorError as error:
-        raise SidecarError(f"{path}: {error}; run the cache script again") from error
+    return data, header
 
 
 def _entry(key, digest=_NO_SHA256):

@@ -7,6 +7,10 @@
 Each part is a hub id, a pipeline directory, or the bare component's directory, with safetensors weights. The result
 loads for anyone with DiffusionPipeline.from_pretrained(dir, custom_pipeline=dir, trust_remote_code=True); the scripts
 here load it without running code from it.
+
+With --train_projection the projection is no frozen component but a layer of the UNet (diffusers' "text_proj") that
+trains with it, from the same initial values. The text caches of such a model hold T5's own width: make them with
+cache/create_t5cache_768.py --raw.
 """
 
 try:
@@ -21,6 +25,8 @@ def parse_args(argv=None):
     parser.add_argument("--t5", required=True, help="T5 encoder and tokenizer")
     parser.add_argument("--fit_captions", metavar="FILE", help="fit the projection to these captions (one a line) by "
                         "PCA; default: random orthogonal")  # fmt: skip
+    parser.add_argument("--train_projection", action="store_true",
+                        help="as a layer of the UNet; text caches are then made with --raw")  # fmt: skip
     cli.add_device_arguments(parser)
     return parser.parse_args(argv)
 
@@ -37,7 +43,7 @@ def main(argv=None):
     device = pick_device(args.device)
     compose_t5(
         args.unet, args.vae, args.t5, args.out, args.objective, args.fresh_unet, args.seed, args.overwrite,
-        captions, pick_dtype(args.dtype, device), device,
+        captions, args.train_projection, pick_dtype(args.dtype, device), device,
     )  # fmt: skip
     print(f"wrote {args.out}")
     return 0

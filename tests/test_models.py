@@ -10,13 +10,15 @@ import pytest
 import torch
 from conftest import TINY, load_script
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import T5EncoderModel, T5Tokenizer
 
 from cachetrain.modeling import load
 from cachetrain.modeling.pictures import grid, render, sample_name, save_png
 from cachetrain.modeling.schedulers import make_scheduler, sampler_for
-from cachetrain.modeling.text import TextEncoder
+from cachetrain.modeling.t5_pipeline import pad_embeddings
+from cachetrain.modeling.text import TextEncoder, encode_like_cache
 
 torch.set_num_threads(1)
 PROMPTS = ["a small red circle on the left on a blue background", "a star"]
@@ -200,8 +202,6 @@ def test_fingerprint_follows_weights_and_vocabulary_but_not_bookkeeping(tmp_path
 
 
 def test_sample_script_writes_settings_into_pngs_and_the_same_noise_for_all_cfgs(model_sd, tmp_path):
-    from PIL import Image
-
     argv = ["--model", str(model_sd), "--prompt", *PROMPTS, "--cfgs", "1", "3", "--sampler_steps", "2", "--seed", "9"]
     argv += ["--out", str(tmp_path), "--grid", str(tmp_path / "grid.png")]
     assert load_script("sample.py").main(argv) == 0
@@ -212,8 +212,6 @@ def test_sample_script_writes_settings_into_pngs_and_the_same_noise_for_all_cfgs
 
 
 def test_grid_shows_every_image_under_its_label(tmp_path):
-    from PIL import Image
-
     colours = ["red", "lime", "blue"]
     sheet = grid([Image.new("RGB", (64, 64), c) for c in colours], ["a longer label that must wrap", "b", ""], 2)
     counts = {colour: count for count, colour in sheet.getcolors(1 << 20)}
@@ -253,3 +251,103 @@ def test_a_hub_model_is_fetched_by_parts_without_pickles_copies_and_code(monkeyp
     assert "pipeline.py" in fetched["owner/pipeline"]
     load.resolve_model("owner/t5", subfolders=("text_encoder", "tokenizer"))
     assert fetched["owner/t5"] == set(bare)
+
+
+def raw_embeddings(model_dir, prompts):
+    """[B, T, 64] of tiny T5 itself, padded, and the mask."""
+    text = TextEncoder(model_dir, raw=True)
+    return pad_embeddings([text.encode_ids(text.tokenize([prompt])[0])[0] for prompt in prompts])
+
+
+@pytest.fixture(scope="module")
+def narrow_unet(tmp_path_factory):
+    """A UNet with weights that takes text of another width (48) than tiny T5's (64)."""
+    directory = tmp_path_factory.mktemp("unet48")
+    config = UNet2DConditionModel.load_config(TINY / "unet") | {"cross_attention_dim": 48}
+    torch.manual_seed(7)
+    UNet2DConditionModel.from_config(config).save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("fit", [False, True], ids=["orthogonal", "fitted"])
+def test_unet_with_its_own_projection_predicts_as_with_the_frozen_one(fit, narrow_unet, tmp_path):
+    flags = []
+    if fit:
+        (tmp_path / "captions.txt").write_text("\n".join(f"a {c} star" for c in ("red", "green", "blue", "white")))
+        flags = ["--fit_captions", str(tmp_path / "captions.txt")]
+    compose("t5", tmp_path / "frozen", *flags, unet=narrow_unet)
+    compose("t5", tmp_path / "own", *flags, "--train_projection", unet=narrow_unet)
+    frozen, own = (load.load_unet(tmp_path / name / "unet").eval() for name in ("frozen", "own"))
+    assert (load.text_width(frozen.config), load.text_width(own.config)) == (48, 64)
+    hidden, mask = raw_embeddings(tmp_path / "own", PROMPTS)
+    step = {"timestep": torch.tensor([30, 700]), "encoder_attention_mask": mask}
+    with torch.no_grad():
+        projected = load.load_projection(tmp_path / "frozen" / "projection")(hidden)
+        expected = frozen(noise([0, 1]), encoder_hidden_states=projected, **step).sample
+        predicted = own(noise([0, 1]), encoder_hidden_states=hidden, **step).sample
+    torch.testing.assert_close(predicted, expected, rtol=1e-4, atol=1e-5)
+    before, after = UNet2DConditionModel.from_pretrained(narrow_unet).state_dict(), own.state_dict()
+    assert after.keys() - before.keys() == {"encoder_hid_proj.weight", "encoder_hid_proj.bias"}
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert own.encoder_hid_proj.weight.requires_grad
+    assert own.encoder_hid_proj.bias.any().item() == fit
+
+
+def test_model_that_projects_in_its_unet_draws_the_same_everywhere(narrow_unet, tmp_path):
+    compose("t5", tmp_path / "own", "--train_projection", unet=narrow_unet)
+    compose("t5", tmp_path / "frozen", unet=narrow_unet)
+    assert not (tmp_path / "own" / "projection").exists()
+    assert json.loads((tmp_path / "own" / "model_index.json").read_text())["projection"] == [None, None]
+    pictures = {}
+    for name in ("own", "frozen"):
+        path = str(tmp_path / name)
+        pipe = DiffusionPipeline.from_pretrained(
+            path, custom_pipeline=path, trust_remote_code=True, torch_dtype=torch.float32
+        )
+        pipe.scheduler = sampler_for(pipe.scheduler)
+        settings = {"num_inference_steps": 3, "guidance_scale": 3.0}
+        pictures[name] = pixels([pipe(PROMPTS[0], latents=noise([5]), **settings).images[0]])
+        argv = ["--model", path, "--prompt", PROMPTS[0], "--out", str(tmp_path / f"{name}.out"), "--seed", "5"]
+        assert load_script("sample.py").main([*argv, "--cfgs", "3", "--sampler_steps", "3"]) == 0
+        drawn = pixels([Image.open(tmp_path / f"{name}.out" / sample_name(0, PROMPTS[0], 3.0))])
+        assert np.abs(drawn - pictures[name]).max() <= 1
+    assert np.abs(pictures["own"] - pictures["frozen"]).max() <= 1
+
+
+def test_prompts_for_a_unet_with_its_own_projection_are_encoded_raw(narrow_unet, tmp_path):
+    compose("t5", tmp_path / "own", "--train_projection", unet=narrow_unet)
+    expected, mask = raw_embeddings(tmp_path / "own", PROMPTS[:1])
+    for settings in ({"max_length": 256, "raw": True}, {}):
+        (embedding,) = encode_like_cache(tmp_path / "own", "txt_t5cache", settings, PROMPTS[:1])
+        torch.testing.assert_close(embedding, expected[0][mask[0]])
+    with pytest.raises(ValueError, match=r"own/projection: no such directory.* --raw"):
+        encode_like_cache(tmp_path / "own", "txt_t5cache", {"raw": False}, PROMPTS)
+
+
+def test_composing_with_a_unet_that_has_a_projection_keeps_it_or_makes_it_anew(narrow_unet, tmp_path):
+    compose("t5", tmp_path / "own", "--train_projection", unet=narrow_unet)
+    weights = load_file(tmp_path / "own" / "unet" / "diffusion_pytorch_model.safetensors")
+    compose("t5", tmp_path / "kept", "--seed", "1", unet=tmp_path / "own")
+    kept = load_file(tmp_path / "kept" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in weights.items())
+    assert not (tmp_path / "kept" / "projection").exists()
+    with pytest.raises(ValueError, match="has a projection already"):
+        compose("t5", tmp_path / "out", "--train_projection", unet=tmp_path / "own")
+    compose("t5", tmp_path / "fresh", "--fresh_unet", "--seed", "1", unet=tmp_path / "own")
+    weight = load.load_unet(tmp_path / "fresh" / "unet").encoder_hid_proj.weight
+    rows = weight / weight.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(rows @ rows.T, torch.eye(48), rtol=1e-4, atol=1e-5)  # orthogonal, not torch's default
+    assert not torch.equal(weight, weights["encoder_hid_proj.weight"])
+    config = UNet2DConditionModel.load_config(tmp_path / "own" / "unet") | {"encoder_hid_dim": 32}
+    UNet2DConditionModel.from_config(config).save_config(tmp_path / "unet32")
+    with pytest.raises(ValueError, match=r"64 wide, the UNet .* wants 32"):
+        compose("clip", tmp_path / "out", unet=tmp_path / "unet32")
+
+
+def test_text_width_is_what_the_unet_really_takes():
+    config = UNet2DConditionModel.load_config(TINY / "unet") | {"cross_attention_dim": 48}
+    for entries in ({}, {"encoder_hid_dim": 40}, {"encoder_hid_dim": 40, "encoder_hid_dim_type": "text_proj"}):
+        unet = UNet2DConditionModel.from_config(config | entries)
+        width = load.text_width(config | entries)
+        assert width == load.text_width(unet.config) == (40 if entries else 48)
+        unet(noise([0]), torch.tensor([1]), encoder_hidden_states=torch.zeros(1, 8, width))  # or torch would refuse

@@ -93,9 +93,9 @@ def save_unet(unet_dir, vae, target, text_width, fresh, seed):
         raise ValueError(
             f"the VAE makes {channels} latent channels, the UNet in {unet_dir} takes {config['in_channels']}"
         )
-    if text_width != config["cross_attention_dim"]:
+    if text_width != load.text_width(config):
         raise ValueError(
-            f"the text encoder is {text_width} wide, the UNet in {unet_dir} wants {config['cross_attention_dim']}"
+            f"the text encoder is {text_width} wide, the UNet in {unet_dir} wants {load.text_width(config)}"
         )
     if not fresh:
         copy_component(unet_dir, target)
@@ -145,36 +145,62 @@ def compose_sd(unet, vae, clip, out, objective, fresh_unet=False, seed=0, overwr
 
 
 def compose_t5(
-    unet, vae, t5, out, objective, fresh_unet=False, seed=0, overwrite=False, captions=None, dtype=None, device="cpu"
-):
+    unet, vae, t5, out, objective, fresh_unet=False, seed=0, overwrite=False, captions=None, train_projection=False,
+    dtype=None, device="cpu",
+):  # fmt: skip
     """Composes a StableDiffusionT5Pipeline directory: UNet + VAE + T5 encoder + projection to the UNet's width.
 
     Args:
         unet, vae, t5: pipeline directories, bare components or hub ids.
         captions: list of str to which the projection is fitted by PCA; None: random orthogonal from `seed`.
+        train_projection: the projection becomes a layer of the UNet, as it is in a UNet that has one already.
         dtype, device: for running T5 while the projection is made.
     """
     unet_dir, vae_dir, t5_root = _resolve(unet, "unet"), _resolve(vae, "vae"), _text_root(t5)
-    vae_module = load.load_vae(vae_dir)
-    width = json.loads((unet_dir / "config.json").read_text())["cross_attention_dim"]
+    vae_module, encoder_dir = load.load_vae(vae_dir), load.component_dir(t5_root, "text_encoder")
+    config = json.loads((unet_dir / "config.json").read_text())
+    width, own = config["cross_attention_dim"], load.has_text_projection(config)
+    keep = own and not fresh_unet and any(unet_dir.glob("*.safetensors"))
+    if keep and (train_projection or captions):
+        raise ValueError(f"{unet_dir}: has a projection already, which is kept; drop --train_projection and "
+                         "--fit_captions, or pass --fresh_unet")  # fmt: skip
     with staged_directory(out, overwrite) as stage:
-        save_unet(unet_dir, vae_module, stage / "unet", width, fresh_unet, seed)
+        text_width = json.loads((encoder_dir / "config.json").read_text())["d_model"] if own else width
+        save_unet(unet_dir, vae_module, stage / "unet", text_width, fresh_unet, seed)
         copy_component(vae_dir, stage / "vae")
-        copy_component(load.component_dir(t5_root, "text_encoder"), stage / "text_encoder")
+        copy_component(encoder_dir, stage / "text_encoder")
         copy_tokenizer(t5_root, stage / "tokenizer")
-        make_projection(stage, width, captions, seed, dtype, device).save_pretrained(stage / "projection")
+        if not keep:
+            projection = make_projection(stage, width, captions, seed, dtype, device)
+            (projection_into_unet if own or train_projection else save_projection)(stage, projection)
         shutil.copyfile(HERE / "t5_pipeline.py", stage / "pipeline.py")
-        shutil.copyfile(HERE / "t5_projection.py", stage / "projection" / "t5_projection.py")
         scheduler = make_scheduler(objective)
         scheduler.save_pretrained(stage / "scheduler")
         write_model_index(stage, ["pipeline", "StableDiffusionT5Pipeline"], {
             "vae": ["diffusers", type(vae_module).__name__],
             "text_encoder": ["transformers", "T5EncoderModel"],
             "tokenizer": ["transformers", "T5Tokenizer"],
-            "projection": ["t5_projection", "T5Projection"],
+            "projection": [None, None] if own or train_projection else ["t5_projection", "T5Projection"],
             "unet": ["diffusers", "UNet2DConditionModel"],
             "scheduler": ["diffusers", type(scheduler).__name__],
         })  # fmt: skip
+
+
+def save_projection(stage, projection):
+    """Saves a T5Projection as the frozen component projection/, with the code that loads it elsewhere."""
+    projection.save_pretrained(stage / "projection")
+    shutil.copyfile(HERE / "t5_projection.py", stage / "projection" / "t5_projection.py")
+
+
+def projection_into_unet(stage, projection):
+    """Makes a T5Projection the encoder_hid_proj of the UNet in unet/; all other weights stay."""
+    scale, linear = projection.config.scaling_factor, projection.linear
+    linear.load_state_dict({name: scale * tensor for name, tensor in linear.state_dict().items()})
+    unet = load.load_unet(stage / "unet")
+    unet.encoder_hid_proj = linear
+    unet.register_to_config(encoder_hid_dim=linear.in_features, encoder_hid_dim_type="text_proj")
+    shutil.rmtree(stage / "unet")  # its weights may lie in other files than those saved now
+    unet.save_pretrained(stage / "unet")
 
 
 def make_projection(model_dir, width, captions, seed, dtype=None, device="cpu"):

@@ -118,15 +118,34 @@ def load_vae(directory, dtype=None):
 
 def load_unet(directory, dtype=None, seed=0):
     """Loads a UNet2DConditionModel; a directory with a config only gives a fresh one, initialised from `seed`."""
-    import torch
     from diffusers import UNet2DConditionModel
 
     if any(Path(directory).glob("*.safetensors")):
         return _load_diffusers(UNet2DConditionModel, directory, dtype, train=True)
+    unet = fresh_unet(UNet2DConditionModel.load_config(directory), seed)
+    return (unet if dtype is None else unet.to(dtype)).train()
+
+
+def fresh_unet(config, seed):
+    """A float32 UNet2DConditionModel of `config` with initial weights from `seed`."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(directory))
-    return (unet if dtype is None else unet.to(dtype)).train()
+        return UNet2DConditionModel.from_config(config)
+
+
+def has_text_projection(unet_config):
+    """Whether a UNet of this config (dict) projects raw text embeddings itself: diffusers' "text_proj"."""
+    # diffusers takes a width without a type for text_proj.
+    kind = unet_config.get("encoder_hid_dim_type")
+    return kind == "text_proj" or (kind is None and unet_config.get("encoder_hid_dim") is not None)
+
+
+def text_width(unet_config):
+    """Width D of the text embeddings [B, T, D] that a UNet of this config (dict) takes."""
+    return unet_config["encoder_hid_dim" if has_text_projection(unet_config) else "cross_attention_dim"]
 
 
 def load_text_encoder(directory, dtype=None):

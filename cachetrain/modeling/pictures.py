@@ -1,12 +1,42 @@
 """Generated images as files: rendering prompts, PNGs with their settings inside, labelled strips and grids."""
 
 import re
+from typing import NamedTuple
 
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from cachetrain.modeling.t5_pipeline import decode_latents, denoise, pad_embeddings
+
+
+class Drawing(NamedTuple):
+    """One picture to draw, at each guidance scale from the same noise: latent_size is (h, w); embeddings [T, D]."""
+
+    name: str
+    prompt: str
+    negative_prompt: str
+    seed: int
+    latent_size: tuple[int, int]
+    embedding: torch.Tensor
+    negative_embedding: torch.Tensor
+
+
+def render_drawings(unet, vae, scheduler, drawings, cfgs, num_inference_steps, masked, batch_size):
+    """Draws pictures of any sizes, `batch_size` of one size at a time; yields (index of the drawing, cfg, image)."""
+    by_size = {}
+    for i, drawing in enumerate(drawings):
+        by_size.setdefault(drawing.latent_size, []).append(i)
+    for latent_size, members in by_size.items():
+        for start in range(0, len(members), batch_size):
+            part = members[start : start + batch_size]
+            embeddings = [drawings[i].embedding for i in part]
+            negatives = [drawings[i].negative_embedding for i in part]
+            seeds = [drawings[i].seed for i in part]
+            for cfg in cfgs:
+                images = render(unet, vae, scheduler, embeddings, negatives, cfg, seeds, latent_size,
+                                num_inference_steps, masked, batch_size)  # fmt: skip
+                yield from ((i, cfg, image) for i, image in zip(part, images, strict=True))
 
 
 @torch.no_grad()
@@ -16,8 +46,10 @@ def render(
     """Draws one image per embedding.
 
     Args:
-        embeddings: list of N tensors [T_i, D]; null: [T, D], the negative prompt.
-        seeds: N ints; the same seed gives the same noise on every device.
+        embeddings: list of N tensors [T_i, D].
+        null: [T, D], the negative prompt of all, or a list of N.
+        seeds: N ints; the same seed gives the same noise on every device and in every batch, the noise of
+            ancestral samplers included.
         latent_size: (h, w).
         masked: hide padding from cross-attention (T5), or not (CLIP).
 
@@ -25,24 +57,39 @@ def render(
         list of N PIL images.
     """
     device, images = next(unet.parameters()).device, []
+    negatives = [null] * len(embeddings) if isinstance(null, torch.Tensor) else null
     for start in range(0, len(embeddings), batch_size):
-        part = embeddings[start : start + batch_size]
-        hidden, mask = pad_embeddings([null] * len(part) + list(part))
-        if not masked:
-            hidden, mask = torch.stack([null] * len(part) + list(part)), None
+        part = slice(start, start + batch_size)
+        texts = [*negatives[part], *embeddings[part]]
+        hidden, mask = pad_embeddings(texts) if masked else (torch.stack(texts), None)
         uncond, cond = hidden.to(device).chunk(2)
-        latents = torch.stack([_noise(unet, seed, latent_size) for seed in seeds[start : start + batch_size]])
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
+        shape = (unet.config.in_channels, *latent_size)
+        latents = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
         latents = denoise(
             unet, scheduler, latents.to(device), cond, uncond, cfg, num_inference_steps,
-            None if mask is None else mask.to(device), torch.Generator().manual_seed(seeds[start]),
+            None if mask is None else mask.to(device), generators,
         )  # fmt: skip
-        pixels = decode_latents(vae, latents.to(vae.device)).mul(127.5).add(127.5).round().to(torch.uint8)
-        images += [Image.fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in pixels]
+        images += [_decode(vae, one) for one in latents.to(vae.device).split(1)]  # a VAE needs much memory per image
     return images
 
 
-def _noise(unet, seed, latent_size):
-    return torch.randn(unet.config.in_channels, *latent_size, generator=torch.Generator().manual_seed(seed))
+def _decode(vae, latents):
+    # Not under the caller's autocast: the SDXL VAE overflows in float16.
+    with torch.autocast(latents.device.type, enabled=False):
+        pixels = decode_latents(vae, latents)[0].mul(127.5).add(127.5).round().to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+def native_latent_size(unet):
+    """(h, w) of the latents that the UNet was configured for."""
+    size = unet.config.sample_size
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def vae_factor(vae):
+    """Pixels to a side of one latent pixel."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 def sample_name(index, prompt, cfg):

@@ -13,6 +13,26 @@ SD_SCHEDULE = {
     "set_alpha_to_one": False,
 }
 
+# Short name -> diffusers class, and what it takes on top of the model's own schedule. The first is the default.
+SAMPLERS = {
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "dpm++_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+}
+_FLOW_SOLVER = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+FLOW_SAMPLERS = {
+    "euler": ("FlowMatchEulerDiscreteScheduler", {}),
+    "heun": ("FlowMatchHeunDiscreteScheduler", {}),
+    "dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", **_FLOW_SOLVER}),
+    "unipc": ("UniPCMultistepScheduler", _FLOW_SOLVER),
+}
+
 
 def make_scheduler(objective, base=None, zero_terminal_snr=False):
     """Makes the scheduler of an objective.
@@ -49,7 +69,7 @@ def objective_of(scheduler):
     Raises:
         ValueError: the scheduler is of another kind (prediction_type "sample", say).
     """
-    if "FlowMatch" in type(scheduler).__name__:
+    if "FlowMatch" in type(scheduler).__name__ or scheduler.config.get("prediction_type") == "flow_prediction":
         return "flow"
     objective = scheduler.config.get("prediction_type", "epsilon")
     if objective not in OBJECTIVES:
@@ -59,10 +79,41 @@ def objective_of(scheduler):
     return objective
 
 
-def sampler_for(scheduler):
-    """The scheduler that draws samples during and after training: DDIM, or Euler for flow matching."""
-    from diffusers import DDIMScheduler
+def default_sampler(scheduler):
+    """Short name of the sampler that a model gets when none is named: DDIM, or Euler for flow matching."""
+    return next(iter(FLOW_SAMPLERS if objective_of(scheduler) == "flow" else SAMPLERS))
 
-    if objective_of(scheduler) == "flow":
-        return scheduler
-    return DDIMScheduler.from_config(scheduler.config, clip_sample=False)
+
+def sampler_for(scheduler, name=None):
+    """The scheduler that draws samples during and after training, on the noise schedule of `scheduler`.
+
+    Args:
+        scheduler: the model's own.
+        name: a key of SAMPLERS, or of FLOW_SAMPLERS for flow matching; None: `default_sampler`.
+
+    Raises:
+        ValueError: no such name, or it cannot sample this objective or schedule.
+    """
+    import inspect
+
+    import diffusers
+
+    objective, config = objective_of(scheduler), dict(scheduler.config)
+    samplers = FLOW_SAMPLERS if objective == "flow" else SAMPLERS
+    if name is not None and name not in samplers:
+        known = name in SAMPLERS or name in FLOW_SAMPLERS
+        reason = f"does not sample {objective} models" if known else "is not known"
+        raise ValueError(f"scheduler {name!r} {reason}; expected one of {', '.join(samplers)}")
+    class_name, extra = samplers[name or default_sampler(scheduler)]
+    cls = getattr(diffusers, class_name)
+    if objective == "flow":
+        shift = config.get("shift", config.get("flow_shift", 1.0))
+        shift_key = "flow_shift" if extra else "shift"
+        return cls(num_train_timesteps=config["num_train_timesteps"], **{shift_key: shift}, **extra)
+    accepted = inspect.signature(cls).parameters
+    if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in accepted:
+        # It would sample another noise schedule than the one that was trained.
+        raise ValueError(f"scheduler {name!r} cannot start at zero terminal SNR; use ddim, euler or dpm++")
+    if "clip_sample" in accepted:
+        extra = extra | {"clip_sample": False}
+    return cls.from_config(config, **extra)

@@ -1,4 +1,5 @@
-"""A Stable Diffusion pipeline whose prompts are read by T5, through a frozen projection to the UNet's width.
+"""A Stable Diffusion pipeline whose prompts are read by T5, through a projection to the UNet's width: a frozen
+component, or (then projection is None) a trained layer of the UNet, which diffusers calls "text_proj".
 
 This file is copied into model directories as `pipeline.py`, so it imports nothing of ours:
 
@@ -9,6 +10,7 @@ multiple of 8, and padding is hidden from cross-attention by `encoder_attention_
 """
 
 import inspect
+from typing import ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
@@ -44,7 +46,7 @@ def denoise(unet, scheduler, latents, cond, uncond, guidance_scale, num_inferenc
         latents: float32 [B, C, h, w], unit Gaussian noise.
         cond, uncond: [B, T, D] text embeddings, padded to one length; uncond is unused at guidance_scale 1.
         mask: bool [2B, T] over uncond and cond (in that order), or None where padding is not masked (CLIP).
-        generator: for schedulers that draw noise.
+        generator: torch.Generator, or one for each of the B, for schedulers that draw noise.
 
     Returns:
         float32 [B, C, h, w] latents, scaling_factor still applied.
@@ -86,6 +88,7 @@ class StableDiffusionT5Pipeline(DiffusionPipeline):
     """VAE + T5 encoder + projection + UNet. Components: see `__init__`; all from `from_pretrained`."""
 
     model_cpu_offload_seq = "text_encoder->projection->unet->vae"
+    _optional_components: ClassVar = ["projection"]
 
     def __init__(self, vae, text_encoder, tokenizer, projection, unet, scheduler):
         super().__init__()
@@ -104,15 +107,16 @@ class StableDiffusionT5Pipeline(DiffusionPipeline):
             max_length: tokens kept, </s> included.
 
         Returns:
-            (embeddings [B, T, D], bool mask [B, T]).
+            (embeddings [B, T, D], bool mask [B, T]); D is T5's own width where the UNet projects.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         tokens = self.tokenizer(
             prompts, padding=True, truncation=True, max_length=max_length, return_tensors="pt"
         ).to(self._execution_device)
         hidden = self.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
-        embeddings = self.projection(hidden.to(self.projection.dtype))
-        return pad_embeddings([row[keep.bool()] for row, keep in zip(embeddings, tokens.attention_mask, strict=True)])
+        if self.projection is not None:
+            hidden = self.projection(hidden.to(self.projection.dtype))
+        return pad_embeddings([row[keep.bool()] for row, keep in zip(hidden, tokens.attention_mask, strict=True)])
 
     @torch.no_grad()
     def __call__(

@@ -15,10 +15,14 @@ class TextEncoder:
         device, dtype: where and in what it computes.
         clip_skip: CLIP only. 0: last_hidden_state; N: final_layer_norm(hidden_states[-N]).
         max_length: T5 only: tokens kept, </s> included. CLIP's 77 are fixed.
-        raw: T5 only: T5's own width, no projection.
+        raw: T5 only: T5's own width, no projection. None: so where the model has no projection/, for its UNet
+            then projects for itself.
+
+    Raises:
+        ValueError: to be projected (raw False), and the model has no projection/.
     """
 
-    def __init__(self, model_dir, device="cpu", dtype=torch.float32, clip_skip=0, max_length=256, raw=False):
+    def __init__(self, model_dir, device="cpu", dtype=torch.float32, clip_skip=0, max_length=256, raw=None):
         self.encoder = load.load_text_encoder(load.component_dir(model_dir, "text_encoder"), dtype).to(device)
         self.tokenizer = load.load_tokenizer(load.component_dir(model_dir, "tokenizer"), self.encoder)
         self.is_t5 = self.encoder.config.model_type == "t5"
@@ -26,8 +30,14 @@ class TextEncoder:
         self.max_length = max_length if self.is_t5 else self.encoder.config.max_position_embeddings
         self.device = device
         self.projection = None
-        if self.is_t5 and not raw:
-            self.projection = load.load_projection(Path(model_dir) / "projection", dtype).to(device)
+        directory = Path(model_dir) / "projection"
+        if self.is_t5 and (directory.is_dir() if raw is None else not raw):
+            if not directory.is_dir():
+                raise ValueError(
+                    f"{directory}: no such directory, while the captions were cached through a projection; "
+                    "cache them with create_t5cache_768.py --raw for this model"
+                )
+            self.projection = load.load_projection(directory, dtype).to(device)
 
     def tokenize(self, captions):
         """Returns (list of token id lists, list of bool: longer than the limit and cut)."""

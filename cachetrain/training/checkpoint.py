@@ -3,11 +3,15 @@
 import json
 import os
 import shutil
+import time
+from contextlib import nullcontext
 from pathlib import Path
 
 from cachetrain.modeling.compose import staged_directory
+from cachetrain.training.distributed import full_state_dict
 
 FROZEN = ("vae", "text_encoder", "tokenizer", "projection", "feature_extractor", "safety_checker")
+TRIGGER = "trigger.checkpoint"
 
 
 def checkpoint_path(output_dir, step):
@@ -19,30 +23,78 @@ def checkpoints(output_dir):
     return sorted(Path(output_dir).glob("checkpoint-[0-9]*"), key=lambda path: int(path.name.split("-")[1]))
 
 
-def save_checkpoint(output_dir, step, unet, ema, scheduler, model_dir, info):
-    """Writes `<output_dir>/checkpoint-NNNNNN`; it appears under that name only when complete.
+class Saving:
+    """Decides when to save, and saves.
 
     Args:
-        unet: saved to unet/; ema: Ema or None, saved to unet_ema/.
-        scheduler: saved to scheduler/.
-        model_dir: pipeline directory whose frozen parts belong to the checkpoint (or a bare UNet: none). The run's
-            first checkpoint copies them, later ones are hard links to that copy.
-        info: JSON-able dict for cachetrain.json: step, objective, how captions were encoded.
-
-    Returns:
-        Path of the checkpoint.
+        plan: Plan.
+        world: World; rank 0 writes, and sharded weights come from all.
     """
-    target = checkpoint_path(output_dir, step)
-    earlier = checkpoints(output_dir)
-    with staged_directory(target, overwrite=True) as stage:
-        _frozen_parts(earlier[-1] if earlier else Path(model_dir), stage, link=bool(earlier))
-        unet.save_pretrained(stage / "unet")
-        if ema is not None:
-            ema.model.save_pretrained(stage / "unet_ema")
-        scheduler.save_pretrained(stage / "scheduler")
-        _write_index(model_dir, stage, scheduler)
-        (stage / "cachetrain.json").write_text(json.dumps(info, indent=2) + "\n")
-    return target
+
+    def __init__(self, args, plan, world):
+        self.output_dir, self.plan, self.world = Path(args.output_dir), plan, world
+        self.on_epoch, self.keep_last = args.save_on_epoch, args.keep_last
+        self.every_s = args.save_every_minutes and 60 * args.save_every_minutes
+        self._last_s = time.monotonic()
+
+    def due(self, step):
+        """Whether to save after this step. All ranks say the same; none waits for a device."""
+        trigger = self.output_dir / TRIGGER
+        asked = self.world.main and trigger.exists()
+        if asked:
+            trigger.unlink(missing_ok=True)
+        overdue = bool(self.every_s) and self.world.main and time.monotonic() - self._last_s > self.every_s
+        planned = step % self.plan.save_steps == 0 or (self.on_epoch and self.plan.ends_epoch(step))
+        asked = self.world.any(asked)
+        return asked or step == self.plan.max_steps or (
+            step >= self.plan.save_start and (planned or self.world.any(overdue))
+        )  # fmt: skip
+
+    def save(self, step, unet, ema, scheduler, model_dir, info):
+        """Writes `<output_dir>/checkpoint-NNNNNN`, which appears under that name only when complete; then removes
+        what --keep_last does not keep.
+
+        Args:
+            unet: the module itself, saved to unet/; ema: Ema or None, saved to unet_ema/.
+            scheduler: saved to scheduler/.
+            model_dir: pipeline directory whose frozen parts belong to the checkpoint (or a bare UNet: none). The
+                run's first checkpoint copies them, later ones are hard links to that copy.
+            info: JSON-able dict for cachetrain.json: step, objective, how captions were encoded.
+
+        Returns:
+            Path of the checkpoint.
+        """
+        target = checkpoint_path(self.output_dir, step)
+        with staged_directory(target, overwrite=True) if self.world.main else nullcontext() as stage:
+            _save_unet(unet, stage and stage / "unet")
+            if ema is not None:
+                with ema.applied():
+                    _save_unet(unet, stage and stage / "unet_ema")
+            if stage:
+                earlier = checkpoints(self.output_dir)
+                _frozen_parts(earlier[-1] if earlier else Path(model_dir), stage, link=bool(earlier))
+                scheduler.save_pretrained(stage / "scheduler")
+                _write_index(model_dir, stage, scheduler)
+                (stage / "cachetrain.json").write_text(json.dumps(info, indent=2) + "\n")
+        if self.world.main and self.keep_last:
+            for old in checkpoints(self.output_dir)[: -self.keep_last]:
+                shutil.rmtree(old.rename(old.with_name(f".{old.name}.removed")))
+        self._last_s = time.monotonic()
+        self.world.barrier()
+        return target
+
+
+def _save_unet(unet, directory):
+    """Saves the UNet's weights and config; `directory` None: only takes part in bringing sharded weights together."""
+    import torch
+
+    weights = full_state_dict(unet)
+    if directory is None:
+        return
+    with torch.device("meta"):
+        plain = type(unet).from_config(unet.config)
+    plain.load_state_dict(weights, assign=True)
+    plain.save_pretrained(directory)
 
 
 def _frozen_parts(source, stage, link):

@@ -1,6 +1,7 @@
 """Finished batches from sidecars: loading, scaling and every random draw happen here, in the loader's workers."""
 
 from itertools import count
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,12 +13,35 @@ from cachetrain.training import draws
 from cachetrain.training.objective import stratified, timestep_fraction
 
 
+class Visit(NamedTuple):
+    """One visit to one sample: it determines every draw."""
+
+    epoch: int
+    sample: int
+    repeat: int = 0  # which visit of the epoch
+    uniform: float | None = None  # in [0, 1), decides the timestep; None: it is drawn
+
+
+class Files:
+    """Reads the sidecars of an index, verified each time."""
+
+    def __init__(self, index):
+        self.index = index
+
+    def image(self, i):
+        """Tensors by name."""
+        return read_sidecar(self.index.image_path(i))[0]
+
+    def text(self, i):
+        return read_sidecar(self.index.text_path(i))[0]
+
+
 class CachedPairs(Dataset):
-    """Samples keyed by (epoch, i): the same key gives the same tensors, whoever asks.
+    """Samples keyed by Visit: the same key gives the same tensors, whoever asks.
 
     Args:
         index: PairIndex.
-        null_embedding: float32 [T, D], takes the caption's place with probability `cond_dropout`.
+        null_embedding: [T, D], takes the caption's place with probability `cond_dropout`.
         scaling_factor, shift_factor: of the VAE: latents become (latent - shift) * scaling.
         text_scaling_factor: multiplies all embeddings.
         cond_dropout, flip_p: probabilities, per sample and visit.
@@ -26,12 +50,15 @@ class CachedPairs(Dataset):
         timestep_range: (first, end) of the timesteps, within 0 and 1000.
         offset_noise: standard deviation of noise that is the same over all pixels of a channel, added to the noise
             (Guttenberg 2023, "Diffusion with offset noise").
+        text_dtype: of the embeddings. bfloat16 halves what is copied to a device that computes in it anyway.
+        fixed: every visit to a sample draws what its first one drew (--overfit).
+        store: Files or ram.RamCache of the index; default: Files.
     """
 
     def __init__(
         self, index, seed, null_embedding, scaling_factor, shift_factor=0.0, text_scaling_factor=1.0,
         cond_dropout=0.0, flip_p=0.0, continuous=False, timestep_sampling="uniform", timestep_range=(0, 1000),
-        offset_noise=0.0,
+        offset_noise=0.0, text_dtype=torch.float32, fixed=False, store=None,
     ):  # fmt: skip
         self.index, self.seed = index, seed
         self.null_embedding = null_embedding
@@ -39,66 +66,75 @@ class CachedPairs(Dataset):
         self.text_scaling_factor = text_scaling_factor
         self.cond_dropout, self.flip_p = cond_dropout, flip_p
         self.continuous, self.timestep_sampling, self.timestep_range = continuous, timestep_sampling, timestep_range
-        self.offset_noise = offset_noise
+        self.offset_noise, self.text_dtype, self.fixed = offset_noise, text_dtype, fixed
+        self.store = store or Files(index)
 
     def __len__(self):
         return len(self.index)
 
-    def __getitem__(self, key):
-        """Returns a dict: latents, noise float32 [C, h, w]; timestep; embedding float32 [T, D]; dropped; sample.
-
-        Args:
-            key: (epoch, i), or (epoch, i, the uniform number that decides the timestep).
-        """
-        epoch, i, *given = key
-        dropped = self._chance(epoch, i, draws.DROPOUT) < self.cond_dropout
-        embedding = self.null_embedding if dropped else read_sidecar(self.index.text_path(i))[0]["emb"].float()
-        latents = self._latents(epoch, i)
+    def __getitem__(self, visit):
+        """Returns a dict: latents, noise float32 [C, h, w]; timestep; embedding [T, D]; dropped; sample."""
+        if self.fixed:
+            visit = visit._replace(epoch=0, repeat=0)
+        dropped = self._chance(visit, draws.DROPOUT) < self.cond_dropout
+        embedding = self.null_embedding if dropped else self.store.text(visit.sample)["emb"]
+        latents = self._latents(visit)
         first, end = self.timestep_range
-        uniform = given[0] if given else self._chance(epoch, i, draws.TIMESTEP)
+        uniform = self._chance(visit, draws.TIMESTEP) if visit.uniform is None else visit.uniform
         timestep = first + timestep_fraction(self.timestep_sampling, uniform) * (end - first)
         return {
             "latents": latents,
-            "noise": torch.from_numpy(self._noise(epoch, i, latents.shape)),
+            "noise": torch.from_numpy(self._noise(visit, latents.shape)),
             "timesteps": timestep if self.continuous else int(timestep),
-            "embedding": embedding * self.text_scaling_factor,
+            "embedding": (embedding.float() * self.text_scaling_factor).to(self.text_dtype),
             "dropped": dropped,
-            "sample": i,
+            "sample": visit.sample,
         }
 
-    def _chance(self, epoch, i, purpose):
-        return draws.generator(self.seed, epoch, i, purpose).random()
+    def _generator(self, visit, purpose):
+        return draws.generator(self.seed, visit.epoch, visit.sample, purpose, visit.repeat)
 
-    def _noise(self, epoch, i, shape):
-        noise = draws.generator(self.seed, epoch, i, draws.NOISE).standard_normal(shape, dtype=np.float32)
+    def _chance(self, visit, purpose):
+        return self._generator(visit, purpose).random()
+
+    def _noise(self, visit, shape):
+        noise = self._generator(visit, draws.NOISE).standard_normal(shape, dtype=np.float32)
         if self.offset_noise:
-            offset = draws.generator(self.seed, epoch, i, draws.OFFSET).standard_normal(shape[0], dtype=np.float32)
+            offset = self._generator(visit, draws.OFFSET).standard_normal(shape[0], dtype=np.float32)
             noise += self.offset_noise * offset[:, None, None]
         return noise
 
-    def _latents(self, epoch, i):
-        tensors, _ = read_sidecar(self.index.image_path(i))
+    def _latents(self, visit):
+        tensors = self.store.image(visit.sample)
         name = "latent"
-        if self.flip_p and self._chance(epoch, i, draws.FLIP) < self.flip_p:
+        if self.flip_p and self._chance(visit, draws.FLIP) < self.flip_p:
             name = "latent_flip"
             if name not in tensors:
-                raise ValueError(f"{self.index.image_path(i)}: holds no latent_flip for --flip_p; cache with --flip")
+                path = self.index.image_path(visit.sample)
+                raise ValueError(f"{path}: holds no latent_flip for --flip_p; cache with --flip")
         return (tensors[name].float() - self.shift_factor) * self.scaling_factor
 
 
 class Batches:
-    """The endless sequence of batches of (epoch, i), cut at `num_batches`.
+    """The endless sequence of batches of Visit, cut at `num_batches`; each rank takes its part of every batch.
 
-    Each epoch visits every sample once, in permutation(seed, epoch). A batch is of one latent shape; samples that do
-    not fill one are carried into the next epoch, never dropped.
+    An epoch visits every sample as often as its weight says, in a permutation of its own. A batch is of one latent
+    shape over all ranks; samples that do not fill one are carried into the next epoch, never dropped.
 
     Args:
+        index: PairIndex.
+        batch_size: of one rank.
         strata: number of batches that make one step, over which timesteps are to be stratified; 0: they are not.
+
+    Attributes:
+        waiting: {shape id: number of samples that wait until their batch is full}.
+        seen: bool [N], the samples that were in a batch.
     """
 
-    def __init__(self, index, batch_size, seed, num_batches, strata=0):
+    def __init__(self, index, batch_size, seed, num_batches, strata=0, rank=0, ranks=1):
         self.index, self.batch_size, self.seed, self.num_batches = index, batch_size, seed, num_batches
-        self.strata = strata
+        self.strata, self.rank, self.ranks = strata, rank, ranks
+        self.waiting, self.seen = {}, np.zeros(len(index), bool)
 
     def __len__(self):
         return self.num_batches
@@ -106,15 +142,18 @@ class Batches:
     def __iter__(self):
         made, filling = 0, {}
         for epoch in count():
-            for i in draws.permutation(self.seed, epoch, len(self.index)):
-                bucket = filling.setdefault(self.index.shape_ids[i], [])
-                bucket.append((epoch, int(i)))
-                if len(bucket) < self.batch_size:
+            for sample, repeat in zip(*draws.visits(self.seed, epoch, self.index.weights), strict=True):
+                bucket = filling.setdefault(self.index.shape_ids[sample], [])
+                bucket.append(Visit(epoch, int(sample), int(repeat)))
+                if len(bucket) < self.batch_size * self.ranks:
                     continue
-                if made == self.num_batches:
-                    return
-                yield self._stratified(filling.pop(self.index.shape_ids[i]), made)
+                full = filling.pop(self.index.shape_ids[sample])
+                self.seen[[visit.sample for visit in full]] = True
+                yield self._stratified(full, made)[self.rank :: self.ranks]
                 made += 1
+                if made == self.num_batches:
+                    self.waiting = {int(shape): len(bucket) for shape, bucket in filling.items()}
+                    return
 
     def _stratified(self, batch, made):
         """Gives each sample of batch number `made` its part of the range of timesteps."""
@@ -123,8 +162,8 @@ class Batches:
         step, part = divmod(made, self.strata)
         offset = draws.generator(self.seed, 0, step, draws.STRATA).random()
         return [
-            (epoch, i, stratified(offset, slot * self.strata + part, self.strata * self.batch_size))
-            for slot, (epoch, i) in enumerate(batch)
+            visit._replace(uniform=stratified(offset, slot * self.strata + part, self.strata * len(batch)))
+            for slot, visit in enumerate(batch)
         ]
 
 
@@ -132,7 +171,7 @@ def collate(samples, masked):
     """Stacks samples. `masked`: T5, pad and mask; else CLIP: every position is seen, as SD1.5 expects.
 
     Returns:
-        dict: latents, noise float32 [B, C, h, w]; timesteps [B]; encoder_hidden_states float32 [B, T, D];
+        dict: latents, noise float32 [B, C, h, w]; timesteps [B]; encoder_hidden_states [B, T, D];
         encoder_attention_mask bool [B, T] or None; dropped bool [B]; samples int64 [B].
     """
     embeddings = [sample["embedding"] for sample in samples]
@@ -165,3 +204,35 @@ class _Collate:
 
     def __call__(self, samples):
         return collate(samples, self.masked)
+
+
+def on_device(loader, device):
+    """Yields the loader's batches on the device; on CUDA each is copied while the one before is computed on."""
+    if device.type != "cuda":
+        for batch in loader:
+            yield _moved(batch, device)
+        return
+    copies, ahead = torch.cuda.Stream(device), None
+    for batch in loader:
+        with torch.cuda.stream(copies):
+            moved = _moved(batch, device)
+            arrived = copies.record_event()
+        if ahead is not None:
+            yield _arrived(*ahead)
+        ahead = moved, arrived
+    if ahead is not None:
+        yield _arrived(*ahead)
+
+
+def _moved(batch, device):
+    return {key: value if value is None else value.to(device, non_blocking=True) for key, value in batch.items()}
+
+
+def _arrived(batch, event):
+    """Makes the device, not the host, wait for the copy; its memory is not used again before the step is done."""
+    stream = torch.cuda.current_stream()
+    stream.wait_event(event)
+    for value in batch.values():
+        if value is not None:
+            value.record_stream(stream)
+    return batch

@@ -1,7 +1,9 @@
 """The list of all (image sidecar, text sidecar) pairs, as arrays that loader workers share."""
 
+import copy
 import json
 import os
+from bisect import bisect_right
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,8 @@ from tqdm import tqdm
 
 from cachetrain.bulk import PackedStrings, in_threads
 from cachetrain.sidecar import NULL_STEM, RUN_KEYS, SUFFIXES, read_header
+
+MULTIPLY = "multiply.txt"
 
 
 class PairIndex:
@@ -18,34 +22,68 @@ class PairIndex:
         shapes: distinct latent shapes (C, h, w); `shape_ids` uint16 [N] points into them.
         tokens: uint16 [N], text length in tokens.
         text_width: D of the embeddings.
+        weights: float32 [N], how often an epoch visits each pair; `num_visits`, their sum.
         image_header, text_header: of the first pair.
     """
 
-    def __init__(self, directories, image_suffix, text_suffix):
-        """Walks `directories` and reads every header once.
+    def __init__(self, directories, image_suffix, text_suffix, weights=None, one_text=None, world=None):
+        """Walks `directories` and reads every header once; with several ranks, each its share of them.
+
+        Args:
+            weights: for each directory, how often an epoch visits its pairs; default 1. Multiplied by the number in
+                the nearest multiply.txt in or above a pair's folder, up to the directory.
+            one_text: path of the one text sidecar that goes with every image; other text sidecars are not looked at.
+            world: World, when several ranks read together.
 
         Raises:
             ValueError: no pairs; unreadable, foreign-shaped or mixed caches (two differing files are named).
         """
-        self.image_suffix, self.text_suffix = image_suffix, text_suffix
-        self._stems, self.unpaired, self._starts = PackedStrings(), 0, set()
-        for directory in directories:
-            start = len(self._stems)
-            self._starts.add(start)
-            for stem in self._paired_stems(directory):
-                self._stems.append(stem)
-            if len(self._stems) == start:
-                raise ValueError(
-                    f"{directory}: no pairs of *{image_suffix} and *{text_suffix}; run the cache scripts on it first"
-                )
-        self._read_headers()
+        self.image_suffix, self.text_suffix, self.one_text = image_suffix, text_suffix, one_text
+        self.directories, self.unpaired = [os.fspath(directory) for directory in directories], 0
+        self._stems, self._starts, self._positions, folder_weights = PackedStrings(), [], None, []
+        for directory, weight in zip(self.directories, weights or [1.0] * len(self.directories), strict=True):
+            self._starts.append(len(self._stems))
+            for multiple, stems in self._folders(directory):
+                for stem in stems:
+                    self._stems.append(stem)
+                folder_weights.append((weight * multiple, len(stems)))
+            if len(self._stems) == self._starts[-1]:
+                wanted = f"*{image_suffix}" + ("" if one_text else f" and *{text_suffix}")
+                raise ValueError(f"{directory}: no pairs of {wanted}; run the cache scripts on it first")
+        self.weights = np.repeat(*(np.array(column) for column in zip(*folder_weights, strict=True)))
+        self.weights = self.weights.astype(np.float32)
+        self._check_visits()
+        self._read_headers(world)
 
     def __len__(self):
-        return len(self._stems)
+        return len(self._stems) if self._positions is None else len(self._positions)
+
+    @property
+    def num_visits(self):
+        """Visits of an epoch, a float: fractions of a pair's weight are drawn anew in each."""
+        return float(self.weights.sum(dtype=np.float64))
+
+    def subset(self, positions):
+        """Returns a PairIndex of the pairs at `positions` (int array), which shares this one's paths.
+
+        Raises:
+            ValueError: the pairs have weights of 0 only.
+        """
+        part = copy.copy(self)
+        part._positions = np.asarray(positions) if self._positions is None else self._positions[positions]
+        for name in ("shape_ids", "tokens", "weights"):
+            setattr(part, name, getattr(self, name)[positions])
+        part._check_visits()
+        return part
 
     def stem(self, i):
         """Path of pair `i` without a suffix."""
-        return self._stems[i]
+        return self._stems[i if self._positions is None else int(self._positions[i])]
+
+    def relative_name(self, i):
+        """Path of pair `i` without a suffix, seen from its data directory."""
+        place = i if self._positions is None else int(self._positions[i])
+        return os.path.relpath(self._stems[place], self.directories[bisect_right(self._starts, place) - 1])
 
     @property
     def image_settings(self):
@@ -67,38 +105,55 @@ class PairIndex:
         return self.stem(i) + self.image_suffix
 
     def text_path(self, i):
-        return self.stem(i) + self.text_suffix
+        return self.one_text or self.stem(i) + self.text_suffix
 
-    def _paired_stems(self, directory):
-        """Yields the paths without suffix that have both sidecars, sorted within each folder; counts the others."""
+    def _check_visits(self):
+        if len(self.weights) and not self.num_visits:
+            raise ValueError(f"all pairs have weight 0; check --train_data_dir DIR:WEIGHT and {MULTIPLY}")
+
+    def _folders(self, directory):
+        """Yields (the number in multiply.txt that counts there, paths without suffix that have both sidecars, sorted)
+        of each folder; counts sidecars without a partner."""
         if not Path(directory).is_dir():
             raise ValueError(f"{directory}: no such directory")
-        image_suffix, text_suffix, visited = self.image_suffix, self.text_suffix, set()
+        visited, multiples = set(), {}
         for folder, subfolders, names in os.walk(directory, followlinks=True):
             if (real := os.path.realpath(folder)) in visited:  # links may lead in circles
                 subfolders.clear()
                 continue
             visited.add(real)
             subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-            names = [name for name in names if name[0] != "."]
-            images = {name.removesuffix(image_suffix) for name in names if name.endswith(image_suffix)}
-            texts = {name.removesuffix(text_suffix) for name in names if name.endswith(text_suffix)}
-            texts.discard(NULL_STEM)
-            yield from (os.path.join(folder, stem) for stem in sorted(images & texts))
-            self.unpaired += len(images ^ texts)
+            multiple = multiples.pop(folder, 1.0)
+            if MULTIPLY in names:
+                multiple = _read_multiple(os.path.join(folder, MULTIPLY))
+            multiples |= {os.path.join(folder, name): multiple for name in subfolders}
+            yield multiple, self._paired(folder, [name for name in names if name[0] != "."])
 
-    def _read_headers(self):
+    def _paired(self, folder, names):
+        image_suffix, text_suffix = self.image_suffix, self.text_suffix
+        images = {name.removesuffix(image_suffix) for name in names if name.endswith(image_suffix)}
+        texts = {name.removesuffix(text_suffix) for name in names if name.endswith(text_suffix)}
+        texts.discard(NULL_STEM)
+        if self.one_text:
+            texts = images
+        self.unpaired += len(images ^ texts)
+        return [os.path.join(folder, stem) for stem in sorted(images & texts)]
+
+    def _read_headers(self, world):
         shapes, self.num_foreign = {}, 0
+        rank, ranks = (world.rank, world.ranks) if world else (0, 1)
         self.shape_ids, self.tokens = np.zeros(len(self), np.uint16), np.zeros(len(self), np.uint16)
         self.image_header, self.text_header = self._headers(0)
-        self.text_width, first_in_directory = self.text_header.shapes["emb"][1], 0
-        pairs = in_threads(self._headers, range(len(self)))
-        for i, (image, text) in tqdm(pairs, desc="headers", total=len(self), unit="pair", disable=None):
-            if i in self._starts:  # another directory may hold another size
-                first_in_directory, images_here = i, image
-                self._check_image(0, self.image_header, i, image, but="settings")
-            if image.run_identity != images_here.run_identity:
-                self._check_image(first_in_directory, images_here, i, image)
+        self.text_width = self.text_header.shapes["emb"][1]
+        firsts = [self._headers(start)[0] for start in self._starts]
+        for start, image in zip(self._starts, firsts, strict=True):  # another directory may hold another size
+            self._check_image(0, self.image_header, start, image, but="settings")
+        pairs = in_threads(self._headers, range(rank, len(self), ranks))
+        total = len(range(rank, len(self), ranks))
+        for i, (image, text) in tqdm(pairs, desc="headers", total=total, unit="pair", disable=None if not rank else 1):
+            directory = bisect_right(self._starts, i) - 1
+            if image.run_identity != firsts[directory].run_identity:
+                self._check_image(self._starts[directory], firsts[directory], i, image)
             if text.run_identity != self.text_header.run_identity:
                 check_same_run(self.text_header, text, self.text_path(0), self.text_path(i))
             if text.shapes["emb"][1] != self.text_width:
@@ -108,20 +163,49 @@ class PairIndex:
             self.tokens[i] = text.shapes["emb"][0]
             self.num_foreign += image.foreign or text.foreign
         self.shapes = list(shapes)
+        if ranks > 1:
+            self._merge(world)
+
+    def _merge(self, world):
+        """Puts together what each rank read of its share, and makes sure that all ranks list the same pairs."""
+        mine = (len(self), str(self.stem(0)), str(self.stem(len(self) - 1)), self.shapes, self.num_foreign)
+        others = world.gather(mine)
+        if len({other[:3] for other in others}) > 1:
+            raise ValueError("the ranks list different pairs: " + "; ".join(f"{n} from {first}" for n, first, *_ in others)
+                             + "; wait until the cache scripts are done, and start again")  # fmt: skip
+        shapes = sorted({shape for other in others for shape in other[3]})
+        share = slice(world.rank, None, world.ranks)
+        places = np.array([shapes.index(shape) for shape in self.shapes] or [0], np.uint16)
+        self.shape_ids[share] = places[self.shape_ids[share]]
+        self.shapes, self.num_foreign = shapes, sum(other[4] for other in others)
+        for name in ("shape_ids", "tokens"):  # each rank's array is 0 outside its share
+            setattr(self, name, world.sum_array(getattr(self, name)))
 
     def _check_image(self, first, first_header, other, other_header, but=None):
         check_same_run(first_header, other_header, self.image_path(first), self.image_path(other), but)
 
     def _headers(self, i):
-        stem, headers = self.stem(i), []
-        for suffix, name, rank in ((self.image_suffix, "latent", 3), (self.text_suffix, "emb", 2)):
-            header = read_header(stem + suffix)
+        headers = []
+        for path, name, rank in ((self.image_path(i), "latent", 3), (self.text_path(i), "emb", 2)):
+            if name == "emb" and self.one_text and i:
+                headers.append(self.text_header)
+                continue
+            header = read_header(path)
             if len(header.shapes.get(name, ())) != rank:
-                raise ValueError(
-                    f"{stem}{suffix}: expected a tensor {name!r} of {rank} dimensions, found {header.shapes}"
-                )
+                raise ValueError(f"{path}: expected a tensor {name!r} of {rank} dimensions, found {header.shapes}")
             headers.append(header)
         return headers
+
+
+def _read_multiple(path):
+    text = Path(path).read_text(encoding="utf-8").strip()
+    try:
+        multiple = float(text)
+    except ValueError:
+        multiple = -1.0
+    if not 0 <= multiple < float("inf"):
+        raise ValueError(f"{path}: {text[:40]!r}; expected one number, how often an epoch visits this folder's images")
+    return multiple
 
 
 def null_caption_path(directories, text_suffix):

@@ -1,76 +1,140 @@
-"""TensorBoard and metrics.jsonl, and the running sums behind the scalars."""
+"""Writes TensorBoard events and metrics.jsonl."""
 
+import io
 import json
-import time
+import math
+import os
+import queue
+import threading
 from pathlib import Path
 
 import numpy as np
-import torch
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from cachetrain.training.prompts import warn
+
+_FRAME_MS, _LAST_FRAME_MS = 250, 1500
+_RGB = 3  # the summary's number for the colour space
+
+
+def open_metrics(output_dir, log_dir, start_step, main):
+    """Metrics of the first rank; for the others, something that takes the same calls and writes nothing."""
+    return Metrics(output_dir, log_dir, start_step) if main else NoMetrics()
+
+
+class NoMetrics:
+    """Takes every call of Metrics and does nothing."""
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: None
 
 
 class Metrics:
-    """Writes each scalar to TensorBoard and, one line per log step, to `<output_dir>/metrics.jsonl`."""
+    """Writes each scalar to TensorBoard and, one line per log step, to `<output_dir>/metrics.jsonl`.
 
-    def __init__(self, output_dir, log_dir):
-        self.writer = SummaryWriter(str(log_dir), flush_secs=30)
-        self._file = open(Path(output_dir) / "metrics.jsonl", "a", encoding="utf-8")
+    Pictures are encoded by a thread of their own. One that fails is a warning, and the others are written.
+
+    Args:
+        output_dir: of the run.
+        log_dir: of the run's event files.
+        start_step: the last step that counts of a run that is resumed; what was logged after it disappears.
+    """
+
+    def __init__(self, output_dir, log_dir, start_step=0):
+        path = Path(output_dir) / "metrics.jsonl"
+        if start_step:
+            _cut(path, start_step)
+        self.writer = SummaryWriter(str(log_dir), flush_secs=30, purge_step=start_step + 1 if start_step else None)
+        self._file = open(path, "a", encoding="utf-8")
+        self._jobs = queue.Queue(maxsize=16)  # beyond it training waits, so that memory stays bounded
+        self._encoder = threading.Thread(target=self._encode, name="metrics", daemon=True)
+        self._encoder.start()
 
     def scalars(self, step, values):
-        """Writes {tag: float} at an optimizer step."""
-        for tag, value in values.items():
-            self.writer.add_scalar(tag, value, step)
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        """Writes {tag: float} at an optimizer step. JSON has no nan and inf: they become null there."""
+        values = dict(sorted(values.items()))
+        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
+        self.writer.file_writer.add_summary(summary, step)
+        line = {"step": step} | {tag: value if math.isfinite(value) else None for tag, value in values.items()}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
 
-    def text(self, tag, content):
-        self.writer.add_text(tag, content, 0)
+    def curve(self, tag, points):
+        """Writes [(step, value)] to TensorBoard only."""
+        for step, value in points:
+            self.writer.add_scalar(tag, value, step)
+
+    def text(self, tag, content, step=0):
+        """Writes Markdown."""
+        self.writer.add_text(tag, content, step)
+
+    def hparams(self, settings, metric_tags):
+        """Writes the run's settings for TensorBoard's HPARAMS tab.
+
+        Args:
+            settings: {name: bool, int, float, str or anything else, which is written as text}.
+            metric_tags: tags of the scalars to show beside them.
+        """
+        plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in settings.items()}
+        for summary in hparams(plain, dict.fromkeys(metric_tags, 0.0)):
+            self.writer.file_writer.add_summary(summary, 0)  # add_hparams would make another run of it
+
+    def histogram(self, tag, counts, edges, step):
+        """Writes a histogram as numpy.histogram returns it: counts [N], edges [N + 1]."""
+        counts, edges = np.asarray(counts, np.float64), np.asarray(edges, np.float64)
+        centres = (edges[1:] + edges[:-1]) / 2
+        self.writer.add_histogram_raw(
+            tag, edges[0], edges[-1], counts.sum(), (counts * centres).sum(), (counts * centres**2).sum(),
+            edges[1:].tolist(), counts.tolist(), step,
+        )  # fmt: skip
 
     def image(self, tag, image, step):
-        """Writes a PIL image."""
-        self.writer.add_image(tag, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+        """Writes a PIL image, which must not be changed afterwards."""
+        self._jobs.put((tag, [image], step))
+
+    def animation(self, tag, images, step):
+        """Writes PIL images of one size as a GIF, which TensorBoard plays among the images."""
+        self._jobs.put((tag, list(images), step))
 
     def close(self):
+        """Waits until all is written."""
+        self._jobs.put(None)
+        self._encoder.join()
         self.writer.close()
         self._file.close()
 
+    def _encode(self):
+        while (job := self._jobs.get()) is not None:
+            tag, images, step = job
+            try:
+                value = Summary.Value(tag=tag, image=_encoded(images))
+                self.writer.file_writer.add_summary(Summary(value=[value]), step)
+            except Exception as error:  # whatever it is, the thread must live to take the next
+                warn(f"{tag}, step {step}: the picture was not logged: {type(error).__name__}: {error}")
 
-class Window:
-    """What happened since the last log step. Sums stay on the device until `read` takes them off, all at once."""
 
-    def __init__(self, device):
-        self.device = device
-        self._reset()
+def _encoded(images):
+    """Image summary of one picture as PNG, of several as GIF. (add_video needs moviepy and fails silently.)"""
+    first, *rest = (image.convert("RGB") for image in images)
+    data = io.BytesIO()
+    if rest:
+        durations = [_FRAME_MS] * len(rest) + [_LAST_FRAME_MS]
+        first.save(data, "GIF", save_all=True, append_images=rest, duration=durations, loop=0)
+    else:
+        first.save(data, "PNG", compress_level=1)
+    width, height = first.size
+    return Summary.Image(width=width, height=height, colorspace=_RGB, encoded_image_string=data.getvalue())
 
-    def _reset(self):
-        self._sums = torch.zeros(2, device=self.device)
-        self._count = 0
-        self.wait_s = 0.0
-        self._start_s = time.perf_counter()
-        self._images = 0
 
-    def add(self, loss, raw, num_images):
-        """Adds one micro-batch: `loss` as optimised, `raw` plain MSE; both 0-dim tensors."""
-        self._sums += torch.stack([loss.detach(), raw.detach()])
-        self._count += 1
-        self._images += num_images
-
-    def read(self, **tensors):
-        """Returns the window's means, `tensors` (0-dim) and rates as floats, and starts the next window.
-
-        This is where the host waits for the device: all values leave it as ONE tensor.
-        """
-        count = max(1, self._count)
-        loss, raw, *rest = torch.stack(
-            [*(self._sums / count), *(t.to(self.device) for t in tensors.values())]
-        ).tolist()
-        elapsed_s = time.perf_counter() - self._start_s
-        values = {
-            "loss": loss,
-            "loss_raw": raw,
-            **dict(zip(tensors, rest, strict=True)),
-            "images_per_second": self._images / elapsed_s,
-            "data_wait_fraction": self.wait_s / elapsed_s,
-        }
-        self._reset()
-        return values
+def _cut(path, last_step):
+    """Drops the lines after `last_step`, and a line that was not finished."""
+    if not path.exists():
+        return
+    part = path.with_name(path.name + ".part")
+    with open(path, encoding="utf-8") as lines, open(part, "w", encoding="utf-8") as kept:
+        for line in lines:
+            if line.endswith("\n") and json.loads(line)["step"] <= last_step:
+                kept.write(line)
+    os.replace(part, path)

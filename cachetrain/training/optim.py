@@ -1,66 +1,171 @@
-"""Optimizers, the learning rate as a function of the step, and the EMA of the weights."""
+"""Optimizers, and what each precision needs around the step."""
 
-import copy
-import math
+import importlib
+from functools import partial
 
 import torch
 
+from cachetrain.training.gradients import local_parts
+from cachetrain.training.schedules import check_optimizer
 
-def make_optimizer(name, parameters, lr, betas, weight_decay):
-    """Makes the optimizer: torch's fused AdamW, or torch-optimi's Lion."""
+EPS = 1e-8  # of all Adam-like optimizers, torch's default: diffusion gradients are often below optimi's 1e-6
+
+
+def make_optimizer(name, parameters, lr, betas, weight_decay, cpu_offload=False):
+    """Makes the optimizer of the trained parameters.
+
+    Weight decay is decoupled in all of them: the weight loses lr x weight_decay of itself at each step (StableAdamW
+    and Prodigy: with the rate that they derive from lr). bfloat16 parameters get Kahan-compensated updates; their
+    gradients are overwritten by the step.
+
+    With float16 loss scaling only fused AdamW skips a bad step on the device; for the others GradScaler asks the
+    host, which waits for the device once a step. Prodigy waits once per tensor.
+
+    Args:
+        name: one of schedules.OPTIMIZERS.
+        parameters: those that are trained.
+        lr: peak learning rate; the loop sets param_groups[...]["lr"] before each step.
+        betas: (first, second).
+        weight_decay: decoupled.
+        cpu_offload: keep the optimizer's state in CPU memory (CpuOffload).
+
+    Raises:
+        ValueError: see schedules.check_optimizer; or the optimizer's package is not installed.
+    """
     parameters = list(parameters)
-    if name == "adamw":
-        return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
-    from optimi import Lion
+    assert len({p.dtype for p in parameters}) == 1, "one dtype for all trained parameters"
+    bf16 = parameters[0].dtype == torch.bfloat16
+    check_optimizer(name, lr, betas, bf16)
+    make = partial(_make, name, lr=lr, betas=betas, weight_decay=weight_decay, bf16=bf16)
+    return CpuOffload(parameters, make) if cpu_offload else make(parameters)
 
-    return Lion(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
+
+def _make(name, parameters, lr, betas, weight_decay, bf16):
+    if name == "adamw8":
+        bnb = _extra("bitsandbytes")
+        return bnb.optim.AdamW8bit(parameters, lr=lr, betas=betas, eps=EPS, weight_decay=weight_decay)
+    if name == "prodigy":
+        # safeguard_warmup and use_bias_correction: its authors' advice for diffusion models. The decay is given by
+        # group because the constructor would print a line about it.
+        groups = [{"params": parameters, "weight_decay": weight_decay}]
+        kind = _extra("prodigyopt").Prodigy
+        return kind(groups, lr=lr, betas=betas, eps=EPS, safeguard_warmup=True, use_bias_correction=True)
+    if name == "adamw" and not bf16:
+        return torch.optim.AdamW(parameters, lr=lr, betas=betas, eps=EPS, weight_decay=weight_decay, fused=True)
+    import optimi
+
+    kind = {"adamw": optimi.AdamW, "lion": optimi.Lion, "stableadamw": optimi.StableAdamW}[name]
+    eps = {} if name == "lion" else {"eps": EPS}
+    optimizer = kind(parameters, lr=lr, betas=betas, weight_decay=0.0 if bf16 else weight_decay, **eps)
+    if bf16:
+        optimizer.param_groups[0]["pending_decay"] = 0.0  # in the group, so that state_dict has it
+        optimizer.register_step_post_hook(partial(_decay_bf16, weight_decay))
+    return optimizer
 
 
-def lr_factor(schedule, step, warmup_steps, decay_steps):
-    """The learning rate over its peak, for the update after `step` finished ones; as diffusers' get_scheduler.
+@torch.no_grad()
+def _decay_bf16(weight_decay, optimizer, args, kwargs):
+    """Decays bfloat16 weights after a step, through their Kahan compensation.
 
-    Past `decay_steps` the rate stays where it ended.
+    optimi multiplies the weight by 1 - lr x weight_decay, which in bfloat16 is 1 below 2^-9. The compensation holds
+    8 more bits, and the decay waits until 2^-14 of a weight has come together, so that it is not lost there either.
+    (StableAdamW's is then of the plain rate, not of its clipped one.)
     """
-    if schedule == "constant":
-        warmup_steps = 0
-    if step < warmup_steps:
-        return step / warmup_steps
-    if schedule.startswith("constant"):
-        return 1.0
-    progress = min(1.0, (step - warmup_steps) / max(1, decay_steps - warmup_steps))
-    if schedule == "linear":
-        return 1.0 - progress
-    return 0.5 * (1.0 + math.cos(math.pi * progress))
+    for group in optimizer.param_groups:
+        group["pending_decay"] += group["lr"] * weight_decay
+        if group["pending_decay"] < 2**-14:
+            continue
+        weights = [p for p in group["params"] if p in optimizer.state]  # those that have had a gradient
+        compensations = [optimizer.state[p]["kahan_comp"] for p in weights]
+        torch._foreach_add_(compensations, weights, alpha=-group["pending_decay"])
+        group["pending_decay"] = 0.0
 
 
-class Ema:
-    """Exponential moving average of a model's weights in float32, with warm-up of the decay.
+def _extra(package):
+    """Imports the package of an optional optimizer."""
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError:
+        raise ValueError(f"{package} is not installed: run `pip install {package}`") from None
 
-    decay_t = min(decay, (1 + t) / (10 + t)), as TensorFlow's ExponentialMovingAverage(num_updates).
+
+class CpuOffload(torch.optim.Optimizer):
+    """Runs an optimizer on copies of the parameters in CPU memory, so that its state takes no device memory.
+
+    At a step the gradients come to the CPU, the optimizer steps there, and the weights go back: the host waits for
+    the device each step. The arithmetic and state_dict are those of the optimizer itself, so a run may go on with or
+    without it. torch has no such optimizer; FSDP's CPUOffloadPolicy is the same for sharded models.
+
+    Args:
+        parameters: those that are trained; one group.
+        make: function of a list of parameters that returns their optimizer.
     """
 
-    def __init__(self, model, decay):
-        self.decay = decay
-        self.model = copy.deepcopy(model).float().eval().requires_grad_(False)
-        self._weights = list(model.parameters())
-        self._averages = list(self.model.parameters())
+    def __init__(self, parameters, make):
+        pin = parameters[0].is_cuda  # copies from and to pinned memory need no staging
+        self.cpu_parameters = [_cpu_copy(p, pin).requires_grad_() for p in parameters]
+        self._gradients = [_cpu_copy(p, pin) for p in parameters]
+        self._optimizer = make(self.cpu_parameters)
+        super().__init__(parameters, {"lr": self._optimizer.param_groups[0]["lr"]})
 
     @torch.no_grad()
-    def update(self, step):
-        """Moves the average towards the weights after update number `step` (from 1)."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self._averages, [weight.float() for weight in self._weights], 1 - decay)
+    def step(self, closure=None):
+        """Steps with the gradients and the learning rate of `param_groups`."""
+        assert closure is None
+        parameters = self.param_groups[0]["params"]
+        for parameter, copy, gradient in zip(parameters, self.cpu_parameters, self._gradients, strict=True):
+            if parameter.grad is not None:
+                gradient.copy_(parameter.grad, non_blocking=True)
+            copy.grad = None if parameter.grad is None else gradient
+        if parameters[0].is_cuda:
+            torch.cuda.current_stream(parameters[0].device).synchronize()  # host waits for the gradients
+        self._optimizer.param_groups[0]["lr"] = self.param_groups[0]["lr"]
+        self._optimizer.step()
+        for parameter, copy in zip(parameters, self.cpu_parameters, strict=True):
+            parameter.copy_(copy, non_blocking=True)
+
+    def state_dict(self):
+        """The state of the optimizer on the CPU."""
+        return self._optimizer.state_dict()
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict):
+        """Takes the optimizer's state, and the weights from the parameters, which must have been loaded before."""
+        for copy, parameter in zip(self.cpu_parameters, self.param_groups[0]["params"], strict=True):
+            copy.copy_(parameter)
+        self._optimizer.load_state_dict(state_dict)
+        self.param_groups[0]["lr"] = self._optimizer.param_groups[0]["lr"]
 
 
-def qk_weights(model):
-    """The to_q and to_k weights of all attention layers."""
-    return [p for name, p in model.named_parameters() if name.endswith(("to_q.weight", "to_k.weight"))]
+def _cpu_copy(tensor, pin):
+    return torch.empty_like(tensor, device="cpu", pin_memory=pin, requires_grad=False).copy_(tensor.detach())
 
 
-def mean_abs_grad(parameters):
-    """Mean |gradient| over all elements of `parameters`, as one float32 tensor on the device; 0 without gradients."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    if not grads:
-        return torch.zeros(())
-    total = torch.stack(torch._foreach_norm(grads, 1, dtype=torch.float32)).sum()
-    return total / sum(grad.numel() for grad in grads)
+def loss_scaler(device, precision):
+    """The loss scaler of float16 training; with other precisions it passes everything through.
+
+    Args:
+        device: torch.device, cpu included.
+        precision: of the command line.
+    """
+    return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+
+
+def autocast_for(device, precision):
+    """Returns a function that opens the autocast context of a precision.
+
+    "bf16" and "fp16" compute in bfloat16 and float16 from float32 weights; "fp32" and "bf16_pure" compute in the
+    dtype of the weights.
+    """
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return lambda: torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
+@torch.no_grad()
+def clip_gradients(parameters, norm, max_norm):
+    """Scales gradients in place to a global norm of `max_norm` where `norm`, measured before, is larger.
+
+    As torch.nn.utils.clip_grads_with_norm_, for sharded gradients too. No host-device wait.
+    """
+    gradients = local_parts([parameter.grad for parameter in parameters if parameter.grad is not None])
+    torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))

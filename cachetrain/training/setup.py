@@ -1,39 +1,56 @@
 """Opens what a run needs, and refuses what does not fit together before anything is trained."""
 
-import sys
+import hashlib
+import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from cachetrain.cli import Steps
-from cachetrain.modeling import load
+from cachetrain.modeling import load, selection
 from cachetrain.modeling.schedulers import make_scheduler, objective_of
 from cachetrain.sidecar import read_sidecar
+from cachetrain.training import draws
 from cachetrain.training.data import Batches, CachedPairs, make_loader
 from cachetrain.training.index import PairIndex, check_same_run, null_caption_path
-from cachetrain.training.samples import Samples, read_prompts
+from cachetrain.training.prompts import warn
+from cachetrain.training.ram import RamCache
+from cachetrain.training.samples import Samples
+from cachetrain.training.validation import Validation, check_apart, split_index
 
 
-def open_index(args):
-    """Lists the pairs and says what cannot be verified or is left out."""
-    index = PairIndex(args.train_data_dir, args.imgcache_suffix, args.txtcache_suffix)
-    if index.num_foreign:
+def open_index(args, world):
+    """Lists the pairs; returns (PairIndex to train on, PairIndex to validate on or None)."""
+    suffixes = args.imgcache_suffix, args.txtcache_suffix
+    index = PairIndex(args.train_data_dir, *suffixes, args.dir_weights, args.force_txtcache, world)
+    if index.num_foreign and world.main:
         warn(f"{index.num_foreign} of {len(index)} pairs have caches without a header: they cannot be verified")
-    if index.unpaired:
-        warn(f"{index.unpaired} sidecars have no partner ({args.imgcache_suffix} + {args.txtcache_suffix}): not used")
-    return index
+    if index.unpaired and world.main:
+        warn(f"{index.unpaired} sidecars have no partner ({' + '.join(suffixes)}): not used")
+    if args.overfit:
+        return index.subset(np.sort(draws.permutation(args.seed, 0, len(index))[: args.overfit])), None
+    if args.val_split:
+        return split_index(index, args.val_split)
+    if not args.val_data_dir:
+        return index, None
+    held_out = PairIndex(args.val_data_dir, *suffixes, one_text=args.force_txtcache, world=world)
+    check_same_run(index.image_header, held_out.image_header, index.image_path(0), held_out.image_path(0), "settings")
+    check_same_run(index.text_header, held_out.text_header, index.text_path(0), held_out.text_path(0))
+    check_apart(index, held_out)
+    return index, held_out
 
 
 def check_fit(index, unet, args):
     """Refuses caches that do not fit the UNet, before anything is trained."""
-    channels = unet.config.in_channels
+    channels, width = unet.config.in_channels, load.text_width(unet.config)
     for shape in index.shapes:
         if shape[0] != channels:
             raise ValueError(f"{args.train_data_dir[0]}: latents are {shape}, the UNet wants {channels} channels; "
                              "cache the images with this model's VAE")  # fmt: skip
-    if index.text_width != unet.config.cross_attention_dim:
+    if index.text_width != width:
         raise ValueError(f"{args.train_data_dir[0]}: embeddings are {index.text_width} wide, the UNet wants "
-                         f"{unet.config.cross_attention_dim}; cache the captions with this model")  # fmt: skip
+                         f"{width}; cache the captions with this model")  # fmt: skip
     if args.cond_dropout > 0.25:
         warn(f"--cond_dropout {args.cond_dropout}: above 0.25 the model learns little from captions")
 
@@ -51,23 +68,55 @@ def check_vae(index, model_dir):
 
 
 class Plan(NamedTuple):
-    """Lengths in optimizer steps; steps_per_epoch is a float."""
+    """Lengths in optimizer steps; steps_per_epoch and validation_steps are floats. peak_lr is the peak rate."""
 
+    effective_batch: int
     steps_per_epoch: float
     max_steps: int
     warmup_steps: int
     decay_steps: int
     save_steps: int
+    save_start: int
+    validation_steps: float
+    peak_lr: float
+
+    def ends_epoch(self, step):
+        """Whether the samples of an epoch came to their end within this step."""
+        return int(step / self.steps_per_epoch) > int((step - 1) / self.steps_per_epoch)
 
 
-def make_plan(args, num_samples):
+def make_plan(args, num_visits, ranks):
     """Resolves epochs into steps, and what was not said into its default."""
-    per_epoch = num_samples / (args.batch_size * args.gradient_accum)
-    max_steps = Steps(f"{args.max_epochs}e" if args.max_epochs else args.max_steps).resolve(per_epoch)
+    effective_batch = args.batch_size * args.gradient_accum * ranks
+    per_epoch = num_visits / effective_batch
+    max_steps = max(1, Steps(f"{args.max_epochs}e" if args.max_epochs else args.max_steps).resolve(per_epoch))
     # "Slightly longer" than the run, so that the rate ends above zero.
     decay_steps = args.lr_decay_steps.resolve(per_epoch) if args.lr_decay_steps else round(1.1 * max_steps)
     warmup_steps = args.warmup_steps.resolve(per_epoch) if args.warmup_steps else round(0.02 * decay_steps)
-    return Plan(per_epoch, max_steps, warmup_steps, decay_steps, max(1, args.save_steps.resolve(per_epoch)))
+    return Plan(
+        effective_batch, per_epoch, max_steps, 0 if args.scheduler == "constant" else warmup_steps, decay_steps,
+        max(1, args.save_steps.resolve(per_epoch)), args.save_start.resolve(per_epoch),
+        max(1, args.val_steps.resolve(per_epoch)) if args.val_steps else max(1.0, per_epoch),
+        args.learning_rate * (math.sqrt(effective_batch) if args.scale_lr else 1.0),
+    )  # fmt: skip
+
+
+def open_unet(args, index, model_dir, device):
+    """Loads the UNet, re-initialises and freezes what the flags say; returns (UNet, table of what is trained)."""
+    dtype = torch.bfloat16 if args.precision == "bf16_pure" else torch.float32
+    unet = load.load_unet(load.component_dir(model_dir, "unet"), dtype, args.seed)
+    check_fit(index, unet, args)
+    chosen = selection.apply(unet, args, args.seed)
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if args.allow_tf32:
+        torch.set_float32_matmul_precision("high")
+        if device.type != "cuda":
+            warn("--allow_tf32 does nothing without CUDA")
+    unet.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.preserve_format)
+    if args.compile:
+        unet.compile(fullgraph=True)  # in place: names, saving and wrappers see the same module
+    return unet, chosen
 
 
 def open_scheduler(model_dir, objective, zero_terminal_snr=False):
@@ -78,45 +127,100 @@ def open_scheduler(model_dir, objective, zero_terminal_snr=False):
     return make_scheduler(objective or (objective_of(own) if own else "epsilon"), own, zero_terminal_snr)
 
 
-def open_loader(args, index, device, objective, max_steps):
-    """The loader of finished batches: scaling factors from the caches, the null embedding from the data root."""
+def open_pairs(args, index, objective, validates=False):
+    """CachedPairs of an index: scaling factors from the caches, the null embedding from the data root.
+
+    Args:
+        validates: without dropout and flips, and with draws that are the same in runs of any seed.
+    """
     metadata = index.image_header.metadata
     scaling = args.vae_scaling_factor or float(metadata.get("scaling_factor") or 0)
     if not scaling:
         raise ValueError("the image caches do not say their VAE's scaling_factor; pass --vae_scaling_factor")
-    null_path = null_caption_path(args.train_data_dir, args.txtcache_suffix)
-    if null_path is None and args.cond_dropout:
-        raise ValueError(f"no _null_caption{args.txtcache_suffix} in {args.train_data_dir}; "
-                         "run the text cache script, or pass --cond_dropout 0")  # fmt: skip
-    null = None
-    if null_path:
-        tensors, header = read_sidecar(null_path)
-        check_same_run(index.text_header, header, index.text_path(0), null_path)
-        null = tensors["emb"].float()
-    dataset = CachedPairs(
-        index, args.seed, null, scaling, float(metadata.get("shift_factor") or 0), args.text_scaling_factor,
-        args.cond_dropout, args.flip_p, objective == "flow", args.timestep_sampling, args.timestep_range,
-        args.offset_noise,
+    store = RamCache(index) if args.cache_in_ram else None
+    bf16 = args.precision.startswith("bf16")
+    return CachedPairs(
+        index, 0 if validates else args.seed, None if validates else _null_embedding(args, index), scaling,
+        float(metadata.get("shift_factor") or 0), args.text_scaling_factor, 0.0 if validates else args.cond_dropout,
+        0.0 if validates else args.flip_p, objective == "flow", args.timestep_sampling, args.timestep_range,
+        args.offset_noise, torch.bfloat16 if bf16 else torch.float32, bool(args.overfit), store,
     )  # fmt: skip
+
+
+def _null_embedding(args, index):
+    path = null_caption_path(args.train_data_dir, args.txtcache_suffix) if args.cond_dropout else None
+    if path is None:
+        if args.cond_dropout:
+            raise ValueError(f"no _null_caption{args.txtcache_suffix} in {', '.join(args.train_data_dir)}; "
+                             "run the text cache script, or pass --cond_dropout 0")  # fmt: skip
+        return None
+    tensors, header = read_sidecar(path)
+    check_same_run(index.text_header, header, index.text_path(0), path)
+    return tensors["emb"]
+
+
+def open_loader(args, pairs, device, plan, world):
+    """Returns (DataLoader of finished batches, the Batches it follows)."""
     strata = args.gradient_accum if args.timestep_sampling == "stratified" else 0
-    batches = Batches(index, args.batch_size, args.seed, max_steps * args.gradient_accum, strata)
-    return make_loader(dataset, batches, index.masked, args.num_workers, device.type == "cuda")
+    batches = Batches(
+        pairs.index, args.batch_size, args.seed, plan.max_steps * args.gradient_accum, strata, world.rank, world.ranks
+    )
+    return make_loader(pairs, batches, pairs.index.masked, args.num_workers, device.type == "cuda"), batches
+
+
+def coverage(index, plan, args, world):
+    """One line on how often the run visits the samples, and which sizes are too rare to fill a batch in it."""
+    visits = plan.max_steps * plan.effective_batch
+    lines = [f"{visits / index.num_visits:.2f} epochs of {index.num_visits:,.0f} visits to {len(index):,} pairs"]
+    for number, shape in enumerate(index.shapes):
+        share = float(index.weights[index.shape_ids == number].sum(dtype=np.float64)) / index.num_visits
+        fills = share * visits >= args.batch_size * world.ranks
+        lines.append(f"{'x'.join(map(str, shape))}: {share:.1%}" + ("" if fills else ", NEVER FILLS A BATCH"))
+    return "; ".join(lines)
+
+
+def leftover(index, batches):
+    """One line on what was not trained, at the end of a run."""
+    waiting = ", ".join(f"{count} of {'x'.join(map(str, index.shapes[shape]))}"
+                        for shape, count in sorted(batches.waiting.items()))  # fmt: skip
+    never = int((~batches.seen & (index.weights > 0)).sum())
+    return (f"coverage: {len(index) - never:,} of {len(index):,} pairs trained"
+            + (f"; waiting for a full batch: {waiting}" if waiting else ""))  # fmt: skip
 
 
 def open_samples(args, model_dir, scheduler, index, device):
     """Encodes the sample prompts, or returns None without any."""
-    prompts = read_prompts(args.sample_prompts) if args.sample_prompts else args.sample_prompt
-    if not prompts:
+    source = args.sample_prompts or args.sample_prompt
+    if not source:
         return None
-    return Samples(
-        model_dir, prompts, args.sample_cfgs, scheduler, index, args.text_scaling_factor, args.sampler_steps, device
-    )
+    return Samples(model_dir, source, args.sample_cfgs, scheduler, index, args.text_scaling_factor,
+                   args.sampler_steps, device, args.sample_steps)  # fmt: skip
 
 
-def autocast_for(device, precision):
-    """Returns a function that opens the autocast context of a precision."""
-    return lambda: torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+def open_validation(args, held_out, objective, plan, device, world):
+    """What measures `val/loss`, or None without pairs to validate on."""
+    if held_out is None:
+        return None
+    pairs = open_pairs(args, held_out, objective, validates=True)
+    return Validation(pairs, args.batch_size, plan.validation_steps, args.use_snr, device, world, args.num_workers)
 
 
-def warn(message):
-    print(f"warning: {message}", file=sys.stderr)
+def cache_fingerprint(index):
+    """A short hash that is equal for runs on caches of the same encoders and settings."""
+    identity = repr((index.image_header.run_identity, index.text_header.run_identity, len(index)))
+    return f"{hashlib.sha256(identity.encode()).hexdigest()[:12]} ({len(index):,} pairs)"
+
+
+def is_out_of_memory(error):
+    """Whether an exception says that a device or the host had no memory left."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def memory_advice(args, error):
+    """What to change after running out of memory, most effective first."""
+    advice = [f"--batch_size below {args.batch_size} (and --gradient_accum up by the same factor)"]
+    advice += [] if args.gradient_checkpointing else ["--gradient_checkpointing"]
+    advice += [] if args.cpu_offload or args.fsdp else ["--cpu_offload"]
+    advice += ["--optimizer lion, with one state in place of two"] if args.optimizer != "lion" else []
+    advice += [] if args.precision == "bf16_pure" else ["--precision bf16_pure"]
+    return f"out of memory ({str(error).splitlines()[0]}); try " + ", ".join(advice)

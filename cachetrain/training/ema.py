@@ -1,0 +1,88 @@
+"""The exponential moving average of the weights."""
+
+from contextlib import contextmanager
+
+import torch
+from torch.distributed.tensor import DTensor
+
+
+class Ema:
+    """Exponential moving average of trained weights in float32, with warm-up of the decay.
+
+    decay_t = min(decay, (1 + t) / (10 + t)), as TensorFlow's ExponentialMovingAverage(num_updates). Sharded weights
+    (fully_shard) have sharded averages: every rank averages its own part.
+
+    Args:
+        parameters: the trained parameters, any float dtype; frozen ones need no average.
+        decay: in [0, 1).
+        device: where the averages live; default: beside the parameters. "cpu" saves device memory, but every update
+            then waits for the weights to arrive, unless `sources` are on the CPU already.
+        sources: tensors equal to the parameters after each optimizer step, to average instead of them
+            (CpuOffload.cpu_parameters).
+    """
+
+    def __init__(self, parameters, decay, device=None, sources=None):
+        self.decay = decay
+        self._parameters = list(parameters)
+        self._sources = self._parameters if sources is None else list(sources)
+        self.averages = [p.detach().to(device or p.device, torch.float32, copy=True) for p in self._parameters]
+        pairs = zip(self._sources, self.averages, strict=True)
+        self._alike = all(source.dtype == a.dtype and source.device == a.device for source, a in pairs)
+
+    @torch.no_grad()
+    def update(self, step):
+        """Moves the averages towards the weights after optimizer step `step` (from 1)."""
+        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        averages, sources = _local(self.averages), _local(self._sources)
+        if self._alike:
+            torch._foreach_lerp_(averages, sources, weight)
+            return
+        for average, source in zip(averages, sources, strict=True):
+            average.lerp_(source.to(average), weight)  # one float32 copy at a time
+
+    @contextmanager
+    def applied(self):
+        """Puts the averages into the parameters, and the raw weights back bit by bit, also after an exception."""
+        with torch.no_grad():
+            parameters, averages = _local(self._parameters), _local(self.averages)
+            raw = [p.to(a.device, copy=True) for p, a in zip(parameters, averages, strict=True)]
+        try:
+            _copy(parameters, averages)
+            yield
+        finally:
+            _copy(parameters, raw)
+
+    def state_dict(self):
+        """The averages, float32 (DTensors for sharded weights), under their positions "0", "1", ..."""
+        return {str(number): average for number, average in enumerate(self.averages)}
+
+    @torch.no_grad()
+    def load_state_dict(self, state):
+        """Takes the averages from `state`, in place.
+
+        Raises:
+            ValueError: they are of other parameters.
+        """
+        found = [tuple(state[key].shape) for key in sorted(state, key=int)]
+        expected = [tuple(average.shape) for average in self.averages]
+        if found != expected:
+            raise ValueError(
+                f"EMA state: {len(found)} averages do not fit the {len(expected)} tensors that this run trains; "
+                "resume with the flags that chose them (--unfreeze_*, --targetted_training)"
+            )
+        for number, average in enumerate(self.averages):
+            average.copy_(state[str(number)])
+
+
+def _local(tensors):
+    """This rank's parts of DTensors, sharing their memory; other tensors as they are. Needs no_grad.
+
+    An average is element by element, so the shards need not be known: no dispatch, any device.
+    """
+    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+
+
+@torch.no_grad()
+def _copy(targets, sources):
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)

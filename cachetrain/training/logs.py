@@ -1,0 +1,79 @@
+"""All logging of a run behind a few calls: what is collected each step, and what is written at a log step."""
+
+from pathlib import Path
+
+from cachetrain.training import describe
+from cachetrain.training.data import Visit
+from cachetrain.training.diagnostics import Diagnostics, FixedLatent
+from cachetrain.training.health import Health
+from cachetrain.training.machine import forward_flops
+from cachetrain.training.metrics import open_metrics
+from cachetrain.training.setup import cache_fingerprint
+from cachetrain.training.statistics import Statistics
+
+
+class Logs:
+    """The 15 groups of docs/logging.md, those that `--log_groups` names.
+
+    Args:
+        unet: the module itself; what is trained is final.
+        pairs: CachedPairs that are trained on.
+        rate: function of an optimizer step, from 1, that returns its learning rate.
+        autocast: function that opens the run's autocast context.
+
+    Attributes:
+        metrics: Metrics of rank 0, or what takes its calls and writes nothing.
+        statistics: Statistics; the loop hands it every micro-batch, and the seconds it waited for one.
+    """
+
+    def __init__(self, args, world, unet, objective, alphas_cumprod, pairs, plan, rate, autocast, scaler, device):
+        groups, index = frozenset(args.log_groups), pairs.index
+        self.groups, self.log_step, self.plan, self.autocast, self.scaler = groups, args.log_step, plan, autocast, scaler
+        output_dir = Path(args.output_dir)
+        self.metrics = open_metrics(output_dir, Path(args.logdir) / output_dir.name, 0, world.main)
+        shape, tokens = index.shapes[0], int(index.tokens[0])
+        flops = forward_flops(unet, shape, tokens) if 5 in groups else None
+        self.statistics = Statistics(
+            unet, objective, world, device, groups, output_dir, args.gradient_clip, args.use_snr, flops
+        )
+        self.diagnostics = Diagnostics(unet, args.diagnostic_steps, groups, world, device)
+        self.health = Health(self.statistics.measured.layers, plan.warmup_steps, scaler.is_enabled())
+        self.fixed_latent = None
+        if 13 in groups:
+            kind = index.image_header.metadata.get("kind") or "img_sdvae"
+            sample = pairs[Visit(0, 0)]
+            self.fixed_latent = FixedLatent(unet, objective, alphas_cumprod, sample, index.masked, kind, device)
+        if 4 in groups:
+            describe.planned_rates(self.metrics, rate, plan.max_steps)
+        if 6 in groups:
+            describe.noise_schedule(self.metrics, alphas_cumprod)
+        if 8 in groups:
+            describe.architecture(self.metrics, unet)
+        if 15 in groups:
+            describe.configuration(self.metrics, vars(args), cache_fingerprint(index), device)
+
+    def due(self, step):
+        """Whether scalars are read and written after this step."""
+        return step % self.log_step == 0 or step == 1 or step == self.plan.max_steps or self.diagnostics.due(step)
+
+    def write(self, step, optimizer, extra):
+        """Reads what has been collected since the last call and writes it. The host waits for the device here.
+
+        Args:
+            extra: {tag: float} to write with it.
+
+        Returns:
+            {tag: float}, all that was written.
+        """
+        tags, histograms = self.statistics.read(step, optimizer, self.scaler)
+        more_tags, more_histograms = self.diagnostics.after(step)
+        tags |= more_tags | extra
+        self.metrics.scalars(step, tags)
+        for tag, (counts, edges) in (histograms | more_histograms).items():
+            self.metrics.histogram(tag, counts, edges, step)
+        measured = self.statistics.measured
+        if 11 in self.groups:
+            self.health.watch(step, measured.qk_rms, measured.v_ratio, self.statistics.grad_norm)
+        if self.fixed_latent and self.diagnostics.due(step):
+            self.metrics.image("13_Noise_Visualization/fixed_latent", self.fixed_latent.picture(self.autocast), step)
+        return tags

@@ -1,0 +1,82 @@
+"""How fast the run goes and what it takes from the machine."""
+
+import os
+import shutil
+
+import torch
+
+from cachetrain.modeling.load import text_width
+
+GIB = 2**30
+
+# Dense bfloat16 peak in TFLOP/s, of the vendors' data sheets. The first name found in the device's counts.
+PEAK_TFLOPS = {
+    "H200": 989, "H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "GH200": 989, "B200": 2250, "A100": 312,
+    "L40S": 362, "L40": 181, "L4": 121, "A40": 150, "A10G": 70, "A10": 125, "A6000": 155,
+    "RTX 6000 Ada": 364, "RTX 5090": 210, "RTX 4090": 165, "RTX 4080": 97, "RTX 3090": 71, "RTX 3080": 60,
+}  # fmt: skip
+
+
+def peak_tflops(device):
+    """Peak of the GPU in bfloat16, or None where it is not known: a CPU, another GPU, a slice of one (MIG)."""
+    if device.type != "cuda":
+        return None
+    words = torch.cuda.get_device_name(device).replace("-", " ").split()
+    name = f" {' '.join(words)} "
+    return None if "MIG" in words else next((p for known, p in PEAK_TFLOPS.items() if f" {known} " in name), None)
+
+
+def forward_flops(unet, latent_shape, num_tokens):
+    """Floating-point operations of one image's forward pass, counted by torch on a copy without data.
+
+    Args:
+        unet: UNet2DConditionModel; only its config is used.
+        latent_shape: (C, h, w).
+        num_tokens: text length T.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        copy = type(unet).from_config(unet.config)
+        latents, timesteps = torch.empty(1, *latent_shape), torch.empty(1)
+        hidden = torch.empty(1, num_tokens, text_width(unet.config))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        copy(latents, timesteps, encoder_hidden_states=hidden)
+    return counter.get_total_flops()
+
+
+def speed_tags(images, steps, elapsed_s, wait_s, flops_per_image, peak):
+    """Group 05.
+
+    Args:
+        images, steps: of all ranks in `elapsed_s` of wall time, of which the loop waited `wait_s` for batches.
+        flops_per_image: of the forward pass, or None. Backward costs twice as much; what gradient checkpointing
+            computes again is no work of the model and does not count (PaLM, Chowdhery et al. 2022, appendix B).
+        peak: TFLOP/s of all GPUs together, or None.
+    """
+    tags = {
+        "05_Performance/images_per_second": images / elapsed_s,
+        "05_Performance/steps_per_second": steps / elapsed_s,
+        "05_Performance/data_wait_fraction": wait_s / elapsed_s,
+    }
+    if flops_per_image:
+        tflops = 3 * flops_per_image * images / elapsed_s / 1e12
+        tags["05_Performance/model_tflops"] = tflops
+        if peak:
+            tags["05_Performance/mfu"] = tflops / peak
+    return tags
+
+
+def system_tags(device, output_dir):
+    """Group 14, of this process and its GPU. Peaks are since the start."""
+    tags = {"14_System/disk_free_gib": shutil.disk_usage(output_dir).free / GIB}
+    if device.type == "cuda":
+        tags["14_System/gpu_peak_gib"] = torch.cuda.max_memory_allocated(device) / GIB
+        tags["14_System/gpu_reserved_gib"] = torch.cuda.memory_reserved(device) / GIB
+        tags["14_System/gpu_alloc_retries"] = torch.cuda.memory_stats(device).get("num_alloc_retries", 0)
+    try:
+        with open("/proc/self/statm") as file:  # Linux
+            tags["14_System/rss_gib"] = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / GIB
+    except FileNotFoundError:
+        pass
+    return tags

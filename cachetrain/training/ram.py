@@ -1,0 +1,76 @@
+"""--cache_in_ram: every sidecar is read once, before training, and stays in memory as it is on disk."""
+
+from array import array
+from pathlib import Path
+
+import numpy as np
+from safetensors.torch import load
+from tqdm import tqdm
+
+from cachetrain.bulk import in_threads
+from cachetrain.sidecar import read_verified
+
+_HEADER_BYTES = 2048  # about what a sidecar holds besides its tensors
+_ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4}
+
+
+class RamCache:
+    """The sidecars of an index, verified once. Forked loader workers share them.
+
+    Raises:
+        ValueError: they do not fit into the memory that is free; a sidecar is damaged.
+    """
+
+    def __init__(self, index):
+        needed, free = needed_bytes(index), available_bytes()
+        if free is not None and needed > 0.9 * free:
+            raise ValueError(
+                f"--cache_in_ram: the caches take {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB of memory are "
+                "free; train without it (--num_workers read the files ahead)"
+            )
+        # One text for all is stored once, behind the images.
+        paths = [index.image_path] if index.one_text else [index.image_path, index.text_path]
+        self._per_pair, self._total = len(paths), len(paths) * len(index) + bool(index.one_text)
+        self._one_text = index.one_text is not None
+        self._data, self._ends = bytearray(), array("Q", [0])
+        every = (path(i) for i in range(len(index)) for path in paths)
+        for _, (data, _) in tqdm(in_threads(read_verified, every), desc="into memory", total=self._total, unit="file",
+                                 disable=None):  # fmt: skip
+            self._append(data)
+        if self._one_text:
+            self._append(read_verified(index.one_text)[0])
+
+    def image(self, i):
+        """Tensors by name."""
+        return self._load(i * self._per_pair)
+
+    def text(self, i):
+        return self._load(self._total - 1 if self._one_text else i * 2 + 1)
+
+    def _append(self, data):
+        self._data += data
+        self._ends.append(len(self._data))
+
+    def _load(self, place):
+        return load(bytes(memoryview(self._data)[self._ends[place] : self._ends[place + 1]]))
+
+
+def needed_bytes(index):
+    """About how much memory the sidecars of `index` take."""
+    elements = sum(
+        int(np.prod(shape)) * int(count)
+        for shape, count in zip(index.shapes, np.bincount(index.shape_ids, minlength=len(index.shapes)), strict=True)
+    )
+    images, texts = index.image_header, index.text_header
+    per_element = sum(_ITEM_BYTES.get(dtype, 4) for dtype in images.dtypes.values())
+    text = int(index.tokens.sum(dtype=np.int64)) * index.text_width * _ITEM_BYTES.get(texts.dtypes["emb"], 4)
+    return elements * per_element + (0 if index.one_text else text) + 2 * _HEADER_BYTES * len(index)
+
+
+def available_bytes():
+    """Memory that can be taken without swapping, or None where the system does not say (Linux does)."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)

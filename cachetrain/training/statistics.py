@@ -1,0 +1,255 @@
+"""What happened since the last log step, kept on the device.
+
+Every step only adds to small tensors; a log step sums them over the ranks and copies them to the host, once.
+"""
+
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from cachetrain.training.gradients import Gradients
+from cachetrain.training.machine import peak_tflops, speed_tags, system_tags
+
+GROUPS = tuple(range(1, 16))
+BINS, CELLS = 8, 40  # bins of the loss tags, cells of the histogram: both divide the 1000 timesteps
+BIN_NAMES = tuple(f"t{first:03d}-{first + 1000 // BINS - 1:03d}" for first in range(0, 1000, 1000 // BINS))
+_MAX_LOG_SNR = 20.0  # pure noise and pure signal have an infinite one
+
+
+class Statistics:
+    """Collects the scalars and histograms of groups 01 to 07, 11 and 14.
+
+    Args:
+        unet: the module itself, not its distributed wrapper; what is trained is final.
+        objective: "epsilon", "v_prediction" or "flow".
+        world: World.
+        device: torch.device.
+        groups: numbers of the groups to log; the others cost nothing.
+        output_dir: of the run, whose disk is watched.
+        gradient_clip: maximal global norm; 0: off.
+        weighted: the loss is weighted (Min-SNR), so that it is shown beside the plain one.
+        flops_per_image: machine.forward_flops, or None.
+
+    Attributes:
+        wait_s: the loop adds the seconds that it waited for a batch.
+        loss, loss_raw, grad_norm: floats of the last `read`, whatever the groups.
+        measured: Gradients, which holds qk_rms and v_ratio of the last `read` where group 11 is on.
+    """
+
+    def __init__(
+        self, unet, objective, world, device, groups, output_dir, gradient_clip=0.0, weighted=False,
+        flops_per_image=None,
+    ):  # fmt: skip
+        self.objective, self.world, self.device, self.groups = objective, world, device, frozenset(groups)
+        self.output_dir, self.gradient_clip, self.weighted = output_dir, gradient_clip, weighted
+        self.flops_per_image = flops_per_image
+        peak = peak_tflops(device)
+        self._peak = peak and peak * world.ranks
+        self.measured = Gradients(unet, world, device, 1 in self.groups, 11 in self.groups)
+        self._rows = ["count", "raw", "loss"]
+        self._rows += ["x0_mse", "log_snr"] if 6 in self.groups else []
+        self._rows += ["std_ratio", "cosine"] if 7 in self.groups else []
+        self._epoch, self._epoch_start_s = np.zeros(6), time.perf_counter()
+        self._reset()
+
+    def _reset(self):
+        # A column for each cell of timesteps with a caption, then for each without.
+        self._table = torch.zeros(len(self._rows), 2 * CELLS, device=self.device)
+        self._steps = torch.zeros(3, device=self.device)  # all, clipped, not finite
+        self._epoch_ends, self._last = [], None
+        self._images = self._num_steps = 0
+        self.wait_s, self._start_s = 0.0, time.perf_counter()
+
+    @torch.no_grad()
+    def add(self, batch, prediction, target, alpha, sigma, raw, loss):
+        """Adds a micro-batch.
+
+        Args:
+            batch: dict as data.collate makes it, on the device.
+            prediction, target: [B, C, h, w], any float dtype.
+            alpha, sigma: float32 [B, 1, 1, 1].
+            raw, loss: float32 [B], the plain squared error and what is optimised.
+        """
+        rows = [torch.ones_like(raw), raw, loss]
+        if 6 in self.groups:
+            rows += self._diffusion(raw, alpha.flatten(), sigma.flatten())
+        if 7 in self.groups:
+            predicted, wanted = prediction.float().flatten(1), target.float().flatten(1)
+            pair = torch.stack([predicted, wanted])
+            deviations = torch.linalg.vector_norm(
+                pair - pair.mean(2, keepdim=True), dim=2
+            )  # std(2) takes 5 x as long
+            rows += [deviations[0] / deviations[1], F.cosine_similarity(predicted, wanted)]
+            self._last = batch  # its latents and text are looked at if this was the last one before a log step
+        cells = (batch["timesteps"] * (CELLS / 1000)).long().clamp_(max=CELLS - 1) + CELLS * batch["dropped"]
+        self._table.index_add_(1, cells, torch.stack(rows))
+        self._images += len(raw) * self.world.ranks
+
+    def _diffusion(self, raw, alpha, sigma):
+        """Squared error of the predicted x_0, which follows from that of the target, and log(alpha^2 / sigma^2).
+
+        epsilon: x_0 = (x_t - sigma epsilon) / alpha; v: x_0 = alpha x_t - sigma v; flow: x_0 = x_t - sigma v.
+        """
+        scale = sigma / alpha if self.objective == "epsilon" else sigma
+        log_snr = 2 * (alpha / sigma).log()
+        return [raw * scale.square(), log_snr.clamp_(-_MAX_LOG_SNR, _MAX_LOG_SNR)]
+
+    @torch.no_grad()
+    def gradients(self, log_now):
+        """Measures the gradients after the last backward pass of a step, unscaled and before clipping.
+
+        Returns:
+            float32 0-dim, the global norm, to clip with.
+        """
+        norm = self.measured.measure(log_now)
+        flags = [torch.ones_like(norm), norm > (self.gradient_clip or torch.inf), ~norm.isfinite()]
+        self._steps += torch.stack([flag.float() for flag in flags]) / self.world.ranks
+        self._num_steps += 1
+        return norm
+
+    def epoch_end(self):
+        """Marks that the steps so far were the last of an epoch; the next `read` has its summary. No wait."""
+        sums = torch.cat([self._table[:3].sum(1), self._steps])
+        self._epoch_ends.append((sums, time.perf_counter()))
+        del self._epoch_ends[:-2]  # of epochs shorter than a log step the last one is shown
+
+    @torch.no_grad()
+    def read(self, step, optimizer, scaler=None):
+        """Returns ({tag: float}, {tag: (counts, edges)}) of the steps since the last call, and starts afresh.
+
+        This is where the host waits for the device: everything leaves it as ONE tensor. All ranks take part.
+
+        Args:
+            step: optimizer steps done.
+            optimizer: its learning rates are logged.
+            scaler: torch.amp.GradScaler, or None.
+        """
+        parts = {"table": self._table, "steps": self._steps, **self.measured.sums(), **self._contents()}
+        parts |= {f"epoch_{i}": sums for i, (sums, _) in enumerate(self._epoch_ends)}
+        if 14 in self.groups and scaler is not None and scaler.is_enabled():
+            parts["grad_scale"] = scaler.scale(torch.ones((), device=self.device)) / self.world.ranks
+        flat = self.world.sum(torch.cat([part.reshape(-1).float() for part in parts.values()]))
+        host = np.split(flat.cpu().numpy(), np.cumsum([part.numel() for part in parts.values()])[:-1])
+        tags, histograms = self._tags(dict(zip(parts, host, strict=True)))
+        tags |= self._rates(step, optimizer)
+        self._reset()
+        return tags, histograms
+
+    def _contents(self):
+        """Sums over the latents and text of the last micro-batch."""
+        if self._last is None:
+            return {}
+        latents, hidden = self._last["latents"], self._last["encoder_hidden_states"]
+        mask = self._last["encoder_attention_mask"]
+        seen = torch.ones_like(hidden[..., 0]) if mask is None else mask.float()
+        norms = torch.linalg.vector_norm(hidden, dim=-1, dtype=torch.float32)
+        count = torch.full((1,), latents[:, 0].numel(), device=self.device)
+        text = torch.stack([(norms * seen).sum(), seen.sum(), torch.ones_like(seen).sum()])
+        return {"latents": torch.cat([count, latents.sum((0, 2, 3)), latents.square().sum((0, 2, 3))]), "text": text}
+
+    def _tags(self, host):
+        table = host["table"].reshape(len(self._rows), 2, CELLS).astype(np.float64)
+        totals = dict(zip(self._rows, table.sum((1, 2)), strict=True))
+        self.loss, self.loss_raw = (totals[row] / max(1, totals["count"]) for row in ("loss", "raw"))
+        self.grad_norm = float(host["grad_norm"][0])
+        tags, histograms = self.measured.tags(host), {}
+        by_bin = table.reshape(len(self._rows), 2, BINS, -1).sum((1, 3))
+        if 1 in self.groups:
+            tags |= self._training(host["steps"])
+        if 2 in self.groups:
+            tags |= self._components(by_bin, table.sum(2))
+        tags |= self._epoch_summary(host, np.concatenate([table[:3].sum((1, 2)), host["steps"]]))
+        if 5 in self.groups:
+            elapsed_s = time.perf_counter() - self._start_s
+            tags |= speed_tags(
+                self._images, self._num_steps, elapsed_s, self.wait_s, self.flops_per_image, self._peak
+            )
+        if 6 in self.groups and totals["count"]:
+            tags |= {f"06_Diffusion/{row}": totals[row] / totals["count"] for row in ("x0_mse", "log_snr")}
+            histograms["06_Diffusion/timesteps"] = (table[0].sum(0), np.linspace(0, 1000, CELLS + 1))
+        if 7 in self.groups:
+            tags |= self._noise(by_bin, host)
+        if 11 in self.groups and self.measured.layers:
+            logarithms = np.log10(np.clip(np.nan_to_num(self.measured.qk_rms, posinf=1e9), 1e-15, 1e9))
+            histograms["11_Gradient_Stats/qk_rms_log10"] = np.histogram(logarithms, bins=20)
+        if 14 in self.groups:
+            tags |= system_tags(self.device, self.output_dir)
+            tags |= {"14_System/grad_scale": float(host["grad_scale"][0])} if "grad_scale" in host else {}
+        return tags, histograms
+
+    def _training(self, steps):
+        tags = {"01_Training/loss": self.loss, "01_Training/loss_raw": self.loss_raw}
+        if self.weighted:
+            tags["01_Training/loss_snr"] = self.loss
+        if self.gradient_clip:
+            tags["01_Training/clipped_fraction"] = float(steps[1] / max(1, steps[0]))
+        return tags
+
+    def _components(self, by_bin, by_caption):
+        tags = _means("02_Loss_Components/loss_raw_", BIN_NAMES, by_bin[1], by_bin[0])
+        if self.weighted:
+            tags |= _means("02_Loss_Components/loss_", BIN_NAMES, by_bin[2], by_bin[0])
+        return tags | _means("02_Loss_Components/loss_raw_", ("captioned", "dropped"), by_caption[1], by_caption[0])
+
+    def _epoch_summary(self, host, window):
+        """Group 03 where an epoch has ended. An epoch is the sum of whole windows and of the parts before its marks.
+
+        Args:
+            window: float64 [6], this window's sums in the order of `epoch_end`.
+        """
+        if not self._epoch_ends:
+            self._epoch += window
+            return {}
+        marks = [host[f"epoch_{i}"].astype(np.float64) for i in range(len(self._epoch_ends))]
+        times = [self._epoch_start_s, *(at for _, at in self._epoch_ends)]
+        count, _, loss, steps, _, not_finite = marks[-1] - (marks[-2] if len(marks) > 1 else -self._epoch)
+        self._epoch, self._epoch_start_s = window - marks[-1], times[-1]
+        if 3 not in self.groups:
+            return {}
+        seconds = times[-1] - times[-2]
+        return {
+            "03_Epoch_Summary/loss": loss / max(1, count),
+            "03_Epoch_Summary/images": count,
+            "03_Epoch_Summary/seconds": seconds,
+            "03_Epoch_Summary/minutes_per_epoch": seconds / 60,
+            "03_Epoch_Summary/optimizer_steps": round(steps),
+            "03_Epoch_Summary/not_finite_steps": round(not_finite),
+        }
+
+    def _noise(self, by_bin, host):
+        sums = dict(zip(self._rows, by_bin, strict=True))
+        tags = _means("07_Noise_Analysis/std_ratio_", BIN_NAMES, sums["std_ratio"], sums["count"])
+        tags |= _means("07_Noise_Analysis/cosine_", BIN_NAMES, sums["cosine"], sums["count"])
+        if "latents" in host:
+            count, first, second = host["latents"][0], *np.split(host["latents"][1:].astype(np.float64), 2)
+            deviation = np.sqrt(np.maximum(0, second / count - (first / count) ** 2))
+            for channel, (mean, std) in enumerate(zip(first / count, deviation, strict=True)):
+                tags[f"07_Noise_Analysis/latent_mean_c{channel}"] = float(mean)
+                tags[f"07_Noise_Analysis/latent_std_c{channel}"] = float(std)
+            norm, seen, places = host["text"]
+            tags["07_Noise_Analysis/embedding_norm"] = float(norm / seen)
+            tags["07_Noise_Analysis/padded_fraction"] = float(1 - seen / places)
+        return tags
+
+    def _rates(self, step, optimizer):
+        tags = {}
+        if 1 in self.groups:
+            tags["01_Training/images_seen"] = step * self._images // max(1, self._num_steps)
+            tags["01_Training/learning_rate"] = optimizer.param_groups[0]["lr"]
+        if 4 in self.groups:
+            for number, group in enumerate(optimizer.param_groups):
+                tags[f"04_Learning_Rate/group_{number}"] = group["lr"]
+                if "d" in group:  # Prodigy's own estimate, by which the rate is multiplied
+                    tags[f"04_Learning_Rate/prodigy_d_{number}"] = float(group["d"])
+        return tags
+
+
+def _means(prefix, names, sums, counts):
+    """Scalars of what has been seen: a bin without samples has no value."""
+    return {
+        f"{prefix}{name}": float(total / count)
+        for name, total, count in zip(names, sums, counts, strict=True)
+        if count
+    }

@@ -1,0 +1,186 @@
+"""The loss on pairs that are not trained on, always with the same noise and timesteps."""
+
+import hashlib
+import os
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+
+from cachetrain.training.data import Visit, make_loader
+from cachetrain.training.prompts import warn
+
+QUANTILES = 4
+_PATIENCE = 5
+_GOLDEN_RATIO = (5**0.5 - 1) / 2
+
+
+def split_positions(names, share):
+    """Which of `names` validate: those whose hash, as a fraction of 1, is below `share`.
+
+    A name is always on the same side, whatever other names there are.
+
+    Args:
+        names: iterable of str.
+        share: in (0, 1).
+
+    Returns:
+        bool [N].
+    """
+    limit = share * 2**64
+    hashes = (hashlib.blake2b(os.fsencode(name), digest_size=8).digest() for name in names)
+    return np.fromiter((int.from_bytes(digest, "big") < limit for digest in hashes), bool)
+
+
+def split_index(index, share):
+    """Splits a PairIndex by the names of its pairs: returns (what is trained on, what validates).
+
+    Raises:
+        ValueError: one side would be empty.
+    """
+    validates = split_positions((index.relative_name(i) for i in range(len(index))), share)
+    if not 0 < validates.sum() < len(index):
+        raise ValueError(
+            f"--val_split {share}: takes {validates.sum()} of {len(index)} pairs, so that one side is empty; use "
+            "another share, more data, or --val_data_dir"
+        )
+    return index.subset(np.flatnonzero(~validates)), index.subset(np.flatnonzero(validates))
+
+
+def check_apart(index, val_index):
+    """Raises a ValueError that names a folder of --val_data_dir that is trained on as well, through links too."""
+    validated = {os.path.realpath(folder): folder for folder in _folders(val_index)}
+    for folder in _folders(index):
+        if (real := os.path.realpath(folder)) in validated:
+            raise ValueError(
+                f"--val_data_dir: {validated[real]} is also trained on, as {folder} of --train_data_dir; keep the "
+                "validation pairs in a folder of their own, or use --val_split"
+            )
+
+
+def _folders(index):
+    """The distinct folders of an index's pairs, sorted."""
+    return sorted({os.path.dirname(index.stem(i)) for i in range(len(index))})
+
+
+class FixedBatches:
+    """Batches of Visit, of one latent shape each: every sample once in each of QUANTILES parts of the timesteps.
+
+    So all quantiles are equally filled and hold the same samples. Within a quantile the timesteps of sample after
+    sample follow the golden ratio's low-discrepancy sequence. Nothing depends on a seed, an epoch or the ranks.
+
+    Args:
+        shape_ids: int [N], the latent shape of each sample.
+    """
+
+    def __init__(self, shape_ids, batch_size, rank=0, ranks=1):
+        self.batch_size, self.rank, self.ranks = batch_size, rank, ranks
+        # Positions sorted by shape, and where each shape ends: no Python object per sample.
+        self._order = np.argsort(shape_ids, kind="stable")
+        ends = np.cumsum(np.bincount(shape_ids)) * QUANTILES
+        starts = np.concatenate([[0], ends[:-1]])
+        self._bounds = [
+            (first, min(first + batch_size, end))
+            for start, end in zip(starts.tolist(), ends.tolist(), strict=True)
+            for first in range(start, end, batch_size)
+        ]
+
+    def __len__(self):
+        """The same on every rank, for sharded models take their steps together."""
+        return -(-len(self._bounds) // self.ranks)
+
+    def __iter__(self):
+        return (self.batch(number) for number in range(len(self)))
+
+    def batch(self, number):
+        """The rank's batch of that number, a list of Visit."""
+        first, end = self._bounds[self._global(number) % len(self._bounds)]
+        return [self._visit(place) for place in range(first, end)]
+
+    def counts(self, number):
+        """Whether the batch counts: the last ones of some ranks only keep the others company."""
+        return self._global(number) < len(self._bounds)
+
+    def _global(self, number):
+        return number * self.ranks + self.rank
+
+    def _visit(self, place):
+        sample, quantile = int(self._order[place // QUANTILES]), place % QUANTILES
+        within = (0.5 + sample * _GOLDEN_RATIO) % 1.0
+        # The quantile stands in for the epoch, so that each has noise of its own.
+        return Visit(quantile, sample, uniform=(quantile + within) / QUANTILES)
+
+
+class Validation:
+    """Measures `val/loss`. Draws only from generators of its own and touches no state of training.
+
+    Args:
+        pairs: CachedPairs of the validation pairs, made without dropout and flips, and with seed 0 in every run.
+        batch_size: of a forward pass; without gradients it may be that of training.
+        every_n_steps: float; an epoch's length in steps validates once an epoch.
+        weighted: losses() gives a weighted loss; the plain one is reported beside it.
+        world: World.
+    """
+
+    def __init__(self, pairs, batch_size, every_n_steps, weighted, device, world, num_workers=0):
+        self.every_n_steps, self.weighted, self.device, self.world = every_n_steps, weighted, device, world
+        self._batches = FixedBatches(pairs.index.shape_ids, batch_size, world.rank, world.ranks)
+        self._loader = make_loader(
+            pairs, self._batches, pairs.index.masked, min(2, num_workers), device.type == "cuda"
+        )
+        self._best, self._stale, self._told = float("inf"), 0, False
+
+    def due(self, step, max_steps):
+        """Whether to measure after optimizer step `step`."""
+        return step // self.every_n_steps > (step - 1) // self.every_n_steps or step == max_steps
+
+    def measure(self, unet, losses, step, ema=None):
+        """Returns {tag: float}: val/loss, val/loss_q1 (least noise) to q4, of weighted losses val/loss_raw; with EMA
+        val/loss_ema. This is a place where the host waits for the device. All ranks take part.
+
+        Args:
+            unet: the module itself; its mode is put back.
+            losses: function (unet, batch on the device) -> (loss, plain squared error), float32 [B] each.
+            ema: Ema, whose `applied()` puts the averages into `unet` for a while.
+        """
+        loss, raw = self._means(unet, losses, nullcontext())
+        values = {"val/loss": loss.mean()}
+        values |= {f"val/loss_q{quantile + 1}": mean for quantile, mean in enumerate(loss)}
+        if self.weighted:
+            values["val/loss_raw"] = raw.mean()
+        if ema is not None:
+            values["val/loss_ema"] = self._means(unet, losses, ema.applied())[0].mean()
+        values = {tag: float(value) for tag, value in values.items()}
+        self._watch(values.get("val/loss_ema", values["val/loss"]), step)
+        return values
+
+    @torch.no_grad()
+    def _means(self, unet, losses, weights):
+        """Means over each quantile: float64 numpy [2, QUANTILES], of the loss and of the plain squared error."""
+        sums = torch.zeros(3, QUANTILES, dtype=torch.float64, device=self.device)
+        training = unet.training
+        with weights:
+            unet.eval()
+            try:
+                for number, batch in enumerate(self._loader):
+                    batch = {k: v if v is None else v.to(self.device, non_blocking=True) for k, v in batch.items()}
+                    loss, raw = losses(unet, batch)
+                    if self._batches.counts(number):
+                        quantiles = torch.tensor([visit.epoch for visit in self._batches.batch(number)])
+                        values = torch.stack([loss, raw, torch.ones_like(loss)]).double()
+                        sums.index_add_(1, quantiles.to(self.device, non_blocking=True), values)
+            finally:
+                unet.train(training)
+        sums = self.world.sum(sums).cpu().numpy()
+        return sums[:2] / sums[2]
+
+    def _watch(self, loss, step):
+        """Says once, on the first rank, that the loss has stopped improving."""
+        self._stale = 0 if loss < self._best else self._stale + 1
+        self._best = min(self._best, loss)
+        if self._stale == _PATIENCE and self.world.main and not self._told:
+            self._told = True
+            warn(
+                f"the validation loss has not improved in {_PATIENCE} validations (step {step}: {loss:.5f}, best "
+                f"{self._best:.5f}); from here on training may only memorise"
+            )
