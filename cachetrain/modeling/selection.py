@@ -7,7 +7,7 @@ from typing import NamedTuple
 # part: (pattern that is searched in the names of diffusers' UNet2DConditionModel, what it is). Attention is its own
 # projections: a transformer block's norms, feed-forward, proj_in and proj_out belong to none of the attention parts.
 REINIT = {
-    "unet": (r"", "everything: train from scratch"),
+    "unet": (r"", "everything, to train from scratch"),
     "qk": (r"\.to_[qk]\.", "to_q and to_k of all attention"),
     "crossattn": (r"\.attn2\.", "cross-attention"),
     "crossattnout": (r"\.attn2\.to_out\.", "cross-attention's output projections"),

@@ -149,10 +149,11 @@ class Batches:
                     continue
                 full = filling.pop(self.index.shape_ids[sample])
                 self.seen[[visit.sample for visit in full]] = True
-                yield self._stratified(full, made)[self.rank :: self.ranks]
                 made += 1
                 if made == self.num_batches:
                     self.waiting = {int(shape): len(bucket) for shape, bucket in filling.items()}
+                yield self._stratified(full, made - 1)[self.rank :: self.ranks]
+                if made == self.num_batches:
                     return
 
     def _stratified(self, batch, made):

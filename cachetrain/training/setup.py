@@ -51,6 +51,9 @@ def check_fit(index, unet, args):
     if index.text_width != width:
         raise ValueError(f"{args.train_data_dir[0]}: embeddings are {index.text_width} wide, the UNet wants "
                          f"{width}; cache the captions with this model")  # fmt: skip
+    if load.has_text_projection(unet.config) and index.text_settings.get("raw") is False:
+        raise ValueError(f"{args.train_data_dir[0]}: captions were cached through a projection, the UNet has its own; "
+                         "cache them with create_t5cache_768.py --raw")  # fmt: skip
     if args.cond_dropout > 0.25:
         warn(f"--cond_dropout {args.cond_dropout}: above 0.25 the model learns little from captions")
 

@@ -1,0 +1,355 @@
+#!/usr/bin/env python3
+"""Measures the training loop against a bare loop: the same step on one resident batch, no loader, no logging.
+
+    ./benchmarks/train_throughput.py --work /tmp/train_throughput
+    ./benchmarks/train_throughput.py --work /tmp/train_throughput --unet sd15 --memory_gib 24
+
+The whole loop is train_from_cached.py with its default logging, on caches of random numbers that are made here. The
+bare loop has the same model, optimizer, precision, clipping and EMA. Each runs in a process of its own, in turns, and
+is timed in windows from one log step to the next. Ratios are of the medians of wall time and of CPU time of the
+process (all its threads, the loader's workers not): on a shared machine the latter says more; on a GPU only the former
+counts. The last column is what the project wants.
+
+tiny: the embedded T5 flavour at the quickstart's settings for a CPU (batch 16, float32, one thread, EMA); about ten
+minutes on two cores. sd15: the UNet of SD1.5 with random weights, CLIP embeddings, 512x512, at the trainer's defaults;
+wants a GPU with 80 GB at batch 64 and 20 GB of disk. There the loop also runs against a plain loop in the style of
+diffusers (float32 weights, bfloat16 autocast, AdamW as torch makes it, NCHW, eager), every wait of the host for the
+device outside log steps is counted (torch.cuda.set_sync_debug_mode), and --memory_gib finds the largest batch that
+fits a card of that size. The same code runs with --unet tiny on a GPU, and without one as far as it applies.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+from cachetrain import cli
+
+REPO = Path(__file__).resolve().parent.parent
+LOG_STEP = 25  # the trainer's default; also the bare loop's window
+MLPERF_H200 = 128.3  # images/s of SD2's UNet on one of eight, MLPerf training v4.0
+# As quickstart.sh sets it for a tiny model on a CPU.
+CPU_ENV = {"OMP_NUM_THREADS": "1", "MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
+QUICKSTART = ["--lr", "2e-3", "--scheduler", "cosine", "--betas", "0.9", "0.99", "--cond_dropout", "0.1"]
+
+
+def parse_args(argv=None):
+    parser = cli.parser(__doc__)
+    parser.add_argument("--work", required=True, help="directory for models, caches and runs; kept")
+    parser.add_argument("--unet", choices=("tiny", "sd15"), default="tiny")
+    parser.add_argument("--device", help="torch device; default: cuda if there is one, else cpu")
+    parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16", "bf16_pure"), help="default: tiny all, "
+                        "sd15 bf16 and bf16_pure")  # fmt: skip
+    parser.add_argument("--modes", nargs="+", choices=("eager", "compiled"), default=("eager", "compiled"))
+    parser.add_argument("--batch_size", type=int, help="default: tiny 16, sd15 64")
+    parser.add_argument("--windows", type=int, default=4, help=f"of {LOG_STEP} steps, timed in each turn")
+    parser.add_argument("--turns", type=int, default=3, help="of each loop")
+    parser.add_argument("--memory_gib", type=float, help="also find the largest batch in this much GPU memory")
+    parser.add_argument("--loop", choices=("whole", "bare", "plain"), help="run only this one (used by itself)")
+    args = parser.parse_args(argv)
+    args.tiny = args.unet == "tiny"
+    args.precisions = args.precisions or (["fp32", "bf16", "bf16_pure"] if args.tiny else ["bf16", "bf16_pure"])
+    args.batch_size = args.batch_size or (16 if args.tiny else 64)
+    return args
+
+
+# Models and caches
+
+
+def make_inputs(work, tiny):
+    """Writes a bare UNet and caches of random numbers; all captions are equally long once padded. Skips what is there.
+
+    Returns:
+        (model directory, data directory, the trainer's flags that name the caches).
+    """
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    model, data, done = work / "unet", work / "data", work / "complete"
+    kind, tokens, width, side = ("txt_t5cache", 16, 64, 8) if tiny else ("txt_clipl", 77, 768, 64)
+    flags = ["--imgcache_suffix", ".img_sdvae", "--txtcache_suffix", f".{kind}"]
+    if done.exists():
+        return model, data, flags
+    config = UNet2DConditionModel.load_config(REPO / "models" / "tiny" / "unet") if tiny else {}
+    config |= {} if tiny else {"sample_size": 64, "cross_attention_dim": 768}
+    # A config without weights: all loops start from the same random ones.
+    with torch.device("meta"):
+        UNet2DConditionModel.from_config(config).save_config(model / "unet")
+    data.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    for number in range(1024):
+        latent = torch.randn(4, side, side, generator=generator).half() / 0.18215
+        write(data / f"{number:04}.img_sdvae", {"latent": latent}, "img_sdvae", scaling_factor="0.18215", shift_factor="0.0")
+        length = tokens - number % 8 if tiny else tokens
+        write(data / f"{number:04}.{kind}", {"emb": torch.randn(length, width, generator=generator).bfloat16()}, kind)
+    write(data / f"_null_caption.{kind}", {"emb": torch.randn(length, width, generator=generator).bfloat16()}, kind)
+    done.touch()
+    return model, data, flags
+
+
+def write(path, tensors, kind, **more):
+    from cachetrain.sidecar import write_sidecar
+
+    write_sidecar(path, tensors, {"kind": kind, "encoder": "0" * 64, "settings": "{}", **more})
+
+
+# The loops: each prints its measurements as JSON
+
+
+class Clock:
+    """Notes wall and CPU time at the end of each window, when the device is done."""
+
+    def __init__(self, device):
+        self.device, self.marks = device, []
+
+    def mark(self):
+        import torch
+
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.marks.append((time.perf_counter(), time.process_time()))
+
+    def result(self, **more):
+        """Seconds per step of each window after the first two marks: those saw the start and what is compiled."""
+        pairs = list(zip(self.marks[1:], self.marks[2:], strict=False))
+        wall, cpu = ([(b[i] - a[i]) / LOG_STEP for a, b in pairs] for i in (0, 1))
+        print(json.dumps({"wall": wall, "cpu": cpu, **more}))
+
+
+def trainer_flags(args, work, model, data, steps):
+    flags = ["--model", model, "--train_data_dir", data, "--output_dir", work / f"run-{time.time_ns()}"]
+    flags += ["--logdir", work / "tensorboard", "--batch_size", args.batch_size, "--max_steps", steps]
+    flags += ["--precision", args.precisions[0], "--objective", "flow"]
+    flags += [*QUICKSTART, "--ema_decay", 0.99] if args.tiny else []
+    flags += ["--device", args.device] if args.device else []
+    return [*map(str, flags), *(["--compile"] if args.modes[0] == "compiled" else [])]
+
+
+def whole_loop(args, work, model, data, flags):
+    """train_from_cached.py in this process, with marks after each log step."""
+    import importlib.util
+
+    import torch
+
+    from cachetrain.modeling import load
+    from cachetrain.training.logs import Logs
+
+    spec = importlib.util.spec_from_file_location("train_from_cached", REPO / "train_from_cached.py")
+    trainer = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(trainer)
+    clock, waits, wait_shares = Clock(load.pick_device(args.device)), Waits(), []
+    write_logs = Logs.write
+
+    def write_and_mark(self, step, *rest):
+        with waits.allowed():
+            tags = write_logs(self, step, *rest)
+            clock.mark()
+        if step > LOG_STEP:
+            wait_shares.append(tags["05_Performance/data_wait_fraction"])
+        return tags
+
+    Logs.write = write_and_mark
+    with waits.counted(clock.device):
+        trainer.main([*trainer_flags(args, work, model, data, LOG_STEP * (args.windows + 1)), *flags])
+    cuda = clock.device.type == "cuda"
+    clock.result(
+        data_wait=statistics.mean(wait_shares) if wait_shares else 0.0, waits=waits.count if cuda else None,
+        device=torch.cuda.get_device_name(clock.device) if cuda else "cpu",
+    )  # fmt: skip
+
+
+class Waits:
+    """Counts waits of the host for a CUDA device between the first and the last log step, those of log steps not."""
+
+    def __init__(self):
+        self.count, self._counting = 0, False
+
+    @contextmanager
+    def counted(self, device):
+        import torch
+
+        def show(message, *_, **__):
+            self.count += "synchroniz" in str(message)
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            self._counting, warnings.showwarning = device.type == "cuda", show
+            yield
+            if self._counting:
+                torch.cuda.set_sync_debug_mode("default")
+
+    @contextmanager
+    def allowed(self):
+        """Around a log step; counting starts after the first one."""
+        import torch
+
+        if self._counting:
+            torch.cuda.set_sync_debug_mode("default")
+        yield
+        if self._counting:
+            torch.cuda.set_sync_debug_mode("warn")
+
+
+def bare_loop(args, work, model, data, flags):
+    """The same step on one resident batch; `plain`: as a script of diffusers would set it up."""
+    import torch
+
+    from cachetrain.modeling import load
+    from cachetrain.training.optim import autocast_for, make_optimizer
+
+    plain, precision = args.loop == "plain", args.precisions[0]
+    device = load.pick_device(args.device)
+    unet = load.load_unet(model / "unet", torch.bfloat16 if precision == "bf16_pure" else torch.float32)
+    if plain or device.type == "cpu":
+        unet.to(device)
+    else:
+        unet.to(device, memory_format=torch.channels_last)
+    if args.modes[0] == "compiled" and not plain:
+        unet.compile(fullgraph=True)
+    parameters = list(unet.parameters())
+    if plain:
+        optimizer = torch.optim.AdamW(parameters, lr=1e-5)
+    else:
+        optimizer = make_optimizer("adamw", parameters, 1e-5, (0.9, 0.99), 0.01)
+    averages = [p.detach().float().clone() for p in parameters] if args.tiny and not plain else []
+    autocast, batch = autocast_for(device, precision), resident_batch(args, data, flags, device)
+    latents, noise, hidden, mask, timesteps = batch
+    clock = Clock(device)
+    for step in range(LOG_STEP * (args.windows + 1)):
+        sigma = (timesteps / 1000)[:, None, None, None]
+        noisy = (1 - sigma) * latents + sigma * noise
+        with autocast():
+            output = unet(noisy.to(unet.dtype), timesteps, hidden, encoder_attention_mask=mask).sample
+        (output.float() - (noise - latents)).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            if averages and parameters[0].dtype == torch.float32:
+                torch._foreach_lerp_(averages, parameters, 0.01)
+            elif averages:
+                for average, parameter in zip(averages, parameters, strict=True):
+                    average.lerp_(parameter.float(), 0.01)
+        if step == 0 or (step + 1) % LOG_STEP == 0:
+            clock.mark()
+    clock.result()
+
+
+def resident_batch(args, data, flags, device):
+    """(latents, noise, encoder_hidden_states, encoder_attention_mask or None, timesteps) of the first pairs."""
+    import torch
+
+    from cachetrain.modeling.t5_pipeline import pad_embeddings
+    from cachetrain.sidecar import read_sidecar
+
+    stems = [data / f"{number % 1024:04}" for number in range(args.batch_size)]
+    latents = torch.stack([read_sidecar(s.with_suffix(".img_sdvae"))[0]["latent"].float() * 0.18215 for s in stems])
+    hidden, mask = pad_embeddings([read_sidecar(s.with_suffix(flags[-1]))[0]["emb"] for s in stems])
+    timesteps = torch.arange(args.batch_size) * (1000 / args.batch_size)
+    hidden = hidden if args.precisions[0].startswith("bf16") else hidden.float()
+    batch = (latents, torch.randn_like(latents), hidden, mask if args.tiny else None, timesteps)
+    return [part if part is None else part.to(device) for part in batch]
+
+
+# Measuring
+
+
+def run_loop(args, loop, precision, mode, batch_size, windows=None, memory_gib=None):
+    """Runs one loop in a process of its own; returns its measurements, or None if memory ran out."""
+    import torch
+
+    command = [__file__, "--work", args.work, "--unet", args.unet, "--loop", loop, "--precisions", precision]
+    command += ["--modes", mode, "--batch_size", batch_size, "--windows", windows or args.windows]
+    command += ["--device", args.device] if args.device else []
+    command += ["--memory_gib", memory_gib] if memory_gib else []
+    env = os.environ | ({} if torch.cuda.is_available() and args.device != "cpu" else CPU_ENV)
+    done = subprocess.run([sys.executable, *map(str, command)], env=env, text=True, capture_output=True)
+    if done.returncode:
+        if "out of memory" in done.stderr:
+            return None
+        raise ValueError(f"--loop {loop} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def in_turns(args, loops, precision, mode, batch_size):
+    """Runs the loops in turns; returns {loop: measurements of all turns together}."""
+    results = {}
+    for _ in range(args.turns):
+        for loop in loops:
+            measured = run_loop(args, loop, precision, mode, batch_size)
+            if measured is None:
+                raise ValueError(f"--loop {loop} has no memory for --batch_size {batch_size}")
+            earlier = results.setdefault(loop, measured | {"wall": [], "cpu": []})
+            for key in ("wall", "cpu"):
+                earlier[key] += measured[key]
+            print(f"{precision} {mode} {loop}: " + " ".join(f"{1e3 * s:.1f}" for s in measured["wall"]) + " ms",
+                  file=sys.stderr)  # fmt: skip
+    return results
+
+
+def compare(args, precision, mode, batch_size):
+    """Yields the rows of one setting."""
+    label, against = f"{precision}, {mode}, batch {batch_size}", [] if args.tiny else ["plain"]
+    results = in_turns(args, ["whole", "bare", *against], precision, mode, batch_size)
+    whole, bare = results["whole"], results["bare"]
+    on_gpu = whole["device"] != "cpu"
+    for key in ("wall",) if on_gpu else ("wall", "cpu"):
+        (own, other), name = (statistics.median(m[key]) for m in (whole, bare)), f"{key} time"
+        yield f"{label}: {1e3 * own:.1f} ms a step, {name}", f"bare loop {1e3 * other:.1f} ms", own / other, "<= 1.03"
+    step_s = statistics.median(whole["wall"])
+    yield f"  its wait for data, as a share of time", "", whole["data_wait"], ""
+    if whole["waits"] is not None:
+        yield "  waits of the host for the device outside log steps", "", whole["waits"], "0"
+    if "plain" in results:
+        plain_s = statistics.median(results["plain"]["wall"])
+        yield f"  {batch_size / step_s:.1f} images/s", f"plain loop {batch_size / plain_s:.1f}", plain_s / step_s, ">= 1.5"
+    if "H200" in whole["device"] and not args.tiny:
+        yield f"  {batch_size / step_s:.1f} images/s", f"MLPerf {MLPERF_H200}", batch_size / step_s / MLPERF_H200, ">= 1"
+
+
+def largest_batch(args, precision, mode):
+    """The largest batch size, a multiple of 2, with which the whole loop runs in --memory_gib; 0: none."""
+    fits, too_large = 0, None
+    while too_large is None or too_large - fits > 2:
+        tried = (fits * 2 or 2) if too_large is None else (fits + too_large) // 4 * 2
+        if run_loop(args, "whole", precision, mode, tried, windows=1, memory_gib=args.memory_gib):
+            fits = tried
+        else:
+            too_large = tried
+    return fits
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    work = Path(args.work) / args.unet
+    inputs = make_inputs(work, args.tiny)
+    if args.loop:
+        import torch
+
+        if args.memory_gib:
+            share = args.memory_gib * 2**30 / torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, share))
+        (whole_loop if args.loop == "whole" else bare_loop)(args, work, *inputs)
+        return 0
+    rows = [
+        row for precision in args.precisions for mode in args.modes
+        for row in compare(args, precision, mode, args.batch_size)
+    ]  # fmt: skip
+    if args.memory_gib:
+        for precision in args.precisions:
+            batch_size = largest_batch(args, precision, args.modes[0])
+            rows.append((f"{precision}, {args.modes[0]}: batch in {args.memory_gib:g} GiB", "", batch_size, ""))
+            rows += compare(args, precision, args.modes[0], batch_size) if batch_size else []
+    print(f"\n{'measured':62}{'against':28}{'ratio':>7}  wanted")
+    for measured, against, ratio, wanted in rows:
+        print(f"{measured:62}{against:28}{ratio:7.3f}  {wanted}")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

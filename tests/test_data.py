@@ -1,0 +1,189 @@
+"""What an epoch visits, weights of folders, rare sizes, caches in memory, one text for all."""
+
+import shutil
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from conftest import load_script
+from test_training import CLIP, T5, digest, refused, run
+
+from cachetrain.sidecar import read_sidecar
+from cachetrain.training import data, draws, options, ram
+from cachetrain.training.data import Batches, CachedPairs, Visit
+from cachetrain.training.index import PairIndex
+
+REQUIRED = ["--model", "x", "--output_dir", "x"]
+
+
+class Index:
+    """As much of a PairIndex as Batches needs."""
+
+    def __init__(self, weights, shape_ids=None):
+        self.weights = np.array(weights, np.float32)
+        self.shape_ids = np.zeros(len(weights), int) if shape_ids is None else np.array(shape_ids)
+
+    def __len__(self):
+        return len(self.weights)
+
+
+def copied(shapes, folder, names=slice(None), suffixes=T5):
+    """Copies the pairs of `shapes` whose place is in `names` to `folder`, the null captions too."""
+    folder.mkdir(parents=True)
+    stems = sorted(path.stem for path in shapes.glob("*.img_sdxl"))[names]
+    for stem in [*stems, "_null_caption"]:
+        for path in shapes.glob(f"{stem}.*"):
+            if path.suffix in suffixes:
+                shutil.copy(path, folder)
+    return folder
+
+
+def test_weights_are_the_mean_number_of_visits_and_fractions_are_drawn_anew_in_each_epoch():
+    weights = np.array([1, 2, 0, 0.5, 2.25] * 20, np.float32)
+    counts = np.array([np.bincount(draws.visits(0, epoch, weights)[0], minlength=100) for epoch in range(400)])
+    for i, weight in enumerate(weights):
+        assert set(counts[:, i]) == {int(np.floor(weight)), int(np.ceil(weight))}
+        spread = np.sqrt((weight % 1) * (1 - weight % 1) / 400)
+        assert abs(counts[:, i].mean() - weight) <= 5 * spread
+    assert len({row.tobytes() for row in counts}) == 400
+    samples, repeats = draws.visits(3, 7, weights)
+    assert len(set(zip(samples.tolist(), repeats.tolist(), strict=True))) == len(samples)
+    assert all(repeats[samples == 1].tolist().count(n) == 1 for n in (0, 1))
+    plain, none = draws.visits(0, 0, np.ones(50, np.float32))
+    assert (plain == draws.permutation(0, 0, 50)).all() and not none.any()
+
+
+def test_two_visits_of_one_epoch_have_noise_and_timesteps_of_their_own(shapes):
+    pairs = CachedPairs(PairIndex([shapes], *T5), 0, None, 1.0)
+    first, second = pairs[Visit(0, 3, 0)], pairs[Visit(0, 3, 1)]
+    assert torch.equal(first["latents"], second["latents"])
+    assert abs(np.corrcoef(first["noise"].flatten(), second["noise"].flatten())[0, 1]) < 0.3
+    assert first["timesteps"] != second["timesteps"]
+    fixed = CachedPairs(pairs.index, 0, None, 1.0, fixed=True)
+    again = fixed[Visit(9, 3, 1)]
+    assert torch.equal(again["noise"], first["noise"]) and again["timesteps"] == first["timesteps"]
+
+
+def test_folder_weights_multiply_txt_and_repeats_multiply_and_the_nearest_file_counts(shapes, tmp_path):
+    root = copied(shapes, tmp_path / "a", slice(0, 4))
+    copied(shapes, root / "often", slice(4, 7))
+    copied(shapes, root / "often" / "deep", slice(7, 8))
+    copied(shapes, root / "often" / "never", slice(8, 10))
+    (root / "often" / "multiply.txt").write_text("3\n")
+    (root / "often" / "never" / "multiply.txt").write_text("0")
+    other = copied(shapes, tmp_path / "b:1", slice(10, 12))  # a folder that looks weighted and is not
+    argv = ["--train_data_dir", f"{root}:0.5", str(other), "--repeats", "2", *REQUIRED]
+    args = options.parse_args("", argv)
+    assert args.train_data_dir == [str(root), str(other)] and args.dir_weights == [1.0, 2.0]
+    index = PairIndex(args.train_data_dir, *T5, args.dir_weights)
+    by_folder = {index.stem(i).rsplit("/", 1)[0].rsplit("/", 1)[1]: index.weights[i] for i in range(len(index))}
+    assert by_folder == {"a": 1.0, "often": 3.0, "deep": 3.0, "never": 0.0, "b:1": 2.0}
+    assert index.num_visits == 4 + 9 + 3 + 0 + 4
+    visited = Counter(visit.sample for batch in Batches(index, 5, 0, 40) for visit in batch)  # ten epochs
+    assert {index.stem(i).split("/")[-2] for i in visited} == {"a", "often", "deep", "b:1"}
+    for i, weight in enumerate(index.weights):
+        assert abs(visited[i] - 10 * weight) <= weight  # the last of them may wait in a batch
+    (root / "multiply.txt").write_text("often")
+    with pytest.raises(ValueError, match=r"multiply\.txt: 'often'"):
+        PairIndex([root], *T5)
+    (root / "multiply.txt").write_text("0")
+    (root / "often" / "multiply.txt").unlink()
+    with pytest.raises(ValueError, match="weight 0"):
+        PairIndex([root], *T5)
+
+
+def test_ranks_share_each_batch_and_together_they_are_one_big_batch():
+    index = Index([1, 2, 0.5] * 12, [0, 0, 1] * 12)
+    whole = list(Batches(index, 6, 5, 20))
+    parts = [list(Batches(index, 2, 5, 20, rank=rank, ranks=3)) for rank in range(3)]
+    for batch, *shares in zip(whole, *parts, strict=True):
+        assert sorted(batch) == sorted(visit for share in shares for visit in share)
+        assert all(len(share) == 2 for share in shares)
+
+
+def test_a_size_that_never_fills_a_batch_is_named_and_what_waits_is_counted(shapes, model_t5, tmp_path, capsys):
+    wide = copied(shapes, tmp_path / "wide", slice(0, 3))
+    for path in shapes.glob("*.png"):
+        if (wide / f"{path.stem}.img_sdxl").exists():
+            shutil.copy(path, wide)
+    argv = ["--data_root", wide, "--model", model_t5, "--target_width", 96, "--target_height", 64, "--num_workers", 0]
+    assert load_script("cache/create_img_sdxl.py").main(list(map(str, argv))) == 0
+    capsys.readouterr()
+    flags = ["--max_steps", 6, "--batch_size", 4, "--train_data_dir", shapes, wide]
+    run(shapes, model_t5, tmp_path / "run", *flags)
+    out = capsys.readouterr().out
+    assert "0.89 epochs of 27 visits to 27 pairs; 4x8x8: 88.9%; 4x8x12: 11.1%, NEVER FILLS A BATCH" in out
+    # Six batches of 4 need all 24 of the common size, or wait: count by hand.
+    batches = Batches(PairIndex([shapes, wide], *T5), 4, 0, 6)
+    trained = {visit.sample for batch in batches for visit in batch}
+    assert f"coverage: {len(trained)} of 27 pairs trained; waiting for a full batch:" in out
+    assert sum(batches.waiting.values()) >= 1 and batches.seen.sum() == len(trained)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_caches_in_memory_train_the_same_weights_and_files_are_read_once(
+    workers, shapes, model_t5, tmp_path, monkeypatch
+):
+    flags = ["--max_steps", 5, "--batch_size", 8, "--lr", 1e-3, "--cond_dropout", 0.2]
+    _, from_files = run(shapes, model_t5, tmp_path / "files", *flags)
+    monkeypatch.setattr(data.Files, "image", None)  # nothing may read a file any more
+    monkeypatch.setattr(data.Files, "text", None)
+    _, from_memory = run(shapes, model_t5, tmp_path / "memory", *flags, "--cache_in_ram", "--num_workers", workers)
+    assert digest(from_files) == digest(from_memory)
+
+
+def test_caches_that_do_not_fit_into_memory_are_refused_and_the_estimate_is_close(shapes, tmp_path, monkeypatch):
+    index = PairIndex([shapes], *T5)
+    real = sum(path.stat().st_size for suffix in T5 for path in shapes.glob(f"[0-9]*{suffix}"))
+    assert 0.5 * real < ram.needed_bytes(index) < 2 * real
+    assert len(ram.RamCache(index)._data) == real
+    monkeypatch.setattr(ram, "available_bytes", lambda: 50_000)
+    with pytest.raises(ValueError, match="--cache_in_ram: the caches take"):
+        ram.RamCache(index)
+
+
+def test_a_damaged_sidecar_is_named_when_caches_are_read_into_memory(shapes, tmp_path):
+    folder = copied(shapes, tmp_path / "d")
+    index = PairIndex([folder], *T5)
+    damaged = folder / f"{index.relative_name(5)}.img_sdxl"
+    content = bytearray(damaged.read_bytes())
+    content[-3] ^= 1
+    damaged.write_bytes(content)
+    with pytest.raises(ValueError, match=str(damaged)):
+        ram.RamCache(index)
+
+
+@pytest.mark.parametrize("in_ram", [False, True])
+def test_one_text_for_all_images_needs_no_other_text_and_is_what_is_trained_on(in_ram, shapes, model_t5, tmp_path):
+    folder = tmp_path / "d"
+    folder.mkdir()
+    for path in shapes.glob("[0-9]*.img_sdxl"):
+        shutil.copy(path, folder)
+    text = shutil.copy(sorted(shapes.glob("[0-9]*.txt_t5cache"))[3], tmp_path / "one.txt_t5cache")
+    flags = ["--max_steps", 3, "--batch_size", 4, "--lr", 1e-3]
+    forced = ["--force_txtcache", text, *(["--cache_in_ram"] if in_ram else [])]
+    lines, one = run(folder, model_t5, tmp_path / "a", *flags, *forced)
+    assert "02_Loss_Components/loss_raw_dropped" not in lines[-1]  # no caption is dropped
+    for path in shapes.glob("[0-9]*.txt_t5cache"):
+        shutil.copy(text, folder / path.name)
+    _, same = run(folder, model_t5, tmp_path / "b", *flags, "--cond_dropout", 0)
+    assert digest(one) == digest(same)
+    assert "no pairs" in refused(tmp_path / "d", model_t5, tmp_path / "c", suffixes=CLIP)
+
+
+def test_subset_is_an_index_of_its_own(shapes):
+    index = PairIndex([shapes], *T5)
+    part = index.subset(np.array([3, 5, 11])).subset(np.array([2, 0]))
+    assert [part.stem(i) for i in range(2)] == [index.stem(11), index.stem(3)]
+    assert part.relative_name(1) == index.relative_name(3) and "/" not in part.relative_name(1)
+    assert len(part) == len(part.weights) == len(part.tokens) == 2 and part.num_visits == 2
+    assert part.tokens[0] == len(read_sidecar(index.text_path(11))[0]["emb"])
+
+
+def test_embeddings_in_bfloat16_are_those_of_float32_to_the_bit(shapes):
+    index = PairIndex([shapes], *T5)
+    exact = CachedPairs(index, 0, None, 1.0)
+    half = CachedPairs(index, 0, None, 1.0, text_dtype=torch.bfloat16)
+    for i in range(len(index)):
+        assert torch.equal(half[Visit(0, i)]["embedding"].float(), exact[Visit(0, i)]["embedding"])

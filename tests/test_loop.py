@@ -1,0 +1,226 @@
+"""The loop's own promises: sanity runs, selections, precisions, memory, saves."""
+
+import json
+import re
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, load_script
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
+from test_training import CLIP, digest, refused, run, trainer
+
+from cachetrain.training import setup
+from cachetrain.training.checkpoint import checkpoints
+
+FLOW = ["--objective", "flow"]
+
+
+def test_overfit_learns_a_handful_by_heart_and_says_so(shapes, model_t5, tmp_path, capsys):
+    flags = ["--overfit", 4, "--batch_size", 4, "--max_steps", 400, "--lr", 2e-3, *FLOW, "--log_step", 10]
+    assert overfit(shapes, model_t5, tmp_path / "run", flags) == 0
+    said = re.search(r"overfit: the loss on fixed noise went from ([\d.]+) to ([\d.]+) in (\d+) steps: this script",
+                     capsys.readouterr().out)  # fmt: skip
+    first, last, steps = map(float, said.groups())
+    assert last < 0.1 * first and steps < 400
+    # What was learned is there: the weights predict these samples, with this noise, as well as it says.
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["01_Training/loss_raw"] == pytest.approx(last, abs=1e-4)
+
+
+@pytest.mark.parametrize("broken", [["--lr", 1e-7], ["--lr", 2e-3, "--unfreeze_norms"]])
+def test_overfit_that_cannot_learn_fails(broken, shapes, model_t5, tmp_path, capsys):
+    flags = ["--overfit", 4, "--batch_size", 4, "--max_steps", 40, *FLOW, *broken]
+    assert overfit(shapes, model_t5, tmp_path / "run", flags) == 1
+    assert "not below a tenth" in capsys.readouterr().out
+
+
+def test_overfit_notices_targets_that_have_nothing_to_do_with_the_input(
+    shapes, model_t5, tmp_path, capsys, monkeypatch
+):
+    from cachetrain.training import objective
+
+    monkeypatch.setattr(objective, "target_of", lambda _, latents, *__: torch.randn_like(latents))
+    flags = ["--overfit", 4, "--batch_size", 4, "--max_steps", 150, "--lr", 2e-3, *FLOW]
+    assert overfit(shapes, model_t5, tmp_path / "run", flags) == 1
+
+
+def overfit(data, model, out, flags):
+    argv = ["--train_data_dir", data, "--model", model, "--output_dir", out, "--logdir", out.parent / "tb"]
+    argv += ["--precision", "fp32", "--num_workers", 0, "--device", "cpu", *flags]
+    return trainer.main(list(map(str, argv)))
+
+
+def test_training_cross_attention_changes_only_its_weights(shapes, model_t5, tmp_path):
+    flags = ["--max_steps", 4, "--batch_size", 4, "--lr", 1e-2, "--unfreeze_attn2", "--ema_decay", 0.9]
+    start = UNet2DConditionModel.from_pretrained(model_t5 / "unet").state_dict()
+    lines, weights = run(shapes, model_t5, tmp_path / "run", *flags)
+    rest = {name: tensor for name, tensor in weights.items() if ".attn2." not in name}
+    assert digest(rest) == digest({name: start[name] for name in rest})
+    assert all(not torch.equal(weights[name], start[name]) for name in weights.keys() - rest.keys())
+    ema = load_file(tmp_path / "run/checkpoint-000004/unet_ema/diffusion_pytorch_model.safetensors")
+    assert digest({name: ema[name] for name in rest}) == digest(rest)
+    assert "11_Gradient_Stats/norm/conv_in" not in lines[-1]
+
+
+def test_reinitialised_unet_learns_like_a_fresh_one(shapes, model_t5, tmp_path):
+    """From a trained checkpoint, --reinit_unet must start where a fresh UNet starts, and fall as fast."""
+    common = ["--batch_size", 8, "--lr", 2e-3, *FLOW]
+    run(shapes, model_t5, tmp_path / "trained", "--max_steps", 60, *common)
+    fresh, _ = run(shapes, model_t5, tmp_path / "fresh", "--max_steps", 60, *common)
+    trained = tmp_path / "trained" / "checkpoint-000060"
+    goes_on, _ = run(shapes, trained, tmp_path / "on", "--max_steps", 60, *common)
+    again, _ = run(shapes, trained, tmp_path / "again", "--max_steps", 60, *common, "--reinit_unet")
+
+    def curve(lines):
+        return np.array([line["01_Training/loss_raw"] for line in lines]).reshape(6, 10).mean(1)
+
+    assert curve(again) == pytest.approx(curve(fresh), rel=0.1)
+    assert curve(goes_on)[0] < 0.75 * curve(fresh)[0]  # what was not re-initialised remembers
+
+
+@pytest.mark.parametrize(
+    ("precision", "optimizer", "dtype"),
+    [("bf16", "lion", torch.float32), ("bf16_pure", "adamw", torch.bfloat16), ("bf16_pure", "lion", torch.bfloat16),
+     ("bf16_pure", "stableadamw", torch.bfloat16), ("fp16", "adamw", torch.float32),
+     ("fp32", "stableadamw", torch.float32)],
+)  # fmt: skip
+def test_each_precision_and_optimizer_learns_and_saves_its_dtype(
+    precision, optimizer, dtype, shapes, model_t5, tmp_path
+):
+    rate = 3e-4 if optimizer == "lion" else 2e-3
+    flags = ["--max_steps", 40, "--batch_size", 8, "--lr", rate, "--precision", precision, "--optimizer", optimizer]
+    lines, weights = run(shapes, model_t5, tmp_path / "run", *flags, *FLOW, "--ema_decay", 0.9)
+    assert {tensor.dtype for tensor in weights.values()} == {dtype}
+    losses = [line["01_Training/loss_raw"] for line in lines]
+    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:5])
+    if precision == "fp16":
+        assert lines[-1]["14_System/grad_scale"] == 65536
+
+
+def test_checkpoint_of_bfloat16_weights_and_its_average_draw(shapes, model_t5, tmp_path):
+    flags = ["--max_steps", 2, "--batch_size", 4, "--precision", "bf16_pure", "--ema_decay", 0.9]
+    flags += ["--sample_prompt", "a star", "--sampler_steps", 1, "--sample_cfgs", 1, "--val_split", 0.3]
+    run(shapes, model_t5, tmp_path / "run", *flags, "--diagnostic_steps", 2)
+    path = tmp_path / "run" / "checkpoint-000002"
+    pipe = DiffusionPipeline.from_pretrained(path, custom_pipeline=str(path), trust_remote_code=True)
+    assert pipe("a star", num_inference_steps=1).images[0].size == (64, 64)
+    script = ["--model", path, "--prompt", "a star", "--out", tmp_path / "drawn", "--sampler_steps", 1]
+    assert load_script("sample.py").main(list(map(str, script))) == 0
+
+
+def test_offloaded_and_checkpointed_runs_train_the_same_weights(shapes, model_t5, tmp_path):
+    flags = ["--max_steps", 4, "--batch_size", 4, "--lr", 1e-3, "--ema_decay", 0.9]
+    _, plain = run(shapes, model_t5, tmp_path / "plain", *flags)
+    _, offloaded = run(shapes, model_t5, tmp_path / "offloaded", *flags, "--cpu_offload")
+    _, checkpointed = run(shapes, model_t5, tmp_path / "checkpointed", *flags, "--gradient_checkpointing")
+    assert digest(plain) == digest(offloaded) == digest(checkpointed)
+    averages = [load_file(tmp_path / name / "checkpoint-000004/unet_ema/diffusion_pytorch_model.safetensors")
+                for name in ("plain", "offloaded")]  # fmt: skip
+    assert digest(averages[0]) == digest(averages[1])
+
+
+def test_scale_lr_and_the_schedule_are_what_is_logged(shapes, model_t5, tmp_path):
+    flags = ["--max_steps", 6, "--batch_size", 4, "--grad_accum", 4, "--lr", 1e-3, "--scale_lr"]
+    lines, _ = run(shapes, model_t5, tmp_path / "run", *flags, "--scheduler", "linear", "--warmup_steps", 2,
+                   "--lr_decay_steps", 12)  # fmt: skip
+    rates = [line["01_Training/learning_rate"] for line in lines]
+    assert rates == pytest.approx([0, 2e-3, 4e-3, 3.6e-3, 3.2e-3, 2.8e-3])  # 1e-3 x sqrt(16) at the peak
+
+
+def test_running_out_of_memory_says_what_to_lower_and_keeps_the_last_checkpoint(
+    shapes, model_t5, tmp_path, monkeypatch
+):
+    calls = []
+
+    def forward(*args, **kwargs):
+        calls.append(1)
+        if len(calls) > 3:
+            torch.empty(2**55)  # a real refusal of the allocator
+        return real(*args, **kwargs)
+
+    real = trainer.forward
+    monkeypatch.setattr(trainer, "forward", forward)
+    message = refused(shapes, model_t5, tmp_path / "run", "--max_steps", 9, "--save_steps", 2)
+    assert "out of memory" in message and "--batch_size below 2" in message and "--gradient_checkpointing" in message
+    assert str(tmp_path / "run" / "checkpoint-000002") in message
+    UNet2DConditionModel.from_pretrained(tmp_path / "run" / "checkpoint-000002" / "unet")
+    assert not setup.is_out_of_memory(RuntimeError("shapes cannot be multiplied"))
+
+
+def test_saves_by_epoch_by_time_and_on_request_and_keeps_the_last(shapes, model_t5, tmp_path, monkeypatch):
+    flags = ["--max_steps", 9, "--batch_size", 8, "--save_on_epoch", "--save_start", 4]  # an epoch is 3 steps
+    run(shapes, model_t5, tmp_path / "epochs", *flags)
+    assert steps_saved(tmp_path / "epochs") == [6, 9]
+    run(shapes, model_t5, tmp_path / "last", *flags, "--save_steps", 1, "--keep_last", 2)
+    assert steps_saved(tmp_path / "last") == [8, 9] and not list((tmp_path / "last").glob(".*"))
+
+    real = trainer.forward
+
+    def forward(*args, **kwargs):
+        (tmp_path / "asked" / "trigger.checkpoint").touch()
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, "forward", forward)
+    run(shapes, model_t5, tmp_path / "asked", "--max_steps", 2, "--batch_size", 8)
+    assert steps_saved(tmp_path / "asked") == [1, 2] and not (tmp_path / "asked" / "trigger.checkpoint").exists()
+
+    def slow_forward(*args, **kwargs):
+        time.sleep(0.05)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, "forward", slow_forward)
+    run(shapes, model_t5, tmp_path / "timed", "--max_steps", 3, "--batch_size", 8, "--save_every_minutes", 0.0005)
+    assert steps_saved(tmp_path / "timed") == [1, 2, 3]
+
+
+def steps_saved(output_dir):
+    return [int(path.name.split("-")[1]) for path in checkpoints(output_dir)]
+
+
+def test_a_bare_unet_trains_and_a_sd2_style_unet_fits(shapes, tmp_path):
+    config = UNet2DConditionModel.load_config(TINY / "unet")
+    config |= {"attention_head_dim": [2, 4], "use_linear_projection": True, "upcast_attention": True}
+    UNet2DConditionModel.from_config(config).save_pretrained(tmp_path / "sd2")
+    lines, weights = run(
+        shapes, tmp_path / "sd2", tmp_path / "run", "--max_steps", 2, "--batch_size", 4, "--objective",
+        "v_prediction", suffixes=CLIP,
+    )  # fmt: skip
+    assert weights["down_blocks.0.attentions.0.proj_in.weight"].ndim == 2  # linear, as in SD2
+    saved = UNet2DConditionModel.from_pretrained(tmp_path / "run" / "checkpoint-000002" / "unet")
+    assert digest(saved.state_dict()) == digest(weights) and saved.config.attention_head_dim == [2, 4]
+    assert not (tmp_path / "run" / "checkpoint-000002" / "model_index.json").exists()
+
+
+def test_a_unet_with_its_own_projection_trains_it_on_raw_t5_caches(shapes, tmp_path):
+    model, data = tmp_path / "model", tmp_path / "data"
+    parts = ["--unet", TINY / "unet", "--vae", TINY / "vae", "--t5", TINY / "t5", "--out", model, "--train_projection"]
+    assert load_script("models/compose_t5_sd.py").main(list(map(str, parts))) == 0
+    data.mkdir()
+    for path in [*shapes.glob("[0-9]*.img_sdxl"), *shapes.glob("[0-9]*.txt"), *shapes.glob("[0-9]*.png")]:
+        (data / path.name).write_bytes(path.read_bytes())
+    argv = ["--data_root", str(data), "--model", str(model), "--raw"]
+    assert load_script("cache/create_t5cache_768.py").main(argv) == 0
+    start = UNet2DConditionModel.from_pretrained(model / "unet").state_dict()
+    flags = ["--max_steps", 3, "--batch_size", 4, "--lr", 1e-3, "--sample_prompt", "a star", "--sampler_steps", 1]
+    _, weights = run(data, model, tmp_path / "run", *flags)
+    assert not torch.equal(weights["encoder_hid_proj.weight"], start["encoder_hid_proj.weight"])
+    assert "--raw" in refused(shapes, model, tmp_path / "refused")  # those captions went through a projection
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--min_lr_rate", "0.2"], ["--val_steps", "5"], ["--fsdp"], ["--targetted_training"], ["--repeats", "0"],
+     ["--log_groups", "16"], ["--optimizer", "prodigy"], ["--precision", "bf16_pure", "--optimizer", "adamw8"],
+     ["--overfit", "4", "--max_steps", "2e"], ["--betas", "0.9", "1.5"], ["--lr", "-1"]],
+)  # fmt: skip
+def test_flags_that_do_not_go_together_are_errors(flags, shapes, model_t5, tmp_path, capsys):
+    with pytest.raises((SystemExit, ValueError)) as stop:
+        argv = ["--train_data_dir", shapes, "--model", model_t5, "--output_dir", tmp_path / "x", "--device", "cpu"]
+        trainer.main([*map(str, argv), *flags])
+    told = capsys.readouterr().err + str(stop.value)
+    assert any(flag in told for flag in flags if flag.startswith("--"))
+
+
