@@ -29,7 +29,8 @@ DATA=${OWN_DATA:-$WORK/shapes}
 OUTPUT=$WORK/output/$RUN
 STEPS=3200
 [ "$FLAVOUR" = t5 ] || STEPS=2800
-[ -z "$OWN_DATA" ] || STEPS=600
+VAL_SPLIT=0.02
+[ -z "$OWN_DATA" ] || { STEPS=600 && VAL_SPLIT=0; } # a folder may be too small to hold anything out
 
 stage() { # stage TITLE COMMAND...: runs the command, says how long it took
     local start=$SECONDS
@@ -95,7 +96,8 @@ train() {
     MODEL=$MODEL DATADIR=$DATA OUTPUT=$OUTPUT LOGDIR=$WORK/tensorboard IMGCACHE=$IMGCACHE TXTCACHE=$TXTCACHE \
         BATCH=16 STEPS=$STEPS OPTIMIZER=adamw LR=2e-3 SCHED=cosine GAMMA=0 DROPOUT=0.1 EMA=0.99 \
         PRECISION=$PRECISION SAMPLE_PROMPTS=$WORK/sample_prompts_$RUN.txt SAMPLE_STEPS=700 SAVE_STEPS=$((STEPS / 2)) \
-        "./train_$FLAVOUR.sh" --betas 0.9 0.99 --warmup_steps 100 --lr_decay_steps "$STEPS" --sample_cfgs 1 3 7
+        VAL_SPLIT=$VAL_SPLIT "./train_$FLAVOUR.sh" --betas 0.9 0.99 --warmup_steps 100 --lr_decay_steps "$STEPS" --sample_cfgs 1 3 7 \
+        --log_groups {1..15}
 }
 
 draw_samples() {
@@ -128,6 +130,6 @@ stage "cache" make_caches
 stage "train" train
 stage "sample" draw_samples
 
-printf '\nsample grid:  %s\ncheckpoints:  %s\nTensorBoard:  .venv/bin/tensorboard --logdir %s --samples_per_plugin images=1000\n' \
+printf '\nsample grid:  %s\ncheckpoints:  %s\nTensorBoard:  .venv/bin/python launch_tensorboard.py --logdir %s\n' \
     "$WORK/samples_$RUN.png" "$OUTPUT/" "$WORK/tensorboard"
 [ -n "$OWN_DATA" ] || dataset_scripts/score_shapes.py "$WORK/samples_$RUN"

@@ -6,25 +6,27 @@ set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 MODEL=${MODEL:-models/t5_sd15}          # made by models/compose_t5_sd.py
-DATADIR=${DATADIR:-/data}               # holds the sidecars; several: DATADIR="/data/a /data/b"
+DATADIR=${DATADIR:-/data}               # holds the sidecars; several: DATADIR="/data/a /data/b:2.5" (visited 2.5 times)
 IMGCACHE=${IMGCACHE:-.img_sdxl}         # made by cache/create_img_sdxl.py
 TXTCACHE=${TXTCACHE:-.txt_t5cache}      # made by cache/create_t5cache_768.py
 
 BATCH=${BATCH:-64}                      # samples in one backward pass
 ACCUM=${ACCUM:-1}                       # backward passes in one step
 STEPS=${STEPS:-10000}                   # optimizer steps, or epochs: 2e
-OPTIMIZER=${OPTIMIZER:-lion}            # lion, adamw
+OPTIMIZER=${OPTIMIZER:-lion}            # adamw, lion, stableadamw, adamw8, prodigy
 LR=${LR:-1e-5}                          # lion wants 3 to 10 times less than adamw
-SCHED=${SCHED:-cosine}                  # constant, constant_with_warmup, linear, cosine
+SCHED=${SCHED:-cosine}                  # constant(_with_warmup), linear, cosine(_with_min_lr), polynomial, rex
 GAMMA=${GAMMA:-5}                       # Min-SNR gamma; 0: off
 OBJECTIVE=${OBJECTIVE:-}                # epsilon, v_prediction, flow; empty: the model's own
 DROPOUT=${DROPOUT:-0.04}                # share of captions replaced by the empty one
 EMA=${EMA:-0}                           # decay of the weights' moving average; 0: off
-PRECISION=${PRECISION:-bf16}            # bf16, fp32
+PRECISION=${PRECISION:-bf16}            # bf16, bf16_pure, fp32, fp16
 
-SAMPLE_PROMPTS=${SAMPLE_PROMPTS:-}      # a file of prompts, one a line; empty: no samples
+SAMPLE_PROMPTS=${SAMPLE_PROMPTS:-}      # a file of prompts, .txt or .json; empty: no samples
 SAMPLE_STEPS=${SAMPLE_STEPS:-250}
+VAL_SPLIT=${VAL_SPLIT:-0}               # share of the pairs that is held out for val/loss; 0: none
 SAVE_STEPS=${SAVE_STEPS:-1000}
+GPUS=${GPUS:-1}                         # of this machine
 
 NAME=${NAME:-t5_${OPTIMIZER}_lr${LR}_b${BATCH}x${ACCUM}_${SCHED}_g${GAMMA}_s${STEPS}}
 OUTPUT=${OUTPUT:-output/$NAME}
@@ -38,8 +40,11 @@ args=(--model "$MODEL" --imgcache_suffix "$IMGCACHE" --txtcache_suffix "$TXTCACH
 [ "$GAMMA" = 0 ] || args+=(--use_snr --noise_gamma "$GAMMA")
 [ -z "$OBJECTIVE" ] || args+=(--objective "$OBJECTIVE")
 [ -z "$SAMPLE_PROMPTS" ] || args+=(--sample_prompts "$SAMPLE_PROMPTS" --sample_steps "$SAMPLE_STEPS")
+[ "$VAL_SPLIT" = 0 ] || args+=(--val_split "$VAL_SPLIT")
 
 PYTHON=python3
 [ -n "${VIRTUAL_ENV:-}" ] || [ ! -x "$HERE/.venv/bin/python" ] || PYTHON=$HERE/.venv/bin/python
+launch=("$PYTHON")
+[ "$GPUS" = 1 ] || launch+=(-m torch.distributed.run --standalone --nproc_per_node "$GPUS")
 # shellcheck disable=SC2086  # DATADIR may name several directories
-exec "$PYTHON" "$HERE/train_from_cached.py" --train_data_dir $DATADIR "${args[@]}" "$@"
+exec "${launch[@]}" "$HERE/train_from_cached.py" --train_data_dir $DATADIR "${args[@]}" "$@"

@@ -184,7 +184,7 @@ def test_a_bare_unet_trains_and_a_sd2_style_unet_fits(shapes, tmp_path):
     config = UNet2DConditionModel.load_config(TINY / "unet")
     config |= {"attention_head_dim": [2, 4], "use_linear_projection": True, "upcast_attention": True}
     UNet2DConditionModel.from_config(config).save_pretrained(tmp_path / "sd2")
-    lines, weights = run(
+    _, weights = run(
         shapes, tmp_path / "sd2", tmp_path / "run", "--max_steps", 2, "--batch_size", 4, "--objective",
         "v_prediction", suffixes=CLIP,
     )  # fmt: skip
@@ -196,7 +196,17 @@ def test_a_bare_unet_trains_and_a_sd2_style_unet_fits(shapes, tmp_path):
 
 def test_a_unet_with_its_own_projection_trains_it_on_raw_t5_caches(shapes, tmp_path):
     model, data = tmp_path / "model", tmp_path / "data"
-    parts = ["--unet", TINY / "unet", "--vae", TINY / "vae", "--t5", TINY / "t5", "--out", model, "--train_projection"]
+    parts = [
+        "--unet",
+        TINY / "unet",
+        "--vae",
+        TINY / "vae",
+        "--t5",
+        TINY / "t5",
+        "--out",
+        model,
+        "--train_projection",
+    ]
     assert load_script("models/compose_t5_sd.py").main(list(map(str, parts))) == 0
     data.mkdir()
     for path in [*shapes.glob("[0-9]*.img_sdxl"), *shapes.glob("[0-9]*.txt"), *shapes.glob("[0-9]*.png")]:
@@ -222,5 +232,3 @@ def test_flags_that_do_not_go_together_are_errors(flags, shapes, model_t5, tmp_p
         trainer.main([*map(str, argv), *flags])
     told = capsys.readouterr().err + str(stop.value)
     assert any(flag in told for flag in flags if flag.startswith("--"))
-
-

@@ -150,7 +150,9 @@ class PairIndex:
             self._check_image(0, self.image_header, start, image, but="settings")
         pairs = in_threads(self._headers, range(rank, len(self), ranks))
         total = len(range(rank, len(self), ranks))
-        for i, (image, text) in tqdm(pairs, desc="headers", total=total, unit="pair", disable=None if not rank else 1):
+        for i, (image, text) in tqdm(
+            pairs, desc="headers", total=total, unit="pair", disable=None if not rank else 1
+        ):
             directory = bisect_right(self._starts, i) - 1
             if image.run_identity != firsts[directory].run_identity:
                 self._check_image(self._starts[directory], firsts[directory], i, image)
@@ -168,11 +170,11 @@ class PairIndex:
 
     def _merge(self, world):
         """Puts together what each rank read of its share, and makes sure that all ranks list the same pairs."""
-        mine = (len(self), str(self.stem(0)), str(self.stem(len(self) - 1)), self.shapes, self.num_foreign)
+        mine = (len(self), self.stem(0), self._stems.checksum(), self.shapes, self.num_foreign)
         others = world.gather(mine)
         if len({other[:3] for other in others}) > 1:
-            raise ValueError("the ranks list different pairs: " + "; ".join(f"{n} from {first}" for n, first, *_ in others)
-                             + "; wait until the cache scripts are done, and start again")  # fmt: skip
+            listed = "; ".join(f"{number} from {first} on" for number, first, *_ in others)
+            raise ValueError(f"the ranks list different pairs: {listed}; wait until the cache scripts are done")
         shapes = sorted({shape for other in others for shape in other[3]})
         share = slice(world.rank, None, world.ranks)
         places = np.array([shapes.index(shape) for shape in self.shapes] or [0], np.uint16)
@@ -204,7 +206,9 @@ def _read_multiple(path):
     except ValueError:
         multiple = -1.0
     if not 0 <= multiple < float("inf"):
-        raise ValueError(f"{path}: {text[:40]!r}; expected one number, how often an epoch visits this folder's images")
+        raise ValueError(
+            f"{path}: {text[:40]!r}; expected one number, how often an epoch visits this folder's images"
+        )
     return multiple
 
 

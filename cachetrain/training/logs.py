@@ -27,8 +27,14 @@ class Logs:
     """
 
     def __init__(self, args, world, unet, objective, alphas_cumprod, pairs, plan, rate, autocast, scaler, device):
-        groups, index = frozenset(args.log_groups), pairs.index
-        self.groups, self.log_step, self.plan, self.autocast, self.scaler = groups, args.log_step, plan, autocast, scaler
+        groups, index, self.main = frozenset(args.log_groups), pairs.index, world.main
+        self.groups, self.log_step, self.plan, self.autocast, self.scaler = (
+            groups,
+            args.log_step,
+            plan,
+            autocast,
+            scaler,
+        )
         output_dir = Path(args.output_dir)
         self.metrics = open_metrics(output_dir, Path(args.logdir) / output_dir.name, 0, world.main)
         shape, tokens = index.shapes[0], int(index.tokens[0])
@@ -72,7 +78,7 @@ class Logs:
         for tag, (counts, edges) in (histograms | more_histograms).items():
             self.metrics.histogram(tag, counts, edges, step)
         measured = self.statistics.measured
-        if 11 in self.groups:
+        if 11 in self.groups and self.main:
             self.health.watch(step, measured.qk_rms, measured.v_ratio, self.statistics.grad_norm)
         if self.fixed_latent and self.diagnostics.due(step):
             self.metrics.image("13_Noise_Visualization/fixed_latent", self.fixed_latent.picture(self.autocast), step)

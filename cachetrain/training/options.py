@@ -1,5 +1,6 @@
 """The trainer's command line. Imports no torch."""
 
+import argparse
 import os
 
 from cachetrain import cli
@@ -60,14 +61,17 @@ def _conflicts(args):
             yield "--fsdp does not go with --cpu_offload, --optimizer adamw8 or prodigy, or --precision fp16"
         if args.compile:
             yield "--fsdp does not go with --compile"
-    if args.overfit and (args.val_data_dir or args.val_split or args.max_epochs or args.max_steps.endswith("e")):
+    if args.overfit and (args.val_data_dir or args.val_split or args.max_steps.endswith("e")):
         yield "--overfit takes --max_steps, and no validation: it has a handful of samples and no epochs"
 
 
 def _fill_in(args):
     """Resolves what was not said."""
     pairs = [_directory_and_weight(text) for text in args.train_data_dir]
-    args.train_data_dir, args.dir_weights = [path for path, _ in pairs], [weight * args.repeats for _, weight in pairs]
+    args.train_data_dir, args.dir_weights = (
+        [path for path, _ in pairs],
+        [weight * args.repeats for _, weight in pairs],
+    )
     args.noise_gamma = 5.0 if args.noise_gamma is None else args.noise_gamma
     args.min_lr_rate = 0.1 if args.min_lr_rate is None else args.min_lr_rate
     args.sample_cfgs = args.sample_cfgs or [1.0, 4.0, 7.0]
@@ -96,7 +100,7 @@ def _data_arguments(group):
     group.add_argument("--txtcache_suffix", default=SUFFIXES["txt_t5cache"], help="of the text sidecars")
     group.add_argument("--force_txtcache", metavar="FILE", help="one text sidecar for all images (unsupervised)")
     group.add_argument("--repeats", type=_weight, default=1.0,
-                       help="visits of an epoch to each sample, times WEIGHT and multiply.txt; 1.5: half of them twice"
+                       help="times WEIGHT and multiply.txt: visits of an epoch to each sample; may be 1.5"
                        )  # fmt: skip
     group.add_argument("--vae_scaling_factor", type=float, help="default: from the caches")
     group.add_argument("--text_scaling_factor", type=float, default=1.0, help="multiplies every text embedding")
@@ -105,7 +109,7 @@ def _data_arguments(group):
     group.add_argument("--num_workers", type=_count, default=min(8, max(0, (os.cpu_count() or 1) - 1)),
                        help="loader processes; 0: none. Never changes the run")  # fmt: skip
     group.add_argument("--overfit", type=_positive, metavar="N",
-                       help="sanity run: N samples with fixed noise, until the loss is a tenth of what it was")  # fmt: skip
+                       help="sanity run: N samples, fixed noise, until the loss is a tenth of the first")  # fmt: skip
 
 
 def _objective_arguments(group):
@@ -121,7 +125,7 @@ def _objective_arguments(group):
     group.add_argument("--timestep_range", type=int, nargs=2, default=(0, 1000), metavar=("FIRST", "END"),
                        help="train only these of the 1000 timesteps")  # fmt: skip
     group.add_argument("--cond_dropout", type=_probability,
-                       help='share of captions replaced by "" (0.04; 0 with --force_txtcache and --overfit)')  # fmt: skip
+                       help='share of captions dropped (0.04; 0 with --force_txtcache, --overfit)')  # fmt: skip
     group.add_argument(
         "--flip_p", type=_probability, default=0.0, help="share of images mirrored (needs latent_flip)"
     )
@@ -130,11 +134,11 @@ def _objective_arguments(group):
 def _optimization_arguments(group):
     group.add_argument("--batch_size", type=_positive, default=64, help="samples in one backward pass")
     group.add_argument("--gradient_accum", "--grad_accum", type=_positive, default=1, help="backward passes a step")
-    length = group.add_mutually_exclusive_group()
-    length.add_argument(
+    group.add_argument(
         "--max_steps", type=cli.Steps, default=cli.Steps("10000"), help="optimizer steps, or epochs like 2e"
     )
-    length.add_argument("--max_epochs", type=_weight, help="visits to every sample")
+    group.add_argument("--max_epochs", type=_epochs, dest="max_steps", metavar="N", default=argparse.SUPPRESS,
+                       help="--max_steps in epochs; the last of both flags counts")  # fmt: skip
     group.add_argument("--learning_rate", "--lr", type=_not_negative, default=1e-5, help="peak rate")
     group.add_argument("--scale_lr", action="store_true", help="times sqrt(batch_size x gradient_accum x ranks)")
     group.add_argument("--scheduler", "--lr_scheduler", choices=SCHEDULES, default="constant", help="of the rate")
@@ -153,8 +157,8 @@ def _optimization_arguments(group):
 
 def _speed_arguments(group):
     group.add_argument("--precision", choices=("bf16", "bf16_pure", "fp32", "fp16"), default="bf16",
-                       help="bf16: float32 weights, bfloat16 autocast. bf16_pure: bfloat16 weights, Kahan-compensated "
-                       "updates. fp16: loss scaling, for GPUs without bfloat16")  # fmt: skip
+                       help="bf16: float32 weights, bfloat16 autocast. bf16_pure: bfloat16 weights, "
+                       "Kahan-compensated updates. fp16: loss scaling, for GPUs without bfloat16")  # fmt: skip
     group.add_argument("--allow_tf32", action="store_true", help="TensorFloat-32 where float32 is computed (CUDA)")
     group.add_argument("--gradient_checkpointing", action="store_true", help="less memory, a third more work")
     group.add_argument("--cpu_offload", action="store_true", help="optimizer state and EMA in CPU memory; slower")
@@ -192,6 +196,10 @@ def _sample_arguments(group):
     held_out.add_argument("--val_split", type=_probability, default=0.0, metavar="SHARE",
                           help="hold out this share of the pairs, by a hash of their names")  # fmt: skip
     group.add_argument("--val_steps", type=cli.Steps, help="between validations; default: once an epoch")
+
+
+def _epochs(text):
+    return cli.Steps(f"{text}e")
 
 
 def _positive(text):

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from cachetrain.cli import Steps
 from cachetrain.modeling import load, selection
 from cachetrain.modeling.schedulers import make_scheduler, objective_of
 from cachetrain.sidecar import read_sidecar
@@ -52,7 +51,7 @@ def check_fit(index, unet, args):
         raise ValueError(f"{args.train_data_dir[0]}: embeddings are {index.text_width} wide, the UNet wants "
                          f"{width}; cache the captions with this model")  # fmt: skip
     if load.has_text_projection(unet.config) and index.text_settings.get("raw") is False:
-        raise ValueError(f"{args.train_data_dir[0]}: captions were cached through a projection, the UNet has its own; "
+        raise ValueError(f"{args.train_data_dir[0]}: captions were cached through a projection, the UNet has one; "
                          "cache them with create_t5cache_768.py --raw")  # fmt: skip
     if args.cond_dropout > 0.25:
         warn(f"--cond_dropout {args.cond_dropout}: above 0.25 the model learns little from captions")
@@ -92,7 +91,7 @@ def make_plan(args, num_visits, ranks):
     """Resolves epochs into steps, and what was not said into its default."""
     effective_batch = args.batch_size * args.gradient_accum * ranks
     per_epoch = num_visits / effective_batch
-    max_steps = max(1, Steps(f"{args.max_epochs}e" if args.max_epochs else args.max_steps).resolve(per_epoch))
+    max_steps = max(1, args.max_steps.resolve(per_epoch))
     # "Slightly longer" than the run, so that the rate ends above zero.
     decay_steps = args.lr_decay_steps.resolve(per_epoch) if args.lr_decay_steps else round(1.1 * max_steps)
     warmup_steps = args.warmup_steps.resolve(per_epoch) if args.warmup_steps else round(0.02 * decay_steps)
