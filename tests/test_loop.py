@@ -68,9 +68,8 @@ def test_training_cross_attention_changes_only_its_weights(shapes, model_t5, tmp
 def test_reinitialised_unet_learns_like_a_fresh_one(shapes, model_t5, tmp_path):
     """From a trained checkpoint, --reinit_unet must start where a fresh UNet starts, and fall as fast."""
     common = ["--batch_size", 8, "--lr", 2e-3, *FLOW]
-    run(shapes, model_t5, tmp_path / "trained", "--max_steps", 60, *common)
     fresh, _ = run(shapes, model_t5, tmp_path / "fresh", "--max_steps", 60, *common)
-    trained = tmp_path / "trained" / "checkpoint-000060"
+    trained = tmp_path / "fresh" / "checkpoint-000060"
     goes_on, _ = run(shapes, trained, tmp_path / "on", "--max_steps", 60, *common)
     again, _ = run(shapes, trained, tmp_path / "again", "--max_steps", 60, *common, "--reinit_unet")
 
@@ -91,11 +90,13 @@ def test_each_precision_and_optimizer_learns_and_saves_its_dtype(
     precision, optimizer, dtype, shapes, model_t5, tmp_path
 ):
     rate = 3e-4 if optimizer == "lion" else 2e-3
-    flags = ["--max_steps", 40, "--batch_size", 8, "--lr", rate, "--precision", precision, "--optimizer", optimizer]
+    steps = 12 if precision == "fp16" else 40  # a CPU takes half a second for one in float16
+    flags = ["--max_steps", steps, "--batch_size", 8, "--lr", rate, "--precision", precision]
+    flags += ["--optimizer", optimizer]
     lines, weights = run(shapes, model_t5, tmp_path / "run", *flags, *FLOW, "--ema_decay", 0.9)
     assert {tensor.dtype for tensor in weights.values()} == {dtype}
     losses = [line["01_Training/loss_raw"] for line in lines]
-    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:5])
+    assert np.mean(losses[-steps // 4 :]) < (0.8 if steps == 40 else 0.95) * np.mean(losses[:3])
     if precision == "fp16":
         assert lines[-1]["14_System/grad_scale"] == 65536
 

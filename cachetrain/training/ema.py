@@ -3,7 +3,8 @@
 from contextlib import contextmanager
 
 import torch
-from torch.distributed.tensor import DTensor
+
+from cachetrain.training.gradients import local_parts
 
 
 class Ema:
@@ -33,7 +34,7 @@ class Ema:
     def update(self, step):
         """Moves the averages towards the weights after optimizer step `step` (from 1)."""
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        averages, sources = _local(self.averages), _local(self._sources)
+        averages, sources = local_parts(self.averages), local_parts(self._sources)
         if self._alike:
             torch._foreach_lerp_(averages, sources, weight)
             return
@@ -44,7 +45,7 @@ class Ema:
     def applied(self):
         """Puts the averages into the parameters, and the raw weights back bit by bit, also after an exception."""
         with torch.no_grad():
-            parameters, averages = _local(self._parameters), _local(self.averages)
+            parameters, averages = local_parts(self._parameters), local_parts(self.averages)
             raw = [p.to(a.device, copy=True) for p, a in zip(parameters, averages, strict=True)]
         try:
             _copy(parameters, averages)
@@ -72,14 +73,6 @@ class Ema:
             )
         for number, average in enumerate(self.averages):
             average.copy_(state[str(number)])
-
-
-def _local(tensors):
-    """This rank's parts of DTensors, sharing their memory; other tensors as they are. Needs no_grad.
-
-    An average is element by element, so the shards need not be known: no dispatch, any device.
-    """
-    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
 
 
 @torch.no_grad()
