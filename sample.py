@@ -110,7 +110,8 @@ def encode(prompts, model_dir, text, device, dtype):
 
     texts = sorted({words for sample in prompts.samples for words in (sample.prompt, sample.negative_prompt)})
     encoded = encode_like_cache(model_dir, text["kind"], text["settings"], texts, device, dtype)
-    return dict(zip(texts, encoded, strict=True))
+    scale = text.get("scaling_factor", 1.0)
+    return {words: embedding * scale for words, embedding in zip(texts, encoded, strict=True)}
 
 
 def resolve(args, prompts, embeddings, unet, vae):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import TINY, load_script
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from PIL import Image
 from safetensors.torch import load_file
 from test_training import CLIP, digest, refused, run, trainer
 
@@ -233,3 +234,43 @@ def test_flags_that_do_not_go_together_are_errors(flags, shapes, model_t5, tmp_p
         trainer.main([*map(str, argv), *flags])
     told = capsys.readouterr().err + str(stop.value)
     assert any(flag in told for flag in flags if flag.startswith("--"))
+
+
+def test_sample_script_draws_what_the_run_drew_scaled_text_included(shapes, model_t5, tmp_path):
+    flags = ["--max_steps", 3, "--batch_size", 4, "--lr", 1e-2, "--text_scaling_factor", 0.25, "--ema_decay", 0.5]
+    flags += ["--sample_prompt", "a small red star", "--sample_cfgs", 3, "--sampler_steps", 4]
+    run(shapes, model_t5, tmp_path / "run", *flags)
+    script = ["--model", tmp_path / "run" / "checkpoint-000003", "--prompt", "a small red star", "--cfgs", 3]
+    script += ["--sampler_steps", 4, "--out", tmp_path / "drawn"]
+    assert load_script("sample.py").main(list(map(str, script))) == 0
+    (drawn,) = (tmp_path / "drawn").glob("*.png")
+    own = np.asarray(Image.open(tmp_path / "run" / "samples" / "step-000003" / drawn.name)).astype(int)
+    assert np.abs(np.asarray(Image.open(drawn)).astype(int) - own).max() <= 1
+    settings = tmp_path / "run" / "checkpoint-000003" / "cachetrain.json"
+    info = json.loads(settings.read_text())
+    info["text"]["scaling_factor"] = 1.0
+    settings.write_text(json.dumps(info))
+    assert load_script("sample.py").main(list(map(str, script))) == 0
+    assert np.abs(np.asarray(Image.open(drawn)).astype(int) - own).max() > 1
+
+
+def test_checkpoint_can_be_read_by_whoever_may_read_its_folder(shapes, model_t5, tmp_path):
+    run(shapes, model_t5, tmp_path / "run", "--max_steps", 1, "--batch_size", 2)
+    checkpoint = tmp_path / "run" / "checkpoint-000001"
+    mode = checkpoint.stat().st_mode & 0o666
+    assert {path.stat().st_mode & 0o777 for path in checkpoint.rglob("*") if path.is_file()} == {mode}
+
+
+def test_ckpt_dir_holds_each_checkpoint_as_one_file_with_its_averaged_weights(shapes, model_sd, tmp_path, capsys):
+    flags = ["--max_steps", 2, "--save_steps", 1, "--batch_size", 2, "--lr", 1e-2, "--ema_decay", 0.5]
+    run(shapes, model_sd, tmp_path / "run", *flags, "--ckpt_dir", tmp_path / "web", suffixes=CLIP)
+    files = sorted((tmp_path / "web").glob("*.safetensors"))
+    assert [path.name for path in files] == ["run-000001.safetensors", "run-000002.safetensors"]
+    ema = load_file(tmp_path / "run/checkpoint-000002/unet_ema/diffusion_pytorch_model.safetensors")
+    exported = load_file(files[1])["model.diffusion_model.input_blocks.0.0.weight"]
+    assert torch.equal(exported, ema["conv_in.weight"])
+    assert "--ckpt_dir: " in capsys.readouterr().out  # what web UIs cannot do with the tiny default
+    bare = tmp_path / "bare"
+    UNet2DConditionModel.from_pretrained(model_sd / "unet").save_pretrained(bare)
+    message = refused(shapes, bare, tmp_path / "refused", "--ckpt_dir", tmp_path / "web", suffixes=CLIP)
+    assert str(bare) in message

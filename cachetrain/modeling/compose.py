@@ -49,9 +49,16 @@ def staged_directory(out, overwrite=False):
 
 
 def _sync(directory):
-    """Forces a directory tree to disk, so that the rename never promises more than a crash would leave."""
+    """Forces a directory tree to disk, so that the rename never promises more than a crash would leave.
+
+    Whoever may read the directory may read its files: safetensors makes them for their owner alone.
+    """
+    mode = os.stat(directory).st_mode & 0o666
     for folder, _, names in os.walk(directory):
-        for path in [*(os.path.join(folder, name) for name in names), folder]:
+        paths = [os.path.join(folder, name) for name in names]
+        for path in paths:
+            os.chmod(path, mode)
+        for path in [*paths, folder]:
             descriptor = os.open(path, os.O_RDONLY)
             try:
                 os.fsync(descriptor)

@@ -180,6 +180,8 @@ def _output_arguments(group):
     group.add_argument("--save_on_epoch", action="store_true", help="also save at the end of each epoch")
     group.add_argument("--save_every_minutes", type=_weight, metavar="M", help="also save when M minutes have passed")
     group.add_argument("--save_start", type=cli.Steps, default=cli.Steps("0"), help="no checkpoint before this step")
+    group.add_argument("--ckpt_dir", metavar="DIR",
+                       help="also write each checkpoint there as one .safetensors for web UIs")  # fmt: skip
     group.add_argument("--keep_last", type=_positive, metavar="N", help="remove all but the last N checkpoints")
     group.add_argument("--copy_config", metavar="FILE", help="archive FILE (the wrapper script) in the output_dir")
 

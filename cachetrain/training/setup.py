@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from cachetrain.modeling import load, selection
+from cachetrain.modeling.export import check_exportable
 from cachetrain.modeling.schedulers import make_scheduler, objective_of
 from cachetrain.sidecar import read_sidecar
 from cachetrain.training import draws
@@ -127,6 +128,11 @@ def open_scheduler(model_dir, objective, zero_terminal_snr=False):
     if own is not None and not objective and not zero_terminal_snr:
         return own
     return make_scheduler(objective or (objective_of(own) if own else "epsilon"), own, zero_terminal_snr)
+
+
+def check_export(args, model_dir, scheduler):
+    """Refuses --ckpt_dir for a model that has no single-file form; returns lines on what such a file will lack."""
+    return [f"--ckpt_dir: {note}" for note in check_exportable(model_dir, scheduler)[0]] if args.ckpt_dir else []
 
 
 def open_pairs(args, index, objective, validates=False):

@@ -1,0 +1,40 @@
+#!/usr/bin/env python3
+"""Writes a checkpoint as one .safetensors in the original Stable Diffusion key layout, for web UIs.
+
+    ./models/export_single_file.py --model output/run1/checkpoint-010000 --out run1-010000.safetensors --dtype fp16
+
+EMA weights are used where the checkpoint has them. The .yaml written beside the file tells UIs what its keys cannot:
+keep the two together. What else a user of the file has to know is printed, and kept in its metadata.
+"""
+
+try:
+    from cachetrain import cli
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`") from None
+
+
+def parse_args(argv=None):
+    parser = cli.parser(__doc__)
+    parser.add_argument("--model", required=True, help="checkpoint, model directory or hub id")
+    parser.add_argument("--out", required=True, help=".safetensors file to write; replaced if it exists")
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16", "fp16"), help="of all weights; default: as they are stored"
+    )
+    parser.add_argument("--raw_weights", action="store_true", help="not the EMA weights")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+
+    from cachetrain.modeling import load
+    from cachetrain.modeling.export import export_single_file
+
+    dtype = args.dtype and load.pick_dtype(args.dtype, "cpu")
+    notes = export_single_file(load.resolve_model(args.model), args.out, dtype, args.raw_weights)
+    print("\n".join([f"wrote {args.out}", *(f"note: {note}" for note in notes)]))
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
