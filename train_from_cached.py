@@ -13,7 +13,7 @@ import json
 import math
 import shutil
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -33,27 +33,33 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    output_dir = open_output_dir(args)
+    output_dir = Path(args.output_dir)
 
     from cachetrain.modeling import load
     from cachetrain.training import setup
     from cachetrain.training.checkpoint import checkpoints
     from cachetrain.training.distributed import World
 
-    world = World(load.pick_device(args.device))
-    try:
-        return train(args, output_dir, world)
-    except (RuntimeError, MemoryError) as error:
-        if not setup.is_out_of_memory(error):
+    with ExitStack() as closing:
+        world = World(load.pick_device(args.device))
+        closing.callback(world.close)
+        try:
+            if world.main:
+                open_output_dir(output_dir)
+            world.barrier()  # rank 0 has made it, or has refused it and is gone
+            return train(args, output_dir, world, closing)
+        except (RuntimeError, MemoryError) as error:
+            kept = [str(path) for path in checkpoints(output_dir)[-1:]] or ["none yet"]
+            if setup.is_out_of_memory(error):
+                raise ValueError(f"{setup.memory_advice(args, error)}; last checkpoint: {kept[0]}") from error
+            if world.lost(error):
+                raise OSError(f"rank {world.rank}: another rank has ended, its own output says why; "
+                              f"last checkpoint: {kept[0]}") from error  # fmt: skip
             raise
-        kept = [str(path) for path in checkpoints(output_dir)[-1:]] or ["none yet"]
-        raise ValueError(f"{setup.memory_advice(args, error)}; last checkpoint: {kept[0]}") from error
-    finally:
-        world.close()
 
 
-def train(args, output_dir, world):
-    """Runs the training; returns the exit code."""
+def train(args, output_dir, world, closing):
+    """Runs the training; returns the exit code. `closing`: ExitStack of what is to be closed, come what may."""
     from tqdm import tqdm
 
     from cachetrain.modeling import load
@@ -61,7 +67,7 @@ def train(args, output_dir, world):
     from cachetrain.training import setup
     from cachetrain.training.checkpoint import Saving
     from cachetrain.training.data import on_device
-    from cachetrain.training.distributed import gradients_stay, wrap
+    from cachetrain.training.distributed import gradients_stay, whole, wrap
     from cachetrain.training.ema import Ema
     from cachetrain.training.logs import Logs
     from cachetrain.training.objective import noise_schedule
@@ -76,6 +82,7 @@ def train(args, output_dir, world):
     setup.check_vae(index, model_dir)
     unet, chosen = setup.open_unet(args, index, model_dir, device)
     scheduler = setup.open_scheduler(model_dir, args.objective, args.zero_terminal_snr)
+    notes = setup.check_export(args, model_dir, scheduler)
     objective = objective_of(scheduler)
     alphas_cumprod = noise_schedule(scheduler, device)
     plan = setup.make_plan(args, index.num_visits, world.ranks)
@@ -86,9 +93,7 @@ def train(args, output_dir, world):
     model = wrap(unet, world, args.fsdp)
     trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     autocast, scaler = autocast_for(device, args.precision), loss_scaler(device, args.precision)
-    optimizer = make_optimizer(
-        args.optimizer, trained, plan.peak_lr, args.betas, args.weight_decay, args.cpu_offload
-    )
+    optimizer = make_optimizer(args.optimizer, trained, plan.peak_lr, args.betas, args.weight_decay, args.cpu_offload)
     offloaded = optimizer.cpu_parameters if args.cpu_offload else None
     ema = Ema(trained, args.ema_decay, "cpu" if args.cpu_offload else None, offloaded) if args.ema_decay else None
     losses = partial(
@@ -102,24 +107,29 @@ def train(args, output_dir, world):
         return plan.peak_lr * factor
 
     # What is seen of it.
-    samples = setup.open_samples(args, model_dir, scheduler, index, device)
+    samples = setup.open_samples(args, model_dir, scheduler, index, device) if world.main else None
     validation = setup.open_validation(args, held_out, objective, plan, device, world)
     saving = Saving(args, plan, world)
     if world.main:
         archive_settings(args, output_dir)
     logs = Logs(args, world, unet, objective, alphas_cumprod, pairs, plan, rate, autocast, scaler, device)
     stats, metrics = logs.statistics, logs.metrics
-    say(f"{chosen}\n{setup.coverage(index, plan, args, world)}")
+    closing.callback(metrics.close)
+    say("\n".join([str(chosen), *notes, setup.coverage(index, plan, args, world)]))
     say(f"{plan.max_steps} steps of {args.batch_size} x {args.gradient_accum} x {world.ranks} = "
         f"{plan.effective_batch}; {objective}; {args.precision} on {device}")  # fmt: skip
 
-    def draw(step, last_samples):
+    def draw_if_due(step, last_samples):
+        due = samples is not None and samples.due(step, plan.max_steps)
+        if not (world.any(due) if args.fsdp else due):
+            return
         with ema.applied() if ema else nullcontext():
-            directory = output_dir / "samples" / f"step-{step:06d}"
-            samples.draw(unet, directory, metrics if world.main else None, step, autocast, last_samples)
+            complete = whole(unet, world)
+            if world.main:
+                directory = output_dir / "samples" / f"step-{step:06d}"
+                samples.draw(complete, directory, metrics, step, autocast, last_samples)
 
-    if samples and samples.due(0, plan.max_steps) and (world.main or args.fsdp):
-        draw(0, ())
+    draw_if_due(0, ())
     started, first_loss, code = time.perf_counter(), None, 0
     feed = on_device(loader, device)
     progress = tqdm(range(1, plan.max_steps + 1), desc="train", unit="step", disable=None if world.main else True)
@@ -158,12 +168,11 @@ def train(args, output_dir, world):
             check_finite(stats, scaler, step)
             speed = tags.get("05_Performance/images_per_second", math.nan)
             progress.set_postfix(loss=f"{stats.loss_raw:.4f}", img_s=f"{speed:.1f}", refresh=False)
-        if samples and samples.due(step, plan.max_steps) and (world.main or args.fsdp):
-            draw(step, batch["samples"].tolist())
+        draw_if_due(step, batch["samples"])
         if save_now:
-            info = {"step": step, "objective": objective, "text": text_info(index)}
+            info = {"step": step, "objective": objective, "text": text_info(index, args.text_scaling_factor)}
             saved = saving.save(step, unet, ema, scheduler, model_dir, info)
-            if samples and world.main:
+            if samples:
                 samples.animate(metrics, step)
 
         if args.overfit and log_now:
@@ -172,7 +181,6 @@ def train(args, output_dir, world):
                 break
     progress.close()
 
-    metrics.close()
     if args.overfit:
         code = report_overfit(args, say, first_loss, stats.loss_raw, step)
     else:
@@ -211,13 +219,11 @@ def forward(model, batch, objective, alphas_cumprod, autocast, dtype, gamma):
     return loss, raw, prediction.detach(), target, alpha, sigma
 
 
-def open_output_dir(args):
+def open_output_dir(output_dir):
     """Makes the run's directory; one that already holds a run is refused."""
-    output_dir = Path(args.output_dir)
     if (output_dir / "args.json").exists():
         raise ValueError(f"{output_dir}: already holds a run; choose another --output_dir, or remove it")
     output_dir.mkdir(parents=True, exist_ok=True)
-    return output_dir
 
 
 def archive_settings(args, output_dir):

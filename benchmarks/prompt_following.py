@@ -4,7 +4,7 @@
     ./benchmarks/prompt_following.py --work /tmp/prompt_following
 
 All runs have the same data, steps and settings: the quickstart's. A prompt counts when background, colour, shape,
-place and size are all right, and half of the prompts ask for a shape in a colour that it was never trained in. What is
+place and size are all right; half of the prompts ask for a shape in a colour that it was never trained in. What is
 done is skipped when the script is started again. On one CPU core a run takes six minutes; there are eighteen.
 """
 

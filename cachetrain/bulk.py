@@ -4,6 +4,7 @@ import heapq
 import os
 import random
 import time
+import zlib
 from array import array
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,10 @@ class PackedStrings:
 
     def __len__(self):
         return len(self._ends)
+
+    def checksum(self):
+        """A number that tells lists apart, at a gigabyte a second."""
+        return zlib.crc32(self._ends, zlib.crc32(self._bytes))
 
     def __getitem__(self, index):
         index = range(len(self))[index]

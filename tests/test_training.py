@@ -510,6 +510,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(shapes, model_t5, tmp_path):
     with pytest.raises(ValueError, match=r"loss is nan.* at step 5"):
         run(data, model_t5, tmp_path / "run", *flags)
     assert not list((tmp_path / "run").glob("checkpoint*"))
+    events = EventAccumulator(str(tmp_path / "tb" / "run"))  # what was measured until then is written
+    events.Reload()
+    last = events.Scalars("01_Training/loss_raw")[-1]
+    assert last.step == 5 and np.isnan(last.value)
 
 
 def test_a_failed_save_leaves_nothing_under_a_checkpoints_name(shapes, model_t5, tmp_path, monkeypatch):

@@ -8,7 +8,8 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from cachetrain.modeling.compose import staged_directory
-from cachetrain.training.distributed import full_state_dict
+from cachetrain.modeling.export import export_single_file
+from cachetrain.training.distributed import whole
 
 FROZEN = ("vae", "text_encoder", "tokenizer", "projection", "feature_extractor", "safety_checker")
 TRIGGER = "trigger.checkpoint"
@@ -35,24 +36,29 @@ class Saving:
         self.output_dir, self.plan, self.world = Path(args.output_dir), plan, world
         self.on_epoch, self.keep_last = args.save_on_epoch, args.keep_last
         self.every_s = args.save_every_minutes and 60 * args.save_every_minutes
+        self.ckpt_dir = args.ckpt_dir and Path(args.ckpt_dir)
         self._last_s = time.monotonic()
 
     def due(self, step):
         """Whether to save after this step. All ranks say the same; none waits for a device."""
-        trigger = self.output_dir / TRIGGER
-        asked = self.world.main and trigger.exists()
-        if asked:
-            trigger.unlink(missing_ok=True)
-        overdue = bool(self.every_s) and self.world.main and time.monotonic() - self._last_s > self.every_s
+        started = step >= self.plan.save_start
         planned = step % self.plan.save_steps == 0 or (self.on_epoch and self.plan.ends_epoch(step))
-        asked = self.world.any(asked)
-        return asked or step == self.plan.max_steps or (
-            step >= self.plan.save_start and (planned or self.world.any(overdue))
-        )  # fmt: skip
+        asked = self.world.main and (self._triggered() or (started and self._overdue()))
+        return self.world.any(asked) or (started and planned) or step == self.plan.max_steps
+
+    def _triggered(self):
+        try:
+            (self.output_dir / TRIGGER).unlink()
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _overdue(self):
+        return bool(self.every_s) and time.monotonic() - self._last_s > self.every_s
 
     def save(self, step, unet, ema, scheduler, model_dir, info):
         """Writes `<output_dir>/checkpoint-NNNNNN`, which appears under that name only when complete; then removes
-        what --keep_last does not keep.
+        what --keep_last does not keep. With --ckpt_dir it is also written there, as one file.
 
         Args:
             unet: the module itself, saved to unet/; ema: Ema or None, saved to unet_ema/.
@@ -66,16 +72,19 @@ class Saving:
         """
         target = checkpoint_path(self.output_dir, step)
         with staged_directory(target, overwrite=True) if self.world.main else nullcontext() as stage:
-            _save_unet(unet, stage and stage / "unet")
+            self._save_unet(unet, stage, "unet")
             if ema is not None:
                 with ema.applied():
-                    _save_unet(unet, stage and stage / "unet_ema")
+                    self._save_unet(unet, stage, "unet_ema")
             if stage:
                 earlier = checkpoints(self.output_dir)
                 _frozen_parts(earlier[-1] if earlier else Path(model_dir), stage, link=bool(earlier))
                 scheduler.save_pretrained(stage / "scheduler")
                 _write_index(model_dir, stage, scheduler)
                 (stage / "cachetrain.json").write_text(json.dumps(info, indent=2) + "\n")
+        if self.world.main and self.ckpt_dir:
+            name = f"{self.output_dir.resolve().name}-{step:06d}.safetensors"
+            export_single_file(target, self.ckpt_dir / name)
         if self.world.main and self.keep_last:
             for old in checkpoints(self.output_dir)[: -self.keep_last]:
                 shutil.rmtree(old.rename(old.with_name(f".{old.name}.removed")))
@@ -83,18 +92,11 @@ class Saving:
         self.world.barrier()
         return target
 
-
-def _save_unet(unet, directory):
-    """Saves the UNet's weights and config; `directory` None: only takes part in bringing sharded weights together."""
-    import torch
-
-    weights = full_state_dict(unet)
-    if directory is None:
-        return
-    with torch.device("meta"):
-        plain = type(unet).from_config(unet.config)
-    plain.load_state_dict(weights, assign=True)
-    plain.save_pretrained(directory)
+    def _save_unet(self, unet, stage, name):
+        """Saves the UNet's weights and config on rank 0; sharded weights come from all ranks."""
+        complete = whole(unet, self.world)
+        if stage:
+            complete.save_pretrained(stage / name)
 
 
 def _frozen_parts(source, stage, link):

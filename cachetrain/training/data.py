@@ -1,10 +1,12 @@
 """Finished batches from sidecars: loading, scaling and every random draw happen here, in the loader's workers."""
 
 from itertools import count
+from math import prod
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch._dynamo
 from torch.utils.data import DataLoader, Dataset
 
 from cachetrain.modeling.t5_pipeline import pad_embeddings
@@ -188,8 +190,46 @@ def collate(samples, masked):
     }
 
 
+class Packed(NamedTuple):
+    """A batch as one tensor: one piece of shared memory to hand over and one copy to the device, not seven."""
+
+    data: torch.Tensor  # uint8 [bytes]
+    layout: list  # of (name, dtype, shape); dtype None: no tensor
+
+
+_ALIGNMENT = 64  # bytes, where each tensor starts
+
+
+def pack(batch):
+    """Packed of a dict of tensors and None."""
+    tensors = {name: tensor for name, tensor in batch.items() if tensor is not None}
+    data = torch.empty(sum(_room(tensor.nbytes) for tensor in tensors.values()), dtype=torch.uint8)
+    layout = [(name, None, None) if t is None else (name, t.dtype, t.shape) for name, t in batch.items()]
+    packed = Packed(data, layout)
+    for name, place in unpack(packed).items():
+        if place is not None:
+            place.copy_(tensors[name])
+    return packed
+
+
+def unpack(packed):
+    """The dict that was packed; its tensors share the memory of `packed.data`."""
+    batch, start = {}, 0
+    for name, dtype, shape in packed.layout:
+        batch[name] = None
+        if dtype is not None:
+            num_bytes = dtype.itemsize * prod(shape)
+            batch[name] = packed.data[start : start + num_bytes].view(dtype).view(shape)
+            start += _room(num_bytes)
+    return batch
+
+
+def _room(num_bytes):
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+
+
 def make_loader(dataset, batches, masked, num_workers, pin_memory):
-    """DataLoader whose workers deliver finished batches; it draws from no global generator."""
+    """DataLoader whose workers deliver finished batches, Packed; it draws from no global generator."""
     return DataLoader(
         dataset, batch_sampler=batches, num_workers=num_workers, pin_memory=pin_memory,
         collate_fn=_Collate(masked), prefetch_factor=4 if num_workers else None,
@@ -204,19 +244,19 @@ class _Collate:
         self.masked = masked
 
     def __call__(self, samples):
-        return collate(samples, self.masked)
+        return pack(collate(samples, self.masked))
 
 
 def on_device(loader, device):
-    """Yields the loader's batches on the device; on CUDA each is copied while the one before is computed on."""
+    """Yields the loader's batches, unpacked; on CUDA each is copied while the one before is computed on."""
     if device.type != "cuda":
-        for batch in loader:
-            yield _moved(batch, device)
+        for packed in loader:
+            yield _opened(_moved(packed, device))
         return
     copies, ahead = torch.cuda.Stream(device), None
-    for batch in loader:
+    for packed in loader:
         with torch.cuda.stream(copies):
-            moved = _moved(batch, device)
+            moved = _moved(packed, device)
             arrived = copies.record_event()
         if ahead is not None:
             yield _arrived(*ahead)
@@ -225,15 +265,22 @@ def on_device(loader, device):
         yield _arrived(*ahead)
 
 
-def _moved(batch, device):
-    return {key: value if value is None else value.to(device, non_blocking=True) for key, value in batch.items()}
+def _moved(packed, device):
+    return packed._replace(data=packed.data.to(device, non_blocking=True))
 
 
-def _arrived(batch, event):
+def _arrived(packed, event):
     """Makes the device, not the host, wait for the copy; its memory is not used again before the step is done."""
     stream = torch.cuda.current_stream()
     stream.wait_event(event)
-    for value in batch.values():
-        if value is not None:
-            value.record_stream(stream)
+    packed.data.record_stream(stream)
+    return _opened(packed)
+
+
+def _opened(packed):
+    """`unpack`, with texts marked for --compile: their length varies, so that one program is to do for all."""
+    batch = unpack(packed)
+    if batch["encoder_attention_mask"] is not None:
+        torch._dynamo.maybe_mark_dynamic(batch["encoder_hidden_states"], 1)
+        torch._dynamo.maybe_mark_dynamic(batch["encoder_attention_mask"], 1)
     return batch

@@ -72,19 +72,21 @@ class Diagnostics:
             updates = [torch.linalg.vector_norm(new - old, dtype=torch.float32).square() for new, old in pairs]
             same = [(new.bfloat16() == old.bfloat16()).sum().float() for new, old in pairs]
             sums += [torch.stack(updates), torch.stack(same)]
+        else:  # a rank had no memory for it: what all ranks sum has one shape
+            sums += 2 * [torch.full_like(sums[0], torch.nan)]
         self._before = None
         by_block = torch.zeros(len(sums), len(self._blocks), device=self.device)
         by_block.index_add_(1, self._slots, torch.stack(sums))
         if not _sharded(self._parameters):
             by_block /= self.world.ranks  # alike on all ranks
-        squares, *more = self.world.sum(by_block).cpu().numpy().astype(np.float64)  # host waits
+        squares, updates, same = self.world.sum(by_block).cpu().numpy().astype(np.float64)  # host waits
         norms = np.sqrt(squares)
         tags = named_tags("09_Parameter_Stats/weight_norm", self._blocks, norms)
-        if more:
-            ratios = np.sqrt(more[0]) / np.maximum(norms, 1e-30)
+        if not np.isnan(same).any():
+            ratios = np.sqrt(updates) / np.maximum(norms, 1e-30)
             tags |= named_tags("09_Parameter_Stats/update_ratio", self._blocks, ratios)
             numel = sum(parameter.numel() for parameter in self._parameters)
-            tags["09_Parameter_Stats/bf16_lost_fraction"] = float(more[1].sum()) / numel
+            tags["09_Parameter_Stats/bf16_lost_fraction"] = float(same.sum()) / numel
         return tags
 
     def _parameter_histograms(self):

@@ -1,6 +1,8 @@
 """Several processes that train one model: torchrun, or any launcher that sets RANK and WORLD_SIZE."""
 
 import os
+import sys
+import time
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
@@ -17,10 +19,11 @@ class World:
     """
 
     def __init__(self, device=None):
-        """Joins the ranks. `device`: this rank's torch.device.
+        """Joins the ranks. `device`: this rank's torch.device; "cuda" is the one of LOCAL_RANK.
 
         Raises:
             ValueError: the launcher's variables are not all there.
+            OSError: the ranks do not find each other.
         """
         self.rank, self.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.main = self.rank == 0
@@ -29,9 +32,15 @@ class World:
             return
         cuda = self.device.type == "cuda"
         if cuda:
+            if self.device.index is None:
+                self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
-        # gloo beside nccl: what is on the host is agreed upon there, without waiting for the device.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        try:
+            # gloo beside nccl: what is on the host is agreed upon there, without waiting for the device.
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        except dist.DistError as error:
+            raise OSError(f"the ranks do not find each other: {_first_line(error)}; start all {self.ranks} of them, "
+                          "with a free --master_port") from error  # fmt: skip
 
     def sum(self, tensor):
         """The tensor, summed over the ranks; every rank gets the same."""
@@ -60,8 +69,16 @@ class World:
         if self.ranks > 1:
             dist.all_reduce(torch.zeros(()))  # gloo, on the host
 
+    def lost(self, error):
+        """Whether an exception says that another rank has ended: what it shared with this one broke."""
+        return self.ranks > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error))
+
     def close(self):
         if self.ranks > 1:
+            if sys.exception():
+                # gloo's thread may have to let go of a tensor yet, for which it needs Python's lock. When DDP is
+                # taken apart, torch waits for that thread with the lock held: for ever, if it has not had it before.
+                time.sleep(0.5)
             dist.destroy_process_group()
 
 
@@ -71,6 +88,7 @@ def wrap(unet, world, fsdp):
     Gradients become means over the ranks. DDP gives every rank the weights of rank 0; fully_shard cuts the weights
     that each rank has loaded, down block, mid block and up block each for itself.
     """
+    world.barrier()  # a rank that was refused is missed here, on the host, and not by the device
     if fsdp:
         from torch.distributed.fsdp import fully_shard
 
@@ -78,7 +96,9 @@ def wrap(unet, world, fsdp):
         for block in [*unet.down_blocks, unet.mid_block, *unet.up_blocks]:
             if block is not None:
                 fully_shard(block, mesh=mesh)
-        return fully_shard(unet, mesh=mesh)
+        # The root too: by default its weights stay whole after a forward pass, and without a backward pass the next
+        # one would not see that Ema.applied() has changed them.
+        return fully_shard(unet, mesh=mesh, reshard_after_forward=True)
     if world.ranks == 1:
         return unet
     from torch.nn.parallel import DistributedDataParallel
@@ -96,11 +116,28 @@ def gradients_stay(model, last):
         yield
 
 
-def full_state_dict(module):
-    """The module's whole state_dict on every rank; sharded weights are brought together on the CPU, one by one."""
+def whole(unet, world):
+    """The UNet with all its weights, on rank 0; None on the others. All ranks take part.
+
+    It is the UNet itself, or of a sharded one a copy in CPU memory.
+    """
     from torch.distributed.tensor import DTensor
 
-    return {
-        name: tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
-        for name, tensor in module.state_dict().items()
-    }
+    weights, sharded = {}, False
+    for name, tensor in unet.state_dict().items():
+        if isinstance(tensor, DTensor):
+            tensor, sharded = tensor.full_tensor(), True
+            tensor = tensor.cpu() if world.main else None  # one after the other: no device holds them all
+        weights[name] = tensor
+    if not world.main:
+        return None
+    if not sharded:
+        return unet
+    with torch.device("meta"):
+        copy = type(unet).from_config(unet.config)
+    copy.load_state_dict(weights, assign=True)
+    return copy
+
+
+def _first_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -19,7 +19,8 @@ def make_optimizer(name, parameters, lr, betas, weight_decay, cpu_offload=False)
     gradients are overwritten by the step.
 
     With float16 loss scaling only fused AdamW skips a bad step on the device; for the others GradScaler asks the
-    host, which waits for the device once a step. Prodigy waits once per tensor.
+    host, which waits for the device once a step. Prodigy waits once per tensor; so does StableAdamW where optimi does
+    not use its Triton kernels (sharded weights).
 
     Args:
         name: one of schedules.OPTIMIZERS.

@@ -242,4 +242,5 @@ def caption_of(stem):
 
 
 def warn(message):
-    print(f"warning: {message}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # the ranks of a run all come to say the same
+        print(f"warning: {message}", file=sys.stderr)

@@ -3,6 +3,7 @@
 from collections import deque
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from cachetrain.modeling import load
@@ -79,8 +80,8 @@ class Samples:
         After step 0 a failure is a warning, and training goes on.
 
         Args:
-            unet: the module itself, not its distributed wrapper.
-            metrics: Metrics; None on ranks that only take part.
+            unet: the module itself, not its distributed wrapper; on any device.
+            metrics: Metrics; None: nothing is written.
             autocast: function that opens the run's autocast context.
             last_samples: numbers of the last batch's pairs, whose captions are drawn where no prompts are given.
         """
@@ -88,6 +89,7 @@ class Samples:
         unet.eval()
         try:
             self._read_again()
+            unet.to(self.device)
             self.vae.to(self.device)
             drawings = self._drawings(unet, step, [int(i) for i in last_samples])
             rows = self._render(unet, drawings, autocast)
@@ -123,7 +125,7 @@ class Samples:
         embeddings = {text: self._embeddings[text] for text in texts & self._embeddings.keys()}
         missing = sorted(texts - embeddings.keys())
         if missing:
-            kind, settings = text_info(self.index).values()
+            kind, settings, _ = text_info(self.index, self.text_scale).values()
             dtype = load.pick_dtype(None, device)
             encoded = encode_like_cache(self.model_dir, kind, settings, missing, device, dtype)
             embeddings |= {text: emb * self.text_scale for text, emb in zip(missing, encoded, strict=True)}
@@ -164,8 +166,10 @@ class Samples:
         """Returns a list of images per drawing, one per cfg."""
         cfgs, rows = self.prompts.cfgs or self.cfgs, [[] for _ in drawings]
         batch_size = self.prompts.batch_size or _BATCH_SIZE
+        # Not through a compiled UNet: each number and size of pictures would be compiled on its own.
         with tqdm(total=len(drawings) * len(cfgs), desc="samples", unit="img", leave=False,
-                  disable=not self.prompts.show_progress_bars) as progress, autocast():  # fmt: skip
+                  disable=not self.prompts.show_progress_bars) as progress, \
+                torch.compiler.set_stance("force_eager"), autocast():  # fmt: skip
             for i, _, image in render_drawings(unet, self.vae, self.sampler, drawings, cfgs, self._num_steps(),
                                                self.index.masked, batch_size):  # fmt: skip
                 rows[i].append(image)
@@ -204,6 +208,7 @@ def _frame(images, cfgs, step):
     return grid(small, [f"cfg {cfg:g}, step {step}" for cfg in cfgs], len(cfgs), min_side=1)
 
 
-def text_info(index):
+def text_info(index, text_scale):
     """How captions were encoded, as a checkpoint must remember it, so that prompts are encoded alike later."""
-    return {"kind": "txt_t5cache" if index.masked else "txt_clipl", "settings": index.text_settings}
+    kind = "txt_t5cache" if index.masked else "txt_clipl"
+    return {"kind": kind, "settings": index.text_settings, "scaling_factor": text_scale}

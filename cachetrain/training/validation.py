@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import numpy as np
 import torch
 
-from cachetrain.training.data import Visit, make_loader
+from cachetrain.training.data import Visit, make_loader, on_device
 from cachetrain.training.prompts import warn
 
 QUANTILES = 4
@@ -159,11 +159,10 @@ class Validation:
         """Means over each quantile: float64 numpy [2, QUANTILES], of the loss and of the plain squared error."""
         sums = torch.zeros(3, QUANTILES, dtype=torch.float64, device=self.device)
         training = unet.training
-        with weights:
+        with weights, torch.compiler.set_stance("force_eager"):  # its batch sizes would be compiled one by one
             unet.eval()
             try:
-                for number, batch in enumerate(self._loader):
-                    batch = {k: v if v is None else v.to(self.device, non_blocking=True) for k, v in batch.items()}
+                for number, batch in enumerate(on_device(self._loader, self.device)):
                     loss, raw = losses(unet, batch)
                     if self._batches.counts(number):
                         quantiles = torch.tensor([visit.epoch for visit in self._batches.batch(number)])
