@@ -97,7 +97,7 @@ train() {
         BATCH=16 STEPS=$STEPS OPTIMIZER=adamw LR=2e-3 SCHED=cosine GAMMA=0 DROPOUT=0.1 EMA=0.99 \
         PRECISION=$PRECISION SAMPLE_PROMPTS=$WORK/sample_prompts_$RUN.txt SAMPLE_STEPS=700 SAVE_STEPS=$((STEPS / 2)) \
         VAL_SPLIT=$VAL_SPLIT "./train_$FLAVOUR.sh" --betas 0.9 0.99 --warmup_steps 100 --lr_decay_steps "$STEPS" --sample_cfgs 1 3 7 \
-        --log_groups {1..15}
+        --cache_in_ram --log_groups {1..15}
 }
 
 draw_samples() {

@@ -69,7 +69,7 @@ def train(args, output_dir, world, closing):
     from cachetrain.training.data import on_device
     from cachetrain.training.distributed import gradients_stay, whole, wrap
     from cachetrain.training.ema import Ema
-    from cachetrain.training.logs import Logs
+    from cachetrain.training.logs.run_logs import Logs
     from cachetrain.training.objective import noise_schedule
     from cachetrain.training.optim import autocast_for, clip_gradients, loss_scaler, make_optimizer
     from cachetrain.training.samples import text_info

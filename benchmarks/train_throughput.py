@@ -154,7 +154,7 @@ def whole_loop(args, work, model, data, flags):
     import torch
 
     from cachetrain.modeling import load
-    from cachetrain.training.logs import Logs
+    from cachetrain.training.logs.run_logs import Logs
 
     spec = importlib.util.spec_from_file_location("train_from_cached", REPO / "train_from_cached.py")
     trainer = importlib.util.module_from_spec(spec)

@@ -20,10 +20,10 @@ from PIL import Image, ImageSequence
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cachetrain.training import describe, diagnostics, health, machine
-from cachetrain.training.metrics import Metrics, open_metrics
+from cachetrain.training.logs import describe, diagnostics, health, machine
+from cachetrain.training.logs.metrics import Metrics, open_metrics
+from cachetrain.training.logs.statistics import GROUPS, Statistics
 from cachetrain.training.objective import alpha_sigma, min_snr_weights, squared_error, target_of
-from cachetrain.training.statistics import GROUPS, Statistics
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -726,8 +726,8 @@ import torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from diffusers import UNet2DConditionModel
-from cachetrain.training.diagnostics import Diagnostics
-from cachetrain.training.statistics import GROUPS, Statistics
+from cachetrain.training.logs.diagnostics import Diagnostics
+from cachetrain.training.logs.statistics import GROUPS, Statistics
 
 class World:
     def __init__(self, ranks):

@@ -18,7 +18,7 @@ from cachetrain.training import setup
 from cachetrain.training.checkpoint import Saving
 from cachetrain.training.data import on_device, pack
 from cachetrain.training.distributed import World
-from cachetrain.training.logs import Logs
+from cachetrain.training.logs.run_logs import Logs
 from cachetrain.training.optim import autocast_for
 from cachetrain.training.samples import Samples
 from cachetrain.training.validation import Validation
@@ -260,6 +260,7 @@ def test_compiled_unet_is_one_graph_for_all_text_lengths(flags, graphs, shapes, 
     assert all(p.grad is not None for p in unet.parameters())
 
 
+@pytest.mark.slow
 def test_compiled_unet_takes_a_bounded_number_of_graphs_for_many_sizes(graphs, shapes, model_sd):
     unet = open_unet(shapes, model_sd, ".txt_clipl")
     for size in ((8, 8), (8, 12), (12, 8), (10, 14), (14, 10), (6, 18), (12, 12)):

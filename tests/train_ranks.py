@@ -15,7 +15,7 @@ from typing import NamedTuple
 REPO = Path(__file__).resolve().parent.parent
 TIMEOUT_S = 120
 _IMPORTED = ["torch.distributed.fsdp", "torch.nn.parallel", "optimi", "cachetrain.training.checkpoint",
-             "cachetrain.training.ema", "cachetrain.training.logs", "cachetrain.training.optim",
+             "cachetrain.training.ema", "cachetrain.training.logs.run_logs", "cachetrain.training.optim",
              "cachetrain.training.setup"]  # fmt: skip
 
 

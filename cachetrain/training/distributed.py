@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 
 class World:
@@ -116,13 +117,16 @@ def gradients_stay(model, last):
         yield
 
 
+def local_parts(tensors):
+    """This rank's parts of sharded tensors (fully_shard), sharing their memory; other tensors as they are."""
+    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+
+
 def whole(unet, world):
     """The UNet with all its weights, on rank 0; None on the others. All ranks take part.
 
     It is the UNet itself, or of a sharded one a copy in CPU memory.
     """
-    from torch.distributed.tensor import DTensor
-
     weights, sharded = {}, False
     for name, tensor in unet.state_dict().items():
         if isinstance(tensor, DTensor):

@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from cachetrain.training.gradients import local_parts
+from cachetrain.training.distributed import local_parts
 from cachetrain.training.schedules import check_optimizer
 
 EPS = 1e-8  # of all Adam-like optimizers, torch's default: diffusion gradients are often below optimi's 1e-6

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from cachetrain.training.gradients import Gradients
-from cachetrain.training.machine import peak_tflops, speed_tags, system_tags
+from cachetrain.training.logs.gradients import Gradients
+from cachetrain.training.logs.machine import peak_tflops, speed_tags, system_tags
 
 GROUPS = tuple(range(1, 16))
 BINS, CELLS = 8, 40  # bins of the loss tags, cells of the histogram: both divide the 1000 timesteps

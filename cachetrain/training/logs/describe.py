@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from cachetrain.training.gradients import block_of, positions_of
+from cachetrain.training.logs.gradients import block_of, positions_of
 
 _PLANNED_POINTS = 1000
 _PACKAGES = ("torch", "diffusers", "transformers", "torch-optimi", "safetensors", "numpy", "Pillow", "tensorboard")

@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from cachetrain.training import describe
 from cachetrain.training.data import Visit
-from cachetrain.training.diagnostics import Diagnostics, FixedLatent
-from cachetrain.training.health import Health
-from cachetrain.training.machine import forward_flops
-from cachetrain.training.metrics import open_metrics
+from cachetrain.training.logs import describe
+from cachetrain.training.logs.diagnostics import Diagnostics, FixedLatent
+from cachetrain.training.logs.health import Health
+from cachetrain.training.logs.machine import forward_flops
+from cachetrain.training.logs.metrics import open_metrics
+from cachetrain.training.logs.statistics import Statistics
 from cachetrain.training.setup import cache_fingerprint
-from cachetrain.training.statistics import Statistics
 
 
 class Logs:

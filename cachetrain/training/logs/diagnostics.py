@@ -5,7 +5,8 @@ import torch
 from PIL import Image
 
 from cachetrain.modeling.pictures import grid
-from cachetrain.training.gradients import block_of, local_parts, named_tags, positions_of, trained_parameters
+from cachetrain.training.distributed import local_parts
+from cachetrain.training.logs.gradients import block_of, named_tags, positions_of, trained_parameters
 from cachetrain.training.objective import alpha_sigma
 from cachetrain.training.prompts import warn
 

@@ -4,6 +4,8 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
+from cachetrain.training.distributed import local_parts
+
 
 def block_of(name):
     """The block a parameter belongs to: "conv_in", "down_blocks.0", "mid_block", ..."""
@@ -14,11 +16,6 @@ def block_of(name):
 def trained_parameters(model):
     """[(name, parameter)] of those that are trained."""
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-
-def local_parts(tensors):
-    """This rank's parts of sharded tensors (fully_shard), sharing their memory; other tensors as they are."""
-    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
 
 
 def positions_of(labels):
