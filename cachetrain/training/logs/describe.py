@@ -54,7 +54,8 @@ def plot(values, title, size=(480, 300)):
     for part in range(5):
         x, y = left + (right - left) * part / 4, bottom - (bottom - top) * part / 4
         draw.line([(left, y), (right, y)], fill="#dddddd")
-        draw.text((left - 5, y), f"{low + span * part / 4:.3g}", fill="black", font=font, anchor="rm")
+        value = round(low + span * part / 4, 12)  # no 1e-17 for zero
+        draw.text((left - 5, y), f"{value:.3g}", fill="black", font=font, anchor="rm")
         draw.text((x, bottom + 5), f"{(len(values) - 1) * part / 4:.0f}", fill="black", font=font, anchor="mt")
     xs = left + (right - left) * positions / max(1, len(values) - 1)
     ys = bottom - (bottom - top) * (values[positions] - low) / span
