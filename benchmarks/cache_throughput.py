@@ -109,10 +109,9 @@ def decode_256(path):
 
 def decode_alone(paths):
     """Seconds to decode all files on all cores, processes started before."""
-    from cachetrain.caching.arguments import available_cores
 
-    with multiprocessing.get_context("fork").Pool(available_cores()) as pool:
-        pool.map(decode_256, paths[: 2 * available_cores()])
+    with multiprocessing.get_context("fork").Pool(cli.available_cores()) as pool:
+        pool.map(decode_256, paths[: 2 * cli.available_cores()])
         return seconds(pool.map, decode_256, paths, 4)[0]
 
 

@@ -86,3 +86,13 @@ class Steps(str):
     def resolve(self, steps_per_epoch):
         """The number as optimizer steps; epochs round up, so that every sample is visited."""
         return math.ceil(float(self[:-1]) * steps_per_epoch) if self.endswith("e") else int(self)
+
+
+def available_cores():
+    """CPU cores this process may use, which in a container can be fewer than the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cores_of_this_rank():
+    """This process's share of them, where a launcher has started several on this machine."""
+    return available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))

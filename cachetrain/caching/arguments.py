@@ -1,7 +1,6 @@
 """Command lines of the cache scripts. Imports no torch, so that `--help` answers at once."""
 
 import argparse
-import os
 
 from cachetrain import cli, sidecar
 from cachetrain.caching.scan import CAPTION_SUFFIXES, IMAGE_SUFFIXES
@@ -36,7 +35,7 @@ def image_parser(doc, kind, model):
     parser.add_argument(
         "--num_workers",
         type=int,
-        default=max(1, min(8, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)),
+        default=max(1, min(8, cli.cores_of_this_rank() - 1)),
         help="processes that decode images; 0: none but this one",
     )
     return parser
@@ -107,11 +106,6 @@ def add_choice_arguments(parser, default, note=None):
     parser.add_argument("--num_images", type=count, default=default, metavar="N",
                         help=f"that many, chosen at random; 0: all{note or ''}")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the choice")
-
-
-def available_cores():
-    """CPU cores this process may use, which in a container can be fewer than the machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cache_suffix(text):

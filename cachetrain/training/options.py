@@ -106,7 +106,7 @@ def _data_arguments(group):
     group.add_argument("--text_scaling_factor", type=float, default=1.0, help="multiplies every text embedding")
     group.add_argument("--cache_in_ram", action="store_true",
                        help="read all sidecars once, into memory (each rank its own copy)")  # fmt: skip
-    group.add_argument("--num_workers", type=_count, default=min(8, max(0, (os.cpu_count() or 1) - 1)),
+    group.add_argument("--num_workers", type=_count, default=min(8, max(0, cli.cores_of_this_rank() - 1)),
                        help="loader processes; 0: none. Never changes the run")  # fmt: skip
     group.add_argument("--overfit", type=_positive, metavar="N",
                        help="sanity run: N samples, fixed noise, until the loss is a tenth of the first")  # fmt: skip

@@ -112,10 +112,10 @@ def open_unet(args, index, model_dir, device):
     chosen = selection.apply(unet, args, args.seed)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    if args.allow_tf32:
-        torch.set_float32_matmul_precision("high")
-        if device.type != "cuda":
-            warn("--allow_tf32 does nothing without CUDA")
+    torch.backends.cudnn.allow_tf32 = args.allow_tf32  # torch allows it in convolutions unless told otherwise
+    torch.set_float32_matmul_precision("high" if args.allow_tf32 else "highest")
+    if args.allow_tf32 and device.type != "cuda":
+        warn("--allow_tf32 does nothing without CUDA")
     unet.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.preserve_format)
     if args.compile:
         unet.compile(fullgraph=True)  # in place: names, saving and wrappers see the same module
