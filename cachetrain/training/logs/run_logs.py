@@ -28,13 +28,8 @@ class Logs:
 
     def __init__(self, args, world, unet, objective, alphas_cumprod, pairs, plan, rate, autocast, scaler, device):
         groups, index, self.main = frozenset(args.log_groups), pairs.index, world.main
-        self.groups, self.log_step, self.plan, self.autocast, self.scaler = (
-            groups,
-            args.log_step,
-            plan,
-            autocast,
-            scaler,
-        )
+        self.groups, self.plan, self.log_step = groups, plan, args.log_step
+        self.autocast, self.scaler = autocast, scaler
         output_dir = Path(args.output_dir)
         self.metrics = open_metrics(output_dir, Path(args.logdir) / output_dir.name, 0, world.main)
         shape, tokens = index.shapes[0], int(index.tokens[0])
