@@ -130,7 +130,7 @@ def train(args, output_dir, world, closing):
                 samples.draw(complete, directory, metrics, step, autocast, last_samples)
 
     draw_if_due(0, ())
-    started, first_loss, code = time.perf_counter(), None, 0
+    started, first_loss = time.perf_counter(), None
     feed = on_device(loader, device)
     progress = tqdm(range(1, plan.max_steps + 1), desc="train", unit="step", disable=None if world.main else True)
     for step in progress:
@@ -181,13 +181,12 @@ def train(args, output_dir, world, closing):
                 break
     progress.close()
 
-    if args.overfit:
-        code = report_overfit(args, say, first_loss, stats.loss_raw, step)
-    else:
-        say(setup.leftover(index, batches))
     say(f"{step} steps in {time.perf_counter() - started:.0f} s"
         + (f"; last checkpoint: {saved}" if step == plan.max_steps else ""))  # fmt: skip
-    return code
+    if args.overfit:
+        return report_overfit(say, first_loss, stats.loss_raw, step)
+    say(setup.leftover(index, batches))
+    return 0
 
 
 def forward(model, batch, objective, alphas_cumprod, autocast, dtype, gamma):
@@ -246,7 +245,7 @@ def check_finite(stats, scaler, step):
         )
 
 
-def report_overfit(args, say, first_loss, loss, step):
+def report_overfit(say, first_loss, loss, step):
     """Says whether the samples were learned by heart; returns the exit code."""
     share = f"the loss on fixed noise went from {first_loss:.4f} to {loss:.4f} in {step} steps"
     if loss < OVERFIT_SHARE * first_loss:

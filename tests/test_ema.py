@@ -71,6 +71,9 @@ def test_ema_update_never_asks_a_tensor_for_a_value():
         parameters = [torch.nn.Parameter(torch.empty(4, 4, dtype=dtype, device="meta"))]
         ema = Ema(parameters, 0.9)  # meta tensors have no values: reading one raises
         ema.update(1)
+        assert ema.averages[0].is_meta
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            ema.averages[0].sum().item()
 
 
 def test_ema_state_continues_bit_exact():
