@@ -27,6 +27,7 @@ def parse_args(argv=None):
     parser.add_argument("--work", required=True, type=Path, help="directory for data, models and runs; kept")
     parser.add_argument("--steps", type=int, default=3200, help="optimizer steps of each run")
     parser.add_argument("--num_images", type=int, default=6000, help="training images")
+    parser.add_argument("--noise_gamma", type=float, default=0, help="of Min-SNR; 0: off, as in the quickstart")
     for name, choices in (("flavours", FLAVOURS), ("objectives", OBJECTIVES), ("precisions", PRECISIONS)):
         parser.add_argument(f"--{name}", nargs="+", choices=choices, default=choices, help="run only these")
     return parser.parse_args(argv)
@@ -62,7 +63,8 @@ def prepare(args):
 
 def score(args, flavour, objective, precision):
     """Trains, draws and scores one combination, unless done; returns the JSON of score_shapes.py."""
-    out = args.work / f"{flavour}-{objective}-{precision}"
+    gamma = f"{args.noise_gamma:g}"
+    out = args.work / f"{flavour}-{objective}-{precision}-g{gamma}-s{args.steps}"
     result = out / "score.json"
     if result.exists():
         return json.loads(result.read_text())
@@ -70,7 +72,7 @@ def score(args, flavour, objective, precision):
     script(
         f"train_{flavour}.sh", "--betas", 0.9, 0.99, "--warmup_steps", 100, "--lr_decay_steps", args.steps,
         MODEL=args.work / f"model_{flavour}", DATADIR=args.work / "data", OUTPUT=out, LOGDIR=args.work / "logs",
-        IMGCACHE=".img_sdxl", BATCH=16, STEPS=args.steps, OPTIMIZER="adamw", LR=2e-3, SCHED="cosine", GAMMA=0,
+        IMGCACHE=".img_sdxl", BATCH=16, STEPS=args.steps, OPTIMIZER="adamw", LR=2e-3, SCHED="cosine", GAMMA=gamma,
         DROPOUT=0.1, EMA=0.99, OBJECTIVE=objective, PRECISION=precision,
     )  # fmt: skip
     script("sample.py", "--model", out / f"checkpoint-{args.steps:06d}", "--prompts", args.work / "prompts.txt",
