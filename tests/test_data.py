@@ -2,6 +2,7 @@
 
 import shutil
 from collections import Counter
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from conftest import load_script
 from test_training import CLIP, T5, digest, refused, run
 
 from cachetrain.sidecar import read_sidecar
-from cachetrain.training import data, draws, options, ram
+from cachetrain.training import data, draws, options, ram, setup
 from cachetrain.training.data import Batches, CachedPairs, Visit
+from cachetrain.training.distributed import World
 from cachetrain.training.index import PairIndex
 
 REQUIRED = ["--model", "x", "--output_dir", "x"]
@@ -187,3 +189,26 @@ def test_embeddings_in_bfloat16_are_those_of_float32_to_the_bit(shapes):
     half = CachedPairs(index, 0, None, 1.0, text_dtype=torch.bfloat16)
     for i in range(len(index)):
         assert torch.equal(half[Visit(0, i)]["embedding"].float(), exact[Visit(0, i)]["embedding"])
+
+
+def test_a_compiled_run_pads_every_batch_to_the_longest_text_of_all(shapes, model_t5):
+    argv = [
+        "--train_data_dir",
+        shapes,
+        "--model",
+        model_t5,
+        "--output_dir",
+        "x",
+        "--batch_size",
+        4,
+        "--num_workers",
+        0,
+    ]
+    for flags, lengths in (([], {16, 8}), (["--compile"], {40})):
+        args = options.parse_args("", [*map(str, argv), "--num_workers", "0", *flags])
+        index, _ = setup.open_index(args, World())
+        index.tokens[7] = 35  # a longer text, in no batch of the four below
+        loader, _ = setup.open_loader(args, setup.open_pairs(args, index, "flow"), torch.device("cpu"),
+                                      setup.make_plan(args, index.num_visits, 1), World())  # fmt: skip
+        found = {data.unpack(packed)["encoder_hidden_states"].shape[1] for packed in islice(loader, 4)}
+        assert found <= lengths

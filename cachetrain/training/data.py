@@ -170,15 +170,15 @@ class Batches:
         ]
 
 
-def collate(samples, masked):
-    """Stacks samples. `masked`: T5, pad and mask; else CLIP: every position is seen, as SD1.5 expects.
+def collate(samples, masked, multiple=8):
+    """Stacks samples. `masked`: T5, pad to a multiple and mask; else CLIP: every position is seen, as SD1.5 expects.
 
     Returns:
         dict: latents, noise float32 [B, C, h, w]; timesteps [B]; encoder_hidden_states [B, T, D];
         encoder_attention_mask bool [B, T] or None; dropped bool [B]; samples int64 [B].
     """
     embeddings = [sample["embedding"] for sample in samples]
-    hidden, mask = pad_embeddings(embeddings) if masked else (torch.stack(embeddings), None)
+    hidden, mask = pad_embeddings(embeddings, multiple) if masked else (torch.stack(embeddings), None)
     return {
         "latents": torch.stack([sample["latents"] for sample in samples]),
         "noise": torch.stack([sample["noise"] for sample in samples]),
@@ -228,30 +228,30 @@ def _room(num_bytes):
     return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
 
 
-def make_loader(dataset, batches, masked, num_workers, pin_memory):
+def make_loader(dataset, batches, masked, num_workers, pin_memory, multiple=8):
     """DataLoader whose workers deliver finished batches, Packed; it draws from no global generator."""
     return DataLoader(
         dataset, batch_sampler=batches, num_workers=num_workers, pin_memory=pin_memory,
-        collate_fn=_Collate(masked), prefetch_factor=4 if num_workers else None,
+        collate_fn=_Collate(masked, multiple), prefetch_factor=4 if num_workers else None,
         generator=torch.Generator().manual_seed(0), persistent_workers=num_workers > 0,
     )  # fmt: skip
 
 
 class _Collate:
-    """`collate` with its flag bound; a class, so that spawned workers can pickle it."""
+    """`collate` with its settings bound; a class, so that spawned workers can pickle it."""
 
-    def __init__(self, masked):
-        self.masked = masked
+    def __init__(self, masked, multiple):
+        self.masked, self.multiple = masked, multiple
 
     def __call__(self, samples):
-        return pack(collate(samples, self.masked))
+        return pack(collate(samples, self.masked, self.multiple))
 
 
 def on_device(loader, device):
     """Yields the loader's batches, unpacked; on CUDA each is copied while the one before is computed on."""
     if device.type != "cuda":
         for packed in loader:
-            yield _opened(_moved(packed, device))
+            yield unpack(_moved(packed, device))
         return
     copies, ahead = torch.cuda.Stream(device), None
     for packed in loader:
@@ -274,13 +274,4 @@ def _arrived(packed, event):
     stream = torch.cuda.current_stream()
     stream.wait_event(event)
     packed.data.record_stream(stream)
-    return _opened(packed)
-
-
-def _opened(packed):
-    """`unpack`, with texts marked for --compile: their length varies, so that one program is to do for all."""
-    batch = unpack(packed)
-    if batch["encoder_attention_mask"] is not None:
-        torch._dynamo.maybe_mark_dynamic(batch["encoder_hidden_states"], 1)
-        torch._dynamo.maybe_mark_dynamic(batch["encoder_attention_mask"], 1)
-    return batch
+    return unpack(packed)

@@ -118,7 +118,9 @@ def open_unet(args, index, model_dir, device):
         warn("--allow_tf32 does nothing without CUDA")
     unet.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.preserve_format)
     if args.compile:
-        unet.compile(fullgraph=True)  # in place: names, saving and wrappers see the same module
+        # A graph for each latent size: inductor's symbolic shapes fail in the backward pass of masked attention.
+        torch._dynamo.config.recompile_limit = max(8, 2 * len(index.shapes))
+        unet.compile(fullgraph=True, dynamic=False)  # in place: names, saving and wrappers see the same module
     return unet, chosen
 
 
@@ -173,7 +175,10 @@ def open_loader(args, pairs, device, plan, world):
     batches = Batches(
         pairs.index, args.batch_size, args.seed, plan.max_steps * args.gradient_accum, strata, world.rank, world.ranks
     )
-    return make_loader(pairs, batches, pairs.index.masked, args.num_workers, device.type == "cuda"), batches
+    # A compiled UNet sees one text length, the longest: each other length would be another graph.
+    multiple = -(-int(pairs.index.tokens.max()) // 8) * 8 if args.compile else 8
+    loader = make_loader(pairs, batches, pairs.index.masked, args.num_workers, device.type == "cuda", multiple)
+    return loader, batches
 
 
 def coverage(index, plan, args, world):
