@@ -22,8 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cachetrain.training.logs import describe, diagnostics, health, machine
 from cachetrain.training.logs.metrics import Metrics, open_metrics
-from cachetrain.training.logs.statistics import GROUPS, Statistics
+from cachetrain.training.logs.statistics import Statistics
 from cachetrain.training.objective import alpha_sigma, min_snr_weights, squared_error, target_of
+from cachetrain.training.options import GROUPS
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -727,7 +728,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from diffusers import UNet2DConditionModel
 from cachetrain.training.logs.diagnostics import Diagnostics
-from cachetrain.training.logs.statistics import GROUPS, Statistics
+from cachetrain.training.logs.statistics import Statistics
+from cachetrain.training.options import GROUPS
 
 class World:
     def __init__(self, ranks):

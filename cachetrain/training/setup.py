@@ -158,12 +158,12 @@ def open_pairs(args, index, objective, validates=False):
 
 
 def _null_embedding(args, index):
-    path = null_caption_path(args.train_data_dir, args.txtcache_suffix) if args.cond_dropout else None
-    if path is None:
-        if args.cond_dropout:
-            raise ValueError(f"no _null_caption{args.txtcache_suffix} in {', '.join(args.train_data_dir)}; "
-                             "run the text cache script, or pass --cond_dropout 0")  # fmt: skip
+    if not args.cond_dropout:
         return None
+    path = null_caption_path(args.train_data_dir, args.txtcache_suffix)
+    if path is None:
+        raise ValueError(f"no _null_caption{args.txtcache_suffix} in {', '.join(args.train_data_dir)}; "
+                         "run the text cache script, or pass --cond_dropout 0")  # fmt: skip
     tensors, header = read_sidecar(path)
     check_same_run(index.text_header, header, index.text_path(0), path)
     return tensors["emb"]

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from cachetrain.training.logs.gradients import Gradients
 from cachetrain.training.logs.machine import peak_tflops, speed_tags, system_tags
 
-GROUPS = tuple(range(1, 16))
 BINS, CELLS = 8, 40  # bins of the loss tags, cells of the histogram: both divide the 1000 timesteps
 BIN_NAMES = tuple(f"t{first:03d}-{first + 1000 // BINS - 1:03d}" for first in range(0, 1000, 1000 // BINS))
 _MAX_LOG_SNR = 20.0  # pure noise and pure signal have an infinite one
