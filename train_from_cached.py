@@ -12,6 +12,7 @@ ends. `step` is one optimizer update; the loss is the mean over batch_size x gra
 import json
 import math
 import shutil
+import signal
 import time
 from contextlib import ExitStack, nullcontext
 from functools import partial
@@ -19,6 +20,7 @@ from pathlib import Path
 
 try:
     from cachetrain import cli
+    from cachetrain.sidecar import atomic_write
     from cachetrain.training import options
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`") from None
@@ -37,18 +39,19 @@ def main(argv=None):
 
     from cachetrain.modeling import load
     from cachetrain.training import setup
-    from cachetrain.training.checkpoint import checkpoints
     from cachetrain.training.distributed import World
+    from cachetrain.training.saves.resume import Resumed
+    from cachetrain.training.saves.saving import checkpoints
 
     with ExitStack() as closing:
         world = World(load.pick_device(args.device))
         closing.callback(world.close)
         try:
-            if world.main:
-                open_output_dir(output_dir)
-            world.barrier()  # rank 0 has made it, or has refused it and is gone
-            return train(args, output_dir, world, closing)
+            found = open_output_dir(args, output_dir, closing) if world.main else None
+            found = world.gather(found)[0]  # rank 0 has made or found it, or has refused it and is gone
+            return train(args, output_dir, Resumed(*found), world, closing)
         except (RuntimeError, MemoryError) as error:
+            closing.close()  # what is being saved is complete then
             kept = [str(path) for path in checkpoints(output_dir)[-1:]] or ["none yet"]
             if setup.is_out_of_memory(error):
                 raise ValueError(f"{setup.memory_advice(args, error)}; last checkpoint: {kept[0]}") from error
@@ -58,21 +61,28 @@ def main(argv=None):
             raise
 
 
-def train(args, output_dir, world, closing):
-    """Runs the training; returns the exit code. `closing`: ExitStack of what is to be closed, come what may."""
+def train(args, output_dir, resumed, world, closing):
+    """Runs the training; returns the exit code.
+
+    Args:
+        resumed: Resumed, the checkpoint to go on from, if any.
+        closing: ExitStack of what is to be closed, come what may.
+    """
     from tqdm import tqdm
 
     from cachetrain.modeling import load
     from cachetrain.modeling.schedulers import objective_of
     from cachetrain.training import setup
-    from cachetrain.training.checkpoint import Saving
     from cachetrain.training.data import on_device
     from cachetrain.training.distributed import gradients_stay, whole, wrap
     from cachetrain.training.ema import Ema
+    from cachetrain.training.guard import Guard, seed_of, step_if_finite
     from cachetrain.training.logs.run_logs import Logs
     from cachetrain.training.objective import noise_schedule
     from cachetrain.training.optim import autocast_for, clip_gradients, loss_scaler, make_optimizer
     from cachetrain.training.samples import text_info
+    from cachetrain.training.saves.resume import run_state, settings_of
+    from cachetrain.training.saves.saving import Saving
     from cachetrain.training.schedules import lr_factor
 
     # What is trained, and on what.
@@ -80,14 +90,21 @@ def train(args, output_dir, world, closing):
     index, held_out = setup.open_index(args, world)
     model_dir = load.resolve_model(args.model, args.revision)
     setup.check_vae(index, model_dir)
-    unet, chosen = setup.open_unet(args, index, model_dir, device)
     scheduler = setup.open_scheduler(model_dir, args.objective, args.zero_terminal_snr)
     notes = setup.check_export(args, model_dir, scheduler)
     objective = objective_of(scheduler)
     alphas_cumprod = noise_schedule(scheduler, device)
     plan = setup.make_plan(args, index.num_visits, world.ranks)
+    settings = settings_of(args, plan, index, scheduler, world)
+    notes += resumed.check(settings, args.resume_anyway)
+    setup.check_start(args, index, model_dir, plan, resumed.frozen is not None)
+    if resumed.step >= plan.max_steps:
+        say(f"{resumed.path}: the run is complete; a higher --max_steps lets it go on")
+        return 0
+    unet, chosen = setup.open_unet(args, model_dir, len(index.shapes), device, resumed.path)
     pairs = setup.open_pairs(args, index, objective)
-    loader, batches = setup.open_loader(args, pairs, device, plan, world)
+    visits = resumed.state.get("visits", 0)
+    loader, batches = setup.open_loader(args, pairs, device, plan, world, resumed.step, visits)
 
     # What trains it.
     model = wrap(unet, world, args.fsdp)
@@ -96,6 +113,7 @@ def train(args, output_dir, world, closing):
     optimizer = make_optimizer(args.optimizer, trained, plan.peak_lr, args.betas, args.weight_decay, args.cpu_offload)
     offloaded = optimizer.cpu_parameters if args.cpu_offload else None
     ema = Ema(trained, args.ema_decay, "cpu" if args.cpu_offload else None, offloaded) if args.ema_decay else None
+    resumed.restore(unet, trained, optimizer, ema, scaler)
     losses = partial(
         forward, objective=objective, alphas_cumprod=alphas_cumprod, autocast=autocast, dtype=trained[0].dtype,
         gamma=args.noise_gamma if args.use_snr else None,
@@ -109,15 +127,24 @@ def train(args, output_dir, world, closing):
     # What is seen of it.
     samples = setup.open_samples(args, model_dir, scheduler, index, device) if world.main else None
     validation = setup.open_validation(args, held_out, objective, plan, device, world)
-    saving = Saving(args, plan, world)
     if world.main:
         archive_settings(args, output_dir)
-    logs = Logs(args, world, unet, objective, alphas_cumprod, pairs, plan, rate, autocast, scaler, device)
+    logs = Logs(args, world, unet, objective, alphas_cumprod, pairs, plan, rate, autocast, scaler, device,
+                resumed.step if args.resume else None)  # fmt: skip
     stats, metrics = logs.statistics, logs.metrics
     closing.callback(metrics.close)
+    guard = Guard(index, output_dir, world, args.max_nonfinite, scaler.is_enabled())
+    info = {"objective": objective, "text": text_info(index, args.text_scaling_factor)}
+    saving = Saving(args, plan, world, model_dir, scheduler, info, metrics.flush, resumed.frozen)
+    closing.callback(saving.wait)
+    if resumed.path:
+        stats.load_state_dict(resumed.state["statistics"])
+        if validation and resumed.state["validation"]:
+            validation.load_state_dict(resumed.state["validation"])
     say("\n".join([str(chosen), *notes, setup.coverage(index, plan, args, world)]))
     say(f"{plan.max_steps} steps of {args.batch_size} x {args.gradient_accum} x {world.ranks} = "
-        f"{plan.effective_batch}; {objective}; {args.precision} on {device}")  # fmt: skip
+        f"{plan.effective_batch}; {objective}; {args.precision} on {device}"
+        + (f"; goes on after step {resumed.step} of {resumed.path}" if resumed.path else ""))  # fmt: skip
 
     def draw_if_due(step, last_samples):
         due = samples is not None and samples.due(step, plan.max_steps)
@@ -129,11 +156,16 @@ def train(args, output_dir, world, closing):
                 directory = output_dir / "samples" / f"step-{step:06d}"
                 samples.draw(complete, directory, metrics, step, autocast, last_samples)
 
-    draw_if_due(0, ())
+    if not resumed.path:
+        draw_if_due(0, ())
     started, first_loss = time.perf_counter(), None
     feed = on_device(loader, device)
-    progress = tqdm(range(1, plan.max_steps + 1), desc="train", unit="step", disable=None if world.main else True)
+    signals = closing.enter_context(cli.deferred_signals())  # from here on they end the run after its step
+    steps = range(resumed.step + 1, plan.max_steps + 1)
+    progress = tqdm(steps, desc="train", unit="step", initial=resumed.step, total=plan.max_steps,
+                    disable=None if world.main else True)  # fmt: skip
     for step in progress:
+        saving.report()
         for group in optimizer.param_groups:
             group["lr"] = rate(step)
 
@@ -143,10 +175,12 @@ def train(args, output_dir, world, closing):
             stats.wait_s += time.perf_counter() - waiting
             with gradients_stay(model, micro_step == args.gradient_accum):
                 loss, raw, *seen = losses(model, batch)
-                scaler.scale(loss.mean() / args.gradient_accum).backward()
+                mean = loss.mean() / args.gradient_accum
+                scaler.scale(mean).backward(seed_of(mean))
             stats.add(batch, *seen, raw.detach(), loss.detach())
+            guard.add(batch["samples"], loss.detach())
 
-        save_now = saving.due(step)
+        save_now, stop = saving.due(step, bool(signals))
         validate_now = validation is not None and validation.due(step, plan.max_steps)
         log_now = logs.due(step) or save_now or validate_now  # what is saved was seen to be finite
         scaler.unscale_(optimizer)
@@ -154,35 +188,46 @@ def train(args, output_dir, world, closing):
         if args.gradient_clip:
             clip_gradients(trained, grad_norm, args.gradient_clip)
         logs.diagnostics.before(step)
-        scaler.step(optimizer)
-        scaler.update()
+        finite = grad_norm.isfinite()
+        stepped = step_if_finite(optimizer, scaler, finite)
+        guard.end_step(step, finite)
         optimizer.zero_grad(set_to_none=True)
         if ema:
-            ema.update(step)
+            ema.update(step, stepped)
         if plan.ends_epoch(step):
             stats.epoch_end()
 
         if log_now:
             measured = validation.measure(unet, lambda *a: losses(*a)[:2], step, ema) if validate_now else {}
             tags = logs.write(step, optimizer, measured)
-            check_finite(stats, scaler, step)
+            hopeless = guard.read(stats.num_not_finite)
+            save_now = save_now or hopeless
             speed = tags.get("05_Performance/images_per_second", math.nan)
             progress.set_postfix(loss=f"{stats.loss_raw:.4f}", img_s=f"{speed:.1f}", refresh=False)
         draw_if_due(step, batch["samples"])
         if save_now:
-            info = {"step": step, "objective": objective, "text": text_info(index, args.text_scaling_factor)}
-            saved = saving.save(step, unet, ema, scheduler, model_dir, info)
             if samples:
                 samples.animate(metrics, step)
+            seen = visits + (step - resumed.step) * plan.effective_batch
+            state = run_state(step, seen, settings, unet, optimizer, scaler, stats, validation)
+            saving.save(step, unet, ema, state)
+            if hopeless:
+                raise ValueError(f"{guard.advice(step)}; the last good weights are in {saving.finish()}")
+            if stop:
+                break
 
         if args.overfit and log_now:
             first_loss = first_loss or stats.loss_raw
             if stats.loss_raw < OVERFIT_SHARE * first_loss:
                 break
     progress.close()
+    saved = saving.finish()
 
-    say(f"{step} steps in {time.perf_counter() - started:.0f} s"
-        + (f"; last checkpoint: {saved}" if step == plan.max_steps else ""))  # fmt: skip
+    say(f"{step - resumed.step} steps in {time.perf_counter() - started:.0f} s"
+        + (f"; last checkpoint: {saved}" if saved else ""))  # fmt: skip
+    if stop and step < plan.max_steps:
+        say(f"stopped after step {step} of {plan.max_steps}; --resume latest goes on")
+        return 128 + (signals or [signal.SIGTERM])[0]
     if args.overfit:
         return report_overfit(say, first_loss, stats.loss_raw, step)
     say(setup.leftover(index, batches))
@@ -218,31 +263,29 @@ def forward(model, batch, objective, alphas_cumprod, autocast, dtype, gamma):
     return loss, raw, prediction.detach(), target, alpha, sigma
 
 
-def open_output_dir(output_dir):
-    """Makes the run's directory; one that already holds a run is refused."""
-    if (output_dir / "args.json").exists():
-        raise ValueError(f"{output_dir}: already holds a run; choose another --output_dir, or remove it")
-    output_dir.mkdir(parents=True, exist_ok=True)
+def open_output_dir(args, output_dir, closing):
+    """Makes the run's directory, or finds in it what is to be resumed; one that another run writes to is refused.
+
+    Returns:
+        what saves.resume.find_checkpoint does; (None, False) for a new run.
+    """
+    from cachetrain.atomic import locked_directory, remove_leftovers
+    from cachetrain.training.saves.resume import find_checkpoint
+
+    if not args.resume and (output_dir / "args.json").exists():
+        raise ValueError(
+            f"{output_dir}: already holds a run; choose another --output_dir, or go on with --resume latest"
+        )
+    closing.enter_context(locked_directory(output_dir))
+    remove_leftovers(output_dir)
+    return find_checkpoint(args.resume, output_dir) if args.resume else (None, False)
 
 
 def archive_settings(args, output_dir):
     """Keeps the settings with the run: args.json and the wrapper script."""
-    (output_dir / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
+    atomic_write(output_dir / "args.json", (json.dumps(vars(args), indent=2) + "\n").encode())
     if args.copy_config:
         shutil.copy(args.copy_config, output_dir)
-
-
-def check_finite(stats, scaler, step):
-    """Stops a run whose loss or gradients are not finite: nothing that follows would be worth its time.
-
-    float16's loss scaler skips steps whose gradients are not finite, so there only the loss counts.
-    """
-    gradients = 0.0 if scaler.is_enabled() else stats.grad_norm
-    if not math.isfinite(stats.loss + gradients):
-        raise ValueError(
-            f"the loss is {stats.loss}, the gradient norm {stats.grad_norm} at step {step}: lower --lr, "
-            "or use --precision fp32; earlier checkpoints are as they were"
-        )
 
 
 def report_overfit(say, first_loss, loss, step):

@@ -2,6 +2,7 @@
 # Trains vanilla Stable Diffusion 1.5 (its own VAE and CLIP) from its caches.
 # This file IS the configuration: copy it beside itself, edit the copy, run the copy; it is kept with the run's output.
 # A variable set outside wins over the value here, a flag given here wins over both: LR=2e-5 ./train_sd.sh --seed 1
+# `./train_sd.sh checkpoint` has the running run saved after its step, `./train_sd.sh resume` goes on from the last save.
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
@@ -31,6 +32,18 @@ GPUS=${GPUS:-1}                         # of this machine
 NAME=${NAME:-sd_${OPTIMIZER}_lr${LR}_b${BATCH}x${ACCUM}_${SCHED}_g${GAMMA}_s${STEPS}}
 OUTPUT=${OUTPUT:-output/$NAME}
 LOGDIR=${LOGDIR:-tensorboard}
+
+if [ "${1:-}" = checkpoint ]; then
+    if [ ! -e "$OUTPUT/args.json" ] || { command -v flock >/dev/null && flock -n "$OUTPUT/.lock" true; }; then
+        echo "$OUTPUT: no run is going on there" >&2
+        exit 2
+    fi
+    touch "$OUTPUT/trigger.checkpoint"
+    echo "$OUTPUT: a checkpoint will be written after the current step"
+    exit
+elif [ "${1:-}" = resume ]; then
+    set -- --resume latest "${@:2}"
+fi
 
 args=(--model "$MODEL" --imgcache_suffix "$IMGCACHE" --txtcache_suffix "$TXTCACHE"
       --batch_size "$BATCH" --gradient_accum "$ACCUM" --max_steps "$STEPS"

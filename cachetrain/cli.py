@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import sys
+from contextlib import contextmanager
 
 
 def parser(doc):
@@ -45,6 +46,27 @@ def run(main):
         if came:  # libraries make their own errors of it
             _stop("terminated" if came[0] == signal.SIGTERM else "interrupted", 128 + came[0])
         _stop(error, 2)
+
+
+@contextmanager
+def deferred_signals():
+    """Yields a list that gets the number of the first SIGINT or SIGTERM, which does nothing else; a second one ends
+    the process at once. Afterwards a signal does again what it did before."""
+    came, main_pid = [], os.getpid()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number, _):
+        if os.getpid() != main_pid:
+            os._exit(128 + number)
+        came.append(number)
+        _set_handlers(signal.SIG_DFL)
+
+    _set_handlers(note)
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _set_handlers(handler):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from test_training import CLIP, digest, refused, run, trainer
 
 from cachetrain.training import setup
-from cachetrain.training.checkpoint import checkpoints
+from cachetrain.training.saves.saving import checkpoints
 
 FLOW = ["--objective", "flow"]
 
@@ -157,7 +157,7 @@ def test_saves_by_epoch_by_time_and_on_request_and_keeps_the_last(shapes, model_
     run(shapes, model_t5, tmp_path / "epochs", *flags)
     assert steps_saved(tmp_path / "epochs") == [6, 9]
     run(shapes, model_t5, tmp_path / "last", *flags, "--save_steps", 1, "--keep_last", 2)
-    assert steps_saved(tmp_path / "last") == [8, 9] and not list((tmp_path / "last").glob(".*"))
+    assert steps_saved(tmp_path / "last") == [8, 9] and not list((tmp_path / "last").glob(".checkpoint*"))
 
     real = trainer.forward
 

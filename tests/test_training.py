@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from itertools import islice
 
 import numpy as np
@@ -332,7 +333,7 @@ def test_checkpoint_is_a_complete_pipeline_whose_frozen_parts_are_stored_once(
     assert image.size == (64, 64)
     ema = load_file(second / "unet_ema" / "diffusion_pytorch_model.safetensors")
     assert digest(ema) != digest(weights)
-    assert not list((tmp_path / "run").glob(".*"))
+    assert not list((tmp_path / "run").glob(".checkpoint*"))
 
 
 def test_bf16_autocast_keeps_float32_weights_and_learns(shapes, model_t5, tmp_path):
@@ -516,33 +517,65 @@ def test_a_loss_that_is_not_finite_stops_the_run(shapes, model_t5, tmp_path):
     assert last.step == 5 and np.isnan(last.value)
 
 
-def test_a_failed_save_leaves_nothing_under_a_checkpoints_name(shapes, model_t5, tmp_path, monkeypatch):
-    from cachetrain.training import checkpoint
-
-    def disk_full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "_write_index", disk_full)
-    with pytest.raises(OSError, match="No space left"):
-        run(shapes, model_t5, tmp_path / "run", "--max_steps", 1, "--batch_size", 2)
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"args.json", "metrics.jsonl"}
+def front_end(flavour, *argv, cwd, **settings):
+    """Starts train_t5.sh or train_sd.sh with settings as variables."""
+    settings = {"IMGCACHE": ".img_sdxl", "LR": "3e-4", "LOGDIR": cwd / "tb", "PRECISION": "fp32", **settings}
+    environment = os.environ | {name: str(value) for name, value in settings.items()} | {"VIRTUAL_ENV": "x"}
+    environment["PATH"] = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+    return subprocess.Popen(
+        [REPO / f"train_{flavour}.sh", *argv], cwd=cwd, text=True, env=environment, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("flavour", ["t5", "sd"])
 def test_front_end_passes_its_settings_and_flags_given_to_it_win(flavour, shapes, model_t5, model_sd, tmp_path):
-    environment = {"DATADIR": shapes, "MODEL": model_t5 if flavour == "t5" else model_sd, "BATCH": 2, "STEPS": 1}
-    environment |= {"IMGCACHE": ".img_sdxl", "LR": "3e-4", "LOGDIR": tmp_path / "tb", "PRECISION": "fp32"}
-    done = subprocess.run(
-        [REPO / f"train_{flavour}.sh", "--seed", "7", "--num_workers", "0"], cwd=tmp_path, text=True,
-        capture_output=True, env=os.environ | {k: str(v) for k, v in environment.items()} | {"VIRTUAL_ENV": "x"}
-        | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    settings = {"DATADIR": shapes, "MODEL": model_t5 if flavour == "t5" else model_sd, "BATCH": 2, "STEPS": 1}
+    started = front_end(flavour, "--seed", "7", "--num_workers", "0", cwd=tmp_path, **settings)
+    _, errors = started.communicate()
+    assert started.returncode == 0, errors
     name = {"t5": "t5_lion_lr3e-4_b2x1_cosine_g5_s1", "sd": "sd_adamw_lr3e-4_b2x1_cosine_g5_s1"}[flavour]
     args = json.loads((tmp_path / "output" / name / "args.json").read_text())
     assert (args["learning_rate"], args["seed"], args["use_snr"], args["noise_gamma"]) == (3e-4, 7, True, 5.0)
     assert (tmp_path / "output" / name / f"train_{flavour}.sh").exists()
     assert (tmp_path / "output" / name / "checkpoint-000001" / "model_index.json").exists()
+
+
+def test_front_ends_differ_in_their_settings_only():
+    sd, t5 = ((REPO / f"train_{flavour}.sh").read_text().split("\nNAME=") for flavour in ("sd", "t5"))
+    assert sd[1].removeprefix("${NAME:-sd") == t5[1].removeprefix("${NAME:-t5")
+
+
+def test_front_end_saves_the_running_run_when_asked_and_resumes_it(shapes, model_t5, tmp_path):
+    out = tmp_path / "run"
+    settings = {"DATADIR": shapes, "MODEL": model_t5, "BATCH": 2, "SCHED": "constant", "OUTPUT": out, "cwd": tmp_path}
+
+    def asked():
+        asking = front_end("t5", "checkpoint", **settings)
+        return asking.communicate()[0], asking.returncode
+
+    assert asked() == ("", 2)  # no such run
+    running = front_end("t5", "--num_workers", "0", STEPS=100_000, **settings)
+    wait_for(lambda: (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text())
+    assert asked() == (f"{out}: a checkpoint will be written after the current step\n", 0)
+    wait_for(lambda: list(out.glob("checkpoint-*")))
+    running.terminate()
+    said, _ = running.communicate()
+    assert running.returncode == 143 and "--resume latest goes on" in said
+    assert len(saved := sorted(out.glob("checkpoint-*"))) == 2
+    assert asked() == ("", 2)  # the run has ended
+    last = int(saved[-1].name.split("-")[1])
+    goes_on = front_end("t5", "resume", "--num_workers", "0", STEPS=last + 2, **settings)
+    said, errors = goes_on.communicate()
+    assert goes_on.returncode == 0, errors
+    assert f"goes on after step {last} of {saved[-1]}" in said and (out / f"checkpoint-{last + 2:06d}").exists()
+
+
+def wait_for(condition, timeout_s=120):
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
 
 
 def test_folders_of_two_sizes_train_together_one_size_a_batch(shapes, model_t5, tmp_path):

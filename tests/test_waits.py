@@ -15,12 +15,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cachetrain.training import setup
-from cachetrain.training.checkpoint import Saving
 from cachetrain.training.data import on_device, pack
 from cachetrain.training.distributed import World
 from cachetrain.training.logs.run_logs import Logs
 from cachetrain.training.optim import autocast_for
 from cachetrain.training.samples import Samples
+from cachetrain.training.saves import resume
+from cachetrain.training.saves.saving import Saving
 from cachetrain.training.validation import Validation
 
 torch.set_num_threads(1)
@@ -147,7 +148,8 @@ def reads(monkeypatch):
 
         monkeypatch.setattr(owner, name, allowed)
 
-    for owner, name in ((Logs, "write"), (Validation, "measure"), (Saving, "save"), (Samples, "draw")):
+    for owner, name in ((Logs, "write"), (Validation, "measure"), (Saving, "save"), (Samples, "draw"),
+                        (resume, "run_state")):  # fmt: skip
         allow(owner, name)
     forward, calls = trainer.forward, count()
 
@@ -192,7 +194,11 @@ def test_host_reads_nothing_outside_log_steps_saves_and_samples(
 ):
     train(shapes, model_t5, tmp_path / "run", precision, optimizer)
     assert reads.step == MAX_STEPS
-    assert reads.found == []
+    if optimizer == "adamw" and precision != "bf16_pure":  # torch's, which skips a bad step on the device
+        assert reads.found == []
+    else:  # the host asks once a step, in one place
+        assert [step for step, what, _ in reads.found if what == "item"] == list(range(1, MAX_STEPS + 1))
+        assert all("cachetrain/training/guard.py:" in frames[-1] for *_, frames in reads.found)
 
 
 def test_a_read_in_the_step_is_noticed(reads, shapes, model_t5, tmp_path, monkeypatch):
@@ -232,7 +238,7 @@ def open_unet(data, model, suffix, *flags):
     argv = ["--train_data_dir", data, "--model", model, "--output_dir", "x", "--txtcache_suffix", suffix, "--compile"]
     args = trainer.parse_args([*map(str, argv), "--precision", "fp32", *flags])
     index, _ = setup.open_index(args, World())
-    return setup.open_unet(args, index, model, torch.device("cpu"))[0]
+    return setup.open_unet(args, model, len(index.shapes), torch.device("cpu"))[0]
 
 
 def step(unet, tokens, size=(8, 8), masked=True, batch_size=2, precision="fp32"):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 REPO = Path(__file__).resolve().parent.parent
 TIMEOUT_S = 120
-_IMPORTED = ["torch.distributed.fsdp", "torch.nn.parallel", "optimi", "cachetrain.training.checkpoint",
+_IMPORTED = ["torch.distributed.fsdp", "torch.nn.parallel", "optimi", "cachetrain.training.saves.saving",
              "cachetrain.training.ema", "cachetrain.training.logs.run_logs", "cachetrain.training.optim",
              "cachetrain.training.setup"]  # fmt: skip
 
@@ -126,7 +126,8 @@ def observe(trainer, moment=None):
     Args:
         moment: at which the process kills itself: "read" (of a header), "forward" (the fourth), "save".
     """
-    from cachetrain.training import checkpoint, distributed, index
+    from cachetrain.training import distributed, index
+    from cachetrain.training.saves.saving import Saving
 
     seen = {"headers": [], "samples": [], "exchanges": 0, "weights": [], "averages": []}
 
@@ -152,8 +153,8 @@ def observe(trainer, moment=None):
 
     _before(index, "read_header", header)
     _before(trainer, "forward", forward)
-    _before(checkpoint.Saving, "save", save)
-    _before(checkpoint, "_frozen_parts", lambda *_, **__: at("save"))
+    _before(Saving, "save", save)
+    _before(Saving, "_bring_frozen_parts", lambda *_: at("save"))
     _watch_exchanges(distributed, seen)
     return seen
 

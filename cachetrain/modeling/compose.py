@@ -1,11 +1,10 @@
 """Builds pipeline directories from parts. Frozen parts are copied byte for byte, so their fingerprints stay."""
 
 import json
-import os
 import shutil
-from contextlib import contextmanager
 from pathlib import Path
 
+from cachetrain.atomic import staged_directory
 from cachetrain.modeling import load
 from cachetrain.modeling.schedulers import make_scheduler
 
@@ -22,48 +21,6 @@ PLAIN_CAPTIONS = (
     "a small green triangle on the left on a yellow background",
     "aerial view of a city by the sea",
 )
-
-
-@contextmanager
-def staged_directory(out, overwrite=False):
-    """Yields a temporary directory beside `out` that takes its name once complete and vanishes on failure.
-
-    Raises:
-        ValueError: `out` exists and may not be replaced.
-    """
-    out = Path(out)
-    if out.exists() and not overwrite:
-        raise ValueError(f"{out}: exists; choose another --out, or pass --overwrite")
-    stage = out.with_name(f".{out.name}.stage")
-    shutil.rmtree(stage, ignore_errors=True)
-    stage.mkdir(parents=True)
-    try:
-        yield stage
-        _sync(stage)
-        if out.exists():
-            shutil.rmtree(out)
-        stage.rename(out)
-    except BaseException:
-        shutil.rmtree(stage, ignore_errors=True)
-        raise
-
-
-def _sync(directory):
-    """Forces a directory tree to disk, so that the rename never promises more than a crash would leave.
-
-    Whoever may read the directory may read its files: safetensors makes them for their owner alone.
-    """
-    mode = os.stat(directory).st_mode & 0o666
-    for folder, _, names in os.walk(directory):
-        paths = [os.path.join(folder, name) for name in names]
-        for path in paths:
-            os.chmod(path, mode)
-        for path in [*paths, folder]:
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
 
 
 def copy_component(source, target, patterns=("config.json", *load.WEIGHT_PATTERNS)):

@@ -2,10 +2,9 @@
 
 import inspect
 import json
-import os
-from contextlib import contextmanager
 from pathlib import Path
 
+from cachetrain.atomic import staged_file
 from cachetrain.modeling import load
 from cachetrain.modeling import original_layout as layout
 from cachetrain.modeling.schedulers import objective_of
@@ -59,9 +58,9 @@ def export_single_file(model_dir, out, dtype=None, raw_weights=False):
         )
     out.parent.mkdir(parents=True, exist_ok=True)
     if config:
-        with _staged(out.with_suffix(".yaml")) as stage:
+        with staged_file(out.with_suffix(".yaml")) as stage:
             stage.write_text(yaml.safe_dump(config, sort_keys=False))
-    with _staged(out) as stage:
+    with staged_file(out) as stage:
         try:
             save_file(tensors | markers, stage, metadata | {"notes": "\n".join(notes)})
         except SafetensorError as error:
@@ -274,20 +273,3 @@ def _stored(directory):
     if not files:
         raise ValueError(f"{directory}: holds no weights; train it first, or pass a checkpoint")
     return {key: tensor for name in sorted(files) for key, tensor in load_file(directory / name).items()}
-
-
-@contextmanager
-def _staged(path):
-    """Yields a name beside `path` for a file that takes its place once it is complete and on disk."""
-    stage = path.with_name(f".{path.name}.stage")
-    try:
-        stage.touch()
-        mode = stage.stat().st_mode
-        yield stage
-        stage.chmod(mode)  # safetensors 0.8 makes files that only their owner can read
-        with open(stage, "rb+") as file:
-            os.fsync(file)
-        os.replace(stage, path)
-    except BaseException:
-        stage.unlink(missing_ok=True)
-        raise

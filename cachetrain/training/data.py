@@ -1,5 +1,6 @@
 """Finished batches from sidecars: loading, scaling and every random draw happen here, in the loader's workers."""
 
+import signal
 from itertools import count
 from math import prod
 from typing import NamedTuple
@@ -127,24 +128,29 @@ class Batches:
         index: PairIndex.
         batch_size: of one rank.
         strata: number of batches that make one step, over which timesteps are to be stratified; 0: they are not.
+        first: number of the first batch to give: a resumed run goes on in the middle of the sequence.
 
     Attributes:
         waiting: {shape id: number of samples that wait until their batch is full}.
         seen: bool [N], the samples that were in a batch.
     """
 
-    def __init__(self, index, batch_size, seed, num_batches, strata=0, rank=0, ranks=1):
+    def __init__(self, index, batch_size, seed, num_batches, strata=0, rank=0, ranks=1, first=0):
         self.index, self.batch_size, self.seed, self.num_batches = index, batch_size, seed, num_batches
-        self.strata, self.rank, self.ranks = strata, rank, ranks
+        self.strata, self.rank, self.ranks, self.first = strata, rank, ranks, first
         self.waiting, self.seen = {}, np.zeros(len(index), bool)
 
     def __len__(self):
-        return self.num_batches
+        return self.num_batches - self.first
 
     def __iter__(self):
         made, filling = 0, {}
         for epoch in count():
-            for sample, repeat in zip(*draws.visits(self.seed, epoch, self.index.weights), strict=True):
+            samples, repeats = draws.visits(self.seed, epoch, self.index.weights)
+            if made < self.first:
+                skipped, place = self._skip(epoch, samples, repeats, filling, self.first - made)
+                made, samples, repeats = made + skipped, samples[place:], repeats[place:]
+            for sample, repeat in zip(samples, repeats, strict=True):
                 bucket = filling.setdefault(self.index.shape_ids[sample], [])
                 bucket.append(Visit(epoch, int(sample), int(repeat)))
                 if len(bucket) < self.batch_size * self.ranks:
@@ -157,6 +163,33 @@ class Batches:
                 yield self._stratified(full, made - 1)[self.rank :: self.ranks]
                 if made == self.num_batches:
                     return
+
+    def _skip(self, epoch, samples, repeats, filling, wanted):
+        """Passes over up to `wanted` batches of an epoch without making them.
+
+        Args:
+            samples, repeats: int64 [M], the visits of the epoch in their order.
+            filling: {shape id: list of Visit} that wait for their batch; becomes what waits afterwards.
+
+        Returns:
+            (number of batches passed over, number of visits that are used up).
+        """
+        size, shape_ids = self.batch_size * self.ranks, self.index.shape_ids[samples]
+        places = {shape: np.flatnonzero(shape_ids == shape) for shape in np.unique(shape_ids)}
+        ends = [own[size - 1 - len(filling.get(shape, [])) :: size] for shape, own in places.items()]
+        ends = np.sort(np.concatenate(ends)) if ends else np.zeros(0, np.int64)
+        used = len(samples) if len(ends) < wanted else int(ends[wanted - 1]) + 1
+        for shape, own in places.items():
+            own, bucket = own[: np.searchsorted(own, used)], filling.pop(shape, [])
+            waiting = (len(bucket) + len(own)) % size
+            if len(bucket) + len(own) >= size:
+                self.seen[[visit.sample for visit in bucket]] = True
+                self.seen[samples[own[: len(own) - waiting]]] = True
+                bucket, own = [], own[len(own) - waiting :]
+            bucket = bucket + [Visit(epoch, int(samples[place]), int(repeats[place])) for place in own]
+            if bucket:
+                filling[shape] = bucket
+        return min(len(ends), wanted), used
 
     def _stratified(self, batch, made):
         """Gives each sample of batch number `made` its part of the range of timesteps."""
@@ -234,7 +267,14 @@ def make_loader(dataset, batches, masked, num_workers, pin_memory, multiple=8):
         dataset, batch_sampler=batches, num_workers=num_workers, pin_memory=pin_memory,
         collate_fn=_Collate(masked, multiple), prefetch_factor=4 if num_workers else None,
         generator=torch.Generator().manual_seed(0), persistent_workers=num_workers > 0,
+        worker_init_fn=_ignore_signals,
     )  # fmt: skip
+
+
+def _ignore_signals(_):
+    """In a worker: Ctrl-C reaches all processes of a terminal, and the step that is under way needs its batches."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Collate:

@@ -62,9 +62,11 @@ class World:
         dist.all_gather_object(things, thing)
         return things
 
-    def any(self, flag):
-        """Whether `flag` is true on any rank. Agreed upon between the hosts: nobody waits for a device."""
-        return bool(self.sum(torch.tensor(int(flag)))) if self.ranks > 1 else flag
+    def any(self, *flags):
+        """Whether each flag is true on any rank: a bool for one, else a list. Nobody waits for a device."""
+        if self.ranks > 1:
+            flags = self.sum(torch.tensor(flags, dtype=torch.int32)).bool().tolist()  # between the hosts
+        return flags[0] if len(flags) == 1 else list(flags)
 
     def barrier(self):
         if self.ranks > 1:
@@ -127,20 +129,31 @@ def whole(unet, world):
 
     It is the UNet itself, or of a sharded one a copy in CPU memory.
     """
-    weights, sharded = {}, False
-    for name, tensor in unet.state_dict().items():
-        if isinstance(tensor, DTensor):
-            tensor, sharded = tensor.full_tensor(), True
-            tensor = tensor.cpu() if world.main else None  # one after the other: no device holds them all
-        weights[name] = tensor
+    state = unet.state_dict()
+    if not any(isinstance(tensor, DTensor) for tensor in state.values()):
+        return unet if world.main else None
+    weights = on_host(state, world)
     if not world.main:
         return None
-    if not sharded:
-        return unet
     with torch.device("meta"):
         copy = type(unet).from_config(unet.config)
     copy.load_state_dict(weights, assign=True)
     return copy
+
+
+@torch.no_grad()
+def on_host(tensors, world):
+    """Copies of {name: tensor} in CPU memory, contiguous, sharded ones whole; on rank 0, {} elsewhere. All take part.
+
+    The host waits for the device here.
+    """
+    copies = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()  # one after the other: no device holds them all
+        if world.main:
+            copies[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    return copies
 
 
 def _first_line(error):

@@ -31,11 +31,19 @@ class Ema:
         self._alike = all(source.dtype == a.dtype and source.device == a.device for source, a in pairs)
 
     @torch.no_grad()
-    def update(self, step):
-        """Moves the averages towards the weights after optimizer step `step` (from 1)."""
+    def update(self, step, stepped=True):
+        """Moves the averages towards the weights after optimizer step `step` (from 1).
+
+        Args:
+            stepped: of optim.step_if_finite: a step that was skipped leaves the averages as they are.
+        """
+        if stepped is False:
+            return
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
         averages, sources = local_parts(self.averages), local_parts(self._sources)
-        if self._alike:
+        if stepped is not True:  # known to the device only; lerp by 0 changes no bit
+            weight = weight * stepped.to(averages[0].device, torch.float32)
+        elif self._alike:
             torch._foreach_lerp_(averages, sources, weight)
             return
         for average, source in zip(averages, sources, strict=True):
@@ -53,26 +61,10 @@ class Ema:
         finally:
             _copy(parameters, raw)
 
-    def state_dict(self):
-        """The averages, float32 (DTensors for sharded weights), under their positions "0", "1", ..."""
-        return {str(number): average for number, average in enumerate(self.averages)}
-
-    @torch.no_grad()
-    def load_state_dict(self, state):
-        """Takes the averages from `state`, in place.
-
-        Raises:
-            ValueError: they are of other parameters.
-        """
-        found = [tuple(state[key].shape) for key in sorted(state, key=int)]
-        expected = [tuple(average.shape) for average in self.averages]
-        if found != expected:
-            raise ValueError(
-                f"EMA state: {len(found)} averages do not fit the {len(expected)} tensors that this run trains; "
-                "resume with the flags that chose them (--unfreeze_*, --targetted_training)"
-            )
-        for number, average in enumerate(self.averages):
-            average.copy_(state[str(number)])
+    def named(self, unet):
+        """{name of the parameter in `unet`: its average, float32}."""
+        names = {parameter: name for name, parameter in unet.named_parameters()}
+        return {names[parameter]: average for parameter, average in zip(self._parameters, self.averages, strict=True)}
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import zlib
 from bisect import bisect_right
 from pathlib import Path
 
@@ -84,6 +85,21 @@ class PairIndex:
         """Path of pair `i` without a suffix, seen from its data directory."""
         place = i if self._positions is None else int(self._positions[i])
         return os.path.relpath(self._stems[place], self.directories[bisect_right(self._starts, place) - 1])
+
+    def checksum(self):
+        """A number that tells lists of pairs apart: names in their data directories, order, sizes, visits, encoders.
+
+        A second for a million pairs.
+        """
+        total, directory = 0, -1
+        for place, stem in enumerate(self._stems):
+            directory += directory + 1 < len(self._starts) and place == self._starts[directory + 1]
+            total = zlib.crc32(os.fsencode(stem[len(self.directories[directory]) :].lstrip(os.sep)), total)
+        positions = [] if self._positions is None else [np.asarray(self._positions, np.int64)]
+        for array in (*positions, self.shape_ids, self.tokens, self.weights):
+            total = zlib.crc32(np.ascontiguousarray(array).tobytes(), total)
+        encoders = repr((self.shapes, self.image_header.run_identity, self.text_header.run_identity))
+        return zlib.crc32(encoders.encode(), total)
 
     @property
     def image_settings(self):

@@ -11,6 +11,12 @@ from cachetrain.training.schedules import check_optimizer
 EPS = 1e-8  # of all Adam-like optimizers, torch's default: diffusion gradients are often below optimi's 1e-6
 
 
+def state_bytes(name, weight_bytes):
+    """Bytes of optimizer state for each trained parameter, whose weight takes 2 (bfloat16) or 4."""
+    tensors = {"adamw": 2, "lion": 1, "stableadamw": 2, "adamw8": 0.5, "prodigy": 4}[name]
+    return weight_bytes * (tensors + (weight_bytes == 2))  # the Kahan compensation
+
+
 def make_optimizer(name, parameters, lr, betas, weight_decay, cpu_offload=False):
     """Makes the optimizer of the trained parameters.
 

@@ -61,6 +61,10 @@ def _conflicts(args):
             yield "--fsdp does not go with --cpu_offload, --optimizer adamw8 or prodigy, or --precision fp16"
         if args.compile:
             yield "--fsdp does not go with --compile"
+    if args.resume_anyway and not args.resume:
+        yield "--resume_anyway needs --resume"
+    if args.resume and args.overfit:
+        yield "--resume does not go with --overfit, which is a run of minutes"
     if args.overfit and (args.val_data_dir or args.val_split or args.max_steps.endswith("e")):
         yield "--overfit takes --max_steps, and no validation: it has a handful of samples and no epochs"
 
@@ -180,6 +184,11 @@ def _output_arguments(group):
     group.add_argument("--save_on_epoch", action="store_true", help="also save at the end of each epoch")
     group.add_argument("--save_every_minutes", type=_weight, metavar="M", help="also save when M minutes have passed")
     group.add_argument("--save_start", type=cli.Steps, default=cli.Steps("0"), help="no checkpoint before this step")
+    group.add_argument("--resume", metavar="latest|PATH",
+                       help="go on from the output_dir's newest intact checkpoint, or this one")  # fmt: skip
+    group.add_argument("--resume_anyway", action="store_true", help="also with settings that make it another run")
+    group.add_argument("--max_nonfinite", type=_positive, default=10, metavar="N",
+                       help="save and end after N steps in a row whose loss or gradients are not finite")  # fmt: skip
     group.add_argument("--ckpt_dir", metavar="DIR",
                        help="also write each checkpoint there as one .safetensors for web UIs")  # fmt: skip
     group.add_argument("--keep_last", type=_positive, metavar="N", help="remove all but the last N checkpoints")

@@ -2,10 +2,13 @@
 
 import hashlib
 import math
+import shutil
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from diffusers import UNet2DConditionModel
 
 from cachetrain.modeling import load, selection
 from cachetrain.modeling.export import check_exportable
@@ -14,9 +17,11 @@ from cachetrain.sidecar import read_sidecar
 from cachetrain.training import draws
 from cachetrain.training.data import Batches, CachedPairs, make_loader
 from cachetrain.training.index import PairIndex, check_same_run, null_caption_path
+from cachetrain.training.optim import state_bytes
 from cachetrain.training.prompts import warn
 from cachetrain.training.ram import RamCache
 from cachetrain.training.samples import Samples
+from cachetrain.training.saves.saving import FROZEN
 from cachetrain.training.validation import Validation, check_apart, split_index
 
 
@@ -41,9 +46,9 @@ def open_index(args, world):
     return index, held_out
 
 
-def check_fit(index, unet, args):
-    """Refuses caches that do not fit the UNet, before anything is trained."""
-    channels, width = unet.config.in_channels, load.text_width(unet.config)
+def check_fit(index, config, args):
+    """Refuses caches that do not fit a UNet of this config (dict), before it is loaded."""
+    channels, width = config["in_channels"], load.text_width(config)
     for shape in index.shapes:
         if shape[0] != channels:
             raise ValueError(f"{args.train_data_dir[0]}: latents are {shape}, the UNet wants {channels} channels; "
@@ -51,7 +56,7 @@ def check_fit(index, unet, args):
     if index.text_width != width:
         raise ValueError(f"{args.train_data_dir[0]}: embeddings are {index.text_width} wide, the UNet wants "
                          f"{width}; cache the captions with this model")  # fmt: skip
-    if load.has_text_projection(unet.config) and index.text_settings.get("raw") is False:
+    if load.has_text_projection(config) and index.text_settings.get("raw") is False:
         raise ValueError(f"{args.train_data_dir[0]}: captions were cached through a projection, the UNet has one; "
                          "cache them with create_t5cache_768.py --raw")  # fmt: skip
     if args.cond_dropout > 0.25:
@@ -104,12 +109,61 @@ def make_plan(args, num_visits, ranks):
     )  # fmt: skip
 
 
-def open_unet(args, index, model_dir, device):
-    """Loads the UNet, re-initialises and freezes what the flags say; returns (UNet, table of what is trained)."""
+def check_start(args, index, model_dir, plan, frozen):
+    """Refuses what cannot run, before anything big is loaded: widths that do not fit, flags that name nothing, no
+    space for a checkpoint.
+
+    Args:
+        frozen: the run has a checkpoint whose frozen parts later ones link.
+    """
+    config = UNet2DConditionModel.load_config(load.component_dir(model_dir, "unet"))
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config)
+    check_fit(index, unet.config, args)
+    selection.apply(unet, args, args.seed, resumed=True)
+    total, trained = 0, 0
+    for parameter in unet.parameters():
+        total, trained = total + parameter.numel(), trained + parameter.numel() * parameter.requires_grad
+    size = 2 if args.precision == "bf16_pure" else 4
+    needed = total * (size + (4 if args.ema_decay else 0)) + trained * state_bytes(args.optimizer, size)
+    needed += 0 if frozen else _frozen_bytes(model_dir)
+    _check_space(Path(args.output_dir), needed, "a checkpoint")
+    if args.ckpt_dir:
+        _check_space(Path(args.ckpt_dir), total * 4, "its single file")
+    saves = plan.max_steps // plan.save_steps + 1
+    saves = min(saves, args.keep_last + 1) if args.keep_last else saves
+    free = shutil.disk_usage(args.output_dir).free
+    if free < saves * needed:
+        warn(f"{args.output_dir}: a checkpoint takes {needed / 2**30:.1f} GiB, and {saves} are planned; "
+             f"{free / 2**30:.1f} GiB are free: --keep_last, or a higher --save_steps")  # fmt: skip
+
+
+def _frozen_bytes(model_dir):
+    return sum(path.stat().st_size for name in FROZEN for path in (model_dir / name).rglob("*") if path.is_file())
+
+
+def _check_space(directory, needed, what):
+    directory.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise ValueError(f"{directory}: {what} takes {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; make "
+                         "room, or choose another directory")  # fmt: skip
+
+
+def open_unet(args, model_dir, num_shapes, device, checkpoint=None):
+    """Loads the UNet, re-initialises and freezes what the flags say.
+
+    Args:
+        num_shapes: of different latents, each of which is a graph when compiling.
+        checkpoint: to take the weights from, already trained; default: the model's.
+
+    Returns:
+        (UNet, table of what is trained).
+    """
     dtype = torch.bfloat16 if args.precision == "bf16_pure" else torch.float32
-    unet = load.load_unet(load.component_dir(model_dir, "unet"), dtype, args.seed)
-    check_fit(index, unet, args)
-    chosen = selection.apply(unet, args, args.seed)
+    directory = checkpoint / "unet" if checkpoint else load.component_dir(model_dir, "unet")
+    unet = load.load_unet(directory, dtype, args.seed)
+    chosen = selection.apply(unet, args, args.seed, resumed=checkpoint is not None)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     torch.backends.cudnn.allow_tf32 = args.allow_tf32  # torch allows it in convolutions unless told otherwise
@@ -119,7 +173,7 @@ def open_unet(args, index, model_dir, device):
     unet.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.preserve_format)
     if args.compile:
         # A graph for each latent size: inductor's symbolic shapes fail in the backward pass of masked attention.
-        torch._dynamo.config.recompile_limit = max(8, 2 * len(index.shapes))
+        torch._dynamo.config.recompile_limit = max(8, 2 * num_shapes)
         unet.compile(fullgraph=True, dynamic=False)  # in place: names, saving and wrappers see the same module
     return unet, chosen
 
@@ -169,12 +223,16 @@ def _null_embedding(args, index):
     return tensors["emb"]
 
 
-def open_loader(args, pairs, device, plan, world):
-    """Returns (DataLoader of finished batches, the Batches it follows)."""
+def open_loader(args, pairs, device, plan, world, start_step=0, visits=0):
+    """Returns (DataLoader of finished batches, the Batches it follows).
+
+    Args:
+        start_step: of a resumed run, after which it goes on; visits: to samples until then.
+    """
     strata = args.gradient_accum if args.timestep_sampling == "stratified" else 0
-    batches = Batches(
-        pairs.index, args.batch_size, args.seed, plan.max_steps * args.gradient_accum, strata, world.rank, world.ranks
-    )
+    first = -(-visits // (args.batch_size * world.ranks))
+    end = first + (plan.max_steps - start_step) * args.gradient_accum
+    batches = Batches(pairs.index, args.batch_size, args.seed, end, strata, world.rank, world.ranks, first)
     # A compiled UNet sees one text length, the longest: each other length would be another graph.
     multiple = -(-int(pairs.index.tokens.max()) // 8) * 8 if args.compile else 8
     loader = make_loader(pairs, batches, pairs.index.masked, args.num_workers, device.type == "cuda", multiple)

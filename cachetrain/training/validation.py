@@ -130,6 +130,13 @@ class Validation:
         )
         self._best, self._stale, self._told = float("inf"), 0, False
 
+    def state_dict(self):
+        """What the notice about a plateau goes by, JSON-able."""
+        return {"best": self._best, "stale": self._stale, "told": self._told}
+
+    def load_state_dict(self, state):
+        self._best, self._stale, self._told = state["best"], state["stale"], state["told"]
+
     def due(self, step, max_steps):
         """Whether to measure after optimizer step `step`."""
         return step // self.every_n_steps > (step - 1) // self.every_n_steps or step == max_steps

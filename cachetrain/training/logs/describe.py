@@ -80,16 +80,22 @@ def architecture(metrics, unet):
     metrics.text("08_Model_Architecture/blocks", "\n".join(lines))
 
 
-def configuration(metrics, settings, caches, device):
+def configuration(metrics, settings, caches, device, start_step=None):
     """Group 15: resolved settings, versions, what the caches are, and the HPARAMS tab.
+
+    A run that is resumed writes the texts again, at its first step.
 
     Args:
         settings: dict of the resolved arguments.
         caches: one line that tells caches of different encoders or settings apart.
     """
-    metrics.text("15_Configuration/args", f"```\n{json.dumps(settings, indent=2)}\n```")
-    metrics.text("15_Configuration/versions", "\n".join(f"- {name} {found}" for name, found in versions(device)))
-    metrics.text("15_Configuration/caches", caches)
+    step = start_step + 1 if start_step else 0
+    metrics.text("15_Configuration/args", f"```\n{json.dumps(settings, indent=2)}\n```", step)
+    packages = "\n".join(f"- {name} {found}" for name, found in versions(device))
+    metrics.text("15_Configuration/versions", packages, step)
+    metrics.text("15_Configuration/caches", caches, step)
+    if step:
+        return
     metrics.hparams(settings, ["01_Training/loss_raw", "val/loss", "05_Performance/images_per_second"])
 
 

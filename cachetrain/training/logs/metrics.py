@@ -19,7 +19,7 @@ _FRAME_MS, _LAST_FRAME_MS = 250, 1500
 _RGB = 3  # the summary's number for the colour space
 
 
-def open_metrics(output_dir, log_dir, start_step, main):
+def open_metrics(output_dir, log_dir, start_step=None, main=True):
     """Metrics of the first rank; for the others, something that takes the same calls and writes nothing."""
     return Metrics(output_dir, log_dir, start_step) if main else NoMetrics()
 
@@ -39,14 +39,16 @@ class Metrics:
     Args:
         output_dir: of the run.
         log_dir: of the run's event files.
-        start_step: the last step that counts of a run that is resumed; what was logged after it disappears.
+        start_step: the last step that counts of a run that is resumed; what was logged after it disappears. None:
+            a new run.
     """
 
-    def __init__(self, output_dir, log_dir, start_step=0):
+    def __init__(self, output_dir, log_dir, start_step=None):
         path = Path(output_dir) / "metrics.jsonl"
-        if start_step:
+        if start_step is not None:
             _cut(path, start_step)
-        self.writer = SummaryWriter(str(log_dir), flush_secs=30, purge_step=start_step + 1 if start_step else None)
+        purge_step = start_step + 1 if start_step else start_step  # from 0 on all is logged again
+        self.writer = SummaryWriter(str(log_dir), flush_secs=30, purge_step=purge_step)
         self._file = open(path, "a", encoding="utf-8")
         self._jobs = queue.Queue(maxsize=16)  # beyond it training waits, so that memory stays bounded
         self._encoder = threading.Thread(target=self._encode, name="metrics", daemon=True)
@@ -98,6 +100,11 @@ class Metrics:
         """Writes PIL images of one size as a GIF, which TensorBoard plays among the images."""
         self._jobs.put((tag, list(images), step))
 
+    def flush(self):
+        """Waits until all so far is written; from any thread."""
+        self._jobs.join()
+        self.writer.flush()
+
     def close(self):
         """Waits until all is written."""
         self._jobs.put(None)
@@ -113,6 +120,7 @@ class Metrics:
                 self.writer.file_writer.add_summary(Summary(value=[value]), step)
             except Exception as error:  # whatever it is, the thread must live to take the next
                 warn(f"{tag}, step {step}: the picture was not logged: {type(error).__name__}: {error}")
+            self._jobs.task_done()
 
 
 def _encoded(images):

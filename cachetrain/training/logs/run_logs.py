@@ -20,18 +20,33 @@ class Logs:
         pairs: CachedPairs that are trained on.
         rate: function of an optimizer step, from 1, that returns its learning rate.
         autocast: function that opens the run's autocast context.
+        start_step: of a run that is resumed; None: a new one.
 
     Attributes:
         metrics: Metrics of rank 0, or what takes its calls and writes nothing.
         statistics: Statistics; the loop hands it every micro-batch, and the seconds it waited for one.
     """
 
-    def __init__(self, args, world, unet, objective, alphas_cumprod, pairs, plan, rate, autocast, scaler, device):
+    def __init__(
+        self,
+        args,
+        world,
+        unet,
+        objective,
+        alphas_cumprod,
+        pairs,
+        plan,
+        rate,
+        autocast,
+        scaler,
+        device,
+        start_step=None,
+    ):
         groups, index, self.main = frozenset(args.log_groups), pairs.index, world.main
         self.groups, self.plan, self.log_step = groups, plan, args.log_step
         self.autocast, self.scaler = autocast, scaler
         output_dir = Path(args.output_dir)
-        self.metrics = open_metrics(output_dir, Path(args.logdir) / output_dir.name, 0, world.main)
+        self.metrics = open_metrics(output_dir, Path(args.logdir) / output_dir.name, start_step, world.main)
         shape, tokens = index.shapes[0], int(index.tokens[0])
         flops = forward_flops(unet, shape, tokens) if 5 in groups else None
         self.statistics = Statistics(
@@ -45,13 +60,15 @@ class Logs:
             sample = pairs[Visit(0, 0)]
             self.fixed_latent = FixedLatent(unet, objective, alphas_cumprod, sample, index.masked, kind, device)
         if 4 in groups:
-            describe.planned_rates(self.metrics, rate, plan.max_steps)
+            describe.planned_rates(self.metrics, rate, plan.max_steps, start_step or 0)
+        if 15 in groups:
+            describe.configuration(self.metrics, vars(args), cache_fingerprint(index), device, start_step)
+        if start_step:
+            return  # the rest has been logged
         if 6 in groups:
             describe.noise_schedule(self.metrics, alphas_cumprod)
         if 8 in groups:
             describe.architecture(self.metrics, unet)
-        if 15 in groups:
-            describe.configuration(self.metrics, vars(args), cache_fingerprint(index), device)
 
     def due(self, step):
         """Whether scalars are read and written after this step."""

@@ -33,7 +33,8 @@ class Statistics:
 
     Attributes:
         wait_s: the loop adds the seconds that it waited for a batch.
-        loss, loss_raw, grad_norm: floats of the last `read`, whatever the groups.
+        loss, loss_raw, grad_norm: floats of the last `read`, whatever the groups; losses are of finite samples.
+        num_not_finite: steps since the read before whose gradients were not.
         measured: Gradients, which holds qk_rms and v_ratio of the last `read` where group 11 is on.
     """
 
@@ -71,7 +72,8 @@ class Statistics:
             alpha, sigma: float32 [B, 1, 1, 1].
             raw, loss: float32 [B], the plain squared error and what is optimised.
         """
-        rows = [torch.ones_like(raw), raw, loss]
+        finite = loss.isfinite()
+        rows = [finite.float(), raw, loss]
         if 6 in self.groups:
             rows += self._diffusion(raw, alpha.flatten(), sigma.flatten())
         if 7 in self.groups:
@@ -83,7 +85,8 @@ class Statistics:
             rows += [deviations[0] / deviations[1], F.cosine_similarity(predicted, wanted)]
             self._last = batch  # its latents and text are looked at if this was the last one before a log step
         cells = (batch["timesteps"] * (CELLS / 1000)).long().clamp_(max=CELLS - 1) + CELLS * batch["dropped"]
-        self._table.index_add_(1, cells, torch.stack(rows))
+        rows = torch.where(finite, torch.stack(rows), 0.0)  # a sample that is not would hide all others
+        self._table.index_add_(1, cells, rows)
         self._images += len(raw) * self.world.ranks
 
     def _diffusion(self, raw, alpha, sigma):
@@ -107,6 +110,13 @@ class Statistics:
         self._steps += torch.stack([flag.float() for flag in flags]) / self.world.ranks
         self._num_steps += 1
         return norm
+
+    def state_dict(self):
+        """The sums of the epoch that has begun, JSON-able; right after a `read`."""
+        return {"epoch": self._epoch.tolist(), "seconds": time.perf_counter() - self._epoch_start_s}
+
+    def load_state_dict(self, state):
+        self._epoch, self._epoch_start_s = np.array(state["epoch"]), time.perf_counter() - state["seconds"]
 
     def epoch_end(self):
         """Marks that the steps so far were the last of an epoch; the next `read` has its summary. No wait."""
@@ -151,8 +161,8 @@ class Statistics:
     def _tags(self, host):
         table = host["table"].reshape(len(self._rows), 2, CELLS).astype(np.float64)
         totals = dict(zip(self._rows, table.sum((1, 2)), strict=True))
-        self.loss, self.loss_raw = (totals[row] / max(1, totals["count"]) for row in ("loss", "raw"))
-        self.grad_norm = float(host["grad_norm"][0])
+        self.loss, self.loss_raw = (_mean(totals[row], totals["count"]) for row in ("loss", "raw"))
+        self.grad_norm, self.num_not_finite = float(host["grad_norm"][0]), round(float(host["steps"][2]))
         tags, histograms = self.measured.tags(host), {}
         by_bin = table.reshape(len(self._rows), 2, BINS, -1).sum((1, 3))
         if 1 in self.groups:
@@ -209,7 +219,7 @@ class Statistics:
             return {}
         seconds = times[-1] - times[-2]
         return {
-            "03_Epoch_Summary/loss": loss / max(1, count),
+            "03_Epoch_Summary/loss": _mean(loss, count),
             "03_Epoch_Summary/images": count,
             "03_Epoch_Summary/seconds": seconds,
             "03_Epoch_Summary/minutes_per_epoch": seconds / 60,
@@ -243,6 +253,11 @@ class Statistics:
                 if "d" in group:  # Prodigy's own estimate, by which the rate is multiplied
                     tags[f"04_Learning_Rate/prodigy_d_{number}"] = float(group["d"])
         return tags
+
+
+def _mean(total, count):
+    """nan where no sample was finite: 0 would look like a perfect loss."""
+    return float(total / count) if count else float("nan")
 
 
 def _means(prefix, names, sums, counts):
