@@ -97,7 +97,7 @@ def train(args, output_dir, resumed, world, closing):
     plan = setup.make_plan(args, index.num_visits, world.ranks)
     settings = settings_of(args, plan, index, scheduler, world)
     notes += resumed.check(settings, args.resume_anyway)
-    setup.check_start(args, index, model_dir, plan, resumed.frozen is not None)
+    setup.check_start(args, index, model_dir, plan, resumed.step, resumed.frozen is not None)
     if resumed.step >= plan.max_steps:
         say(f"{resumed.path}: the run is complete; a higher --max_steps lets it go on")
         return 0
@@ -212,7 +212,7 @@ def train(args, output_dir, resumed, world, closing):
             state = run_state(step, seen, settings, unet, optimizer, scaler, stats, validation)
             saving.save(step, unet, ema, state)
             if hopeless:
-                raise ValueError(f"{guard.advice(step)}; the last good weights are in {saving.finish()}")
+                raise ValueError(f"{guard.advice()}; the last good weights are in {saving.finish()}")
             if stop:
                 break
 

@@ -33,8 +33,12 @@ NAME=${NAME:-sd_${OPTIMIZER}_lr${LR}_b${BATCH}x${ACCUM}_${SCHED}_g${GAMMA}_s${ST
 OUTPUT=${OUTPUT:-output/$NAME}
 LOGDIR=${LOGDIR:-tensorboard}
 
+PYTHON=python3
+[ -n "${VIRTUAL_ENV:-}" ] || [ ! -x "$HERE/.venv/bin/python" ] || PYTHON=$HERE/.venv/bin/python
+
 if [ "${1:-}" = checkpoint ]; then
-    if [ ! -e "$OUTPUT/args.json" ] || { command -v flock >/dev/null && flock -n "$OUTPUT/.lock" true; }; then
+    is_free='import fcntl, sys; fcntl.lockf(open(sys.argv[1], "a"), fcntl.LOCK_EX | fcntl.LOCK_NB)'
+    if [ ! -e "$OUTPUT/args.json" ] || "$PYTHON" -c "$is_free" "$OUTPUT/.lock" 2>/dev/null; then
         echo "$OUTPUT: no run is going on there" >&2
         exit 2
     fi
@@ -55,8 +59,6 @@ args=(--model "$MODEL" --imgcache_suffix "$IMGCACHE" --txtcache_suffix "$TXTCACH
 [ -z "$SAMPLE_PROMPTS" ] || args+=(--sample_prompts "$SAMPLE_PROMPTS" --sample_steps "$SAMPLE_STEPS")
 [ "$VAL_SPLIT" = 0 ] || args+=(--val_split "$VAL_SPLIT")
 
-PYTHON=python3
-[ -n "${VIRTUAL_ENV:-}" ] || [ ! -x "$HERE/.venv/bin/python" ] || PYTHON=$HERE/.venv/bin/python
 launch=("$PYTHON")
 [ "$GPUS" = 1 ] || launch+=(-m torch.distributed.run --standalone --nproc_per_node "$GPUS")
 # shellcheck disable=SC2086  # DATADIR may name several directories

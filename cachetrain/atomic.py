@@ -68,8 +68,9 @@ def locked_directory(directory):
     Path(directory).mkdir(parents=True, exist_ok=True)
     with open(Path(directory) / LOCK, "a") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            # Not flock: the loader's workers would hold that lock too, for seconds after this process was killed.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             raise ValueError(f"{directory}: another process is writing there; wait for it, or stop it") from None
         except OSError:
             pass  # a file system without locks

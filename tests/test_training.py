@@ -562,7 +562,8 @@ def test_front_end_saves_the_running_run_when_asked_and_resumes_it(shapes, model
     running.terminate()
     said, _ = running.communicate()
     assert running.returncode == 143 and "--resume latest goes on" in said
-    assert len(saved := sorted(out.glob("checkpoint-*"))) == 2
+    saved = sorted(out.glob("checkpoint-*"))
+    assert len(saved) == 2
     assert asked() == ("", 2)  # the run has ended
     last = int(saved[-1].name.split("-")[1])
     goes_on = front_end("t5", "resume", "--num_workers", "0", STEPS=last + 2, **settings)

@@ -109,11 +109,12 @@ def make_plan(args, num_visits, ranks):
     )  # fmt: skip
 
 
-def check_start(args, index, model_dir, plan, frozen):
+def check_start(args, index, model_dir, plan, start_step=0, frozen=False):
     """Refuses what cannot run, before anything big is loaded: widths that do not fit, flags that name nothing, no
     space for a checkpoint.
 
     Args:
+        start_step: of a resumed run, after which it goes on.
         frozen: the run has a checkpoint whose frozen parts later ones link.
     """
     config = UNet2DConditionModel.load_config(load.component_dir(model_dir, "unet"))
@@ -126,14 +127,14 @@ def check_start(args, index, model_dir, plan, frozen):
         total, trained = total + parameter.numel(), trained + parameter.numel() * parameter.requires_grad
     size = 2 if args.precision == "bf16_pure" else 4
     needed = total * (size + (4 if args.ema_decay else 0)) + trained * state_bytes(args.optimizer, size)
-    needed += 0 if frozen else _frozen_bytes(model_dir)
-    _check_space(Path(args.output_dir), needed, "a checkpoint")
+    once = 0 if frozen else _frozen_bytes(model_dir)
+    _check_space(Path(args.output_dir), needed + once, "a checkpoint")
     if args.ckpt_dir:
         _check_space(Path(args.ckpt_dir), total * 4, "its single file")
-    saves = plan.max_steps // plan.save_steps + 1
+    saves = -(-(plan.max_steps - start_step) // plan.save_steps)
     saves = min(saves, args.keep_last + 1) if args.keep_last else saves
     free = shutil.disk_usage(args.output_dir).free
-    if free < saves * needed:
+    if free < saves * needed + once:
         warn(f"{args.output_dir}: a checkpoint takes {needed / 2**30:.1f} GiB, and {saves} are planned; "
              f"{free / 2**30:.1f} GiB are free: --keep_last, or a higher --save_steps")  # fmt: skip
 

@@ -6,6 +6,8 @@ import math
 import os
 import queue
 import threading
+from contextlib import suppress
+from errno import ENOSPC
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +36,8 @@ class NoMetrics:
 class Metrics:
     """Writes each scalar to TensorBoard and, one line per log step, to `<output_dir>/metrics.jsonl`.
 
-    Pictures are encoded by a thread of their own. One that fails is a warning, and the others are written.
+    Pictures are encoded by a thread of their own. One that fails is a warning, and the others are written. A full
+    disk is a warning too: what it refuses is lost, and training goes on.
 
     Args:
         output_dir: of the run.
@@ -47,9 +50,10 @@ class Metrics:
         path = Path(output_dir) / "metrics.jsonl"
         if start_step is not None:
             _cut(path, start_step)
+        self.log_dir, self._refused = str(log_dir), set()
         purge_step = start_step + 1 if start_step else start_step  # from 0 on all is logged again
-        self.writer = SummaryWriter(str(log_dir), flush_secs=30, purge_step=purge_step)
-        self._file = open(path, "a", encoding="utf-8")
+        self.writer = SummaryWriter(self.log_dir, flush_secs=30, purge_step=purge_step)
+        self._file = open(path, "ab", buffering=0)
         self._jobs = queue.Queue(maxsize=16)  # beyond it training waits, so that memory stays bounded
         self._encoder = threading.Thread(target=self._encode, name="metrics", daemon=True)
         self._encoder.start()
@@ -58,19 +62,18 @@ class Metrics:
         """Writes {tag: float} at an optimizer step. JSON has no nan and inf: they become null there."""
         values = dict(sorted(values.items()))
         summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
-        self.writer.file_writer.add_summary(summary, step)
+        self._event(lambda writer: writer.file_writer.add_summary(summary, step))
         line = {"step": step} | {tag: value if math.isfinite(value) else None for tag, value in values.items()}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        self._line(json.dumps(line, allow_nan=False).encode() + b"\n")
 
     def curve(self, tag, points):
         """Writes [(step, value)] to TensorBoard only."""
         for step, value in points:
-            self.writer.add_scalar(tag, value, step)
+            self._event(lambda writer, step=step, value=value: writer.add_scalar(tag, value, step))
 
     def text(self, tag, content, step=0):
         """Writes Markdown."""
-        self.writer.add_text(tag, content, step)
+        self._event(lambda writer: writer.add_text(tag, content, step))
 
     def hparams(self, settings, metric_tags):
         """Writes the run's settings for TensorBoard's HPARAMS tab.
@@ -81,16 +84,17 @@ class Metrics:
         """
         plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in settings.items()}
         for summary in hparams(plain, dict.fromkeys(metric_tags, 0.0)):
-            self.writer.file_writer.add_summary(summary, 0)  # add_hparams would make another run of it
+            # add_hparams would make another run of it
+            self._event(lambda writer, summary=summary: writer.file_writer.add_summary(summary, 0))
 
     def histogram(self, tag, counts, edges, step):
         """Writes a histogram as numpy.histogram returns it: counts [N], edges [N + 1]."""
         counts, edges = np.asarray(counts, np.float64), np.asarray(edges, np.float64)
         centres = (edges[1:] + edges[:-1]) / 2
-        self.writer.add_histogram_raw(
+        self._event(lambda writer: writer.add_histogram_raw(
             tag, edges[0], edges[-1], counts.sum(), (counts * centres).sum(), (counts * centres**2).sum(),
             edges[1:].tolist(), counts.tolist(), step,
-        )  # fmt: skip
+        ))  # fmt: skip
 
     def image(self, tag, image, step):
         """Writes a PIL image, which must not be changed afterwards."""
@@ -103,21 +107,49 @@ class Metrics:
     def flush(self):
         """Waits until all so far is written; from any thread."""
         self._jobs.join()
-        self.writer.flush()
+        self._event(lambda writer: writer.flush())
 
     def close(self):
         """Waits until all is written."""
         self._jobs.put(None)
         self._encoder.join()
-        self.writer.close()
+        self._event(lambda writer: writer.close())
         self._file.close()
+
+    def _event(self, write):
+        """Calls write(SummaryWriter). TensorBoard's has a thread that ends with an error: then there is a new one."""
+        try:
+            write(self.writer)
+        except OSError as error:
+            self._refuse("events", error)
+            with suppress(OSError):
+                self.writer = SummaryWriter(self.log_dir, flush_secs=30)
+                write(self.writer)
+
+    def _line(self, line):
+        """Appends a whole line to metrics.jsonl, or nothing."""
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            if self._file.write(line) < len(line):
+                raise OSError(ENOSPC, os.strerror(ENOSPC))
+            self._refused.discard("lines")
+        except OSError as error:
+            self._file.truncate(end)
+            self._refuse("lines", error)
+
+    def _refuse(self, what, error):
+        if what not in self._refused:
+            self._refused.add(what)
+            where = self._file.name if what == "lines" else self.log_dir
+            warn(f"{where}: {error.strerror}: what is logged now is lost; training goes on")
 
     def _encode(self):
         while (job := self._jobs.get()) is not None:
             tag, images, step = job
             try:
                 value = Summary.Value(tag=tag, image=_encoded(images))
-                self.writer.file_writer.add_summary(Summary(value=[value]), step)
+                summary = Summary(value=[value])
+                self._event(lambda writer, step=step, summary=summary: writer.file_writer.add_summary(summary, step))
             except Exception as error:  # whatever it is, the thread must live to take the next
                 warn(f"{tag}, step {step}: the picture was not logged: {type(error).__name__}: {error}")
             self._jobs.task_done()

@@ -140,8 +140,8 @@ class Saving:
         self.wait()
         newest = checkpoints(self.output_dir)[-1:]
         if self.failed is not None:
-            raise ValueError(f"the last save failed: {self.failed}; "
-                             + (f"the newest checkpoint is {newest[0]}" if newest else "there is no checkpoint"))  # fmt: skip
+            kept = f"the newest checkpoint is {newest[0]}" if newest else "there is no checkpoint"
+            raise ValueError(f"the last save failed: {self.failed}; {kept}")
         return newest[0] if newest else None
 
     def _guarded(self, step, *arguments):

@@ -1,0 +1,69 @@
+#!/usr/bin/env python3
+"""Measures how long a checkpoint of SD1.5's UNet (random weights, fp32, Lion) holds training up.
+
+    ./benchmarks/save_stall.py --work /tmp/save_stall
+
+Held up is the call in the loop; the floor beside it is a bare copy of the same tensors to host memory. Needs 15 GB of
+memory and of disk.
+"""
+
+import shutil
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+from cachetrain import cli
+
+
+def parse_args(argv=None):
+    parser = cli.parser(__doc__)
+    parser.add_argument("--work", required=True, type=Path, help="directory for the checkpoints; removed afterwards")
+    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    parser.add_argument("--saves", type=int, default=2, help="checkpoints to write, one after the other")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    from cachetrain.modeling import load
+    from cachetrain.modeling.schedulers import make_scheduler
+    from cachetrain.training.distributed import World
+    from cachetrain.training.saves.manifest import damages
+    from cachetrain.training.saves.saving import Saving, checkpoint_path
+
+    device = load.pick_device(args.device)
+    with torch.device(device):
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+    moments = {number: {"exp_avg": p.detach().clone()} for number, p in enumerate(unet.parameters())}
+    settings = SimpleNamespace(
+        output_dir=args.work, save_on_epoch=False, keep_last=1, save_every_minutes=None, ckpt_dir=None
+    )
+    saving = Saving(settings, None, World(), args.work / "bare", make_scheduler("epsilon"), {"objective": "epsilon"})
+    args.work.mkdir(parents=True, exist_ok=True)
+    print(f"{'save':>6}{'bare copy, s':>14}{'held up, s':>12}{'ratio':>7}{'on disk, s':>12}{'checked, s':>12}")
+    for step in range(1, args.saves + 1):
+        copies, start = [], time.perf_counter()
+        for parameter in unet.parameters():
+            copies += [parameter.detach().to("cpu", copy=True) for _ in range(2)]
+        bare_s = time.perf_counter() - start
+        del copies
+        start = time.perf_counter()
+        saving.save(step, unet, None, {"optimizer": moments})
+        held_up_s = time.perf_counter() - start
+        checkpoint = saving.finish()
+        on_disk_s = time.perf_counter() - start
+        assert checkpoint == checkpoint_path(args.work, step)
+        start = time.perf_counter()
+        assert not damages(checkpoint)
+        checked_s = time.perf_counter() - start
+        ratio = held_up_s / bare_s
+        print(f"{step:6}{bare_s:14.1f}{held_up_s:12.1f}{ratio:7.2f}{on_disk_s:12.1f}{checked_s:12.1f}", flush=True)
+    shutil.rmtree(args.work)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,241 @@
+"""A save as the trainer makes one, without training; and a disk that says what happens on it, or fails."""
+
+import builtins
+import contextlib
+import functools
+import io
+import json
+import os
+import shutil
+from errno import ENOSPC
+from pathlib import Path
+from types import SimpleNamespace
+
+import safetensors.torch
+import torch
+from diffusers import UNet2DConditionModel
+
+from cachetrain.atomic import remove_leftovers
+from cachetrain.modeling.schedulers import make_scheduler
+from cachetrain.training.distributed import World
+from cachetrain.training.ema import Ema
+from cachetrain.training.saves import saving, state
+from cachetrain.training.saves.manifest import NAME, damages
+from cachetrain.training.saves.resume import find_checkpoint
+
+OLDER, OLD, NEW, NEXT = 1, 2, 3, 4  # steps that are saved
+MAKES = {"open", "write", "save_file", "copyfile", "mkdir", "link", "rename", "replace", "fsync", "chmod"}
+
+
+class Run:
+    """A run of a tiny UNet whose weights and moments at each step follow from the step.
+
+    Args:
+        model: pipeline directory; the UNet is a new, still smaller one.
+        folder: where the run has its output_dir and its ckpt_dir.
+    """
+
+    def __init__(self, model, folder, keep_last=2):
+        self.output_dir, self.ckpt_dir, self.model = folder / "run", folder / "web", model
+        args = SimpleNamespace(output_dir=self.output_dir, save_on_epoch=False, keep_last=keep_last,
+                               save_every_minutes=None, ckpt_dir=self.ckpt_dir)  # fmt: skip
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        (self.output_dir / "args.json").write_text("{}\n")
+        remove_leftovers(self.output_dir)  # as the trainer does when it starts
+        newest = saving.checkpoints(self.output_dir)[-1:]
+        info = {"objective": "epsilon", "text": {"settings": {}}}
+        self.saving = saving.Saving(args, None, World(), model, make_scheduler("epsilon"), info,
+                                    frozen=newest[0] if newest else None)  # fmt: skip
+        self.unet = _tiny_unet(model)
+
+    def save(self, step):
+        """Saves and waits; returns the checkpoint."""
+        self.start_save(step)
+        self.saving.wait()
+        return saving.checkpoint_path(self.output_dir, step)
+
+    def start_save(self, step):
+        parameters = list(self.unet.parameters())
+        with torch.no_grad():
+            for number, parameter in enumerate(parameters):
+                parameter.fill_(step + number / 1000)
+        ema = Ema(parameters, 0.9)
+        moments = {number: {"exp_avg": -parameter} for number, parameter in enumerate(parameters)}
+        self.saving.save(step, self.unet, ema, {"step": step, "optimizer": {"state": moments}})
+
+
+def copy(folder, target):
+    """A copy of hard links: nothing is written into a file once it has its name."""
+    shutil.rmtree(target, ignore_errors=True)
+    return shutil.copytree(folder, target, copy_function=os.link)
+
+
+def undisturbed(model, folder):
+    """(folder of a run of two checkpoints, {step: manifest}, {name of a single file: content}), without any fault."""
+    run, expected = Run(model, folder / "start"), {}
+    for step in (OLDER, OLD):
+        expected[step] = (run.save(step) / NAME).read_bytes()
+    goes_on = Run(model, copy(folder / "start", folder / "undisturbed"))
+    for step in (NEW, NEXT):
+        expected[step] = (goes_on.save(step) / NAME).read_bytes()
+    return folder / "start", expected, {path.name: _content(path) for path in goes_on.ckpt_dir.iterdir()}
+
+
+def check(run, expected, single_files):
+    """Checks all that stands under a final name; returns the newest step. `expected`, `single_files`: as above."""
+    for path in saving.checkpoints(run.output_dir):
+        assert damages(path) == {} and (path / NAME).read_bytes() == expected[saving.step_of(path)]
+    for path in run.ckpt_dir.glob("[!.]*"):
+        assert _content(path) == single_files[path.name]
+    newest, frozen_intact = find_checkpoint("latest", run.output_dir)
+    assert frozen_intact
+    return saving.step_of(newest)
+
+
+def _content(path):
+    """Header and payload of a safetensors file, whose header is written in any order."""
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    return json.loads(data[8:end]), data[end:]
+
+
+@functools.cache
+def _tiny_unet(model):
+    config = UNet2DConditionModel.load_config(model / "unet")
+    tiny = {"block_out_channels": [4, 4], "norm_num_groups": 2, "attention_head_dim": 1}
+    return UNet2DConditionModel.from_config(config, **tiny)
+
+
+@contextlib.contextmanager
+def watched_disk(before, after=lambda operation, path, source: None):
+    """Calls before(operation, path) ahead of each operation by which code here changes a file or directory, and
+    after(operation, path, source) behind it.
+
+    Python's own operations have their names, with "write" for each half of what is written; "copyfile" is what
+    follows once its target is open. "save_file" is safetensors', which is watched at its first byte (of a new file
+    under another name), in the middle and at its end. `source` is that of a rename. fsync names the file, and does
+    nothing else: no machine dies here.
+    """
+    real = {name: getattr(os, name) for name in ("mkdir", "link", "rename", "replace", "unlink", "rmdir", "chmod")}
+    real_open, real_copy = io.open, shutil.copyfile
+
+    def watched(name):
+        def call(path, *args, **kwargs):
+            target = args[0] if name in ("link", "rename", "replace") else path
+            before(name, target)
+            result = real[name](path, *args, **kwargs)
+            after(name, target, path)
+            return result
+
+        return call
+
+    def fsync(file):
+        path = os.readlink(f"/proc/self/fd/{file}")
+        before("fsync", path)
+        after("fsync", path, None)
+
+    def watched_open(path, mode="r", *args, **kwargs):
+        if not set("wax+") & set(mode) or isinstance(path, int):
+            return real_open(path, mode, *args, **kwargs)
+        before("open", path)
+        file = real_open(path, mode, *args, **kwargs)
+        after("open", path, None)
+        write = file.write
+
+        def watched_write(data):
+            for half in (data[: len(data) // 2], data[len(data) // 2 :]):
+                before("write", path)
+                write(half)
+                file.flush()
+                after("write", path, None)
+            return len(data)
+
+        file.write = watched_write
+        return file
+
+    def copyfile(source, target, **kwargs):
+        before("open", target)
+        real_open(target, "wb").close()
+        after("open", target, None)
+        before("copyfile", target)
+        result = real_copy(source, target, **kwargs)
+        after("copyfile", target, None)
+        return result
+
+    def save_file(tensors, path, metadata=None):
+        data = safetensors.torch.save(tensors, metadata)
+        temporary = Path(path).with_name(".tmpAbCdEf")
+        for part in (b"", data[: len(data) // 2], data):
+            before("save_file", path)
+            with real_open(temporary, "wb") as file:
+                file.write(part)
+            after("save_file", temporary, None)
+        before("save_file", path)
+        temporary.chmod(0o600)
+        real["replace"](temporary, path)
+        after("save_file", path, None)
+
+    with contextlib.ExitStack() as patches:
+
+        def patch(owner, name, replacement):
+            patches.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, replacement)
+
+        for name in real:
+            patch(os, name, watched(name))
+        patch(os, "fsync", fsync)
+        patch(io, "open", watched_open)
+        patch(builtins, "open", watched_open)
+        patch(shutil, "copyfile", copyfile)
+        for module in (safetensors.torch, saving, state):
+            patch(module, "save_file", save_file)
+        yield
+
+
+class FullDisk:
+    """A `before` of `watched_disk`: from operation number `first` of those that make something, no space is left.
+
+    Attributes:
+        refused: how often that was said.
+    """
+
+    def __init__(self, first):
+        self.left, self.refused = first, 0
+
+    def __call__(self, operation, path):
+        if operation in MAKES:
+            self.left -= 1
+            if self.left < 0:
+                self.refused += 1
+                raise OSError(ENOSPC, os.strerror(ENOSPC))
+
+
+class LostCache:
+    """An `after` of `watched_disk` that knows what a power failure would take: what was not forced to disk."""
+
+    def __init__(self):
+        self._files, self._names = set(), []
+
+    def __call__(self, operation, path, source):
+        path = Path(path)
+        if operation in ("open", "write", "save_file", "copyfile"):
+            self._files.add(_identity(path))
+        elif operation in ("rename", "replace"):
+            self._names.append((Path(source), path))
+        elif operation == "fsync":
+            self._files.discard(_identity(path))
+            self._names = [(old, new) for old, new in self._names if new.parent.resolve() != path]
+
+    def lose(self, folder):
+        """Does to `folder` what a power failure may do now: empty files, names as they were before."""
+        for old, new in reversed(self._names):
+            with contextlib.suppress(OSError):  # its parent is gone, or another has the name
+                os.rename(new, old)
+        for path in folder.rglob("*"):
+            if path.is_file() and _identity(path) in self._files:
+                os.truncate(path, 0)
+
+
+def _identity(path):
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
