@@ -73,10 +73,10 @@ def train(args, output_dir, resumed, world, closing):
     from cachetrain.modeling import load
     from cachetrain.modeling.schedulers import objective_of
     from cachetrain.training import setup
-    from cachetrain.training.data import on_device
     from cachetrain.training.distributed import gradients_stay, whole, wrap
     from cachetrain.training.ema import Ema
     from cachetrain.training.guard import Guard, seed_of, step_if_finite
+    from cachetrain.training.loader import on_device
     from cachetrain.training.logs.run_logs import Logs
     from cachetrain.training.objective import noise_schedule
     from cachetrain.training.optim import autocast_for, clip_gradients, loss_scaler, make_optimizer

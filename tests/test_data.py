@@ -15,6 +15,7 @@ from cachetrain.training import data, draws, options, ram, setup
 from cachetrain.training.data import Batches, CachedPairs, Visit
 from cachetrain.training.distributed import World
 from cachetrain.training.index import PairIndex
+from cachetrain.training.loader import unpack
 
 REQUIRED = ["--model", "x", "--output_dir", "x"]
 
@@ -210,5 +211,5 @@ def test_a_compiled_run_pads_every_batch_to_the_longest_text_of_all(shapes, mode
         index.tokens[7] = 35  # a longer text, in no batch of the four below
         loader, _ = setup.open_loader(args, setup.open_pairs(args, index, "flow"), torch.device("cpu"),
                                       setup.make_plan(args, index.num_visits, 1), World())  # fmt: skip
-        found = {data.unpack(packed)["encoder_hidden_states"].shape[1] for packed in islice(loader, 4)}
+        found = {unpack(packed)["encoder_hidden_states"].shape[1] for packed in islice(loader, 4)}
         assert found <= lengths

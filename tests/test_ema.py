@@ -76,26 +76,13 @@ def test_ema_update_never_asks_a_tensor_for_a_value():
             ema.averages[0].sum().item()
 
 
-def test_ema_state_continues_bit_exact():
-    parameters = parameters_of(torch.float32)
-    ema = Ema(parameters, 0.9)
-    walk(parameters, ema, 0.9)
-    restored = Ema(parameters_of(torch.float32), 0.9, sources=parameters)
-    restored.load_state_dict({key: value.clone() for key, value in ema.state_dict().items()})
-    for step in (STEPS + 1, STEPS + 2):
-        with torch.no_grad():
-            parameters[0].add_(1)
-        ema.update(step)
-        restored.update(step)
-    assert all(map(torch.equal, ema.averages, restored.averages))
-
-
-def test_ema_state_of_other_parameters_is_refused():
-    ema = Ema(parameters_of(torch.float32), 0.9)
-    with pytest.raises(ValueError, match="2 averages do not fit the 3 tensors"):
-        ema.load_state_dict({key: value for key, value in ema.state_dict().items() if key != "1"})
-    with pytest.raises(ValueError, match="EMA state"):
-        ema.load_state_dict({**ema.state_dict(), "1": torch.zeros(8)})
+def test_ema_names_the_averages_of_what_is_trained_as_the_model_does():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 3))
+    model[0].requires_grad_(False)
+    ema = Ema([parameter for parameter in model.parameters() if parameter.requires_grad], 0.9)
+    named = ema.named(model)
+    assert list(named) == ["1.weight", "1.bias"]
+    assert named["1.weight"] is ema.averages[0] and named["1.bias"] is ema.averages[1]
 
 
 def test_ema_of_offloaded_copies_equals_ema_of_the_weights():
@@ -128,15 +115,12 @@ def test_ema_of_fully_sharded_weights(mesh):
     assert all(isinstance(p, DTensor) for p in parameters)
     ema = Ema(parameters, 0.9)
     expected = walk(parameters, ema, 0.9)
-    state = ema.state_dict()
-    torch.testing.assert_close([full(a).double() for a in state.values()], expected, rtol=1e-5, atol=1e-5)
+    named = ema.named(model)
+    assert list(named) == [name for name, _ in model.named_parameters()]
+    torch.testing.assert_close([full(a).double() for a in named.values()], expected, rtol=1e-5, atol=1e-5)
 
     raw = [full(p) for p in parameters]
     with ema.applied():
         assert all(map(torch.equal, map(full, parameters), map(full, ema.averages)))
         model(torch.ones(1, 4))
     assert all(map(torch.equal, map(full, parameters), raw))
-
-    restored = Ema(parameters, 0.9)
-    restored.load_state_dict(state)
-    assert all(map(torch.equal, map(full, restored.averages), map(full, ema.averages)))

@@ -15,8 +15,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cachetrain.training import setup
-from cachetrain.training.data import on_device, pack
 from cachetrain.training.distributed import World
+from cachetrain.training.loader import on_device, pack
 from cachetrain.training.logs.run_logs import Logs
 from cachetrain.training.optim import autocast_for
 from cachetrain.training.samples import Samples

@@ -63,6 +63,7 @@ class Guard:
             scaled,
         )
         self.in_a_row, self._steps, self._parts = 0, [], []
+        self._last = None  # step that was skipped
 
     def add(self, samples, loss):
         """Remembers a micro-batch until the next `read`.
@@ -97,16 +98,17 @@ class Guard:
             skipped = self.world.any(bool(bad.any()) or not (self.scaled or finite.item()))
             self.in_a_row = self.in_a_row + 1 if skipped else 0
             if skipped:
+                self._last = step
                 lines += self._lines(step, samples, losses, bad)
             if self.in_a_row >= self.limit:
                 break
         self._write(lines)
         return self.in_a_row >= self.limit
 
-    def advice(self, step):
+    def advice(self):
         """What to say when `read` has found too many."""
-        return (f"loss or gradients were not finite in {self.in_a_row} steps in a row, up to step {step}: look at "
-                f"{self.path}, lower --lr or use --precision fp32, and go on with --resume_anyway")  # fmt: skip
+        return (f"loss or gradients were not finite in {self.in_a_row} steps in a row, up to step {self._last}: look "
+                f"at {self.path}, lower --lr or use --precision fp32, and go on with --resume_anyway")  # fmt: skip
 
     def _lines(self, step, samples, losses, bad):
         """A line for each pair of any rank whose own loss is not finite; without any, for all of the step."""

@@ -15,8 +15,9 @@ from cachetrain.modeling.export import check_exportable
 from cachetrain.modeling.schedulers import make_scheduler, objective_of
 from cachetrain.sidecar import read_sidecar
 from cachetrain.training import draws
-from cachetrain.training.data import Batches, CachedPairs, make_loader
+from cachetrain.training.data import Batches, CachedPairs
 from cachetrain.training.index import PairIndex, check_same_run, null_caption_path
+from cachetrain.training.loader import make_loader
 from cachetrain.training.optim import state_bytes
 from cachetrain.training.prompts import warn
 from cachetrain.training.ram import RamCache

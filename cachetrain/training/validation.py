@@ -7,7 +7,8 @@ from contextlib import nullcontext
 import numpy as np
 import torch
 
-from cachetrain.training.data import Visit, make_loader, on_device
+from cachetrain.training.data import Visit
+from cachetrain.training.loader import make_loader, on_device
 from cachetrain.training.prompts import warn
 
 QUANTILES = 4

@@ -1,0 +1,319 @@
+"""SIGINT and SIGTERM at every stage of a run: it saves, leaves, and goes on to the weights it would have had."""
+
+import importlib.util
+import json
+import multiprocessing
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from train_ranks import _IMPORTED, REPO, digest
+
+TIMEOUT_S = 120
+STEPS = 20
+FLAGS = ["--max_steps", STEPS, "--batch_size", 2, "--lr", 1e-3, "--ema_decay", 0.9,
+         "--cond_dropout", 0.2, "--val_split", 0.1, "--val_steps", 2, "--sample_steps", 2, "--sampler_steps", 1,
+         "--sample_cfgs", 1, "--save_steps", 2, "--keep_last", 2, "--log_step", 1, "--log_groups", 1, 3,
+         "--precision", "fp32", "--device", "cpu"]  # fmt: skip
+PROMPTS = {"samples": [{"prompt": "a star"}], "generate_pretrain_samples": True}
+# Where a signal comes, in the order in which the run is stopped there again and again.
+LOADING = ["loading", "first samples"]
+WORKERS = ["worker starts", "worker works"]
+STAGES = ["read", "forward", "backward", "optimizer", "log", "validation", "samples", "writing"]
+
+
+class Trainer:
+    """The trainer as a process of its own, forked from one that has imported everything; it leads a process group.
+
+    Args:
+        folder: of the run's files: "run", what it says, and at which step the signal came.
+        stage: at which it gets the signal `number` for the first time, see `_signal_at`; with `group` all of its
+            process group get it.
+        env: environment variables; slow_s: how long the state takes to write.
+    """
+
+    def __init__(self, argv, folder, stage=None, number=signal.SIGTERM, group=False, env=None, slow_s=0):
+        folder.mkdir(exist_ok=True)
+        forks = multiprocessing.get_context("forkserver")
+        forks.set_forkserver_preload(
+            [*_IMPORTED, "cachetrain.training.samples", "transformers.models.t5.modeling_t5"]
+        )
+        self.log, self.came = folder / f"{time.monotonic_ns()}.log", folder / "came"
+        self.came.unlink(missing_ok=True)
+        arguments = (list(map(str, argv)), self.log, self.came, stage, number, group, env or {}, slow_s)
+        self.process = forks.Process(target=_train, args=arguments)
+        self.process.start()
+
+    def wait(self, timeout_s=TIMEOUT_S):
+        """Exit code; negative: the signal that killed it."""
+        self.process.join(timeout_s)
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise TimeoutError(f"still runs after {timeout_s} s:\n{self.log.read_text()}")
+        return self.process.exitcode
+
+    def until(self, condition):
+        deadline_s = time.monotonic() + TIMEOUT_S
+        while not condition() and self.process.exitcode is None:
+            assert time.monotonic() < deadline_s, self.log.read_text()
+            time.sleep(0.005)
+
+    def hears(self):
+        """Whether it has its handlers."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return bool(int(status.split("SigCgt:")[1].split()[0], 16) >> (signal.SIGTERM - 1) & 1)
+
+    @property
+    def output(self):
+        return self.log.read_text()
+
+
+def _train(argv, log, came, stage, number, group, env, slow_s):
+    os.environ.update(env)
+    os.setpgid(0, 0)
+    multiprocessing.set_start_method("fork", force=True)  # the loader's, as in a program
+    log = os.open(log, os.O_CREAT | os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    import torch
+
+    torch.set_num_threads(1)
+    spec = importlib.util.spec_from_file_location("train_from_cached", REPO / "train_from_cached.py")
+    trainer = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(trainer)
+    sys.argv = ["train_from_cached.py", *argv]
+    _signal_at(trainer, stage, came, lambda: (os.killpg if group else os.kill)(os.getpid(), number))
+    if slow_s:
+        from cachetrain.training.saves import saving
+
+        _before(saving, "write_state", lambda: time.sleep(slow_s))
+    trainer.cli.run(trainer.main)
+
+
+def _signal_at(trainer, stage, came, send):
+    """Makes the process signal itself at a stage (after the first step, where that stage is in the loop), once.
+
+    `came` gets the number of the last step for which it had been decided whether it is the last one.
+    """
+    import torch
+
+    from cachetrain.training import data, guard, setup
+    from cachetrain.training.logs.run_logs import Logs
+    from cachetrain.training.samples import Samples
+    from cachetrain.training.saves.saving import Saving
+    from cachetrain.training.validation import Validation
+
+    pid, decided = os.getpid(), []
+    due, open_unet = Saving.due, setup.open_unet
+
+    def seen_due(saving, step, stop):
+        result = due(saving, step, stop)
+        decided.append(step)
+        return result
+
+    def at(reached):
+        if reached == stage and (reached in (*LOADING, *WORKERS) or decided) and not came.exists():
+            came.write_text(str(decided[-1] if decided else 0))
+            send()
+
+    def hooked(*args, **kwargs):
+        at("loading")
+        unet, chosen = open_unet(*args, **kwargs)
+        unet.conv_out.bias.register_hook(lambda _: at("backward"))
+        return unet, chosen
+
+    Saving.due, setup.open_unet = seen_due, hooked
+    _before(torch.utils.data._utils.worker, "_worker_loop", lambda: at("worker starts"))
+    _before(data.CachedPairs, "_latents", lambda: at("read" if os.getpid() == pid else "worker works"))
+    _before(trainer, "forward", lambda: at("forward"))
+    _before(guard, "step_if_finite", lambda: at("optimizer"))
+    _before(Logs, "write", lambda: at("log"))
+    _before(Validation, "measure", lambda: at("validation"))
+    _before(Samples, "draw", lambda: at("samples" if decided else "first samples"))
+    _before(Saving, "_write", lambda: at("writing"))
+
+
+def _before(owner, name, look):
+    original = getattr(owner, name)
+
+    def replacement(*args, **kwargs):
+        look()
+        return original(*args, **kwargs)
+
+    setattr(owner, name, replacement)
+
+
+def argv_of(data, model, folder, *more):
+    out, prompts = folder / "run", folder / "prompts.json"
+    prompts.parent.mkdir(exist_ok=True)
+    prompts.write_text(json.dumps(PROMPTS))
+    resume = ["--resume", "latest"] if (out / "args.json").exists() else []
+    return ["--train_data_dir", data, "--model", model, "--output_dir", out, "--logdir", folder / "tb", *FLAGS,
+            "--sample_prompts", prompts, "--num_workers", 0, *resume, *more]  # fmt: skip
+
+
+def last_state(folder, step=STEPS):
+    """A hash of the weights, the averages and the optimizer's tensors of the last step."""
+    from safetensors.torch import load_file
+
+    checkpoint = folder / f"run/checkpoint-{step:06d}"
+    paths = [path for part in ("unet", "unet_ema", "training_state") for path in (checkpoint / part).glob("*tensors")]
+    assert len(paths) == 3
+    return digest({f"{path.parent.name}/{k}": v for path in paths for k, v in load_file(path).items()})
+
+
+def newest(folder):
+    """The step of the newest checkpoint; 0 without any."""
+    return max((int(path.name.split("-")[1]) for path in (folder / "run").glob("checkpoint-*")), default=0)
+
+
+def assert_stopped(trainer, folder, code, slack=0):
+    """It ended after the step that was under way, which is saved, and said how to go on."""
+    assert trainer.wait() == code, trainer.output
+    stopped = re.findall(rf"stopped after step (\d+) of {STEPS}; --resume latest goes on", trainer.output)
+    came = int(trainer.came.read_text())
+    assert len(stopped) == 1 and came + 1 <= int(stopped[0]) <= came + 1 + slack, trainer.output
+    assert newest(folder) == int(stopped[0])
+    assert "Traceback" not in trainer.output
+
+
+@pytest.fixture(scope="module")
+def start(shapes, model_t5):
+    """Function of (folder, flags, **what Trainer takes): a Trainer of its run, resumed if there is one."""
+
+    def start(folder, *flags, **options):
+        return Trainer(argv_of(shapes, model_t5, folder, *flags), folder, **options)
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def undisturbed(start, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert start(folder).wait() == 0
+    return last_state(folder)
+
+
+def finish(start, folder):
+    trainer = start(folder)
+    assert trainer.wait() == 0, trainer.output
+    assert not list((folder / "run").glob(".*stage")) and not list((folder / "run").glob(".*removed"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_stopped_at_every_stage_ends_with_the_weights_of_an_undisturbed_one(
+    number, start, undisturbed, tmp_path
+):
+    for stage in LOADING:
+        trainer = start(tmp_path, stage=stage, number=number)
+        assert trainer.wait() == 128 + number and trainer.came.exists(), trainer.output
+        assert trainer.output.endswith({15: "terminated\n", 2: "interrupted\n"}[number])
+        assert newest(tmp_path) == 0 and "Traceback" not in trainer.output
+        if stage == "loading":  # the directory is as good as new: what comes next is no resumed run
+            assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    for stage in STAGES:
+        # The thread that writes is not stopped by steps that are decided upon before it signals.
+        slack = 2 if stage == "writing" else 0
+        assert_stopped(start(tmp_path, stage=stage, number=number), tmp_path, 128 + number, slack)
+    finish(start, tmp_path)
+    assert last_state(tmp_path) == undisturbed
+
+
+def test_ctrl_c_in_a_terminal_reaches_the_loaders_workers_too(start, undisturbed, tmp_path):
+    trainer = start(tmp_path, "--num_workers", 2, stage="forward", number=signal.SIGINT, group=True)
+    assert_stopped(trainer, tmp_path, 130)
+    finish(start, tmp_path)
+    assert last_state(tmp_path) == undisturbed
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_worker_that_is_signalled_while_it_starts_works_on(number, start, undisturbed, tmp_path):
+    trainer = start(tmp_path, "--num_workers", 2, stage="worker starts", number=number)
+    assert trainer.wait() == 0 and trainer.came.exists(), trainer.output
+    assert last_state(tmp_path) == undisturbed
+
+
+def test_a_worker_that_is_killed_ends_the_run_and_does_not_hang_it(start, undisturbed, tmp_path):
+    trainer = start(tmp_path, "--num_workers", 2, stage="worker works", number=signal.SIGKILL)
+    assert trainer.wait(60) in (1, 2) and "exited unexpectedly" in trainer.output
+    finish(start, tmp_path)
+    assert last_state(tmp_path) == undisturbed
+
+
+@pytest.mark.parametrize("numbers", [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGTERM)])
+def test_a_second_signal_leaves_at_once_and_nothing_half_written_is_trusted(numbers, start, undisturbed, tmp_path):
+    assert_stopped(start(tmp_path, stage="forward"), tmp_path, 143)
+    kept = newest(tmp_path)
+    trainer = start(tmp_path, stage="forward", number=numbers[0], slow_s=TIMEOUT_S)
+    trainer.until(lambda: list((tmp_path / "run").glob(".checkpoint*stage/unet_ema/*")))  # the last before the state
+    os.kill(trainer.process.pid, numbers[1])
+    sent_s = time.monotonic()
+    assert trainer.wait() == -numbers[1]
+    assert time.monotonic() - sent_s < 1
+    assert newest(tmp_path) == kept and list((tmp_path / "run").glob(".checkpoint*stage"))
+    finish(start, tmp_path)
+    assert last_state(tmp_path) == undisturbed
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_rank_stops_both_after_the_same_step(rank, start, tmp_path):
+    def codes(run, *flags, **options):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        flags = ["--output_dir", tmp_path / run / "run", "--max_steps", 5, "--batch_size", 1, *flags]
+        both = [start(tmp_path / f"rank{i}", *flags, env=env | {"RANK": str(i), "LOCAL_RANK": str(i)},
+                      **(options if i == rank else {})) for i in (0, 1)]  # fmt: skip
+        return [trainer.wait() for trainer in both]
+
+    assert codes("plain") == [0, 0]
+    assert codes("stopped", stage="backward") == [143, 143]
+    assert newest(tmp_path / "stopped") == int((tmp_path / f"rank{rank}" / "came").read_text()) + 1 < 5
+    assert codes("stopped", "--resume", "latest") == [0, 0]
+    assert last_state(tmp_path / "stopped", 5) == last_state(tmp_path / "plain", 5)
+
+
+@pytest.mark.parametrize("signals", [5, pytest.param(100, marks=pytest.mark.slow)])
+def test_signals_at_random_times_change_nothing(signals, start, undisturbed, tmp_path):
+    chance, codes = random.Random(0), []
+    while len(codes) < signals:
+        folder = tmp_path / str(codes.count(0))
+        trainer = start(folder, "--num_workers", chance.choice([0, 2]))
+        trainer.until(trainer.hears)
+        time.sleep(chance.uniform(0, 2))
+        if trainer.process.exitcode is None:
+            number = chance.choice([signal.SIGTERM, signal.SIGINT])
+            os.killpg(trainer.process.pid, number)
+            assert trainer.wait() in (0, 128 + number, -number), trainer.output
+        assert "Traceback" not in trainer.output
+        codes.append(trainer.wait())
+        if codes[-1] == 0:
+            assert last_state(folder) == undisturbed
+    print(f"{codes.count(0)} runs, {len(codes) - codes.count(0)} stops")
+    if codes[-1]:
+        finish(start, folder)
+        assert last_state(folder) == undisturbed
+
+
+def test_the_program_itself_stops_and_goes_on(shapes, model_t5, start, undisturbed, tmp_path):
+    """As a person starts it, in a fresh interpreter."""
+    argv = [REPO / "train_from_cached.py", *argv_of(shapes, model_t5, tmp_path, "--num_workers", 2)]
+    with subprocess.Popen([sys.executable, *map(str, argv)], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}) as program:  # fmt: skip
+        lines = tmp_path / "run" / "metrics.jsonl"
+        while program.poll() is None and not (lines.exists() and lines.read_text().count("\n") > 2):
+            time.sleep(0.005)
+        program.send_signal(signal.SIGTERM)
+        output, errors = program.communicate(timeout=TIMEOUT_S)
+    assert program.returncode == 143 and "Traceback" not in errors
+    stopped = re.search(rf"stopped after step (\d+) of {STEPS}; --resume latest goes on\n$", output)
+    assert newest(tmp_path) == int(stopped[1]) >= 3
+    finish(start, tmp_path)
+    assert last_state(tmp_path) == undisturbed

@@ -1,0 +1,493 @@
+"""A run that was interrupted and resumed is the run that was not: its weights, moments and averages bit by bit, its
+samples in their order, and its logs."""
+
+import faulthandler
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from functools import partial
+from itertools import count
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import train_ranks
+from conftest import REPO, load_script
+from safetensors.torch import load_file
+
+from cachetrain.sidecar import read_sidecar, write_sidecar
+from cachetrain.training.data import Batches
+from cachetrain.training.saves.saving import checkpoint_path, checkpoints
+
+torch.set_num_threads(1)
+trainer = load_script("train_from_cached.py")
+
+COMMON = ["--lr", 1e-3, "--weight_decay", 0.025, "--cond_dropout", 0.2, "--ema_decay", 0.9]
+BRIEF = ["--batch_size", 7, "--max_steps", 4, "--save_steps", 2]  # the epoch of 24 pairs ends within step 4
+# What depends on the machine's speed, and what it has room for.
+MEASURED = ("05_Performance/", "14_System/", "03_Epoch_Summary/seconds", "03_Epoch_Summary/minutes_per_epoch")
+RESUME = ["--resume", "latest"]
+
+
+class Runs:
+    """Runs on `data`, each in a folder of its own below `root`."""
+
+    def __init__(self, data, model, root):
+        self.data, self.model, self.root, self._numbers = data, model, root, count()
+
+    def new(self):
+        """A folder that does not exist yet."""
+        return self.root / f"run{next(self._numbers)}"
+
+    def argv(self, out, *flags):
+        argv = [
+            "--train_data_dir",
+            self.data,
+            "--model",
+            self.model,
+            "--output_dir",
+            out,
+            "--logdir",
+            self.root / "tb",
+        ]
+        argv += ["--precision", "fp32", "--num_workers", 0, "--log_step", 1, "--device", "cpu"]
+        return [*map(str, argv), *map(str, COMMON), *map(str, flags)]
+
+    def train(self, out, *flags):
+        """Trains in this process; returns the sample ids of each micro-batch."""
+        samples, forward = [], trainer.forward
+
+        def watched(model, batch, **settings):
+            if model.training:
+                samples.append(batch["samples"].tolist())
+            return forward(model, batch, **settings)
+
+        with mock.patch.object(trainer, "forward", watched):
+            assert trainer.main(self.argv(out, *flags)) == 0
+        return samples
+
+    def launch(self, out, ranks, *flags, kill=None):
+        """Trains on ranks; returns a list of Rank, whose `seen` are the sample ids of each micro-batch.
+
+        Args:
+            kill: (rank, moment of `watch`).
+        """
+        with mock.patch.object(train_ranks, "_rank", watched_rank):
+            folder = self.new()
+            results = train_ranks.Ranks(self.argv(out, *flags), ranks, folder, kill).finish()
+        return [result._replace(seen=seen_by(folder, rank)) for rank, result in enumerate(results)]
+
+    def interrupted(self, run, step):
+        """A copy of a finished run as a kill after `step` leaves it: its logs go further than its checkpoint."""
+        copy = self.new()
+        copy.mkdir()
+        for name in ("args.json", "metrics.jsonl"):
+            shutil.copy(run / name, copy)
+        shutil.copytree(checkpoint_path(run, step), checkpoint_path(copy, step), copy_function=os.link)
+        shutil.copytree(self.root / "tb" / run.name, self.root / "tb" / copy.name)
+        return copy
+
+
+@pytest.fixture(scope="module")
+def runs(shapes, model_t5, tmp_path_factory):
+    return Runs(shapes, model_t5, tmp_path_factory.mktemp("runs"))
+
+
+def content(run, step):
+    """All that a checkpoint holds of the training: {name: hash of the tensor} and the JSON of the state."""
+    path, found = checkpoint_path(run, step), {}
+    for file in sorted(path.glob("[ut]*/*.safetensors")):  # unet, unet_ema, training_state; not the frozen parts
+        for name, tensor in load_file(file).items() if file.parent.name in PARTS else ():
+            data = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            found[f"{file.parent.name}/{name}"] = hashlib.sha256(data).hexdigest()
+    state = json.loads((path / "training_state" / "state.json").read_text())
+    del state["settings"], state["statistics"]["seconds"]
+    return found | state
+
+
+PARTS = ("unet", "unet_ema", "training_state")
+
+
+def metrics(run):
+    """The lines of metrics.jsonl without what was measured of the machine."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{tag: value for tag, value in line.items() if not tag.startswith(MEASURED)} for line in lines]
+
+
+def watched_rank(env, argv, folder, rank, moment, cwd):
+    """A rank, or the only process, of `train_ranks` that writes down the samples before they are trained on.
+
+    At SIGUSR1 it says where it is.
+    """
+    # Loader workers are its own children, as in any process. Those of a fork server would outlive a kill: what they
+    # take for their parent is the server, which in turn lives as long as they do.
+    multiprocessing.set_start_method("fork", force=True)
+    faulthandler.register(signal.SIGUSR1, open(folder / f"rank{rank}.stacks", "w"))
+    train_ranks.observe = partial(watch, folder / f"rank{rank}.samples")
+    train_ranks._rank(env, argv, folder, rank, moment, cwd)
+
+
+def watch(path, trainer, moment):
+    """Writes a line with the sample ids of each micro-batch, which a kill leaves there.
+
+    Args:
+        moment: at which the process kills itself: "forward" (the fourth) or "save" (all but the manifest is written).
+    """
+    from cachetrain.training.saves import saving
+
+    lines, number = open(path, "a", buffering=1), count(1)
+
+    def kill(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def forward(model, batch, **_):
+        if model.training:
+            print(batch["samples"].tolist(), file=lines)
+            if next(number) == 4 and moment == "forward":
+                kill()
+
+    train_ranks._before(trainer, "forward", forward)
+    if moment == "save":
+        train_ranks._before(saving, "write_manifest", kill)
+    return {}
+
+
+def seen_by(folder, rank):
+    path = folder / f"rank{rank}.samples"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+# The order
+
+
+class Pairs:
+    """An index of 17 pairs, of one latent shape or of three."""
+
+    def __init__(self, mixed, weighted):
+        self.shape_ids = np.arange(17, dtype=np.uint16) % 7 // 3 if mixed else np.zeros(17, np.uint16)
+        self.weights = np.where(np.arange(17) % 3, 1, 1.7 if weighted else 1).astype(np.float32)
+
+    def __len__(self):
+        return 17
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("batch_size", "ranks"), [(1, 1), (4, 1), (2, 2), (2, 3), (25, 1)])
+def test_batches_from_any_number_on_are_the_tail_of_all(mixed, weighted, batch_size, ranks):
+    index, number = Pairs(mixed, weighted), 4 * 17 // (batch_size * ranks) + 3  # of batches: some epochs and a bit
+    for rank in range(ranks):
+
+        def batches(first, rank=rank):
+            return Batches(index, batch_size, 3, number, strata=2, rank=rank, ranks=ranks, first=first)
+
+        whole = batches(0)
+        expected = list(whole)
+        assert len(expected) == len(whole) == number and expected[-1][0].epoch >= 2
+        for first in range(number):
+            tail = batches(first)
+            assert list(tail) == expected[first:]
+            assert len(tail) == number - first
+            assert tail.waiting == whole.waiting and (tail.seen == whole.seen).all()
+
+
+# Bit by bit
+
+
+@pytest.mark.parametrize(
+    ("accum", "steps", "flags", "workers"),
+    [(1, 10, ["--batch_size", 5], (0, 2)), (3, 6, ["--batch_size", 3, "--gradient_accum", 3], (2, 0))],
+)
+def test_interrupted_run_resumes_bit_exact_at_every_step(runs, accum, steps, flags, workers):
+    whole, flags = runs.new(), [*flags, "--max_steps", steps]  # over 2 epochs of 24 pairs
+    samples = runs.train(whole, *flags, "--save_steps", 1, "--num_workers", workers[0])
+    assert len(samples) == accum * steps and len({i for batch in samples for i in batch}) == 24
+    expected = content(whole, steps)
+    for step in range(1, steps):
+        run = runs.interrupted(whole, step)
+        resumed = runs.train(run, *flags, *RESUME, "--num_workers", workers[step % 2])
+        assert resumed == samples[step * accum :]
+        assert content(run, steps) == expected
+
+
+def test_resume_in_a_fresh_process_is_bit_exact(runs):
+    whole, here, environment = runs.new(), runs.new(), os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def fresh(out, *flags):
+        command = [sys.executable, REPO / "train_from_cached.py", *runs.argv(out, *BRIEF, *flags)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    fresh(whole)
+    run = runs.interrupted(whole, 2)
+    assert f"goes on after step 2 of {checkpoint_path(run, 2)}" in fresh(run, *RESUME)
+    runs.train(here, *BRIEF)
+    assert content(run, 4) == content(whole, 4) == content(here, 4)
+    assert metrics(run) == metrics(whole) == metrics(here)
+
+
+@pytest.fixture(scope="module")
+def two_sizes(shapes, model_t5, tmp_path_factory):
+    """Flags of two directories with latents of different sizes, one of which is visited 1.5 times an epoch."""
+    wide = tmp_path_factory.mktemp("wide") / "wide"
+    assert load_script("dataset_scripts/draw_shapes.py").main(["--out", str(wide), "--num_images", "12"]) == 0
+    size = ["--target_width", "96", "--target_height", "64", "--num_workers", "0"]
+    for script, extra in (("cache/create_img_sdxl.py", size), ("cache/create_t5cache_768.py", [])):
+        assert load_script(script).main(["--data_root", str(wide), "--model", str(model_t5), *extra]) == 0
+    return ["--train_data_dir", shapes, f"{wide}:1.5"]
+
+
+ADAMW8 = pytest.param("--optimizer adamw8", marks=pytest.mark.slow)
+SETTINGS = [
+    *(f"--optimizer {name} --precision {precision}" for name in ("adamw", "lion", "stableadamw")
+      for precision in ("fp32", "bf16", "bf16_pure")),
+    "--optimizer prodigy --lr 1 --betas 0.9 0.5", "--optimizer prodigy --lr 1 --precision bf16", ADAMW8,
+    "--precision fp16",
+    "--cpu_offload", "--cpu_offload --optimizer stableadamw --precision bf16_pure", "--gradient_checkpointing",
+    "--gradient_clip 0.01", "--scheduler cosine --warmup_steps 3",
+    "--val_split 0.3 --val_steps 1", "--use_snr --objective v_prediction",
+    "--timestep_sampling stratified --gradient_accum 2 --batch_size 4",
+    "--unfreeze_attn2", "--reinit_crossattn", "--reinit_out --targetted_training", "TWO SIZES",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_resume_is_bit_exact_with(runs, two_sizes, settings):
+    if "adamw8" in settings:
+        pytest.importorskip("bitsandbytes")
+    flags = [*BRIEF, *(two_sizes if settings == "TWO SIZES" else settings.split())]
+    whole = runs.new()
+    samples = runs.train(whole, *flags)
+    run = runs.interrupted(whole, 2)
+    assert runs.train(run, *flags, *RESUME) == samples[len(samples) // 2 :]
+    assert content(run, 4) == content(whole, 4)
+    assert metrics(run) == metrics(whole)
+
+
+def test_resume_that_was_planned_longer_equals_the_longer_run(runs):
+    flags = ["--batch_size", 7, "--scheduler", "cosine", "--warmup_steps", 1, "--lr_decay_steps", 9]
+    whole, run = runs.new(), runs.new()
+    samples = runs.train(whole, *flags, "--max_steps", 6)
+    first = runs.train(run, *flags, "--max_steps", 3)
+    assert first + runs.train(run, *flags, *RESUME, "--max_steps", 6) == samples
+    assert content(run, 6) == content(whole, 6)
+
+
+# Several ranks
+
+
+@pytest.mark.parametrize("flags", [[], ["--fsdp"]], ids=["ddp", "fsdp"])
+def test_ranks_resume_bit_exact(runs, flags):
+    whole, flags = runs.new(), [*flags, "--batch_size", 4, "--max_steps", 4, "--save_steps", 2]
+    before = launched(runs, whole, 2, *flags)
+    run = runs.interrupted(whole, 2)
+    assert launched(runs, run, 2, *flags, *RESUME) == [samples[2:] for samples in before]
+    assert content(run, 4) == content(whole, 4)
+    assert metrics(run) == metrics(whole)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_resume_on_other_ranks_trains_the_same_samples_equal_to_rounding(runs, before, after, model_t5):
+    from test_training import distance
+
+    def flags(ranks):
+        return ["--batch_size", 4 // ranks, "--max_steps", 6, "--save_steps", 3]
+
+    whole = runs.new()
+    (samples,) = launched(runs, whole, 1, *flags(1))
+    cut = whole
+    if before == 2:
+        launched(runs, cut := runs.new(), 2, *flags(2))
+    run = runs.interrupted(cut, 3)
+    results = runs.launch(run, after, *flags(after), *RESUME)
+    assert [rank.code for rank in results] == [0] * after, [rank.output for rank in results]
+    assert f"ranks: {before} then, {after} now (equal to rounding only)" in results[0].output
+    parts = zip(*(rank.seen for rank in results), strict=True)
+    # Rank r of n takes every n-th sample of a batch, from r on.
+    assert [[i for together in zip(*part, strict=True) for i in together] for part in parts] == samples[3:]
+    start = load_file(model_t5 / "unet" / "diffusion_pytorch_model.safetensors")
+    for part in ("unet", "unet_ema"):
+        trained = [
+            load_file(checkpoint_path(path, 6) / part / "diffusion_pytorch_model.safetensors")
+            for path in (run, whole)
+        ]
+        assert distance(*trained, start) < 1e-3
+
+
+def launched(runs, out, ranks, *flags):
+    """Runs ranks to their end; returns the samples of each."""
+    results = runs.launch(out, ranks, *flags)
+    assert [rank.code for rank in results] == [0] * ranks, [rank.output for rank in results]
+    return [rank.seen for rank in results]
+
+
+# Other settings
+
+
+@pytest.fixture(scope="module")
+def saved(runs):
+    """A run of 4 steps with checkpoints at 2 and 4, to be interrupted."""
+    runs.train(run := runs.new(), *BRIEF)
+    return run
+
+
+def error_of(runs, out, *flags):
+    """The one line with which a run ends that cannot go on."""
+    with pytest.raises(ValueError) as error:
+        runs.train(out, *BRIEF, *flags)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "difference"),
+    [
+        ("--lr 2e-3", "peak rate, warm-up and decay steps: [0.001, 0, None] then, [0.002, 0, None] now"),
+        ("--scheduler cosine --warmup_steps 1", "scheduler: constant then, cosine now"),
+        ("--seed 1", "seed: 0 then, 1 now"),
+        ("--batch_size 6", "samples a backward pass, all ranks: 7 then, 6 now"),
+        ("--gradient_accum 2", "gradient_accum: 1 then, 2 now"),
+        ("--optimizer lion", "optimizer: adamw then, lion now"),
+        ("--precision bf16", "precision: fp32 then, bf16 now"),
+        ("--weight_decay 0.1", "weight_decay: 0.025 then, 0.1 now"),
+        ("--gradient_clip 0.5", "gradient_clip: 1.0 then, 0.5 now"),
+        ("--ema_decay 0", "ema_decay: 0.9 then, 0.0 now"),
+        ("--cond_dropout 0.1", "cond_dropout: 0.2 then, 0.1 now"),
+        ("--use_snr", "use_snr: False then, True now"),
+        ("--unfreeze_attn2", "unfreeze_attn2: False then, True now"),
+        ("--objective flow", "noise schedule: epsilon "),
+        ("--val_split 0.3", "pairs: 24 "),
+    ],
+)
+def test_resume_of_another_run_is_refused_with_both_values(runs, saved, flags, difference):
+    run = runs.interrupted(saved, 2)
+    error = error_of(runs, run, *RESUME, *flags.split())
+    assert str(checkpoint_path(run, 2)) in error and difference in error and "--resume_anyway" in error
+
+
+@pytest.mark.parametrize("change", ["added", "removed", "renamed", "encoded"])
+def test_resume_on_other_data_is_refused(runs, saved, shapes, tmp_path, change):
+    data = shutil.copytree(shapes, tmp_path / "data")
+    for suffix in (".img_sdxl", ".txt_t5cache"):
+        first = data / f"00000{suffix}"
+        if change == "added":
+            shutil.copy(first, data / f"one_more{suffix}")
+        elif change == "removed":
+            first.unlink()
+        elif change == "renamed":
+            first.rename(data / f"a{suffix}")  # the same pairs, in the same order
+    for path in data.glob("*.txt_t5cache") if change == "encoded" else ():
+        tensors, header = read_sidecar(path)
+        write_sidecar(path, tensors, header.metadata | {"encoder": "another"})
+    now = {"added": 25, "removed": 23}.get(change, 24)
+    error = error_of(runs, runs.interrupted(saved, 2), *RESUME, "--train_data_dir", data)
+    assert "pairs: 24 (" in error and f"then, {now} (" in error
+
+
+def test_resume_anyway_goes_on_and_says_what_differs(runs, saved, capsys):
+    run = runs.interrupted(saved, 2)
+    runs.train(run, *BRIEF, *RESUME, "--resume_anyway", "--lr", 2e-3, "--ema_decay", 0.5)
+    said = capsys.readouterr().out
+    assert "ema_decay: 0.9 then, 0.5 now" in said and "learning_rate: 0.001 then, 0.002 now" in said
+    assert content(run, 4)["visits"] == 28 and content(run, 4) != content(saved, 4)
+
+
+@pytest.mark.parametrize(
+    "flags", ["--optimizer lion", "--optimizer prodigy --lr 1", "--precision bf16_pure", "--unfreeze_attn2"]
+)
+def test_resume_anyway_with_another_optimizer_starts_it_anew_and_says_so(runs, saved, capsys, flags):
+    run = runs.interrupted(saved, 2)
+    runs.train(run, *BRIEF, *RESUME, "--resume_anyway", *flags.split())
+    assert capsys.readouterr().err.count("starts anew") == 1
+    steps = [values.get("step") for values in content(run, 4)["optimizer"]["state"].values()]
+    assert "prodigy" not in flags or steps == [2] * len(steps)
+
+
+def test_resume_with_what_changes_nothing_is_bit_exact_and_lists_it(runs, saved, shapes, tmp_path, capsys):
+    data = shutil.copytree(shapes, tmp_path / "elsewhere")
+    run = runs.interrupted(saved, 2)
+    changed = {"train_data_dir": data, "save_steps": 3, "log_step": 2, "num_workers": 1, "keep_last": 2}
+    runs.train(run, *BRIEF, *RESUME, "--cache_in_ram", *(f"--{key}={value}" for key, value in changed.items()))
+    said = capsys.readouterr().out
+    assert all(f"\n{key}: " in said for key in (*changed, "cache_in_ram", "output_dir")) and "rounding" not in said
+    changed_too = {"statistics"}  # sums of an epoch by log steps
+    assert {key: value for key, value in content(run, 4).items() if key not in changed_too} == {
+        key: value for key, value in content(saved, 4).items() if key not in changed_too
+    }
+
+
+# What there is to resume
+
+
+def test_resume_where_no_run_is_is_refused(runs, tmp_path):
+    assert f"{tmp_path / 'none'}: holds no run to resume" in error_of(runs, tmp_path / "none", *RESUME)
+    assert "no checkpoint; expected a directory like" in error_of(runs, tmp_path / "b", "--resume", tmp_path)
+
+
+def test_resume_of_a_run_without_a_checkpoint_begins_again(runs, saved, capsys):
+    run = runs.interrupted(saved, 2)
+    shutil.rmtree(checkpoint_path(run, 2))
+    samples = runs.train(run, *BRIEF, *RESUME)
+    assert "has no checkpoint yet; the run begins again" in capsys.readouterr().err
+    assert len(samples) == 4 and content(run, 4) == content(saved, 4)
+    assert metrics(run) == metrics(saved) and events(runs, run) == events(runs, saved)
+
+
+def test_resume_of_a_complete_run_says_so_and_changes_nothing(runs, saved, capsys):
+    run = runs.interrupted(saved, 4)
+    before = content(run, 4), metrics(run), [path.name for path in checkpoints(run)]
+    assert runs.train(run, *BRIEF, *RESUME) == []
+    assert f"{checkpoint_path(run, 4)}: the run is complete" in capsys.readouterr().out
+    assert (content(run, 4), metrics(run), [path.name for path in checkpoints(run)]) == before
+
+
+def test_resume_of_an_older_checkpoint_is_refused_where_it_would_mix_two_runs(runs, saved):
+    path = checkpoint_path(saved, 2)
+    assert "holds later checkpoints (checkpoint-000004)" in error_of(runs, saved, "--resume", path)
+    other = runs.interrupted(saved, 2)
+    assert "already holds another run" in error_of(runs, other, "--resume", path)
+    assert "already holds a run" in error_of(runs, other)
+
+
+def test_resume_of_a_path_goes_on_in_a_new_directory(runs, saved):
+    run = runs.new()
+    runs.train(run, *BRIEF, "--resume", checkpoint_path(saved, 2))
+    assert content(run, 4) == content(saved, 4)
+    assert [line["step"] for line in metrics(run)] == [3, 4]
+    assert not os.path.samefile(checkpoint_path(run, 4) / "unet", checkpoint_path(saved, 4) / "unet")
+
+
+# The logs
+
+
+def events(runs, run):
+    """{tag: [(step, value)]} of TensorBoard's scalars, without what was measured of the machine."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(runs.root / "tb" / run.name), {"scalars": 0}).Reload()
+    tags = [tag for tag in found.Tags()["scalars"] if not tag.startswith(MEASURED)]
+    return {tag: [(event.step, event.value) for event in found.Scalars(tag)] for tag in tags}
+
+
+def test_logs_of_a_resumed_run_neither_double_nor_miss_a_step(runs):
+    flags = ["--batch_size", 5, "--max_steps", 10, "--save_steps", 4, "--log_step", 2, "--val_split", 0.3]
+    flags += ["--val_steps", 3, "--diagnostic_steps", 3, "--use_snr"]
+    whole = runs.new()
+    runs.train(whole, *flags)
+    run = runs.interrupted(whole, 4)  # its logs know all 10 steps
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 11, "01_Tr')  # and a line that was not finished
+    runs.train(run, *flags, *RESUME)
+    assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4, 6, 8, 9, 10]
+    assert metrics(run) == metrics(whole)
+    assert events(runs, run) == events(runs, whole)
+    summaries = [line for line in metrics(run) if "03_Epoch_Summary/loss" in line]
+    assert len(summaries) == 3 and "03_Epoch_Summary/optimizer_steps" in summaries[1]
+    assert sum("val/loss_ema" in line for line in metrics(run)) == 4
