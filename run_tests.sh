@@ -9,5 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 .venv/bin/ruff format --check .
 
 default=(-m "not slow and not gpu")
+# Up to four files at a time; the tests themselves run on one thread. -n 0: one after the other, for --pdb.
+parallel=(-n auto --maxprocesses 4 --dist loadfile)
 for argument in "$@"; do [ "$argument" != -m ] || default=(); done
-exec .venv/bin/python -m pytest "${default[@]}" "$@"
+exec .venv/bin/python -m pytest "${parallel[@]}" "${default[@]}" "$@"

@@ -561,6 +561,24 @@ def wait_for(condition, timeout_s=120):
         time.sleep(0.05)
 
 
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [("in_channels", 8, "latents are (4, 8, 8), the UNet wants 8 channels"),
+     ("cross_attention_dim", 32, "embeddings are 64 wide, the UNet wants 32")],
+)  # fmt: skip
+def test_widths_that_do_not_fit_are_refused_before_the_unet_is_loaded(
+    setting, value, message, shapes, model_t5, tmp_path, monkeypatch
+):
+    from cachetrain.training import setup
+
+    model = shutil.copytree(model_t5, tmp_path / "model")
+    config = json.loads((model / "unet" / "config.json").read_text())
+    (model / "unet" / "config.json").write_text(json.dumps(config | {setting: value}))
+    monkeypatch.setattr(setup.load, "load_unet", lambda *_: pytest.fail("loaded"))
+    assert message in refused(shapes, model, tmp_path / "run")
+    assert not (tmp_path / "run" / "args.json").exists()
+
+
 def test_folders_of_two_sizes_train_together_one_size_a_batch(shapes, model_t5, tmp_path):
     wide = tmp_path / "wide"
     shutil.copytree(shapes, wide)

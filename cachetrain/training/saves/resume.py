@@ -111,6 +111,7 @@ class Resumed:
             scaler.load_state_dict(self.state["scaler"])
         if ema is not None:
             self._restore_ema(unet, ema)
+        del self.state["optimizer"]  # as much memory as the optimizer's own
 
     def _restore_ema(self, unet, ema):
         path = self.path / "unet_ema" / "diffusion_pytorch_model.safetensors"
