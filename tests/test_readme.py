@@ -70,7 +70,9 @@ def test_readme_links_and_tree_name_files_that_exist():
     tree = README.split("## The tree")[1].split("```")[1]
     for line in tree.strip().splitlines():
         for name in re.match(r"((?:\S+ ?)+?)(?:  |$)", line.strip()).group(1).split():
-            assert any((REPO / folder / name).exists() for folder in ("", "cachetrain", "models")), name
+            assert any(
+                (REPO / folder / name).exists() for folder in ("", "cachetrain", "cachetrain/training", "models")
+            ), name
 
 
 def test_reliability_document_names_tests_that_exist():
