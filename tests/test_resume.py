@@ -4,7 +4,6 @@ samples in their order, and its logs."""
 import faulthandler
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -125,9 +124,6 @@ def watched_rank(env, argv, folder, rank, moment, cwd):
 
     At SIGUSR1 it says where it is.
     """
-    # Loader workers are its own children, as in any process. Those of a fork server would outlive a kill: what they
-    # take for their parent is the server, which in turn lives as long as they do.
-    multiprocessing.set_start_method("fork", force=True)
     faulthandler.register(signal.SIGUSR1, open(folder / f"rank{rank}.stacks", "w"))
     train_ranks.observe = partial(watch, folder / f"rank{rank}.samples")
     train_ranks._rank(env, argv, folder, rank, moment, cwd)

@@ -96,12 +96,19 @@ def digest(tensors):
     return parts.hexdigest()
 
 
-def _rank(env, argv, folder, rank, moment, cwd):
+def open_trainer(env, argv, log):
+    """Makes this process, a fork server's child, one that has just started the trainer, and returns its module.
+
+    Args:
+        env: variables to set; argv: list of str; log: path for stdout and stderr.
+    """
+    # Loader workers are its own children, as in any process. Those of a fork server would outlive a kill: what they
+    # take for their parent is the server, which in turn lives as long as they do.
+    multiprocessing.set_start_method("fork", force=True)
     os.environ.update(env)
-    os.chdir(cwd)
-    log = os.open(folder / f"rank{rank}.log", os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
+    descriptor = os.open(log, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
     for stream in (1, 2):
-        os.dup2(log, stream)
+        os.dup2(descriptor, stream)
     import torch
 
     torch.set_num_threads(1)
@@ -109,6 +116,12 @@ def _rank(env, argv, folder, rank, moment, cwd):
     trainer = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(trainer)
     sys.argv = ["train_from_cached.py", *argv]
+    return trainer
+
+
+def _rank(env, argv, folder, rank, moment, cwd):
+    os.chdir(cwd)
+    trainer = open_trainer(env, argv, folder / f"rank{rank}.log")
     seen = observe(trainer, moment)
     try:
         trainer.cli.run(trainer.main)

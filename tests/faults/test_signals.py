@@ -1,6 +1,5 @@
 """SIGINT and SIGTERM at every stage of a run: it saves, leaves, and goes on to the weights it would have had."""
 
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -14,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from train_ranks import _IMPORTED, REPO, digest
+from train_ranks import _IMPORTED, REPO, digest, open_trainer
 
 TIMEOUT_S = 120
 STEPS = 20
@@ -76,19 +75,8 @@ class Trainer:
 
 
 def _train(argv, log, came, stage, number, group, env, slow_s):
-    os.environ.update(env)
     os.setpgid(0, 0)
-    multiprocessing.set_start_method("fork", force=True)  # the loader's, as in a program
-    log = os.open(log, os.O_CREAT | os.O_WRONLY)
-    for stream in (1, 2):
-        os.dup2(log, stream)
-    import torch
-
-    torch.set_num_threads(1)
-    spec = importlib.util.spec_from_file_location("train_from_cached", REPO / "train_from_cached.py")
-    trainer = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(trainer)
-    sys.argv = ["train_from_cached.py", *argv]
+    trainer = open_trainer(env, argv, log)
     _signal_at(trainer, stage, came, lambda: (os.killpg if group else os.kill)(os.getpid(), number))
     if slow_s:
         from cachetrain.training.saves import saving
