@@ -349,3 +349,13 @@ def test_what_is_remembered_of_a_step_does_not_keep_its_batch(shapes, tmp_path):
     remembered = Guard(None, tmp_path, None, 10, False)
     remembered.add(batch[:2], torch.zeros(2))
     assert all(tensor.untyped_storage().nbytes() < 100 for part in remembered._parts for tensor in part)
+
+
+def test_a_list_that_cannot_be_written_is_said_instead_and_training_goes_on(
+    shapes, model_t5, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "run" / QUARANTINE).mkdir(parents=True)  # in its place, so that opening it fails
+    add_to_loss(monkeypatch, {BAD: NAN})
+    run(shapes, model_t5, tmp_path / "run", "--max_steps", 3, *COMMON)
+    said = capsys.readouterr().err
+    assert f"step {BAD}: skipped" in said and "Is a directory" in said and ".img_sdxl" in said

@@ -120,10 +120,14 @@ class Guard:
         return [f"{step}\t{why}\t{image}\t{text}\n" for why, image, text in paths]
 
     def _write(self, lines):
-        if lines and self.world.main:
+        if not lines or not self.world.main:
+            return
+        steps = sorted({int(line.split("\t")[0]) for line in lines})
+        message = f"loss or gradients were not finite at step {', '.join(map(str, steps[:5]))}"
+        message += (f" and {len(steps) - 5} more" if len(steps) > 5 else "") + ": skipped, weights are as before"
+        try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.writelines(lines)
-            steps = sorted({int(line.split("\t")[0]) for line in lines})
-            warn(f"loss or gradients were not finite at step {', '.join(map(str, steps[:5]))}"
-                 + (f" and {len(steps) - 5} more" if len(steps) > 5 else "")
-                 + f": skipped, weights are as before; {len(lines)} pairs are named in {self.path}")  # fmt: skip
+            warn(f"{message}; {len(lines)} pairs are named in {self.path}")
+        except OSError as error:
+            warn(f"{message}; {self.path}: {error.strerror}, so here are its lines:\n{''.join(lines)}")
