@@ -91,7 +91,11 @@ train() {
     local last go_on=()
     last=$OUTPUT/checkpoint-$(printf %06d "$STEPS")
     [ ! -d "$last" ] || { echo "$last is there already"; return; }
-    [ ! -e "$OUTPUT/args.json" ] || go_on=(resume) # it was interrupted
+    if [ -e "$OUTPUT/args.json" ]; then
+        go_on=(resume) # it was interrupted
+    else
+        rm -rf "$WORK/tensorboard/$RUN" # of a run that was deleted
+    fi
     rm -rf "$WORK/samples_$RUN" "$WORK/samples_$RUN.png"
     MODEL=$MODEL DATADIR=$DATA OUTPUT=$OUTPUT LOGDIR=$WORK/tensorboard IMGCACHE=$IMGCACHE TXTCACHE=$TXTCACHE \
         BATCH=16 STEPS=$STEPS OPTIMIZER=adamw LR=2e-3 SCHED=cosine GAMMA=0 DROPOUT=0.1 EMA=0.99 \

@@ -97,10 +97,10 @@ def train(args, output_dir, resumed, world, closing):
     plan = setup.make_plan(args, index.num_visits, world.ranks)
     settings = settings_of(args, plan, index, scheduler, world)
     notes += resumed.check(settings, args.resume_anyway)
-    setup.check_start(args, index, model_dir, plan, resumed.step, resumed.frozen is not None)
     if resumed.step >= plan.max_steps:
         say(f"{resumed.path}: the run is complete; a higher --max_steps lets it go on")
         return 0
+    setup.check_start(args, index, model_dir, plan, resumed.step, resumed.frozen is not None)
     unet, chosen = setup.open_unet(args, model_dir, len(index.shapes), device, resumed.path)
     pairs = setup.open_pairs(args, index, objective)
     visits = resumed.state.get("visits", 0)

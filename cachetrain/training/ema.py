@@ -35,7 +35,7 @@ class Ema:
         """Moves the averages towards the weights after optimizer step `step` (from 1).
 
         Args:
-            stepped: of optim.step_if_finite: a step that was skipped leaves the averages as they are.
+            stepped: of guard.step_if_finite: a step that was skipped leaves the averages as they are.
         """
         if stepped is False:
             return

@@ -55,13 +55,8 @@ class Guard:
     """
 
     def __init__(self, index, output_dir, world, limit, scaled):
-        self.index, self.path, self.world, self.limit, self.scaled = (
-            index,
-            output_dir / QUARANTINE,
-            world,
-            limit,
-            scaled,
-        )
+        self.index, self.path, self.world = index, output_dir / QUARANTINE, world
+        self.limit, self.scaled = limit, scaled
         self.in_a_row, self._steps, self._parts = 0, [], []
         self._last = None  # step that was skipped
 

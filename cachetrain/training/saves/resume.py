@@ -6,14 +6,15 @@ import zlib
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from cachetrain.modeling.schedulers import objective_of
 from cachetrain.training.prompts import warn
 from cachetrain.training.saves.manifest import damages
 from cachetrain.training.saves.saving import checkpoints, is_frozen, step_of
-from cachetrain.training.saves.state import alike, read_state, read_tensors
+from cachetrain.training.saves.state import alike, read_state
 
-# Flags that do not change what is trained, or whose effect `identity` has.
+# Flags that do not change what is trained, or whose effect `settings_of` has beside them.
 _FREE = {
     "output_dir", "logdir", "log_step", "diagnostic_steps", "log_groups", "save_steps", "save_on_epoch", "save_start",
     "save_every_minutes", "ckpt_dir", "keep_last", "sample_prompt", "sample_prompts", "sample_steps", "sampler_steps",
@@ -118,7 +119,7 @@ class Resumed:
         if not path.exists():
             self._need({"unet_ema"} if self.state["settings"].get("ema_decay") else (), "it")
             return warn(f"{self.path}: has no unet_ema; the average starts from its weights")
-        saved = read_tensors(path)
+        saved = load_file(path)
         self._need(ema.named(unet).keys() - saved.keys(), path.parent.name)
         with torch.no_grad():
             for name, average in ema.named(unet).items():

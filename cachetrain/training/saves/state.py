@@ -4,8 +4,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 DIRECTORY = "training_state"
@@ -57,17 +56,11 @@ def read_state(checkpoint):
     directory = Path(checkpoint) / DIRECTORY
     if not (directory / "state.json").exists():
         raise ValueError(f"{checkpoint}: has no {DIRECTORY}; a new run can start from it with --model")
-    tensors = read_tensors(directory / "tensors.safetensors")
+    tensors = load_file(directory / "tensors.safetensors")
     try:
         return join_tensors(json.loads((directory / "state.json").read_text()), tensors)
     except KeyError as error:
         raise ValueError(f"{checkpoint}: its {DIRECTORY} lacks the tensor {error}") from None
-
-
-def read_tensors(path):
-    """{name: tensor} of a safetensors file."""
-    with safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # it is no dict
 
 
 def alike(tensor, parameter):
