@@ -42,14 +42,15 @@ def main(argv=None):
     from cachetrain.training.distributed import World
     from cachetrain.training.saves.resume import Resumed
     from cachetrain.training.saves.saving import checkpoints
+    from cachetrain.training.warnings_log import recorded
 
-    with ExitStack() as closing:
+    with recorded() as record, ExitStack() as closing:
         world = World(load.pick_device(args.device))
         closing.callback(world.close)
         try:
             found = open_output_dir(args, output_dir, closing) if world.main else None
             found = world.gather(found)[0]  # rank 0 has made or found it, or has refused it and is gone
-            return train(args, output_dir, Resumed(*found), world, closing)
+            return train(args, output_dir, Resumed(*found), world, closing, record)
         except (RuntimeError, MemoryError) as error:
             closing.close()  # what is being saved is complete then
             kept = [str(path) for path in checkpoints(output_dir)[-1:]] or ["none yet"]
@@ -61,12 +62,13 @@ def main(argv=None):
             raise
 
 
-def train(args, output_dir, resumed, world, closing):
+def train(args, output_dir, resumed, world, closing, record):
     """Runs the training; returns the exit code.
 
     Args:
         resumed: Resumed, the checkpoint to go on from, if any.
         closing: ExitStack of what is to be closed, come what may.
+        record: Record of what is warned of.
     """
     from tqdm import tqdm
 
@@ -80,7 +82,7 @@ def train(args, output_dir, resumed, world, closing):
     from cachetrain.training.logs.run_logs import Logs
     from cachetrain.training.objective import noise_schedule
     from cachetrain.training.optim import autocast_for, clip_gradients, loss_scaler, make_optimizer
-    from cachetrain.training.samples import text_info
+    from cachetrain.training.samples import data_info
     from cachetrain.training.saves.resume import run_state, settings_of
     from cachetrain.training.saves.saving import Saving
     from cachetrain.training.schedules import lr_factor
@@ -129,12 +131,13 @@ def train(args, output_dir, resumed, world, closing):
     validation = setup.open_validation(args, held_out, objective, plan, device, world)
     if world.main:
         archive_settings(args, output_dir)
+        record.start(output_dir / "warnings.jsonl", resumed.step)
     logs = Logs(args, world, unet, objective, alphas_cumprod, pairs, plan, rate, autocast, scaler, device,
                 resumed.step if args.resume else None)  # fmt: skip
     stats, metrics = logs.statistics, logs.metrics
-    closing.callback(metrics.close)
+    closing.callback(logs.close)
     guard = Guard(index, output_dir, world, args.max_nonfinite, scaler.is_enabled())
-    info = {"objective": objective, "text": text_info(index, args.text_scaling_factor)}
+    info = {"objective": objective, **data_info(index, args.text_scaling_factor)}
     saving = Saving(args, plan, world, model_dir, scheduler, info, metrics.flush, resumed.frozen)
     closing.callback(saving.wait)
     if resumed.path:
@@ -165,6 +168,7 @@ def train(args, output_dir, resumed, world, closing):
     progress = tqdm(steps, desc="train", unit="step", initial=resumed.step, total=plan.max_steps,
                     disable=None if world.main else True)  # fmt: skip
     for step in progress:
+        record.step = step
         saving.report()
         for group in optimizer.param_groups:
             group["lr"] = rate(step)
@@ -207,7 +211,7 @@ def train(args, output_dir, resumed, world, closing):
         draw_if_due(step, batch["samples"])
         if save_now:
             if samples:
-                samples.animate(metrics, step)
+                samples.animate(output_dir / "samples", metrics, step)
             seen = visits + (step - resumed.step) * plan.effective_batch
             state = run_state(step, seen, settings, unet, optimizer, scaler, stats, validation)
             saving.save(step, unet, ema, state)
@@ -226,8 +230,10 @@ def train(args, output_dir, resumed, world, closing):
     say(f"{step - resumed.step} steps in {time.perf_counter() - started:.0f} s"
         + (f"; last checkpoint: {saved}" if saved else ""))  # fmt: skip
     if stop and step < plan.max_steps:
+        number = (signals or [signal.SIGTERM])[0]
+        record.add(f"the run ended: {signal.Signals(number).name} after step {step} of {plan.max_steps}")
         say(f"stopped after step {step} of {plan.max_steps}; --resume latest goes on")
-        return 128 + (signals or [signal.SIGTERM])[0]
+        return 128 + number
     if args.overfit:
         return report_overfit(say, first_loss, stats.loss_raw, step)
     say(setup.leftover(index, batches))
@@ -278,6 +284,7 @@ def open_output_dir(args, output_dir, closing):
         )
     closing.enter_context(locked_directory(output_dir))
     remove_leftovers(output_dir)
+    remove_leftovers(output_dir / "samples")
     return find_checkpoint(args.resume, output_dir) if args.resume else (None, False)
 
 

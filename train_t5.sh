@@ -37,8 +37,8 @@ PYTHON=python3
 [ -n "${VIRTUAL_ENV:-}" ] || [ ! -x "$HERE/.venv/bin/python" ] || PYTHON=$HERE/.venv/bin/python
 
 if [ "${1:-}" = checkpoint ]; then
-    is_free='import fcntl, sys; fcntl.lockf(open(sys.argv[1], "a"), fcntl.LOCK_EX | fcntl.LOCK_NB)'
-    if [ ! -e "$OUTPUT/args.json" ] || "$PYTHON" -c "$is_free" "$OUTPUT/.lock" 2>/dev/null; then
+    is_locked='import sys; from cachetrain.atomic import is_locked; sys.exit(not is_locked(sys.argv[1]))'
+    if [ ! -e "$OUTPUT/args.json" ] || ! "$PYTHON" -c "$is_locked" "$OUTPUT"; then
         echo "$OUTPUT: no run is going on there" >&2
         exit 2
     fi

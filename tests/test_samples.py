@@ -1,6 +1,7 @@
 """Samples while training: the rules of prompt files, samplers against diffusers, and what must not happen."""
 
 import json
+import shutil
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -20,8 +21,8 @@ from cachetrain.sidecar import read_sidecar
 from cachetrain.training import samples as samples_module
 from cachetrain.training.index import PairIndex
 from cachetrain.training.objective import target_of
-from cachetrain.training.prompts import PromptFile, Sample, read_prompts, sample_seed, sample_size
-from cachetrain.training.samples import Samples
+from cachetrain.training.prompts import PromptFile, Prompts, Sample, read_prompts, sample_seed, sample_size
+from cachetrain.training.samples import Samples, data_info
 
 torch.set_num_threads(1)
 CLIP, T5 = (".img_sdxl", ".txt_clipl"), (".img_sdxl", ".txt_t5cache")
@@ -45,12 +46,11 @@ def unet(model_t5):
     return load.load_unet(model_t5 / "unet")
 
 
-def make_samples(model, shapes, source, suffixes=T5, **options):
-    options = {"cfgs": (1.0, 4.0), "num_inference_steps": 2, "every_n_steps": 250} | options
-    return Samples(
-        model, source, scheduler=load.load_scheduler(model / "scheduler"), index=PairIndex([shapes], *suffixes),
-        text_scale=1.0, device=torch.device("cpu"), **options,
-    )  # fmt: skip
+def make_samples(model, shapes, source, suffixes=T5, cfgs=(1.0, 4.0), index=None):
+    index = index or PairIndex([shapes], *suffixes)
+    defaults = Prompts(cfgs=cfgs, num_inference_steps=2, generate_samples_every_n_steps=250)
+    scheduler, info = load.load_scheduler(model / "scheduler"), data_info(index, text_scale=1.0)
+    return Samples(model, source, defaults, scheduler, info, lambda: index, torch.device("cpu"))
 
 
 def written(path, **content):
@@ -276,7 +276,7 @@ def test_without_prompts_captions_of_the_last_batch_are_drawn_from_their_caches(
 ):
     (tmp_path / "p.txt").write_text("\n")
     samples = make_samples(model_t5, shapes, tmp_path / "p.txt", cfgs=(1.0,))
-    index, seen, original = samples.index, [], samples_module.render_drawings
+    index, seen, original = samples.open_index(), [], samples_module.render_drawings
     monkeypatch.setattr(samples_module, "render_drawings", lambda *args: seen.extend(args[3]) or original(*args))
     metrics = Recorder()
     samples.draw(unet, tmp_path / "out", metrics, 7, nullcontext, torch.tensor([5, 3, 8, 1, 2]))
@@ -303,7 +303,7 @@ def test_a_failure_warns_and_training_goes_on_but_not_at_the_start(
 ):
     samples = make_samples(model_t5, shapes, ["a star"])
     (tmp_path / "file").write_text("in the way")
-    samples.draw(unet, tmp_path / "file", Recorder(), 3, nullcontext)
+    samples.draw(unet, tmp_path / "file" / "out", Recorder(), 3, nullcontext)
     assert "no samples at step 3" in capsys.readouterr().err
     monkeypatch.setattr(samples.vae, "decode", lambda *args, **kwargs: torch.zeros(1) @ torch.zeros(2))
     samples.draw(unet, tmp_path / "out", Recorder(), 4, nullcontext)
@@ -333,25 +333,31 @@ def test_the_default_size_is_the_caches_commonest_and_the_json_says_when(shapes,
     path = written(tmp_path / "p.json", generate_samples_every_n_steps=200, generate_pretrain_samples=True)
     index = PairIndex([shapes], *T5)
     index.shapes, index.shape_ids = [(4, 8, 8), (4, 6, 10), (4, 10, 6)], np.array([0] * 7 + [1] * 9 + [2] * 8)
-    scheduler = load.load_scheduler(model_t5 / "scheduler")
-    samples = Samples(model_t5, path, (1.0,), scheduler, index, 1.0, 2, torch.device("cpu"), 250)
+    samples = make_samples(model_t5, shapes, path, index=index)
     assert samples.latent_size == (6, 10)
     assert [step for step in range(501) if samples.due(step, 500)] == [0, 200, 400, 500]
 
 
-def test_the_progress_animation_holds_the_last_fifty_small_strips(shapes, model_t5, unet, tmp_path, monkeypatch):
-    samples, metrics = make_samples(model_t5, shapes, ["a star"]), Recorder()
-    images = [[Image.new("RGB", (512, 512))] * 2]
-    monkeypatch.setattr(samples, "_render", lambda *args: images)
-    monkeypatch.setattr(samples_module, "save_png", lambda *args, **kwargs: None)
-    samples.animate(metrics, 1)
-    for step in range(1, 61):
-        samples.draw(unet, tmp_path, metrics, step, nullcontext)
-    samples.animate(metrics, 60)
+def test_the_progress_animation_holds_the_last_fifty_small_strips_of_a_resumed_run_too(
+    shapes, model_t5, unet, tmp_path, monkeypatch
+):
+    """Step by step a brighter picture; the last ones are drawn by another Samples, as after a resume."""
+    metrics = Recorder()
+    for first, last in ((1, 40), (41, 60)):
+        samples = make_samples(model_t5, shapes, ["a star"])
+        samples.animate(tmp_path, metrics, first)  # nothing is drawn yet
+        for step in range(first, last + 1):
+            image = Image.new("RGB", (512, 512), (4 * step, 0, 0))
+            monkeypatch.setattr(samples, "_render", lambda *args, image=image: [[image] * 2])
+            samples.draw(unet, tmp_path / f"step-{step:06d}", metrics, step, nullcontext)
+    shutil.copytree(tmp_path / "step-000060", tmp_path / "step-000070")  # of a part that the resume has given up
+    samples.animate(tmp_path, metrics, 60)
     ((tag, step), frames), *others = metrics.animations.items()
     assert others == [] and (tag, step) == ("12_Generated_Samples/00 a star (progress)", 60)
-    assert len(frames) == 50 and len({frame.size for frame in frames}) == 1
-    assert frames[0].width < 300
+    frames = list(frames)
+    middles = [frame.getpixel((frame.width // 4, frame.height // 2))[0] for frame in frames]
+    assert middles == [4 * step for step in range(11, 61)]
+    assert len({frame.size for frame in frames}) == 1 and frames[0].width < 300
 
 
 def test_sample_script_draws_a_prompt_file_with_its_settings(model_sd, tmp_path):

@@ -2,7 +2,7 @@
 
 import torch
 
-from cachetrain.training.prompts import warn
+from cachetrain.training.warnings_log import warn
 
 QUARANTINE = "quarantine.tsv"
 

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from importlib.util import find_spec
 
 from cachetrain import cli
 from cachetrain.modeling import selection
@@ -61,6 +62,8 @@ def _conflicts(args):
             yield "--fsdp does not go with --cpu_offload, --optimizer adamw8 or prodigy, or --precision fp16"
         if args.compile:
             yield "--fsdp does not go with --compile"
+    if args.wandb and getattr(find_spec("wandb"), "origin", None) is None:  # a folder of that name has none
+        yield "--wandb needs Weights & Biases: pip install wandb"
     if args.resume_anyway and not args.resume:
         yield "--resume_anyway needs --resume"
     if args.resume and args.overfit:
@@ -174,6 +177,7 @@ def _speed_arguments(group):
 def _output_arguments(group):
     group.add_argument("--output_dir", required=True, help="of this run; its name is the run's name")
     group.add_argument("--logdir", default="tensorboard", help="TensorBoard events go to <logdir>/<run name>")
+    group.add_argument("--wandb", action="store_true", help="mirror it to Weights & Biases (pip install wandb)")
     group.add_argument("--log_step", type=_positive, default=25, help="optimizer steps between scalars")
     group.add_argument("--diagnostic_steps", type=_positive, default=500, help="steps between groups 09, 10, 13")
     group.add_argument("--log_groups", type=int, nargs="*", choices=GROUPS, metavar="N",

@@ -4,11 +4,12 @@ import json
 import math
 import os
 import re
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from cachetrain.training.warnings_log import warn
 
 
 class Sample(NamedTuple):
@@ -239,8 +240,3 @@ def caption_of(stem):
         except FileNotFoundError:
             continue
     return os.path.basename(stem).split("_")[0].strip()
-
-
-def warn(message):
-    if os.environ.get("RANK", "0") == "0":  # the ranks of a run all come to say the same
-        print(f"warning: {message}", file=sys.stderr)

@@ -1,11 +1,13 @@
 """Pictures of what the model draws, while it trains."""
 
-from collections import deque
+import json
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
+from cachetrain.atomic import staged_directory
 from cachetrain.modeling import load
 from cachetrain.modeling.pictures import (
     Drawing,
@@ -21,13 +23,14 @@ from cachetrain.modeling.text import encode_like_cache
 from cachetrain.sidecar import read_sidecar
 from cachetrain.training.prompts import (
     PromptFile,
+    Prompts,
     Sample,
     caption_of,
     prompts_of,
     sample_seed,
     sample_size,
-    warn,
 )
+from cachetrain.training.warnings_log import warn
 
 # What may go wrong while pictures are drawn in the middle of a run: files, disks, memory (CUDA's is a RuntimeError).
 FAILURES = (ValueError, OSError, RuntimeError, MemoryError)
@@ -46,24 +49,24 @@ class Samples:
     Args:
         model_dir: pipeline directory with text encoder and VAE.
         source: path of a file of prompts, or a list of prompts.
-        cfgs, num_inference_steps, every_n_steps: of the flags; a .json's own win.
+        defaults: Prompts, the choices of the flags; a .json's own win.
         scheduler: the model's noise schedule.
-        index: PairIndex, which says how captions were encoded and how large latents are.
-        text_scale: multiplies all embeddings.
+        info: dict with "text" and "latent_size", as `checkpoint_info` has it.
+        open_index: function that returns the PairIndex trained on, whose captions may be asked for.
+        negative_prompt: of samples without one; first_seed: of the first sample, the next has the next one.
 
     Raises:
         ValueError, OSError: prompts, text encoder or VAE cannot be read or used.
     """
 
     def __init__(
-        self, model_dir, source, cfgs, scheduler, index, text_scale, num_inference_steps, device, every_n_steps=250
+        self, model_dir, source, defaults, scheduler, info, open_index, device, negative_prompt="", first_seed=0
     ):
         self.file = None if isinstance(source, list | tuple) else PromptFile(source)
-        self.model_dir, self.scheduler, self.index, self.text_scale = model_dir, scheduler, index, text_scale
-        self.cfgs, self.num_inference_steps, self.every_n_steps = cfgs, num_inference_steps, every_n_steps
-        self.device, self._embeddings, self._frames = device, {}, {}
-        commonest = np.bincount(index.shape_ids).argmax()
-        self.latent_size = tuple(index.shapes[commonest][1:])
+        self.model_dir, self.defaults, self.scheduler, self.open_index = model_dir, defaults, scheduler, open_index
+        self.device, self.negative_prompt, self.first_seed = device, negative_prompt, first_seed
+        self.text, self.latent_size = info["text"], info["latent_size"]
+        self._embeddings, self._shown = {}, {}
         self.vae = load.load_vae(load.component_dir(model_dir, "vae"))
         self._use(self.file.prompts if self.file else prompts_of(source), device)
 
@@ -71,17 +74,17 @@ class Samples:
         """Whether to draw after optimizer step `step`; 0 is before training."""
         if step == 0:
             return self.prompts.generate_pretrain_samples
-        every = self.prompts.generate_samples_every_n_steps or self.every_n_steps
-        return step % every == 0 or step == max_steps
+        return step % self.prompts.generate_samples_every_n_steps == 0 or step == max_steps
 
     def draw(self, unet, directory, metrics, step, autocast, last_samples=()):
-        """Writes one PNG per prompt and cfg into `directory`, and a labelled strip per prompt to TensorBoard.
+        """Writes one PNG per prompt and cfg into `directory`, which appears when complete, and a labelled strip per
+        prompt to TensorBoard.
 
         After step 0 a failure is a warning, and training goes on.
 
         Args:
             unet: the module itself, not its distributed wrapper; on any device.
-            metrics: Metrics; None: nothing is written.
+            metrics: Metrics; None: no strips.
             autocast: function that opens the run's autocast context.
             last_samples: numbers of the last batch's pairs, whose captions are drawn where no prompts are given.
         """
@@ -93,8 +96,9 @@ class Samples:
             self.vae.to(self.device)
             drawings = self._drawings(unet, step, [int(i) for i in last_samples])
             rows = self._render(unet, drawings, autocast)
+            self._write(drawings, rows, directory, step)
             if metrics is not None:
-                self._write(drawings, rows, directory, metrics, step)
+                self._show(drawings, rows, metrics, step)
         except FAILURES as error:
             if step == 0:
                 raise
@@ -103,11 +107,21 @@ class Samples:
             self.vae.to("cpu")
             unet.train(training)
 
-    def animate(self, metrics, step):
-        """Writes, per prompt, the pictures of the last drawings as one animation."""
-        for tag, frames in self._frames.items():
-            if len(frames) > 1:
-                metrics.animation(f"{tag} (progress)", list(frames), step)
+    def animate(self, directory, metrics, step):
+        """Has the last pictures of each prompt that is drawn now written as one animation. They are read from their
+        files, so that the animation of a resumed run goes on.
+
+        Args:
+            directory: of the run's samples, up to optimizer step `step`.
+        """
+        folders = {int(path.name.removeprefix("step-")): path for path in directory.glob("step-[0-9]*")}
+        earlier = [(own, folders[own]) for own in sorted(folders) if own <= step]
+        for tag, names in self._shown.items():
+            complete = [
+                (own, path) for own, path in earlier if all((path / name).exists() for name in names.values())
+            ]
+            if len(complete) > 1:
+                metrics.animation(f"{tag} (progress)", _frames(dict(complete[-_FRAMES:]), names), step)
 
     def _read_again(self):
         prompts = self.file.changed() if self.file else None
@@ -120,95 +134,139 @@ class Samples:
 
     def _use(self, prompts, device):
         """Makes `prompts` those that are drawn, or raises and changes nothing."""
+        prompts = completed(prompts, self.defaults, self.negative_prompt)
         sampler = sampler_for(self.scheduler, prompts.scheduler)
         texts = {"", *(s.negative_prompt for s in prompts.samples), *(s.prompt or "" for s in prompts.samples)}
         embeddings = {text: self._embeddings[text] for text in texts & self._embeddings.keys()}
         missing = sorted(texts - embeddings.keys())
         if missing:
-            kind, settings, _ = text_info(self.index, self.text_scale).values()
+            kind, settings, scale = (self.text[key] for key in ("kind", "settings", "scaling_factor"))
             dtype = load.pick_dtype(None, device)
             encoded = encode_like_cache(self.model_dir, kind, settings, missing, device, dtype)
-            embeddings |= {text: emb * self.text_scale for text, emb in zip(missing, encoded, strict=True)}
+            embeddings |= {text: emb * scale for text, emb in zip(missing, encoded, strict=True)}
         self.prompts, self.sampler, self._embeddings = prompts, sampler, embeddings
 
     def _drawings(self, unet, step, last_samples):
         """Resolves the samples of this step: captions, seeds and sizes."""
-        drawings, samples = [], self.prompts.samples
-        if not samples:
-            # Before the first batch there is none to take them from.
-            samples = [Sample(random_caption=not last_samples)] * min(_CAPTIONS_OF_BATCH, len(last_samples) or 4)
-        for slot, sample in enumerate(samples):
+        drawings = []
+        for slot, sample in enumerate(self.prompts.samples):
             name, prompt = sample.prompt, sample.prompt
-            if sample.random_caption:
-                name, pair = "random caption", int(np.random.default_rng([step, slot, 1]).integers(len(self.index)))
-            elif prompt is None:
-                name, pair = "caption of the last batch", last_samples[slot]
-            if prompt is None:
-                prompt = caption_of(self.index.stem(pair))
-                embedding = read_sidecar(self.index.text_path(pair))[0]["emb"].float() * self.text_scale
-            else:
+            if prompt is not None:
                 embedding = self._embeddings[prompt]
-            seed = sample_seed(sample, self.prompts, slot, step)
+            else:
+                index = self.open_index()
+                # Before the first batch there is none to take a caption from.
+                if sample.random_caption or not last_samples:
+                    name, pair = "random caption", int(np.random.default_rng([step, slot, 1]).integers(len(index)))
+                elif slot < len(last_samples):
+                    name, pair = "caption of the last batch", last_samples[slot]
+                else:
+                    break
+                prompt = caption_of(index.stem(pair))
+                embedding = read_sidecar(index.text_path(pair))[0]["emb"].float() * self.text["scaling_factor"]
+            seed = sample_seed(sample, self.prompts, slot, step, self.first_seed)
             negative = self._embeddings[sample.negative_prompt]
-            size = self._latent_size(sample, unet)
+            size = latent_size_of(sample, unet, self.vae) or self.latent_size
             drawings.append(Drawing(name, prompt, sample.negative_prompt, seed, size, embedding, negative))
         return drawings
 
-    def _latent_size(self, sample, unet):
-        if sample.size is None and sample.aspect_ratio is None:
-            return self.latent_size
-        factor = vae_factor(self.vae)
-        height, width = native_latent_size(unet) if sample.size is None else (0, 0)
-        width, height = sample_size(sample, (width * factor, height * factor))
-        return height // factor, width // factor
-
     def _render(self, unet, drawings, autocast):
         """Returns a list of images per drawing, one per cfg."""
-        cfgs, rows = self.prompts.cfgs or self.cfgs, [[] for _ in drawings]
-        batch_size = self.prompts.batch_size or _BATCH_SIZE
+        cfgs, rows = self.prompts.cfgs, [[] for _ in drawings]
+        masked, batch_size = self.text["kind"] == "txt_t5cache", self.prompts.batch_size or _BATCH_SIZE
         # Not through a compiled UNet: each number and size of pictures would be compiled on its own.
         with tqdm(total=len(drawings) * len(cfgs), desc="samples", unit="img", leave=False,
                   disable=not self.prompts.show_progress_bars) as progress, \
                 torch.compiler.set_stance("force_eager"), autocast():  # fmt: skip
-            for i, _, image in render_drawings(unet, self.vae, self.sampler, drawings, cfgs, self._num_steps(),
-                                               self.index.masked, batch_size):  # fmt: skip
+            for i, _, image in render_drawings(unet, self.vae, self.sampler, drawings, cfgs,
+                                               self.prompts.num_inference_steps, masked, batch_size):  # fmt: skip
                 rows[i].append(image)
                 progress.update()
         return rows
 
-    def _num_steps(self):
-        return self.prompts.num_inference_steps or self.num_inference_steps
+    def _write(self, drawings, rows, directory, step):
+        with staged_directory(directory, overwrite=True) as stage:  # a resumed run draws a step again
+            for slot, (drawing, images) in enumerate(zip(drawings, rows, strict=True)):
+                for cfg, image in zip(self.prompts.cfgs, images, strict=True):
+                    save_png(
+                        image, stage / sample_name(slot, drawing.name, cfg), prompt=drawing.prompt,
+                        negative_prompt=drawing.negative_prompt, seed=drawing.seed, cfg=f"{cfg:g}", step=step,
+                        num_inference_steps=self.prompts.num_inference_steps,
+                        scheduler=self.prompts.scheduler or default_sampler(self.scheduler),
+                    )  # fmt: skip
 
-    def _write(self, drawings, rows, directory, metrics, step):
-        cfgs, frames = self.prompts.cfgs or self.cfgs, {}
+    def _show(self, drawings, rows, metrics, step):
+        cfgs, self._shown = self.prompts.cfgs, {}
         for slot, (drawing, images) in enumerate(zip(drawings, rows, strict=True)):
-            for cfg, image in zip(cfgs, images, strict=True):
-                save_png(
-                    image, directory / sample_name(slot, drawing.name, cfg), prompt=drawing.prompt,
-                    negative_prompt=drawing.negative_prompt, seed=drawing.seed, cfg=f"{cfg:g}", step=step,
-                    num_inference_steps=self._num_steps(),
-                    scheduler=self.prompts.scheduler or default_sampler(self.scheduler),
-                )  # fmt: skip
             tag = f"12_Generated_Samples/{slot:02d} {drawing.name[:60]}"
             words = "" if drawing.name == drawing.prompt else f": {drawing.prompt}"
             metrics.image(tag, grid(images, [f"cfg {cfg:g}{words}" for cfg in cfgs], len(cfgs)), step)
-            frame = _frame(images, cfgs, step)
-            frames[tag] = self._frames.get(tag) or deque(maxlen=_FRAMES)
-            if frames[tag] and frames[tag][-1].size != frame.size:  # an animation has one size
-                frames[tag].clear()
-            frames[tag].append(frame)
-        self._frames = frames
+            self._shown[tag] = {cfg: sample_name(slot, drawing.name, cfg) for cfg in cfgs}
 
 
-def _frame(images, cfgs, step):
-    """A small strip for the animation: 50 of them per prompt stay in memory."""
-    small = [image.copy() for image in images]
-    for image in small:
-        image.thumbnail((_FRAME_SIDE, _FRAME_SIDE))
-    return grid(small, [f"cfg {cfg:g}, step {step}" for cfg in cfgs], len(cfgs), min_side=1)
+def _frames(folders, names):
+    """Yields a small strip per folder, those of the size of the last one: the file of prompts may have changed it.
+
+    Args:
+        folders: {step: directory}; names: {cfg: file name}.
+    """
+    frames = []
+    for step, folder in folders.items():
+        images = []
+        for name in names.values():
+            with Image.open(folder / name) as image:
+                image.thumbnail((_FRAME_SIDE, _FRAME_SIDE))
+                images.append(image.copy())
+        frames.append(grid(images, [f"cfg {cfg:g}, step {step}" for cfg in names], len(names), min_side=1))
+    yield from (frame for frame in frames if frame.size == frames[-1].size)
 
 
-def text_info(index, text_scale):
-    """How captions were encoded, as a checkpoint must remember it, so that prompts are encoded alike later."""
+def latent_size_of(sample, unet, vae):
+    """(h, w) of the latents that a sample asks for, or None."""
+    factor = vae_factor(vae)
+    height, width = native_latent_size(unet) if sample.size is None else (0, 0)
+    size = sample_size(sample, (width * factor, height * factor))
+    return size and (size[1] // factor, size[0] // factor)
+
+
+def default_latent_size(args, info, unet, vae):
+    """(h, w) of the latents of samples that ask for no size: --height and --width, else what was trained, else the
+    UNet's own."""
+    factor, own = vae_factor(vae), info["latent_size"] or native_latent_size(unet)
+    for flag, side in (("--height", args.height), ("--width", args.width)):
+        if side and side % factor:
+            raise ValueError(f"{flag} {side}: must be a multiple of {factor}")
+    return tuple(side // factor if side else mine for side, mine in zip((args.height, args.width), own, strict=True))
+
+
+def completed(prompts, defaults, negative_prompt=""):
+    """Prompts with the choices of `defaults` (Prompts) where they make none; no samples at all become captions."""
+    choices = (own if own is not None else default for own, default in zip(prompts, defaults, strict=True))
+    samples = prompts.samples or (Sample(),) * _CAPTIONS_OF_BATCH
+    samples = (sample._replace(negative_prompt=sample.negative_prompt or negative_prompt) for sample in samples)
+    return Prompts(*choices)._replace(samples=tuple(samples))
+
+
+def data_info(index, text_scale):
+    """What a checkpoint must remember of the data, so that prompts are encoded and drawn alike later.
+
+    Returns:
+        dict: "text", how captions were encoded and then multiplied; "latent_size", the commonest (h, w).
+    """
     kind = "txt_t5cache" if index.masked else "txt_clipl"
-    return {"kind": kind, "settings": index.text_settings, "scaling_factor": text_scale}
+    text = {"kind": kind, "settings": index.text_settings, "scaling_factor": text_scale}
+    commonest = np.bincount(index.shape_ids).argmax()
+    return {"text": text, "latent_size": tuple(index.shapes[commonest][1:])}
+
+
+def checkpoint_info(model_dir):
+    """Returns the dict of cachetrain.json: `data_info`, "step", "objective"; a model that was never trained here has
+    its encoder's defaults and step 0. "latent_size" None: not known."""
+    path = model_dir / "cachetrain.json"
+    if path.exists():
+        info = json.loads(path.read_text())
+    else:
+        is_t5 = json.loads((model_dir / "text_encoder" / "config.json").read_text())["model_type"] == "t5"
+        text = {"kind": "txt_t5cache" if is_t5 else "txt_clipl", "settings": {}, "scaling_factor": 1.0}
+        info = {"text": text, "step": 0}
+    return {"latent_size": None} | info

@@ -1,6 +1,5 @@
 """Opens what a run needs, and refuses what does not fit together before anything is trained."""
 
-import hashlib
 import math
 import shutil
 from pathlib import Path
@@ -19,11 +18,12 @@ from cachetrain.training.data import Batches, CachedPairs
 from cachetrain.training.index import PairIndex, check_same_run, null_caption_path
 from cachetrain.training.loader import make_loader
 from cachetrain.training.optim import state_bytes
-from cachetrain.training.prompts import warn
+from cachetrain.training.prompts import Prompts
 from cachetrain.training.ram import RamCache
-from cachetrain.training.samples import Samples
+from cachetrain.training.samples import Samples, data_info
 from cachetrain.training.saves.saving import FROZEN
 from cachetrain.training.validation import Validation, check_apart, split_index
+from cachetrain.training.warnings_log import warn
 
 
 def open_index(args, world):
@@ -200,7 +200,11 @@ def open_pairs(args, index, objective, validates=False):
         validates: without dropout and flips, and with draws that are the same in runs of any seed.
     """
     metadata = index.image_header.metadata
-    scaling = args.vae_scaling_factor or float(metadata.get("scaling_factor") or 0)
+    own = float(metadata.get("scaling_factor") or 0)
+    scaling = args.vae_scaling_factor or own
+    if own and not math.isclose(scaling, own, rel_tol=0.01) and not validates:
+        warn(f"--vae_scaling_factor {scaling}: the VAE that made the caches has {own}; samples and checkpoints are "
+             "decoded with that")  # fmt: skip
     if not scaling:
         raise ValueError("the image caches do not say their VAE's scaling_factor; pass --vae_scaling_factor")
     store = RamCache(index) if args.cache_in_ram else None
@@ -263,11 +267,12 @@ def leftover(index, batches):
 
 def open_samples(args, model_dir, scheduler, index, device):
     """Encodes the sample prompts, or returns None without any."""
-    source = args.sample_prompts or args.sample_prompt
-    if not source:
+    if not (source := args.sample_prompts or args.sample_prompt):
         return None
-    return Samples(model_dir, source, args.sample_cfgs, scheduler, index, args.text_scaling_factor,
-                   args.sampler_steps, device, args.sample_steps)  # fmt: skip
+    defaults = Prompts(cfgs=tuple(args.sample_cfgs), num_inference_steps=args.sampler_steps,
+                       generate_samples_every_n_steps=args.sample_steps)  # fmt: skip
+    return Samples(model_dir, source, defaults, scheduler, data_info(index, args.text_scaling_factor), lambda: index,
+                   device)  # fmt: skip
 
 
 def open_validation(args, held_out, objective, plan, device, world):
@@ -276,12 +281,6 @@ def open_validation(args, held_out, objective, plan, device, world):
         return None
     pairs = open_pairs(args, held_out, objective, validates=True)
     return Validation(pairs, args.batch_size, plan.validation_steps, args.use_snr, device, world, args.num_workers)
-
-
-def cache_fingerprint(index):
-    """A short hash that is equal for runs on caches of the same encoders and settings."""
-    identity = repr((index.image_header.run_identity, index.text_header.run_identity, len(index)))
-    return f"{hashlib.sha256(identity.encode()).hexdigest()[:12]} ({len(index):,} pairs)"
 
 
 def is_out_of_memory(error):

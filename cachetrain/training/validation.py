@@ -9,7 +9,7 @@ import torch
 
 from cachetrain.training.data import Visit
 from cachetrain.training.loader import make_loader, on_device
-from cachetrain.training.prompts import warn
+from cachetrain.training.warnings_log import warn
 
 QUANTILES = 4
 _PATIENCE = 5

@@ -1,5 +1,6 @@
 """What is logged once, at the start of a run: planned rates, noise schedule, architecture, configuration."""
 
+import hashlib
 import importlib.metadata
 import json
 import platform
@@ -97,6 +98,12 @@ def configuration(metrics, settings, caches, device, start_step=None):
     if step:
         return
     metrics.hparams(settings, ["01_Training/loss_raw", "val/loss", "05_Performance/images_per_second"])
+
+
+def cache_fingerprint(index):
+    """A short hash that is equal for runs on caches of the same encoders and settings."""
+    identity = repr((index.image_header.run_identity, index.text_header.run_identity, len(index)))
+    return f"{hashlib.sha256(identity.encode()).hexdigest()[:12]} ({len(index):,} pairs)"
 
 
 def versions(device):

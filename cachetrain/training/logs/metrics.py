@@ -7,7 +7,6 @@ import os
 import queue
 import threading
 from contextlib import suppress
-from errno import ENOSPC
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from cachetrain.training.prompts import warn
+from cachetrain.training.warnings_log import append_whole, warn
 
 _FRAME_MS, _LAST_FRAME_MS = 250, 1500
 _RGB = 3  # the summary's number for the colour space
@@ -101,8 +100,12 @@ class Metrics:
         self._jobs.put((tag, [image], step))
 
     def animation(self, tag, images, step):
-        """Writes PIL images of one size as a GIF, which TensorBoard plays among the images."""
-        self._jobs.put((tag, list(images), step))
+        """Writes PIL images of one size as a GIF, which TensorBoard plays among the images.
+
+        Args:
+            images: iterable, which the encoding thread goes through.
+        """
+        self._jobs.put((tag, images, step))
 
     def flush(self):
         """Waits until all so far is written; from any thread."""
@@ -128,13 +131,10 @@ class Metrics:
 
     def _line(self, line):
         """Appends a whole line to metrics.jsonl, or nothing."""
-        end = self._file.seek(0, os.SEEK_END)
         try:
-            if self._file.write(line) < len(line):
-                raise OSError(ENOSPC, os.strerror(ENOSPC))
+            append_whole(self._file, line)
             self._refused.discard("lines")
         except OSError as error:
-            self._file.truncate(end)
             self._refuse("lines", error)
 
     def _refuse(self, what, error):

@@ -1,15 +1,15 @@
 """All logging of a run behind a few calls: what is collected each step, and what is written at a log step."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 from cachetrain.training.data import Visit
-from cachetrain.training.logs import describe
+from cachetrain.training.logs import describe, wandb_mirror
 from cachetrain.training.logs.diagnostics import Diagnostics, FixedLatent
 from cachetrain.training.logs.health import Health
 from cachetrain.training.logs.machine import forward_flops
 from cachetrain.training.logs.metrics import open_metrics
 from cachetrain.training.logs.statistics import Statistics
-from cachetrain.training.setup import cache_fingerprint
 
 
 class Logs:
@@ -46,7 +46,10 @@ class Logs:
         self.groups, self.plan, self.log_step = groups, plan, args.log_step
         self.autocast, self.scaler = autocast, scaler
         output_dir = Path(args.output_dir)
-        self.metrics = open_metrics(output_dir, Path(args.logdir) / output_dir.name, start_step, world.main)
+        log_dir = Path(args.logdir) / output_dir.name
+        self._wandb = wandb_mirror.start(args) if args.wandb and world.main else None
+        with wandb_mirror.following(log_dir) if self._wandb else nullcontext():
+            self.metrics = open_metrics(output_dir, log_dir, start_step, world.main)
         shape, tokens = index.shapes[0], int(index.tokens[0])
         flops = forward_flops(unet, shape, tokens) if 5 in groups else None
         self.statistics = Statistics(
@@ -62,13 +65,19 @@ class Logs:
         if 4 in groups:
             describe.planned_rates(self.metrics, rate, plan.max_steps, start_step or 0)
         if 15 in groups:
-            describe.configuration(self.metrics, vars(args), cache_fingerprint(index), device, start_step)
+            describe.configuration(self.metrics, vars(args), describe.cache_fingerprint(index), device, start_step)
         if start_step:
             return  # the rest has been logged
         if 6 in groups:
             describe.noise_schedule(self.metrics, alphas_cumprod)
         if 8 in groups:
             describe.architecture(self.metrics, unet)
+
+    def close(self):
+        """Waits until all is written, and mirrored."""
+        self.metrics.close()
+        if self._wandb:
+            wandb_mirror.finish(self._wandb)
 
     def due(self, step):
         """Whether scalars are read and written after this step."""

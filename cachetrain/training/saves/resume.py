@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from cachetrain.modeling.schedulers import objective_of
-from cachetrain.training.prompts import warn
 from cachetrain.training.saves.manifest import damages
 from cachetrain.training.saves.saving import checkpoints, is_frozen, step_of
 from cachetrain.training.saves.state import alike, read_state
+from cachetrain.training.warnings_log import warn
 
 # Flags that do not change what is trained, or whose effect `settings_of` has beside them.
 _FREE = {
@@ -20,7 +20,7 @@ _FREE = {
     "save_every_minutes", "ckpt_dir", "keep_last", "sample_prompt", "sample_prompts", "sample_steps", "sampler_steps",
     "sample_cfgs", "val_data_dir", "val_steps", "num_workers", "cache_in_ram", "max_nonfinite", "train_data_dir",
     "dir_weights", "repeats", "val_split", "max_steps", "warmup_steps", "lr_decay_steps", "learning_rate", "scale_lr",
-    "batch_size", "objective", "zero_terminal_snr", "model", "revision",
+    "batch_size", "objective", "zero_terminal_snr", "model", "revision", "wandb",
 }  # fmt: skip
 # What changes rounding, and nothing else.
 _ROUNDING = {"device", "compile", "fsdp", "cpu_offload", "gradient_checkpointing", "allow_tf32", "ranks", "torch"}

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from cachetrain.atomic import remove_directory, remove_leftovers, staged_directory
 from cachetrain.modeling.export import export_single_file
 from cachetrain.training.distributed import on_host
-from cachetrain.training.prompts import warn
 from cachetrain.training.saves.manifest import read_manifest, write_manifest
 from cachetrain.training.saves.state import split_tensors, write_state
+from cachetrain.training.warnings_log import warn
 
 FROZEN = ("vae", "text_encoder", "tokenizer", "projection", "feature_extractor", "safety_checker")
 PIPELINE = "pipeline.py"
@@ -49,7 +49,7 @@ class Saving:
         model_dir: pipeline directory whose frozen parts belong to the checkpoints (or a bare UNet: none). The run's
             first checkpoint copies them, later ones are hard links to that copy.
         scheduler: saved to scheduler/.
-        info: JSON-able dict for cachetrain.json: objective, how captions were encoded.
+        info: JSON-able dict for cachetrain.json: objective, how captions were encoded, size of latents.
         flush: called before a checkpoint appears, so that logs reach at least as far.
         frozen: an earlier checkpoint whose frozen parts are intact, to link them from; default: none yet.
 
