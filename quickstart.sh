@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Command 1: the whole way on an embedded default, from captioned images to pictures that follow their prompts.
-#   ./quickstart.sh                  T5 flavour: shapes data set, caches, training, samples, score
+#   ./quickstart.sh                  T5 flavour: shapes data set, caches, training, samples, report, score
 #   ./quickstart.sh --sd             vanilla flavour, CLIP instead of T5
 #   ./quickstart.sh --data_root DIR  your own folder of captioned images, at 64x64: caches, short training, samples
 # Everything lands in quickstart/; a second run skips what is done (delete a part to have it made again).
@@ -133,7 +133,8 @@ stage "model ($MODEL)" compose
 stage "cache" make_caches
 stage "train" train
 stage "sample" draw_samples
+stage "report" ./report.py "$OUTPUT"
 
-printf '\nsample grid:  %s\ncheckpoints:  %s\nTensorBoard:  .venv/bin/python launch_tensorboard.py --logdir %s\n' \
-    "$WORK/samples_$RUN.png" "$OUTPUT/" "$WORK/tensorboard"
+printf '\nreport:       %s\nsample grid:  %s\ncheckpoints:  %s\nTensorBoard:  .venv/bin/python launch_tensorboard.py --logdir %s\n' \
+    "$OUTPUT/report.html" "$WORK/samples_$RUN.png" "$OUTPUT/" "$WORK/tensorboard"
 [ -n "$OWN_DATA" ] || dataset_scripts/score_shapes.py "$WORK/samples_$RUN"

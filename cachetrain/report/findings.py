@@ -1,0 +1,115 @@
+"""What a run's scalars say at a glance, each with what to do; the reasons are in docs/logging.md."""
+
+import numpy as np
+
+_PATIENCE = 5  # validations
+_HARDLY = 0.98  # of the first value
+_WAIT, _CLIPPED, _RISEN = 0.05, 0.9, 1.25
+_STD = (0.6, 1.6)  # of the latents
+
+
+def findings(scalars, num_skipped):
+    """Judges a run by its scalars.
+
+    Args:
+        scalars: {tag: (steps, values)}.
+        num_skipped: steps whose loss or gradients were not finite.
+
+    Returns:
+        [{level, text}]: level "good", "note" or "bad".
+    """
+    found = [
+        _validation(scalars) or _training_loss(scalars),
+        _risen(scalars),
+        _scale(scalars),
+        _clipped(scalars),
+        _waiting(scalars),
+    ]
+    if num_skipped:
+        found.append(("bad", f"{num_skipped} steps had a loss or gradients that were not finite and were skipped: "
+                             "look at quarantine.tsv, lower --lr or use --precision fp32"))  # fmt: skip
+    return [{"level": level, "text": text} for level, text in filter(None, found)]
+
+
+def _validation(scalars):
+    tag = "val/loss_ema" if "val/loss_ema" in scalars else "val/loss"
+    steps, values = _finite(scalars, tag)
+    if len(values) < 2:
+        return None
+    best = int(np.argmin(values))
+    first = f"{tag} fell from {values[0]:.4g} (step {steps[0]:,})"
+    if best == 0:
+        return "bad", f"{tag} has not fallen below its first value, {values[0]:.4g} at step {steps[0]:,}"
+    if len(values) - 1 - best >= _PATIENCE:
+        return "note", (f"{first} to {values[best]:.4g} at step {steps[best]:,} and has not improved in the "
+                        f"{len(values) - 1 - best} validations since: from there on it may memorise")  # fmt: skip
+    if values[best] > _HARDLY * values[0]:
+        return "note", (f"{tag} has hardly fallen: {values[0]:.4g} at step {steps[0]:,}, at best {values[best]:.4g} "
+                        f"at step {steps[best]:,}. Usual in fine-tuning; from scratch look at the gradients, and try "
+                        "another --lr")  # fmt: skip
+    last = "its lowest so far" if best == len(values) - 1 else f"lowest {values[best]:.4g} at step {steps[best]:,}"
+    return "good", f"{first} to {values[-1]:.4g} (step {steps[-1]:,}), {last}"
+
+
+def _training_loss(scalars):
+    _, values = _finite(scalars, "01_Training/loss_raw")
+    tenth = len(values) // 10
+    if tenth < 2:
+        return None
+    early, late = np.median(values[:tenth]), np.median(values[-tenth:])
+    words = f"loss_raw: {early:.4g} in the first tenth of the run, {late:.4g} in the last"
+    if late < 0.95 * early:
+        return "good", f"{words}; --val_split would tell whether it learns or memorises"
+    return "note", f"{words}: it hardly falls, as is usual in fine-tuning; judge by samples and --val_split"
+
+
+def _risen(scalars):
+    steps, values = _finite(scalars, "01_Training/loss_raw")
+    width = max(5, len(values) // 10)
+    if len(values) < 3 * width:
+        return None
+    medians = [float(np.median(values[i : i + width])) for i in range(len(values) - width + 1)]
+    lowest = int(np.argmin(medians))
+    if medians[-1] < _RISEN * medians[lowest]:
+        return None
+    return "bad", (f"loss_raw has risen again, from about {medians[lowest]:.4g} around step "
+                   f"{steps[lowest + width // 2]:,} to {medians[-1]:.4g}: lower --lr")  # fmt: skip
+
+
+def _scale(scalars):
+    channels = [tag for tag in scalars if tag.startswith("07_Noise_Analysis/latent_std_c")]
+    stds = [np.median(_finite(scalars, tag)[1]) for tag in channels if len(_finite(scalars, tag)[1])]
+    if not stds or _STD[0] <= np.mean(stds) <= _STD[1]:
+        return None
+    return "bad", (f"the latents' standard deviation is {np.mean(stds):.3g} where about 1 is expected: the VAE's "
+                   "scaling factor is wrong (--vae_scaling_factor, or caches of another VAE)")  # fmt: skip
+
+
+def _clipped(scalars):
+    share = _recent(scalars, "01_Training/clipped_fraction")
+    if share is None or share < _CLIPPED:
+        return None
+    return "note", (f"{share:.0%} of the recent steps were clipped: all have the clip's length, and --lr alone "
+                    "decides how far they go; if the loss is unsteady lower it, else raise "
+                    "--gradient_clip")  # fmt: skip
+
+
+def _waiting(scalars):
+    share = _recent(scalars, "05_Performance/data_wait_fraction")
+    if share is None or share < _WAIT:
+        return None
+    return "bad", (f"{share:.0%} of the recent time was spent waiting for data: more --num_workers, --cache_in_ram, "
+                   "or a faster disk")  # fmt: skip
+
+
+def _recent(scalars, tag):
+    """Median of the last quarter; None without values."""
+    values = _finite(scalars, tag)[1]
+    return float(np.median(values[-max(1, len(values) // 4) :])) if len(values) else None
+
+
+def _finite(scalars, tag):
+    """(steps, values) as arrays, without what is not finite."""
+    steps, values = (np.asarray(part) for part in scalars.get(tag, ([], [])))
+    finite = np.isfinite(values.astype(np.float64))
+    return steps[finite], values[finite]

@@ -1,0 +1,43 @@
+#!/usr/bin/env python3
+"""Writes what a run has to tell as one HTML page: samples over time, curves, health, warnings, settings.
+
+    ./report.py output/run1                  # writes output/run1/report.html
+    ./report.py output/run1 output/run2      # compares two runs: output/run1/report_run2.html
+
+The page opens from disk and needs no network. It may be written while the run goes on.
+"""
+
+from pathlib import Path
+
+try:
+    from cachetrain import cli
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`") from None
+
+
+def parse_args(argv=None):
+    parser = cli.parser(__doc__)
+    parser.add_argument("output_dir", nargs="+", help="of a run; two are compared")
+    parser.add_argument("--out", metavar="FILE", help="the page (default: in the first output_dir)")
+    args = parser.parse_args(argv)
+    if len(args.output_dir) > 2:
+        parser.error(f"one output_dir or two, found {len(args.output_dir)}")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+
+    from cachetrain.report.page import write_page
+    from cachetrain.report.run import read_run
+
+    runs = [read_run(output_dir) for output_dir in args.output_dir]
+    name = "_".join(["report", *(run["name"] for run in runs[1:])])
+    path = Path(args.out or Path(args.output_dir[0]) / f"{name}.html")
+    size = write_page(path, runs)
+    print(f"{path} ({size / 2**20:.1f} MiB)")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
