@@ -1,6 +1,7 @@
 """The training loop against a plain loop of diffusers and torch, and what must not change a run."""
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from conftest import REPO, load_script
 from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_snr
+from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -308,6 +310,38 @@ def test_logged_scalars_are_right_and_in_both_logs(shapes, model_t5, tmp_path):
     assert scalars == {tag for line in lines for tag in line} - {"step"}
 
 
+def test_a_run_fills_all_fifteen_groups_at_their_steps(shapes, model_t5, tmp_path):
+    flags = ["--max_steps", 6, "--batch_size", 4, "--log_groups", *range(1, 16), "--diagnostic_steps", 3]
+    flags += ["--sample_prompt", "a star", "--sample_steps", 2, "--sampler_steps", 1, "--save_steps", 2]
+    flags += ["--val_split", 0.3, "--val_steps", 2, "--precision", "fp16"]
+    lines, _ = run(shapes, model_t5, tmp_path / "run", *flags)
+    read = EventAccumulator(
+        str(tmp_path / "tb" / "run"), dict.fromkeys(("images", "scalars", "histograms"), 0)
+    ).Reload()
+    tags = {kind: read.Tags()[kind] for kind in ("scalars", "images", "histograms", "tensors")}
+    assert {tag[:2] for names in tags.values() for tag in names} >= {f"{group:02d}" for group in range(1, 16)}
+    assert "_hparams_/experiment" in read.summary_metadata
+    for tag in tags["scalars"]:
+        logged = [(line["step"], line[tag]) for line in lines if tag in line] or [
+            (step, 1e-5) for step in range(1, 7)
+        ]
+        assert [(e.step, e.value) for e in read.Scalars(tag)] == [
+            (step, pytest.approx(v, 1e-5)) for step, v in logged
+        ]
+    diagnostic, samples = [3, 6], [2, 4, 6]
+    steps = {"06": [0], "12": samples, "13": diagnostic}
+    for tag in tags["images"]:
+        events = read.Images(tag)
+        assert [e.step for e in events] == ([4, 6] if tag.endswith("(progress)") else steps[tag[:2]]), tag
+        for event in events:
+            with Image.open(io.BytesIO(event.encoded_image_string)) as image:
+                assert np.asarray(image.convert("RGB")).std() > 5, tag
+    for tag in tags["histograms"]:
+        assert [e.step for e in read.Histograms(tag)] == (diagnostic if tag.startswith("10") else [1, 2, 3, 4, 5, 6])
+    assert [line["step"] for line in lines if "val/loss" in line] == samples
+    assert [line["step"] for line in lines if "09_Parameter_Stats/bf16_lost_fraction" in line] == diagnostic
+
+
 @pytest.mark.parametrize("flavour", ["t5", "sd"])
 def test_checkpoint_is_a_complete_pipeline_whose_frozen_parts_are_stored_once(
     flavour, shapes, model_t5, model_sd, tmp_path
@@ -392,6 +426,18 @@ def test_a_model_with_another_vae_than_the_caches_is_warned_of(shapes, model_t5,
     assert "not the VAE that made the image caches" in capsys.readouterr().err
     run(shapes, model_t5, tmp_path / "right", "--max_steps", 1, "--batch_size", 2)
     assert capsys.readouterr().err == ""
+
+
+def test_a_scaling_factor_that_contradicts_the_caches_is_warned_of_once(shapes, model_t5, tmp_path, capsys):
+    flags = ["--max_steps", 1, "--batch_size", 4, "--val_split", 0.3, "--vae_scaling_factor"]
+    own = json.loads((model_t5 / "vae" / "config.json").read_text())["scaling_factor"]
+    run(shapes, model_t5, tmp_path / "same", *flags, own)
+    assert "warning" not in capsys.readouterr().err
+    run(shapes, model_t5, tmp_path / "other", *flags, 0.13025)
+    said = capsys.readouterr().err
+    assert (
+        said.count("warning") == 1 and f"--vae_scaling_factor 0.13025: the VAE that made the caches has {own}" in said
+    )
 
 
 def test_caches_that_do_not_fit_the_unet_are_refused(shapes, model_t5, tmp_path):
