@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import torch
 from conftest import load_script
 from diffusers import DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, StableDiffusionPipeline
 from PIL import Image
+from test_training import run, trainer
 
 from cachetrain.modeling import load
 from cachetrain.modeling.pictures import render
@@ -258,6 +260,25 @@ def test_only_new_prompts_are_encoded_and_none_where_nothing_changed(shapes, mod
     samples.draw(unet, tmp_path / "3", Recorder(), 3, nullcontext)
     assert encoded[1:] == [(["a ring", "red"], "cpu")]
     assert Image.open(tmp_path / "3" / "01-a-star_cfg4.png").text["seed"] == "4"
+
+
+def test_text_encoder_has_left_memory_when_training_starts(shapes, model_t5, tmp_path, monkeypatch):
+    encoders, alive, original, forward = [], [], load.load_text_encoder, trainer.forward
+
+    def load_text_encoder(*args):
+        encoder = original(*args)
+        encoders.append(weakref.ref(encoder))
+        return encoder
+
+    def first_forward(*args, **kwargs):
+        alive.append([reference() for reference in encoders])
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(load, "load_text_encoder", load_text_encoder)
+    monkeypatch.setattr(trainer, "forward", first_forward)
+    run(shapes, model_t5, tmp_path / "run", "--max_steps", 1, "--batch_size", 2, "--sample_prompt", "a star",
+        "--sampler_steps", 1)  # fmt: skip
+    assert alive == [[None]]  # without waiting for the garbage collector
 
 
 def test_new_prompts_that_cannot_be_used_warn_and_the_old_ones_are_drawn(shapes, model_t5, unet, tmp_path, capsys):

@@ -169,13 +169,14 @@ def test_ema_weights_are_measured_beside_the_raw_ones(index, unet, model_t5):
     from cachetrain.training.ema import Ema
 
     losses, ema = losses_of(model_t5), Ema(unet.parameters(), 0.99)
-    before = validation(index).measure(unet, losses, 1)["val/loss"]
+    before = validation(index).measure(unet, losses, 1)
     with torch.no_grad():
         for parameter in unet.parameters():
             parameter.mul_(1.1)
     values = validation(index).measure(unet, losses, 1, ema)
-    assert values["val/loss_ema"] == pytest.approx(before, rel=1e-6)
-    assert values["val/loss"] != pytest.approx(before, rel=1e-3)
+    for part in ("", *(f"_q{quantile + 1}" for quantile in range(QUANTILES))):
+        assert values[f"val/loss_ema{part}"] == pytest.approx(before[f"val/loss{part}"], rel=1e-6)
+        assert values[f"val/loss{part}"] != pytest.approx(before[f"val/loss{part}"], rel=1e-3)
     assert validation(index).measure(unet, losses, 1)["val/loss"] == values["val/loss"]
 
 

@@ -144,7 +144,7 @@ class Validation:
 
     def measure(self, unet, losses, step, ema=None):
         """Returns {tag: float}: val/loss, val/loss_q1 (least noise) to q4, of weighted losses val/loss_raw; with EMA
-        val/loss_ema. This is a place where the host waits for the device. All ranks take part.
+        val/loss_ema and val/loss_ema_q1 to q4. This is a place where the host waits for the device. All ranks take part.
 
         Args:
             unet: the module itself; its mode is put back.
@@ -152,12 +152,11 @@ class Validation:
             ema: Ema, whose `applied()` puts the averages into `unet` for a while.
         """
         loss, raw = self._means(unet, losses, nullcontext())
-        values = {"val/loss": loss.mean()}
-        values |= {f"val/loss_q{quantile + 1}": mean for quantile, mean in enumerate(loss)}
+        values = _by_quantile("val/loss", loss)
         if self.weighted:
             values["val/loss_raw"] = raw.mean()
         if ema is not None:
-            values["val/loss_ema"] = self._means(unet, losses, ema.applied())[0].mean()
+            values |= _by_quantile("val/loss_ema", self._means(unet, losses, ema.applied())[0])
         values = {tag: float(value) for tag, value in values.items()}
         self._watch(values.get("val/loss_ema", values["val/loss"]), step)
         return values
@@ -191,3 +190,8 @@ class Validation:
                 f"the validation loss has not improved in {_PATIENCE} validations (step {step}: {loss:.5f}, best "
                 f"{self._best:.5f}); from here on training may only memorise"
             )
+
+
+def _by_quantile(tag, loss):
+    """{tag: mean, tag_q1 ...: part} of float [QUANTILES]."""
+    return {tag: loss.mean()} | {f"{tag}_q{quantile + 1}": mean for quantile, mean in enumerate(loss)}
