@@ -144,7 +144,7 @@ class Validation:
 
     def measure(self, unet, losses, step, ema=None):
         """Returns {tag: float}: val/loss, val/loss_q1 (least noise) to q4, of weighted losses val/loss_raw; with EMA
-        val/loss_ema and val/loss_ema_q1 to q4. This is a place where the host waits for the device. All ranks take part.
+        val/loss_ema, val/loss_ema_q1 to q4. This is a place where the host waits for the device. All ranks take part.
 
         Args:
             unet: the module itself; its mode is put back.
