@@ -20,7 +20,7 @@ report = load_script("report.py")
 
 PROMPTS = ["a red circle", "random caption"]
 CFGS = (1, 4)
-LAYERS = [f"down_blocks.{block}.attentions.0.attn{kind}" for block in (0, 1) for kind in (1, 2)]
+LAYERS = [f"down_blocks.{block}.attentions.0.transformer_blocks.0.attn{kind}" for block in (0, 1) for kind in (1, 2)]
 
 
 def color(step, slot, cfg, run):
@@ -299,7 +299,8 @@ def test_hovering_a_chart_reads_the_logged_values_of_that_step_in_all_charts(bro
         wanted = [f"{name}{q / 200:g}" for q, name in enumerate(names, 1)]
         assert legend(page, "Validation by quarter of the timesteps") == wanted
         assert legend(page, "Query and key gradients, each attention layer") == [
-            f"self-attentionlowest 0.01 {LAYERS[2]}", f"text attentionlowest 0.001 {LAYERS[3]}"]  # fmt: skip
+            "self-attentionlowest 0.01 down_blocks.1.attentions.0.attn1",
+            "text attentionlowest 0.001 down_blocks.1.attentions.0.attn2"]  # fmt: skip
 
 
 def test_curve_is_drawn_where_its_axis_says(browser, runs, tmp_path):
