@@ -32,8 +32,11 @@ def main(argv=None):
     from cachetrain.report.run import read_run
 
     runs = [read_run(output_dir) for output_dir in args.output_dir]
-    name = "_".join(["report", *(run["name"] for run in runs[1:])])
-    path = Path(args.out or Path(args.output_dir[0]) / f"{name}.html")
+    other = f"_{runs[1]['name']}" if len(runs) > 1 else ""
+    if len({run["name"] for run in runs}) < len(runs):
+        for run in runs:
+            run["name"] = run["path"]
+    path = Path(args.out or Path(args.output_dir[0]) / f"report{other}.html")
     size = write_page(path, runs)
     print(f"{path} ({size / 2**20:.1f} MiB)")
     return 0

@@ -79,7 +79,7 @@ def test_a_line_that_is_still_being_written_is_left_out_and_a_broken_one_is_name
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": null}\n{"step": 2, "lo')
     steps, values = read_scalars(path)["loss"]
-    assert steps == [1] and math.isnan(values[0])
+    assert list(steps) == [1] and math.isnan(values[0])
     path.write_text('{"step": 1, "loss": 2}\n{"step": 2, \n')
     with pytest.raises(ValueError, match=r"metrics.jsonl, line 2: "):
         read_scalars(path)
@@ -122,6 +122,16 @@ def test_of_many_steps_some_are_shown_with_both_ends_and_a_broken_picture_is_lef
     first, _ = read_samples(directory)
     assert list(first["pictures"]) == [10, 40, 70, 100]
     assert first["pictures"][100][0] is None and first["pictures"][100][1] is not None
+
+
+def test_two_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):
+    for parent in ("a", "b"):
+        (tmp_path / parent).mkdir()
+        write_run(tmp_path / parent / "run")
+    assert report.main([str(tmp_path / "a" / "run"), str(tmp_path / "b" / "run")]) == 0
+    page = (tmp_path / "a" / "run" / "report_run.html").read_text()
+    data = json.loads(page.partition('type="application/json">')[2].partition("</script>")[0])
+    assert [run["name"] for run in data["runs"]] == [run["path"] for run in data["runs"]]
 
 
 def test_what_is_no_run_is_refused_with_what_to_pass(tmp_path):

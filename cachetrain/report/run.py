@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+from array import array
 from pathlib import Path
 
 import numpy as np
@@ -68,12 +69,12 @@ def _state(settings, step, goes_on):
 
 
 def read_scalars(path):
-    """Returns {tag: (steps, values)}, lists of int and of float, of a metrics.jsonl; nan where it has null."""
+    """Returns {tag: (steps, values)}, arrays of int and of float, of a metrics.jsonl; nan where it has null."""
     scalars = {}
     for line in _lines(path):
         step = line.pop("step")
         for tag, value in line.items():
-            steps, values = scalars.setdefault(tag, ([], []))
+            steps, values = scalars.setdefault(tag, (array("q"), array("d")))
             steps.append(step)
             values.append(math.nan if value is None else value)
     return dict(sorted(scalars.items()))
@@ -113,8 +114,7 @@ def thinned(steps, values):
     A longer one is cut into stretches, each of which keeps its lowest and its highest point, so that no spike is
     lost; a stretch with a value that is not finite keeps that too.
     """
-    values = np.asarray(values, np.float64)
-    keep = np.arange(len(values))
+    values, keep = np.asarray(values, np.float64), np.arange(len(values))
     if len(values) > MAX_POINTS:
         kept = {0, len(values) - 1}
         for part in np.array_split(keep, MAX_POINTS // 3):
