@@ -194,6 +194,7 @@ def test_a_healthy_run_has_nothing_but_good_to_say():
     [
         ({"loss": [1, 0.5, *[0.6] * 5]}, "note", "has not improved in the 5 validations since"),
         ({"loss": [1, 0.99, 0.995]}, "note", "has hardly fallen: 1 at step 25, at best 0.99 at step 50"),
+        ({"loss": [1, 0.5, 0.7]}, "bad", "rises: 0.5 at step 50, 0.7 at step 75"),
         ({"loss": [1, 1.5, 1.2]}, "bad", "has not fallen below its first value, 1 at step 25"),
         ({"loss_raw": np.r_[np.linspace(1, 0.4, 50), np.linspace(0.4, 0.8, 50)] * NOISE}, "bad", "has risen again"),
         ({"clipped_fraction": [1] * 100}, "note", "100% of the recent steps were clipped"),

@@ -3,7 +3,7 @@
 import numpy as np
 
 _PATIENCE = 5  # validations
-_HARDLY = 0.98  # of the first value
+_HARDLY, _RISES = 0.98, 1.1  # of the first value, of the lowest
 _WAIT, _CLIPPED, _RISEN = 0.05, 0.9, 1.25
 _STD = (0.6, 1.6)  # of the latents
 
@@ -47,6 +47,9 @@ def _validation(scalars):
         return "note", (f"{tag} has hardly fallen: {values[0]:.4g} at step {steps[0]:,}, at best {values[best]:.4g} "
                         f"at step {steps[best]:,}. Usual in fine-tuning; from scratch look at the gradients, and try "
                         "another --lr")  # fmt: skip
+    if values[-1] > _RISES * values[best]:
+        return "bad", (f"{tag} rises: {values[best]:.4g} at step {steps[best]:,}, {values[-1]:.4g} at step "
+                       f"{steps[-1]:,}. If the training loss falls, it memorises; if not, lower --lr")  # fmt: skip
     last = "its lowest so far" if best == len(values) - 1 else f"lowest {values[best]:.4g} at step {steps[best]:,}"
     return "good", f"{first} to {values[-1]:.4g} (step {steps[-1]:,}), {last}"
 
@@ -65,15 +68,14 @@ def _training_loss(scalars):
 
 def _risen(scalars):
     steps, values = _finite(scalars, "01_Training/loss_raw")
-    width = max(5, len(values) // 10)
-    if len(values) < 3 * width:
+    if len(values) < 30:
         return None
-    medians = [float(np.median(values[i : i + width])) for i in range(len(values) - width + 1)]
-    lowest = int(np.argmin(medians))
-    if medians[-1] < _RISEN * medians[lowest]:
+    tenths = [(steps[part[0]], np.median(values[part])) for part in np.array_split(np.arange(len(values)), 10)]
+    step, lowest = min(tenths, key=lambda tenth: tenth[1])
+    if tenths[-1][1] < _RISEN * lowest:
         return None
-    return "bad", (f"loss_raw has risen again, from about {medians[lowest]:.4g} around step "
-                   f"{steps[lowest + width // 2]:,} to {medians[-1]:.4g}: lower --lr")  # fmt: skip
+    return "bad", (f"loss_raw has risen again, from about {lowest:.4g} after step {step:,} to {tenths[-1][1]:.4g}: "
+                   "lower --lr")  # fmt: skip
 
 
 def _scale(scalars):

@@ -29,9 +29,8 @@ def read_run(output_dir):
         output_dir: of a run that is going on, complete, or was cut off.
 
     Returns:
-        JSON-able dict: name, path, settings {name: value}, step (last logged), checkpoints [step], curves
-        {tag: [steps, values]}, warnings [{step, message}], skipped (number of quarantined steps), samples (see
-        `read_samples`), findings [{level, text}].
+        JSON-able dict: name, path, settings {name: value}, step (last logged), state, checkpoints [step], curves
+        {tag: [steps, values]}, warnings [{step, message}], samples (see `read_samples`), findings [{level, text}].
 
     Raises:
         ValueError: it is not a run's directory, or a file in it is not what a run writes.
@@ -41,8 +40,6 @@ def read_run(output_dir):
         raise ValueError(f"{output_dir}: no args.json, so no run wrote here; pass the --output_dir of training")
     settings = json.loads((output_dir / "args.json").read_text(encoding="utf-8"))
     scalars = read_scalars(output_dir / "metrics.jsonl")
-    warnings = read_warnings(output_dir / "warnings.jsonl")
-    skipped = read_skipped(output_dir / "quarantine.tsv")
     step = max((steps[-1] for steps, _ in scalars.values()), default=0)
     return {
         "name": output_dir.resolve().name,
@@ -50,12 +47,11 @@ def read_run(output_dir):
         "settings": settings,
         "step": step,
         "state": _state(settings, step, is_locked(output_dir)),
-        "checkpoints": [step for step, _ in _numbered(output_dir, "checkpoint-*")],
+        "checkpoints": [number for number, _ in _numbered(output_dir, "checkpoint-*")],
         "curves": {tag: thinned(steps, values) for tag, (steps, values) in scalars.items()},
-        "warnings": warnings,
-        "skipped": skipped,
+        "warnings": read_warnings(output_dir / "warnings.jsonl"),
         "samples": read_samples(output_dir / "samples"),
-        "findings": findings(scalars, len(skipped)),
+        "findings": findings(scalars, len(read_skipped(output_dir / "quarantine.tsv"))),
     }
 
 
