@@ -9,9 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 .venv/bin/ruff format --check .
 
 default=(-m "not slow and not gpu")
-# Up to four files at a time, one more than there are cores: many tests wait. The tests themselves run on one thread.
-# -n 0: one after the other, for --pdb.
-workers=$(.venv/bin/python -c 'from cachetrain.cli import available_cores; print(min(4, available_cores() + 1))')
-parallel=(-n "$workers" --dist loadfile --no-loadscope-reorder)
+# Up to four files at a time, in their order; the tests themselves run on one thread. -n 0: one after the other, for --pdb.
+parallel=(-n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder)
 for argument in "$@"; do [ "$argument" != -m ] || default=(); done
 exec .venv/bin/python -m pytest "${parallel[@]}" "${default[@]}" "$@"

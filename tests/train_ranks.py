@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -155,7 +156,9 @@ def observe(trainer, moment=None):
     def forward(model, batch, **_):
         if model.training:
             seen["samples"].append(batch["samples"].tolist())
-        if len(seen["samples"]) == 4:
+        if len(seen["samples"]) == 4 and moment == "forward":
+            for saving in [thread for thread in threading.enumerate() if thread.name == "checkpoint"]:
+                saving.join()  # step 2 is written behind training
             at("forward")
 
     def save(saving, step, unet, ema, *_):
