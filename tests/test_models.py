@@ -221,6 +221,13 @@ def test_grid_shows_every_image_under_its_label(tmp_path):
     assert Image.open(tmp_path / "a" / "b.png").text["prompt"] == "ünï <b>"
 
 
+@pytest.mark.parametrize("side", [128, 512, 1024])
+def test_labels_can_be_read_where_a_sheet_is_shown_small(side):
+    sheet = grid([Image.new("RGB", (side, side), "white")], ["H"], 1).convert("L")
+    _, top, _, bottom = sheet.point(lambda value: 255 * (value < 128)).getbbox()
+    assert bottom - top >= side / 25  # a capital letter
+
+
 def test_sampler_for_v_prediction_keeps_the_models_betas():
     scheduler = make_scheduler("v_prediction", make_scheduler("epsilon"))
     assert sampler_for(scheduler).config.beta_end == 0.012

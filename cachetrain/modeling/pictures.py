@@ -118,9 +118,10 @@ def grid(images, labels, columns, min_side=128):
     cell = tuple(max(sides) for sides in zip(*(image.size for image in images), strict=True))
     scale = max(1, -(-min_side // min(cell)))
     width, height = (side * scale for side in cell)
-    font = ImageFont.load_default(size=11)
+    size = max(11, width // 16)  # to be read where the sheet is shown at a fraction of its size
+    font = ImageFont.load_default(size)
     lines = [_wrap(label, font, width - 8) for label in labels]
-    band = 6 + 14 * max(map(len, lines))
+    band = 6 + (size + 3) * max(map(len, lines))
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (width + 6) + 6, rows * (height + band + 6) + 6), "white")
     draw = ImageDraw.Draw(sheet)
