@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import load_script
 from PIL import Image
+from test_training import run
 
 from cachetrain.modeling.pictures import sample_name, save_png
 from cachetrain.report import run as reading
@@ -73,6 +74,20 @@ def test_curves_are_those_of_the_metrics_file(runs):
     for tag, (steps, values) in curves.items():
         wanted = [(line["step"], pytest.approx(line[tag], rel=1e-4)) for line in lines if tag in line]
         assert list(zip(steps, values, strict=True)) == wanted
+
+
+def test_what_a_real_run_leaves_is_read(shapes, model_t5, tmp_path):
+    flags = ["--max_steps", 4, "--batch_size", 4, "--save_steps", 2, "--sample_prompt", "a star", "--sample_steps", 2]
+    lines, _ = run(shapes, model_t5, tmp_path / "run", *flags, "--sampler_steps", 1, "--vae_scaling_factor", 0.5)
+    found = read_run(tmp_path / "run")
+    assert (found["state"], found["checkpoints"]) == ("complete, 4 steps", [2, 4])
+    assert found["curves"].keys() == {tag for line in lines for tag in line} - {"step"}
+    [sample] = found["samples"]
+    assert (sample["name"], sample["cfgs"], list(sample["pictures"])) == ("00-a-star", [1.0, 4.0, 7.0], [2, 4])
+    assert all(picture["text"]["prompt"] == "a star" for row in sample["pictures"].values() for picture in row)
+    [warning] = found["warnings"]
+    assert warning["step"] == 0 and "--vae_scaling_factor 0.5" in warning["message"]
+    assert found["settings"]["batch_size"] == 4
 
 
 def test_a_line_that_is_still_being_written_is_left_out_and_a_broken_one_is_named(tmp_path):
