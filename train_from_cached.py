@@ -88,7 +88,7 @@ def train(args, output_dir, resumed, world, closing, record):
     from cachetrain.training.schedules import lr_factor
 
     # What is trained, and on what.
-    device, say = world.device, print if world.main else lambda _: None
+    device, say = world.device, partial(print, flush=True) if world.main else lambda _: None
     index, held_out = setup.open_index(args, world)
     model_dir = load.resolve_model(args.model, args.revision)
     setup.check_vae(index, model_dir)
@@ -208,6 +208,8 @@ def train(args, output_dir, resumed, world, closing, record):
             save_now = save_now or hopeless
             speed = tags.get("05_Performance/images_per_second", math.nan)
             progress.set_postfix(loss=f"{stats.loss_raw:.4f}", img_s=f"{speed:.1f}", refresh=False)
+            if progress.disable:  # not a terminal
+                say(logs.line(step, tags))
         draw_if_due(step, batch["samples"])
         if save_now:
             if samples:

@@ -310,6 +310,24 @@ def test_logged_scalars_are_right_and_in_both_logs(shapes, model_t5, tmp_path):
     assert scalars == {tag for line in lines for tag in line} - {"step"}
 
 
+def test_log_steps_are_lines_where_no_progress_bar_is_seen(shapes, model_t5, tmp_path, capsys, monkeypatch):
+    flags = ["--max_steps", 4, "--batch_size", 4, "--log_step", 2, "--val_split", 0.3, "--val_steps", 4, "--lr", 1e-4]
+    lines, _ = run(shapes, model_t5, tmp_path / "run", *flags)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert len(said) == len(lines) == 3
+    for line, text in zip(lines, said, strict=True):
+        speed = line["05_Performance/images_per_second"]
+        left_s = (4 - line["step"]) / line["05_Performance/steps_per_second"]
+        val = f"val/loss {line['val/loss']:.4g}, " if line["step"] == 4 else ""
+        assert text == (
+            f"step {line['step']} of 4: loss {line['01_Training/loss_raw']:.4g}, {val}lr 0.0001, "
+            f"grad_norm {line['01_Training/grad_norm']:.4g}, images/s {speed:.4g}, 0:00:{round(left_s):02d} left"
+        )
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    run(shapes, model_t5, tmp_path / "bar", *flags, "--log_groups")
+    assert "\nstep " not in (seen := capsys.readouterr()).out and "train: 100%" in seen.err
+
+
 def test_a_run_fills_all_fifteen_groups_at_their_steps(shapes, model_t5, tmp_path):
     flags = ["--max_steps", 6, "--batch_size", 4, "--log_groups", *range(1, 16), "--diagnostic_steps", 3]
     flags += ["--sample_prompt", "a star", "--sample_steps", 2, "--sampler_steps", 1, "--save_steps", 2]

@@ -1,6 +1,7 @@
 """All logging of a run behind a few calls: what is collected each step, and what is written at a log step."""
 
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 from cachetrain.training.data import Visit
@@ -10,6 +11,11 @@ from cachetrain.training.logs.health import Health
 from cachetrain.training.logs.machine import forward_flops
 from cachetrain.training.logs.metrics import open_metrics
 from cachetrain.training.logs.statistics import Statistics
+
+_IN_LINE = {
+    "val/loss": "val/loss", "val/loss_ema": "val/loss_ema", "lr": "01_Training/learning_rate",
+    "grad_norm": "01_Training/grad_norm", "images/s": "05_Performance/images_per_second",
+}  # fmt: skip
 
 
 class Logs:
@@ -104,3 +110,18 @@ class Logs:
         if self.fixed_latent and self.diagnostics.due(step):
             self.metrics.image("13_Noise_Visualization/fixed_latent", self.fixed_latent.picture(self.autocast), step)
         return tags
+
+    def line(self, step, tags):
+        """A log step in one line, for where no progress bar is seen; groups that are off are left out.
+
+        Args:
+            tags: {tag: float} that `write` has returned.
+        """
+        values = {"loss": self.statistics.loss_raw} | {
+            name: tags[tag] for name, tag in _IN_LINE.items() if tag in tags
+        }
+        line = f"step {step:,} of {self.plan.max_steps:,}: "
+        line += ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        if speed := tags.get("05_Performance/steps_per_second"):
+            line += f", {timedelta(seconds=round((self.plan.max_steps - step) / speed))} left"
+        return line
