@@ -26,6 +26,32 @@ REPO = Path(__file__).resolve().parent.parent
 TIMEOUT_S = 60
 
 
+def watching_open(before, after=lambda *_: None, real_open=open):
+    """Returns an open() that calls before(operation, path) and after(operation, path, None) around each "open" for
+    writing and each "write", of which each half reaches the disk alone."""
+
+    def watched_open(path, mode="r", *args, **kwargs):
+        if not set("wax+") & set(mode) or isinstance(path, int):
+            return real_open(path, mode, *args, **kwargs)
+        before("open", path)
+        file = real_open(path, mode, *args, **kwargs)
+        after("open", path, None)
+        write = file.write
+
+        def watched_write(data):
+            for half in (data[: len(data) // 2], data[len(data) // 2 :]):
+                before("write", path)
+                write(half)
+                file.flush()
+                after("write", path, None)
+            return len(data)
+
+        file.write = watched_write
+        return file
+
+    return watched_open
+
+
 @contextmanager
 def watched_disk(before):
     """Calls before(operation, path) ahead of every operation by which Python code here changes a file.
@@ -35,23 +61,6 @@ def watched_disk(before):
     """
     real_open, real_replace, real_fsync = io.open, os.replace, os.fsync
 
-    def watched_open(path, mode="r", *args, **kwargs):
-        if not set("wax+") & set(mode) or isinstance(path, int):
-            return real_open(path, mode, *args, **kwargs)
-        before("open", path)
-        file = real_open(path, mode, *args, **kwargs)
-        write = file.write
-
-        def watched_write(data):
-            for half in (data[: len(data) // 2], data[len(data) // 2 :]):
-                before("write", path)
-                write(half)
-                file.flush()
-            return len(data)
-
-        file.write = watched_write
-        return file
-
     def watched_replace(source, target, **kwargs):
         before("replace", target)
         real_replace(source, target, **kwargs)
@@ -60,7 +69,7 @@ def watched_disk(before):
         before("fsync", file)
         real_fsync(file)
 
-    io.open = builtins.open = watched_open
+    io.open = builtins.open = watching_open(before)
     os.replace, os.fsync = watched_replace, watched_fsync
     try:
         yield

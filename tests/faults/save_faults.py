@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import safetensors.torch
 import torch
+from cache_forks import watching_open
 from diffusers import UNet2DConditionModel
 
 from cachetrain.atomic import remove_leftovers
@@ -134,25 +135,6 @@ def watched_disk(before, after=lambda operation, path, source: None):
         before("fsync", path)
         after("fsync", path, None)
 
-    def watched_open(path, mode="r", *args, **kwargs):
-        if not set("wax+") & set(mode) or isinstance(path, int):
-            return real_open(path, mode, *args, **kwargs)
-        before("open", path)
-        file = real_open(path, mode, *args, **kwargs)
-        after("open", path, None)
-        write = file.write
-
-        def watched_write(data):
-            for half in (data[: len(data) // 2], data[len(data) // 2 :]):
-                before("write", path)
-                write(half)
-                file.flush()
-                after("write", path, None)
-            return len(data)
-
-        file.write = watched_write
-        return file
-
     def copyfile(source, target, **kwargs):
         before("open", target)
         real_open(target, "wb").close()
@@ -184,6 +166,7 @@ def watched_disk(before, after=lambda operation, path, source: None):
         for name in real:
             patch(os, name, watched(name))
         patch(os, "fsync", fsync)
+        watched_open = watching_open(before, after)
         patch(io, "open", watched_open)
         patch(builtins, "open", watched_open)
         patch(shutil, "copyfile", copyfile)
