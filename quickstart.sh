@@ -99,7 +99,7 @@ train() {
     rm -rf "$WORK/samples_$RUN" "$WORK/samples_$RUN.png"
     MODEL=$MODEL DATADIR=$DATA OUTPUT=$OUTPUT LOGDIR=$WORK/tensorboard IMGCACHE=$IMGCACHE TXTCACHE=$TXTCACHE \
         BATCH=16 STEPS=$STEPS OPTIMIZER=adamw LR=2e-3 SCHED=cosine GAMMA=0 DROPOUT=0.1 EMA=0.99 \
-        PRECISION=$PRECISION SAMPLE_PROMPTS=$WORK/sample_prompts_$RUN.txt SAMPLE_STEPS=700 SAVE_STEPS=$((STEPS / 2)) \
+        PRECISION=$PRECISION SAMPLE_PROMPTS=$WORK/sample_prompts_$RUN.txt SAMPLE_STEPS=$((STEPS / 4)) SAVE_STEPS=$((STEPS / 2)) \
         VAL_SPLIT=$VAL_SPLIT "./train_$FLAVOUR.sh" "${go_on[@]}" --betas 0.9 0.99 --warmup_steps 100 --lr_decay_steps "$STEPS" --sample_cfgs 1 3 7 \
         --cache_in_ram --log_groups {1..15}
 }
