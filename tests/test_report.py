@@ -15,7 +15,7 @@ from test_training import run
 from cachetrain.modeling.pictures import sample_name, save_png
 from cachetrain.report import run as reading
 from cachetrain.report.findings import findings
-from cachetrain.report.run import read_run, read_samples, read_scalars, read_warnings, thinned
+from cachetrain.report.run import read_run, read_samples, read_scalars, read_skipped, read_warnings, thinned
 
 report = load_script("report.py")
 
@@ -116,6 +116,15 @@ def test_warnings_are_in_order_and_what_redone_steps_said_again_is_there_once(tm
     told = [(30, "b"), (10, "a"), (30, "b"), (30, "c")]
     path.write_text("".join(json.dumps({"step": step, "message": text}) + "\n" for step, text in told))
     assert [(line["step"], line["message"]) for line in read_warnings(path)] == [(10, "a"), (30, "b"), (30, "c")]
+
+
+def test_skipped_steps_are_counted_whatever_the_names_of_their_files(tmp_path):
+    path = tmp_path / "quarantine.tsv"
+    path.write_bytes(
+        b"7\tloss nan\ta\nb.img\ta.txt\n7\tloss nan\t\xe2\x80\xa8.img\tb.txt\n3\tloss inf\t\xff.img\tc.txt\n"
+    )
+    assert read_skipped(path) == [3, 7]
+    assert read_skipped(tmp_path / "none.tsv") == []
 
 
 def test_samples_are_those_of_the_files_scaled_down_where_they_are_large(runs, tmp_path):
