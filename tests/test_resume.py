@@ -1,15 +1,12 @@
 """A run that was interrupted and resumed is the run that was not: its weights, moments and averages bit by bit, its
 samples in their order, and its logs."""
 
-import faulthandler
 import hashlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-from functools import partial
 from itertools import count
 from unittest import mock
 
@@ -19,6 +16,7 @@ import torch
 import train_ranks
 from conftest import REPO, load_script
 from safetensors.torch import load_file
+from train_ranks import HANG_S, seen_by, watched_rank
 
 from cachetrain.sidecar import read_sidecar, write_sidecar
 from cachetrain.training.data import Batches
@@ -119,46 +117,6 @@ def metrics(run):
     return [{tag: value for tag, value in line.items() if not tag.startswith(MEASURED)} for line in lines]
 
 
-def watched_rank(env, argv, folder, rank, moment, cwd):
-    """A rank, or the only process, of `train_ranks` that writes down the samples before they are trained on.
-
-    At SIGUSR1 it says where it is.
-    """
-    faulthandler.register(signal.SIGUSR1, open(folder / f"rank{rank}.stacks", "w"))
-    train_ranks.observe = partial(watch, folder / f"rank{rank}.samples")
-    train_ranks._rank(env, argv, folder, rank, moment, cwd)
-
-
-def watch(path, trainer, moment):
-    """Writes a line with the sample ids of each micro-batch, which a kill leaves there.
-
-    Args:
-        moment: at which the process kills itself: "forward" (the fourth) or "save" (all but the manifest is written).
-    """
-    from cachetrain.training.saves import saving
-
-    lines, number = open(path, "a", buffering=1), count(1)
-
-    def kill(*_):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def forward(model, batch, **_):
-        if model.training:
-            print(batch["samples"].tolist(), file=lines)
-            if next(number) == 4 and moment == "forward":
-                kill()
-
-    train_ranks._before(trainer, "forward", forward)
-    if moment == "save":
-        train_ranks._before(saving, "write_manifest", kill)
-    return {}
-
-
-def seen_by(folder, rank):
-    path = folder / f"rank{rank}.samples"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 # The order
 
 
@@ -217,7 +175,7 @@ def test_resume_in_a_fresh_process_is_bit_exact(runs):
 
     def fresh(out, *flags):
         command = [sys.executable, REPO / "train_from_cached.py", *runs.argv(out, *BRIEF, *flags)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG_S)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

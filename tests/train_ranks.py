@@ -1,5 +1,7 @@
 """Ranks of the trainer as real processes, forked from one that has imported everything, and what each of them saw."""
 
+import faulthandler
+import fcntl
 import hashlib
 import importlib.util
 import json
@@ -8,13 +10,16 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
 REPO = Path(__file__).resolve().parent.parent
-TIMEOUT_S = 120
+HANG_S = 300  # a test that waits for longer hangs; so long that no loaded machine gets there
 _IMPORTED = ["torch.distributed.fsdp", "torch.nn.parallel", "optimi", "cachetrain.training.saves.saving",
              "cachetrain.training.ema", "cachetrain.training.logs.run_logs", "cachetrain.training.optim",
              "cachetrain.training.setup"]  # fmt: skip
@@ -34,15 +39,13 @@ class Ranks:
     Args:
         argv: of the trainer.
         folder: where the ranks write what they say and saw.
-        kill: (rank, name of a moment of `observe`) at which that rank gets a SIGKILL.
+        kill: (rank, moment of `observe`, or of what takes its place) at which that rank gets a SIGKILL.
         cwds: the directory in which each rank runs; default: this process's.
     """
 
     def __init__(self, argv, ranks, folder, kill=None, cwds=None):
         folder.mkdir(exist_ok=True)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         forks = multiprocessing.get_context("forkserver")
         forks.set_forkserver_preload(_IMPORTED)
         self.folder, self.processes = folder, []
@@ -67,7 +70,7 @@ class Ranks:
             self.processes.append(forks.Process(target=_rank, args=arguments))
             self.processes[-1].start()
 
-    def finish(self, timeout_s=TIMEOUT_S):
+    def finish(self, timeout_s=HANG_S):
         """Waits for the ranks; returns a list of Rank. Kills them and raises TimeoutError if they take longer."""
         deadline_s = time.monotonic() + timeout_s
         for process in self.processes:
@@ -85,6 +88,28 @@ class Ranks:
                 f"ranks {hang} still run after {timeout_s} s:\n" + "\n".join(r.output for r in results)
             )
         return results
+
+
+_PORTS = []  # open files, whose locks keep ports for this process
+
+
+def free_port():
+    """A port for ranks to meet at, which stays this process's until it ends.
+
+    It lies below the ports that the system hands out, and a lock keeps other tests on this machine from choosing it.
+    """
+    for port in range(20_000, 32_000):
+        file = open(Path(tempfile.gettempdir(), f"cachetrain-test-port-{port}"), "a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with socket.socket() as tried:
+                tried.bind(("", port))
+        except OSError:  # another test's, or another program's
+            file.close()
+            continue
+        _PORTS.append(file)
+        return port
+    raise OSError("no free port")
 
 
 def digest(tensors):
@@ -157,8 +182,7 @@ def observe(trainer, moment=None):
         if model.training:
             seen["samples"].append(batch["samples"].tolist())
         if len(seen["samples"]) == 4 and moment == "forward":
-            for saving in [thread for thread in threading.enumerate() if thread.name == "checkpoint"]:
-                saving.join()  # step 2 is written behind training
+            join_saving()
             at("forward")
 
     def save(saving, step, unet, ema, *_):
@@ -167,15 +191,68 @@ def observe(trainer, moment=None):
             with ema.applied():
                 seen["averages"].append(_digest_of(unet))
 
-    _before(index, "read_header", header)
-    _before(trainer, "forward", forward)
-    _before(Saving, "save", save)
-    _before(Saving, "_bring_frozen_parts", lambda *_: at("save"))
+    before(index, "read_header", header)
+    before(trainer, "forward", forward)
+    before(Saving, "save", save)
+    before(Saving, "_bring_frozen_parts", lambda *_: at("save"))
     _watch_exchanges(distributed, seen)
     return seen
 
 
-def _before(owner, name, look):
+def join_saving():
+    """Waits until the checkpoint that a thread is writing is complete."""
+    for thread in [thread for thread in threading.enumerate() if thread.name == "checkpoint"]:
+        thread.join()
+
+
+def watched_rank(env, argv, folder, rank, moment, cwd, watch=None):
+    """A rank, or the only process, that writes down the samples before they are trained on.
+
+    At SIGUSR1 it says where it is.
+
+    Args:
+        watch: takes the place of `watch_samples`.
+    """
+    global observe
+    faulthandler.register(signal.SIGUSR1, open(folder / f"rank{rank}.stacks", "w"))
+    observe = partial(watch or watch_samples, folder / f"rank{rank}.samples")
+    _rank(env, argv, folder, rank, moment, cwd)
+
+
+def watch_samples(path, trainer, moment):
+    """Writes a line with the sample ids of each micro-batch, which a kill leaves there.
+
+    Args:
+        moment: at which the process kills itself: "forward" (the fourth, when all saves so far are complete) or "save"
+            (all but the manifest is written).
+    """
+    from cachetrain.training.saves import saving
+
+    lines, number = open(path, "a", buffering=1), count(1)
+
+    def kill(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def forward(model, batch, **_):
+        if model.training:
+            print(batch["samples"].tolist(), file=lines)
+            if next(number) == 4 and moment == "forward":
+                join_saving()
+                kill()
+
+    before(trainer, "forward", forward)
+    if moment == "save":
+        before(saving, "write_manifest", kill)
+    return {}
+
+
+def seen_by(folder, rank):
+    """The sample ids of each micro-batch that `watch_samples` has written down."""
+    path = folder / f"rank{rank}.samples"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def before(owner, name, look):
     """Makes every call of owner.name call `look` first."""
     original = getattr(owner, name)
 
@@ -217,4 +294,4 @@ def _watch_exchanges(distributed, seen):
     distributed.wrap = watched_wrap
     for name in ("reduce_scatter_tensor", "reduce_scatter_single"):  # fully_shard's, by torch's version
         if hasattr(dist, name):
-            _before(dist, name, count)
+            before(dist, name, count)

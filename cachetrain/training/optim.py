@@ -62,8 +62,11 @@ def _make(name, parameters, lr, betas, weight_decay, bf16):
     import optimi
 
     kind = {"adamw": optimi.AdamW, "lion": optimi.Lion, "stableadamw": optimi.StableAdamW}[name]
-    eps = {} if name == "lion" else {"eps": EPS}
-    optimizer = kind(parameters, lr=lr, betas=betas, weight_decay=0.0 if bf16 else weight_decay, **eps)
+    options = {} if name == "lion" else {"eps": EPS}
+    # optimi's StableAdamW takes its Triton kernels wherever Triton is installed, for tensors they cannot read too.
+    if not all(p.is_cuda and type(p) is torch.nn.Parameter for p in parameters):
+        options["triton"] = False
+    optimizer = kind(parameters, lr=lr, betas=betas, weight_decay=0.0 if bf16 else weight_decay, **options)
     if bf16:
         optimizer.param_groups[0]["pending_decay"] = 0.0  # in the group, so that state_dict has it
         optimizer.register_step_post_hook(partial(_decay_bf16, weight_decay))
