@@ -78,8 +78,8 @@ own_prompts() { # the first captions of the folder
 import sys
 from itertools import islice
 
-from cachetrain.caching.scan import read_caption, scan
-from cachetrain.sidecar import sidecar_path
+from cachetrain.data.scan import read_caption, scan
+from cachetrain.data.sidecar import sidecar_path
 
 pairs = scan(sys.argv[1:2], lambda *_: None)
 cached = (pair for pair in pairs if sidecar_path(pair.image, sys.argv[2]).exists())

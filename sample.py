@@ -54,17 +54,17 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     if args.watch:
-        from cachetrain.training.watch import watch
+        from cachetrain.sampling.watch import watch
 
         return watch(args)
     prompts = open_prompts(args)
 
     from tqdm import tqdm
 
+    from cachetrain.checkpoints.info import checkpoint_info
+    from cachetrain.diffusion.noise_schedulers import default_sampler, sampler_for
     from cachetrain.modeling import load
-    from cachetrain.modeling.pictures import grid, render_drawings, sample_name, save_png
-    from cachetrain.modeling.schedulers import default_sampler, sampler_for
-    from cachetrain.training.samples import checkpoint_info
+    from cachetrain.sampling.render import grid, render_drawings, sample_name, save_png
 
     device = load.pick_device(args.device)
     dtype = load.pick_dtype(args.dtype, device)
@@ -102,9 +102,9 @@ def main(argv=None):
 
 def open_prompts(args):
     """The Prompts of --prompt or --prompts, completed by the flags."""
-    from cachetrain.training.prompts import Prompts, prompts_of, read_prompts
-    from cachetrain.training.samples import completed
-    from cachetrain.training.warnings_log import warn
+    from cachetrain.log import warn
+    from cachetrain.sampling.prompts import Prompts, prompts_of, read_prompts
+    from cachetrain.sampling.samples import completed
 
     prompts, warnings = (prompts_of(args.prompt), []) if args.prompt else read_prompts(args.prompts)
     for warning in warnings:
@@ -120,7 +120,7 @@ def open_prompts(args):
 
 def encode(prompts, model_dir, text, device, dtype):
     """Returns {prompt or negative prompt: embedding}."""
-    from cachetrain.modeling.text import encode_like_cache
+    from cachetrain.modeling.text_encoders import encode_like_cache
 
     texts = sorted({words for sample in prompts.samples for words in (sample.prompt, sample.negative_prompt)})
     encoded = encode_like_cache(model_dir, text["kind"], text["settings"], texts, device, dtype)
@@ -129,9 +129,9 @@ def encode(prompts, model_dir, text, device, dtype):
 
 def resolve(args, prompts, embeddings, info, unet, vae):
     """Returns a list of Drawing: prompts with their seeds, sizes and embeddings."""
-    from cachetrain.modeling.pictures import Drawing
-    from cachetrain.training.prompts import sample_seed
-    from cachetrain.training.samples import default_latent_size, latent_size_of
+    from cachetrain.sampling.prompts import sample_seed
+    from cachetrain.sampling.render import Drawing
+    from cachetrain.sampling.samples import default_latent_size, latent_size_of
 
     default = default_latent_size(args, info, unet, vae)
     drawings, any_number = [], secrets.randbelow(2**31)  # for seeds of -1

@@ -20,7 +20,7 @@ from pathlib import Path
 
 try:
     from cachetrain import cli
-    from cachetrain.sidecar import atomic_write
+    from cachetrain.atomic import atomic_write
     from cachetrain.training import options
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`") from None
@@ -37,12 +37,12 @@ def main(argv=None):
     args = parse_args(argv)
     output_dir = Path(args.output_dir)
 
+    from cachetrain.checkpoints.resume import Resumed
+    from cachetrain.checkpoints.save import checkpoints
+    from cachetrain.distributed import World
+    from cachetrain.log import recorded
     from cachetrain.modeling import load
     from cachetrain.training import setup
-    from cachetrain.training.distributed import World
-    from cachetrain.training.saves.resume import Resumed
-    from cachetrain.training.saves.saving import checkpoints
-    from cachetrain.training.warnings_log import recorded
 
     with recorded() as record, ExitStack() as closing:
         world = World(load.pick_device(args.device))
@@ -72,24 +72,26 @@ def train(args, output_dir, resumed, world, closing, record):
     """
     from tqdm import tqdm
 
+    from cachetrain.checkpoints.info import data_info
+    from cachetrain.checkpoints.resume import run_state, settings_of
+    from cachetrain.checkpoints.save import Saving
+    from cachetrain.data.index import open_index
+    from cachetrain.data.loader import on_device
+    from cachetrain.diffusion.noise_schedulers import objective_of
+    from cachetrain.diffusion.objective import noise_schedule
+    from cachetrain.distributed import gradients_stay, whole, wrap
     from cachetrain.modeling import load
-    from cachetrain.modeling.schedulers import objective_of
+    from cachetrain.modeling.precision import autocast_for
     from cachetrain.training import setup
-    from cachetrain.training.distributed import gradients_stay, whole, wrap
     from cachetrain.training.ema import Ema
-    from cachetrain.training.guard import Guard, seed_of, step_if_finite
-    from cachetrain.training.loader import on_device
     from cachetrain.training.logs.run_logs import Logs
-    from cachetrain.training.objective import noise_schedule
-    from cachetrain.training.optim import autocast_for, clip_gradients, loss_scaler, make_optimizer
-    from cachetrain.training.samples import data_info
-    from cachetrain.training.saves.resume import run_state, settings_of
-    from cachetrain.training.saves.saving import Saving
-    from cachetrain.training.schedules import lr_factor
+    from cachetrain.training.lr_schedule import lr_factor
+    from cachetrain.training.nonfinite import Guard, seed_of, step_if_finite
+    from cachetrain.training.optim import clip_gradients, loss_scaler, make_optimizer
 
     # What is trained, and on what.
     device, say = world.device, partial(print, flush=True) if world.main else lambda _: None
-    index, held_out = setup.open_index(args, world)
+    index, held_out = open_index(args, world)
     model_dir = load.resolve_model(args.model, args.revision)
     setup.check_vae(index, model_dir)
     scheduler = setup.open_scheduler(model_dir, args.objective, args.zero_terminal_snr)
@@ -254,7 +256,7 @@ def forward(model, batch, objective, alphas_cumprod, autocast, dtype, gamma):
         (loss to optimise, plain squared error: float32 [B]; prediction, target: [B, C, h, w], detached; alpha, sigma:
         float32 [B, 1, 1, 1]).
     """
-    from cachetrain.training.objective import alpha_sigma, min_snr_weights, squared_error, target_of
+    from cachetrain.diffusion.objective import alpha_sigma, min_snr_weights, squared_error, target_of
 
     latents, noise, timesteps = batch["latents"], batch["noise"], batch["timesteps"]
     alpha, sigma = alpha_sigma(objective, timesteps, alphas_cumprod)
@@ -278,7 +280,7 @@ def open_output_dir(args, output_dir, closing):
         what saves.resume.find_checkpoint does; (None, False) for a new run.
     """
     from cachetrain.atomic import locked_directory, remove_leftovers
-    from cachetrain.training.saves.resume import find_checkpoint
+    from cachetrain.checkpoints.resume import find_checkpoint
 
     if not args.resume and (output_dir / "args.json").exists():
         raise ValueError(

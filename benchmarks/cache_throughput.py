@@ -218,8 +218,8 @@ def measure_t5(args, folder, captions, model):
     from transformers import T5EncoderModel, T5Tokenizer, logging
 
     logging.disable_progress_bar()
+    from cachetrain.data.sidecar import read_sidecar
     from cachetrain.modeling import load
-    from cachetrain.sidecar import read_sidecar
 
     device = load.pick_device(args.device)
     dtype = load.pick_dtype(args.dtype, device)
@@ -256,7 +256,7 @@ def make_pairs(root, count, per_folder=1000):
     """Writes empty images, captions, and small but whole sidecars whose sources look unchanged."""
     import torch
 
-    from cachetrain.sidecar import write_sidecar
+    from cachetrain.data.sidecar import write_sidecar
 
     done = root / "count.json"
     if done.exists() and json.loads(done.read_text()) == count:
@@ -295,7 +295,7 @@ def check(root, suffix):
 
 def index(root):
     """What the trainer does before its first step."""
-    from cachetrain.training.index import PairIndex
+    from cachetrain.data.index import PairIndex
 
     return PairIndex([str(root)], ".img_sdxl", ".txt_t5cache")
 

@@ -28,11 +28,11 @@ def main(argv=None):
     import torch
     from diffusers import UNet2DConditionModel
 
+    from cachetrain.checkpoints.manifest import damages
+    from cachetrain.checkpoints.save import Saving, checkpoint_path
+    from cachetrain.diffusion.noise_schedulers import make_scheduler
+    from cachetrain.distributed import World
     from cachetrain.modeling import load
-    from cachetrain.modeling.schedulers import make_scheduler
-    from cachetrain.training.distributed import World
-    from cachetrain.training.saves.manifest import damages
-    from cachetrain.training.saves.saving import Saving, checkpoint_path
 
     device = load.pick_device(args.device)
     with torch.device(device):

@@ -110,7 +110,7 @@ def make_inputs(work, tiny):
 
 
 def write(path, tensors, kind, **more):
-    from cachetrain.sidecar import write_sidecar
+    from cachetrain.data.sidecar import write_sidecar
 
     write_sidecar(path, tensors, {"kind": kind, "encoder": "0" * 64, "settings": "{}", **more})
 
@@ -217,7 +217,8 @@ def bare_loop(args, work, model, data, flags):
     import torch
 
     from cachetrain.modeling import load
-    from cachetrain.training.optim import autocast_for, make_optimizer
+    from cachetrain.modeling.precision import autocast_for
+    from cachetrain.training.optim import make_optimizer
 
     plain = args.loop == "plain"
     precision = "bf16" if plain else args.precisions[0]
@@ -262,8 +263,8 @@ def resident_batch(args, data, flags, device):
     """(latents, noise, encoder_hidden_states, encoder_attention_mask or None, timesteps) of the first pairs."""
     import torch
 
+    from cachetrain.data.sidecar import read_sidecar
     from cachetrain.modeling.t5_pipeline import pad_embeddings
-    from cachetrain.sidecar import read_sidecar
 
     stems = [data / f"{number % 1024:04}" for number in range(args.batch_size)]
     latents = torch.stack([read_sidecar(s.with_suffix(".img_sdvae"))[0]["latent"].float() * 0.18215 for s in stems])

@@ -21,9 +21,9 @@ try:
 
     from cachetrain import cli
     from cachetrain.caching.arguments import cache_suffix
-    from cachetrain.caching.caches import IMAGE_SCRIPTS, ORPHANED, TEXT_SCRIPTS, TO_MAKE, settings_flags
     from cachetrain.caching.freshness import CORRUPT, FOREIGN, FRESH, MISSING, STALE
-    from cachetrain.caching.status import Status, delete_orphans
+    from cachetrain.caching.inspect.caches import IMAGE_SCRIPTS, ORPHANED, TEXT_SCRIPTS, TO_MAKE, settings_flags
+    from cachetrain.caching.inspect.status import Status, delete_orphans
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`") from None
 

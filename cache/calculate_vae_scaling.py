@@ -10,8 +10,9 @@ damaged or hold values that are not finite are named and left out; the exit code
 """
 
 try:
-    from cachetrain import bulk, cli
-    from cachetrain.caching import statistics
+    from cachetrain import cli
+    from cachetrain.caching.inspect import statistics
+    from cachetrain.data import many_files
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`") from None
 
@@ -22,7 +23,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    paths = bulk.random_subset(statistics.find_paths(args), args.num_images, args.seed)
+    paths = many_files.random_subset(statistics.find_paths(args), args.num_images, args.seed)
     overall, channels, sizes, failures = statistics.Moments(), statistics.Moments(), set(), []
     for _, latent, header in statistics.read_tensors(paths, "latent", 3, same_vae, failures):
         overall.add(latent.reshape(1, -1))

@@ -14,9 +14,10 @@ from collections import Counter
 try:
     import numpy as np
 
-    from cachetrain import bulk, cli
-    from cachetrain.caching import statistics
-    from cachetrain.sidecar import NULL_STEM
+    from cachetrain import cli
+    from cachetrain.caching.inspect import statistics
+    from cachetrain.data import many_files
+    from cachetrain.data.sidecar import NULL_STEM
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`") from None
 
@@ -29,7 +30,7 @@ def main(argv=None):
     args = parse_args(argv)
     null_paths, failures = [], []
     captions = without_null(statistics.find_paths(args), null_paths)
-    paths = bulk.random_subset(captions, args.num_images, args.seed)
+    paths = many_files.random_subset(captions, args.num_images, args.seed)
     values, norms, lengths, truncated = statistics.Moments(), statistics.Moments(), set(), Counter()
     for _, emb, header in statistics.read_tensors(paths, "emb", 2, same_encoder, failures):
         values.add(emb.reshape(1, -1))

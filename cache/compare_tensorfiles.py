@@ -21,8 +21,8 @@ try:
 
     from cachetrain import cli
     from cachetrain.caching.arguments import positive_int
-    from cachetrain.caching.scan import find_sidecars
-    from cachetrain.sidecar import SUFFIXES, read_header, read_sidecar
+    from cachetrain.data.scan import find_sidecars
+    from cachetrain.data.sidecar import SUFFIXES, read_header, read_sidecar
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`") from None
 

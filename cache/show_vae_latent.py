@@ -13,8 +13,10 @@ try:
     import os
     from pathlib import Path
 
-    from cachetrain import bulk, cli
-    from cachetrain.caching import arguments, previews, scan
+    from cachetrain import cli
+    from cachetrain.caching import arguments
+    from cachetrain.caching.inspect import previews
+    from cachetrain.data import many_files, scan
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`") from None
 
@@ -51,7 +53,7 @@ def main(argv=None):
     found = list({os.path.abspath(path): path for path in scan.find_sidecars(args.paths, suffixes)}.values())
     if not found:
         raise ValueError(f"no {' or '.join(suffixes)} under {', '.join(args.paths)}; run an image cache script first")
-    paths = bulk.random_subset(found, args.num_images, args.seed)
+    paths = many_files.random_subset(found, args.num_images, args.seed)
     names = preview_names(args, paths)
     fail = previews.Failures()
     decoder = previews.Decoder(args, fail)
@@ -88,7 +90,7 @@ def write_previews(args, decoded, names):
 
 def write_sheet(path, pictures, names):
     """Writes path -> picture as one labelled sheet, in the order of the names, and returns their number."""
-    from cachetrain.modeling.pictures import save_png
+    from cachetrain.sampling.render import save_png
 
     shown = [name for name in names if name in pictures]
     if shown:

@@ -12,9 +12,11 @@ normal depends on VAE and images, which `cache/validate_vae.py` tells. The exit 
 try:
     import os
 
-    from cachetrain import bulk, cli
-    from cachetrain.caching import arguments, previews, scan
-    from cachetrain.sidecar import sidecar_path
+    from cachetrain import cli
+    from cachetrain.caching import arguments
+    from cachetrain.caching.inspect import previews
+    from cachetrain.data import many_files, scan
+    from cachetrain.data.sidecar import sidecar_path
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`") from None
 
@@ -40,11 +42,11 @@ def main(argv=None):
     args = parse_args(argv)
     from tqdm import tqdm
 
-    from cachetrain.modeling.pictures import save_png
+    from cachetrain.sampling.render import save_png
 
     fail = previews.Failures()
     cached = find_cached(args, fail)
-    chosen = dict(bulk.random_subset(cached, args.num_images, args.seed))
+    chosen = dict(many_files.random_subset(cached, args.num_images, args.seed))
     measured, stale, worst = [], [], []
     compared = comparisons(previews.Decoder(args, fail), chosen, stale)
     for comparison in tqdm(compared, total=len(chosen), desc="comparing", unit="image", disable=None):

@@ -10,8 +10,10 @@ images. The exit code is 1 if some image could not be read (each is named), 2 on
 try:
     import os
 
-    from cachetrain import bulk, cli
-    from cachetrain.caching import arguments, previews, scan
+    from cachetrain import cli
+    from cachetrain.caching import arguments
+    from cachetrain.caching.inspect import previews
+    from cachetrain.data import many_files, scan
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`") from None
 
@@ -33,10 +35,10 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     from cachetrain.caching.encoders import check_vae
-    from cachetrain.modeling.pictures import save_png
+    from cachetrain.sampling.render import save_png
 
     fail = previews.Failures()
-    paths = bulk.random_subset(find_images(args.paths, fail), args.num_images, args.seed)
+    paths = many_files.random_subset(find_images(args.paths, fail), args.num_images, args.seed)
     decoder = previews.Decoder(args, fail)
     check_vae(decoder.vae, [(args.resolution, args.resolution)])
     values, shown = [], []

@@ -1,11 +1,53 @@
 """Files and directories that appear under their name whole and on disk, or not at all."""
 
 import os
+import re
+import secrets
 import shutil
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
 LOCK = ".lock"
+
+# What `temporary_path` gives: the machine and the process say whether anybody is still writing it.
+_TEMPORARY = re.compile(r"\.cachetrain~(?P<node>[^~]*)~(?P<pid>\d+)~[0-9a-f]{8}.*\.tmp")
+_ABANDONED_AGE_S = 3600
+
+
+def temporary_path(path):
+    """A hidden name beside `path` for a file that is not complete yet; short, however long the target's is."""
+    path = Path(path)
+    owner = f"{os.uname().nodename}~{os.getpid()}" if hasattr(os, "uname") else f"~{os.getpid()}"
+    return path.with_name(f".cachetrain~{owner}~{secrets.token_hex(4)}{path.suffix}.tmp")
+
+
+def is_abandoned(path):
+    """Whether `path` is a temporary file whose writer is gone: dead on this machine, or silent for an hour."""
+    match = _TEMPORARY.fullmatch(os.path.basename(path))
+    if match is None:
+        return False
+    if hasattr(os, "uname") and match["node"] == os.uname().nodename:
+        try:
+            os.kill(int(match["pid"]), 0)  # signal 0 only asks whether the process exists
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            pass  # another user's, alive
+    return time.time() - os.stat(path).st_mtime > _ABANDONED_AGE_S
+
+
+def atomic_write(path, data):
+    """Writes bytes under `path`, which holds either its old or its new content at every moment."""
+    temporary = temporary_path(path)
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):  # writing does not say where it failed, opening names the temporary file
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 @contextmanager

@@ -27,8 +27,8 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
 
+    from cachetrain.checkpoints.export import export_single_file
     from cachetrain.modeling import load
-    from cachetrain.modeling.export import export_single_file
 
     dtype = args.dtype and load.pick_dtype(args.dtype, "cpu")
     notes = export_single_file(load.resolve_model(args.model), args.out, dtype, args.raw_weights)

@@ -214,7 +214,7 @@ if __name__ == "__main__":
         "cachetrain.caching.image_run",
         "cachetrain.caching.text_run",
         "cachetrain.modeling.t5_projection",
-        "cachetrain.modeling.text",
+        "cachetrain.modeling.text_encoders",
     ):
         importlib.import_module(module)
     gc.freeze()  # children share it all

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from cachetrain.bulk import PackedStrings, in_threads, random_subset
+from cachetrain.data.many_files import PackedStrings, in_threads, random_subset
 
 
 def test_packed_strings_are_a_list_of_any_file_names():

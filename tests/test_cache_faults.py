@@ -24,8 +24,9 @@ from conftest import REPO, load_script
 from PIL import Image
 from safetensors.torch import load_file
 
-from cachetrain import bulk, cli
-from cachetrain.sidecar import read_sidecar, write_sidecar
+from cachetrain import cli
+from cachetrain.data import many_files
+from cachetrain.data.sidecar import read_sidecar, write_sidecar
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks into /proc")
 
@@ -348,11 +349,11 @@ def test_interrupted_check_does_not_wait_for_what_is_queued():
         checked.append(item)
         time.sleep(0.001)
 
-    results = bulk.in_threads(slow_check, range(10**6))
+    results = many_files.in_threads(slow_check, range(10**6))
     next(results)
     before = len(checked)
     results.close()
-    assert len(checked) - before <= 2 * bulk._THREADS
+    assert len(checked) - before <= 2 * many_files._THREADS
 
 
 # Out of space

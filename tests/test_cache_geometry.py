@@ -9,7 +9,7 @@ from diffusers import AsymmetricAutoencoderKL, AutoencoderDC, AutoencoderKL, Aut
 from PIL import Image, ImageOps
 
 from cachetrain.caching import buckets
-from cachetrain.sidecar import read_header, read_sidecar
+from cachetrain.data.sidecar import read_header, read_sidecar
 
 SUFFIX = ".img_sdxl"
 # Buckets of about 192² pixels up to 2:1: the square and both 256x128. Name -> (size, its bucket), (width, height).

@@ -30,9 +30,11 @@ from PIL import Image, ImageOps
 from safetensors.torch import save_file
 from skimage import data as photographs
 
-from cachetrain.caching import encoders, images, scan
+from cachetrain.atomic import temporary_path
+from cachetrain.caching import encoders, images
 from cachetrain.caching.image_run import load as image_run_load
-from cachetrain.sidecar import read_header, read_sidecar, temporary_path, write_sidecar
+from cachetrain.data import scan
+from cachetrain.data.sidecar import read_header, read_sidecar, write_sidecar
 
 SUFFIX = ".img_sdxl"
 

@@ -18,8 +18,9 @@ from conftest import REPO
 from PIL import Image
 from safetensors.torch import save_file
 
-from cachetrain.sidecar import read_header, read_sidecar, temporary_path, write_sidecar
-from cachetrain.training.index import PairIndex
+from cachetrain.atomic import temporary_path
+from cachetrain.data.index import PairIndex
+from cachetrain.data.sidecar import read_header, read_sidecar, write_sidecar
 
 IMG, CLIP, T5 = ".img_sdxl", ".txt_clipl", ".txt_t5cache"
 STATES = ("fresh", "stale", "corrupt", "foreign", "missing", "orphaned")

@@ -18,10 +18,11 @@ from PIL import Image
 from skimage import data as photographs
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
-from cachetrain.caching import scan, text_run
+from cachetrain.caching import text_run
+from cachetrain.data import scan
+from cachetrain.data.sidecar import read_header, read_sidecar
 from cachetrain.modeling.t5_projection import T5Projection
-from cachetrain.modeling.text import TextEncoder
-from cachetrain.sidecar import read_header, read_sidecar
+from cachetrain.modeling.text_encoders import TextEncoder
 
 CLIP, T5 = ".txt_clipl", ".txt_t5cache"
 CAPTIONS = {
@@ -246,7 +247,7 @@ def test_captions_of_like_length_share_batches(t5_cache, root, monkeypatch):
 def test_second_run_encodes_nothing_and_writes_nothing(clip_cache, root, monkeypatch, capsys):
     clip_cache()
     before = sidecars(root, CLIP)
-    monkeypatch.setattr("cachetrain.modeling.text.TextEncoder", None)
+    monkeypatch.setattr("cachetrain.modeling.text_encoders.TextEncoder", None)
     assert clip_cache() == 0 and sidecars(root, CLIP) == before
     assert "0 encoded, 6 fresh" in capsys.readouterr().out
 

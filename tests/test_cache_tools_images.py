@@ -14,9 +14,9 @@ from PIL import Image, ImageOps
 from safetensors.torch import save_file
 from skimage.metrics import peak_signal_noise_ratio
 
-from cachetrain.caching import previews
-from cachetrain.modeling.pictures import grid
-from cachetrain.sidecar import read_sidecar, write_sidecar
+from cachetrain.caching.inspect import previews
+from cachetrain.data.sidecar import read_sidecar, write_sidecar
+from cachetrain.sampling.render import grid
 
 torch.set_num_threads(1)
 MODEL = TINY / "vae"

@@ -9,8 +9,8 @@ from cache_fixtures import run_script
 from conftest import load_script
 from safetensors.torch import save_file
 
-from cachetrain.caching.statistics import Estimate, Moments
-from cachetrain.sidecar import write_sidecar
+from cachetrain.caching.inspect.statistics import Estimate, Moments
+from cachetrain.data.sidecar import write_sidecar
 
 VAE = {"kind": "img_sdxl", "encoder": "e" * 64, "settings": "{}", "scaling_factor": "0.13025", "shift_factor": "0.0"}
 TEXT = {"kind": "txt_t5cache", "encoder": "t" * 64, "settings": "{}", "truncated": "0"}

@@ -10,12 +10,14 @@ import torch
 from conftest import load_script
 from test_training import CLIP, T5, digest, refused, run
 
-from cachetrain.sidecar import read_sidecar
-from cachetrain.training import data, draws, options, ram, setup
-from cachetrain.training.data import Batches, CachedPairs, Visit
-from cachetrain.training.distributed import World
-from cachetrain.training.index import PairIndex
-from cachetrain.training.loader import unpack
+from cachetrain.data import dataset, ram, rng
+from cachetrain.data.batching import Batches
+from cachetrain.data.dataset import CachedPairs, Visit
+from cachetrain.data.index import PairIndex
+from cachetrain.data.loader import unpack
+from cachetrain.data.sidecar import read_sidecar
+from cachetrain.distributed import World
+from cachetrain.training import options, setup
 
 REQUIRED = ["--model", "x", "--output_dir", "x"]
 
@@ -44,17 +46,17 @@ def copied(shapes, folder, names=slice(None), suffixes=T5):
 
 def test_weights_are_the_mean_number_of_visits_and_fractions_are_drawn_anew_in_each_epoch():
     weights = np.array([1, 2, 0, 0.5, 2.25] * 20, np.float32)
-    counts = np.array([np.bincount(draws.visits(0, epoch, weights)[0], minlength=100) for epoch in range(400)])
+    counts = np.array([np.bincount(rng.visits(0, epoch, weights)[0], minlength=100) for epoch in range(400)])
     for i, weight in enumerate(weights):
         assert set(counts[:, i]) == {int(np.floor(weight)), int(np.ceil(weight))}
         spread = np.sqrt((weight % 1) * (1 - weight % 1) / 400)
         assert abs(counts[:, i].mean() - weight) <= 5 * spread
     assert len({row.tobytes() for row in counts}) == 400
-    samples, repeats = draws.visits(3, 7, weights)
+    samples, repeats = rng.visits(3, 7, weights)
     assert len(set(zip(samples.tolist(), repeats.tolist(), strict=True))) == len(samples)
     assert all(repeats[samples == 1].tolist().count(n) == 1 for n in (0, 1))
-    plain, none = draws.visits(0, 0, np.ones(50, np.float32))
-    assert (plain == draws.permutation(0, 0, 50)).all() and not none.any()
+    plain, none = rng.visits(0, 0, np.ones(50, np.float32))
+    assert (plain == rng.permutation(0, 0, 50)).all() and not none.any()
 
 
 def test_two_visits_of_one_epoch_have_noise_and_timesteps_of_their_own(shapes):
@@ -130,8 +132,8 @@ def test_caches_in_memory_train_the_same_weights_and_files_are_read_once(
 ):
     flags = ["--max_steps", 5, "--batch_size", 8, "--lr", 1e-3, "--cond_dropout", 0.2]
     _, from_files = run(shapes, model_t5, tmp_path / "files", *flags)
-    monkeypatch.setattr(data.Files, "image", None)  # nothing may read a file any more
-    monkeypatch.setattr(data.Files, "text", None)
+    monkeypatch.setattr(dataset.Files, "image", None)  # nothing may read a file any more
+    monkeypatch.setattr(dataset.Files, "text", None)
     _, from_memory = run(shapes, model_t5, tmp_path / "memory", *flags, "--cache_in_ram", "--num_workers", workers)
     assert digest(from_files) == digest(from_memory)
 

@@ -14,11 +14,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from cachetrain.modeling import original_layout
+from cachetrain.checkpoints import original_layout
+from cachetrain.checkpoints.export import check_exportable, export_single_file
+from cachetrain.checkpoints.original_layout import text_names, unet_names, vae_names, vae_shape
+from cachetrain.diffusion.noise_schedulers import make_scheduler
 from cachetrain.modeling.compose import compose_sd, compose_t5
-from cachetrain.modeling.export import check_exportable, export_single_file
-from cachetrain.modeling.original_layout import text_names, unet_names, vae_names, vae_shape
-from cachetrain.modeling.schedulers import make_scheduler
 
 torch.set_num_threads(1)
 SD15_UNET = {

@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from test_training import T5, digest, run, trainer
 from train_ranks import Ranks
 
-from cachetrain.sidecar import read_sidecar, write_sidecar
-from cachetrain.training import guard, optim, setup
-from cachetrain.training.data import Batches
-from cachetrain.training.guard import QUARANTINE, Guard
-from cachetrain.training.index import PairIndex
+from cachetrain.data.batching import Batches
+from cachetrain.data.index import PairIndex
+from cachetrain.data.sidecar import read_sidecar, write_sidecar
+from cachetrain.training import nonfinite, optim, setup
+from cachetrain.training.nonfinite import QUARANTINE, Guard
 
 STEPS, BAD = 4, 2
 COMMON = ["--lr", 1e-3, "--ema_decay", 0.9, "--cond_dropout", 0]
@@ -117,7 +117,7 @@ def reference(shapes, model_t5, tmp_path_factory):
 
         out = tmp_path_factory.mktemp("reference") / "run"
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(guard, "step_if_finite", step_plainly)
+            patch.setattr(nonfinite, "step_if_finite", step_plainly)
             run(shapes, model_t5, out, "--max_steps", STEPS, *COMMON, "--log_groups", 1, *flags)
         assert not (out / QUARANTINE).exists()
         return state_after(out, STEPS)

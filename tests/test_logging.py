@@ -20,10 +20,10 @@ from PIL import Image, ImageSequence
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cachetrain.diffusion.objective import alpha_sigma, min_snr_weights, squared_error, target_of
 from cachetrain.training.logs import describe, diagnostics, health, machine
 from cachetrain.training.logs.metrics import Metrics, open_metrics
 from cachetrain.training.logs.statistics import Statistics
-from cachetrain.training.objective import alpha_sigma, min_snr_weights, squared_error, target_of
 from cachetrain.training.options import GROUPS
 
 torch.set_num_threads(1)

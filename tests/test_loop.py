@@ -13,8 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_training import CLIP, digest, refused, run, trainer
 
+from cachetrain.checkpoints.save import checkpoints
 from cachetrain.training import setup
-from cachetrain.training.saves.saving import checkpoints
 
 FLOW = ["--objective", "flow"]
 
@@ -41,7 +41,7 @@ def test_overfit_that_cannot_learn_fails(broken, shapes, model_t5, tmp_path, cap
 def test_overfit_notices_targets_that_have_nothing_to_do_with_the_input(
     shapes, model_t5, tmp_path, capsys, monkeypatch
 ):
-    from cachetrain.training import objective
+    from cachetrain.diffusion import objective
 
     monkeypatch.setattr(objective, "target_of", lambda _, latents, *__: torch.randn_like(latents))
     flags = ["--overfit", 4, "--batch_size", 4, "--max_steps", 150, "--lr", 2e-3, *FLOW]

@@ -14,11 +14,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import T5EncoderModel, T5Tokenizer
 
+from cachetrain.diffusion.noise_schedulers import make_scheduler, sampler_for
 from cachetrain.modeling import load
-from cachetrain.modeling.pictures import grid, render, sample_name, save_png
-from cachetrain.modeling.schedulers import make_scheduler, sampler_for
 from cachetrain.modeling.t5_pipeline import pad_embeddings
-from cachetrain.modeling.text import TextEncoder, encode_like_cache
+from cachetrain.modeling.text_encoders import TextEncoder, encode_like_cache
+from cachetrain.sampling.render import grid, render, sample_name, save_png
 
 torch.set_num_threads(1)
 PROMPTS = ["a small red circle on the left on a blue background", "a star"]

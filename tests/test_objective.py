@@ -6,8 +6,8 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_snr
 
-from cachetrain.modeling.schedulers import SD_SCHEDULE, make_scheduler, objective_of, sampler_for
-from cachetrain.training.objective import (
+from cachetrain.diffusion.noise_schedulers import SD_SCHEDULE, make_scheduler, objective_of, sampler_for
+from cachetrain.diffusion.objective import (
     alpha_sigma,
     min_snr_weights,
     noise_schedule,

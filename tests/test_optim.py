@@ -6,8 +6,9 @@ import importlib.util
 import pytest
 import torch
 
-from cachetrain.training.optim import autocast_for, clip_gradients, loss_scaler, make_optimizer
-from cachetrain.training.schedules import KAHAN_OPTIMIZERS, OPTIMIZERS, default_betas
+from cachetrain.modeling.precision import autocast_for
+from cachetrain.training.lr_schedule import KAHAN_OPTIMIZERS, OPTIMIZERS, default_betas
+from cachetrain.training.optim import clip_gradients, loss_scaler, make_optimizer
 
 PACKAGES = {"adamw8": "bitsandbytes", "prodigy": "prodigyopt"}
 RATES = {"prodigy": 1.0}

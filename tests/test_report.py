@@ -12,10 +12,10 @@ from conftest import load_script
 from PIL import Image
 from test_training import run
 
-from cachetrain.modeling.pictures import sample_name, save_png
 from cachetrain.report import run as reading
 from cachetrain.report.findings import findings
 from cachetrain.report.run import read_run, read_samples, read_scalars, read_skipped, read_warnings, thinned
+from cachetrain.sampling.render import sample_name, save_png
 
 report = load_script("report.py")
 

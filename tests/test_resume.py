@@ -18,9 +18,9 @@ from conftest import REPO, load_script
 from safetensors.torch import load_file
 from train_ranks import HANG_S, seen_by, watched_rank
 
-from cachetrain.sidecar import read_sidecar, write_sidecar
-from cachetrain.training.data import Batches
-from cachetrain.training.saves.saving import checkpoint_path, checkpoints
+from cachetrain.checkpoints.save import checkpoint_path, checkpoints
+from cachetrain.data.batching import Batches
+from cachetrain.data.sidecar import read_sidecar, write_sidecar
 
 torch.set_num_threads(1)
 trainer = load_script("train_from_cached.py")

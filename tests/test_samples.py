@@ -14,17 +14,18 @@ from diffusers import DPMSolverMultistepScheduler, EulerAncestralDiscreteSchedul
 from PIL import Image
 from test_training import run, trainer
 
+from cachetrain.checkpoints.info import data_info
+from cachetrain.data.index import PairIndex
+from cachetrain.data.sidecar import read_sidecar
+from cachetrain.diffusion.noise_schedulers import FLOW_SAMPLERS, SAMPLERS, make_scheduler, sampler_for
+from cachetrain.diffusion.objective import target_of
 from cachetrain.modeling import load
-from cachetrain.modeling.pictures import render
-from cachetrain.modeling.schedulers import FLOW_SAMPLERS, SAMPLERS, make_scheduler, sampler_for
 from cachetrain.modeling.t5_pipeline import denoise
-from cachetrain.modeling.text import TextEncoder
-from cachetrain.sidecar import read_sidecar
-from cachetrain.training import samples as samples_module
-from cachetrain.training.index import PairIndex
-from cachetrain.training.objective import target_of
-from cachetrain.training.prompts import PromptFile, Prompts, Sample, read_prompts, sample_seed, sample_size
-from cachetrain.training.samples import Samples, data_info
+from cachetrain.modeling.text_encoders import TextEncoder
+from cachetrain.sampling import samples as samples_module
+from cachetrain.sampling.prompts import PromptFile, Prompts, Sample, read_prompts, sample_seed, sample_size
+from cachetrain.sampling.render import render
+from cachetrain.sampling.samples import Samples
 
 torch.set_num_threads(1)
 CLIP, T5 = (".img_sdxl", ".txt_clipl"), (".img_sdxl", ".txt_t5cache")
@@ -232,10 +233,10 @@ def test_pictures_are_what_their_metadata_says(shapes, model_sd, tmp_path):
 
 
 def test_all_guidance_scales_start_from_the_same_noise(shapes, model_t5, unet, tmp_path, monkeypatch):
-    from cachetrain.modeling import pictures
+    from cachetrain.sampling import render
 
     seen = []
-    monkeypatch.setattr(pictures, "denoise", lambda unet, scheduler, latents, *rest: seen.append(latents) or latents)
+    monkeypatch.setattr(render, "denoise", lambda unet, scheduler, latents, *rest: seen.append(latents) or latents)
     make_samples(model_t5, shapes, ["a", "b"], cfgs=(1.0, 4.0, 7.0)).draw(unet, tmp_path, None, 1, nullcontext)
     assert len(seen) == 3 and torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
     assert not torch.equal(seen[0][0], seen[0][1])

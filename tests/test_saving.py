@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from test_training import digest, refused, run, trainer
 
 from cachetrain import atomic
-from cachetrain.training.saves import saving
-from cachetrain.training.saves.manifest import damages
-from cachetrain.training.saves.saving import Saving, checkpoints, step_of
+from cachetrain.checkpoints import save
+from cachetrain.checkpoints.manifest import damages
+from cachetrain.checkpoints.save import Saving, checkpoints, step_of
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -121,7 +121,7 @@ def kept(shapes, model_t5, tmp_path_factory):
 
 def test_frozen_parts_are_one_file_however_many_checkpoints_have_been_removed(kept, model_t5):
     first, second = checkpoints(kept)
-    names = [name for name in saving.read_manifest(second) if saving.is_frozen(name)]
+    names = [name for name in save.read_manifest(second) if save.is_frozen(name)]
     assert {name.split("/")[0] for name in names} == {
         "vae", "text_encoder", "tokenizer", "projection", "pipeline.py",
     }  # fmt: skip

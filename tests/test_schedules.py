@@ -10,7 +10,7 @@ from diffusers.optimization import get_scheduler
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
 
 from cachetrain.cli import Steps
-from cachetrain.training.schedules import (
+from cachetrain.training.lr_schedule import (
     BETAS,
     KAHAN_OPTIMIZERS,
     SCHEDULES,
@@ -67,7 +67,7 @@ def test_lr_factor_never_exceeds_the_peak_where_settings_are_odd(name):
 
 
 def test_schedules_import_no_torch():
-    code = "import sys, cachetrain.training.schedules; sys.exit('torch' in sys.modules)"
+    code = "import sys, cachetrain.training.lr_schedule; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

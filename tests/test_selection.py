@@ -10,7 +10,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 
-from cachetrain.modeling import load, selection
+from cachetrain.modeling import load, trainable
 
 TINY_CONFIG = UNet2DConditionModel.load_config(TINY / "unet")
 # The published configs: SD1.5's is the class's default but for these; SD2's adds heads by level and linear proj_in.
@@ -22,7 +22,7 @@ TEXT_PROJ = {**TINY_CONFIG, "encoder_hid_dim": 48, "encoder_hid_dim_type": "text
 
 def arguments(*flags):
     parser = argparse.ArgumentParser()
-    selection.add_arguments(parser)
+    trainable.add_arguments(parser)
     return parser.parse_args([part for flag in flags for part in flag.split()])
 
 
@@ -87,19 +87,19 @@ UNFREEZE = ("in", "out", "time", "up_blocks 1", "down_blocks 0 1", "mid_block", 
 
 @pytest.mark.parametrize("config", [TINY_CONFIG, SD15, SD2], ids=["tiny", "sd15", "sd2"])
 def test_each_part_is_what_diffusers_modules_say(config):
-    for verb, parts in (("reinit", tuple(selection.REINIT)), ("unfreeze", UNFREEZE)):
+    for verb, parts in (("reinit", tuple(trainable.REINIT)), ("unfreeze", UNFREEZE)):
         for part in parts:
             unet = on_meta(config)
-            selection.apply(unet, arguments(f"--{verb}_{part}", "--targetted_training"), 0, resumed=True)
+            trainable.apply(unet, arguments(f"--{verb}_{part}", "--targetted_training"), 0, resumed=True)
             expected = expected_names(unet, part)
             assert trained_names(unet) == expected
             assert expected
-    assert {part.split()[0] for part in UNFREEZE} == set(selection.UNFREEZE) - {"text_proj"}
+    assert {part.split()[0] for part in UNFREEZE} == set(trainable.UNFREEZE) - {"text_proj"}
 
 
 def test_parts_of_the_tiny_unet_are_these():
     unet = on_meta(TEXT_PROJ)
-    selection.apply(unet, arguments("--reinit_crossattnout --unfreeze_in --unfreeze_out --unfreeze_text_proj"), 0)
+    trainable.apply(unet, arguments("--reinit_crossattnout --unfreeze_in --unfreeze_out --unfreeze_text_proj"), 0)
     blocks = ["down_blocks.0.attentions.0", "down_blocks.1.attentions.0", "mid_block.attentions.0",
               "up_blocks.0.attentions.0", "up_blocks.0.attentions.1", "up_blocks.1.attentions.0",
               "up_blocks.1.attentions.1"]  # fmt: skip
@@ -109,7 +109,7 @@ def test_parts_of_the_tiny_unet_are_these():
 
 
 def test_table_counts_sd15_as_the_closed_form_does():
-    table = selection.apply(on_meta(SD15), arguments("--reinit_crossattn", "--unfreeze_attention"), 0, resumed=True)
+    table = trainable.apply(on_meta(SD15), arguments("--reinit_crossattn", "--unfreeze_attention"), 0, resumed=True)
     rows = {row.part: row[1:] for row in table.rows}
     widths = [320] * 5 + [640] * 5 + [1280] * 6  # of SD1.5's 16 transformer blocks
     cross = sum(2 * c * c + 2 * 768 * c + c for c in widths)  # to_q, to_out; to_k, to_v from 768; a bias at the end
@@ -126,10 +126,10 @@ def test_table_counts_sd15_as_the_closed_form_does():
 
 
 def test_reinit_gives_the_values_of_a_fresh_unet_and_leaves_all_others():
-    for part in selection.REINIT:
+    for part in trainable.REINIT:
         unet = trained_unet()
         before, state = values(unet), torch.random.get_rng_state()
-        selection.apply(unet, arguments(f"--reinit_{part}"), 5)
+        trainable.apply(unet, arguments(f"--reinit_{part}"), 5)
         assert torch.equal(state, torch.random.get_rng_state())
         reference, expected = values(fresh(TINY_CONFIG, 5)), expected_names(unet, part)
         assert changed(before, values(unet)) == expected
@@ -139,7 +139,7 @@ def test_reinit_gives_the_values_of_a_fresh_unet_and_leaves_all_others():
 
 def test_reinit_unet_is_distributed_as_torch_initialises_its_layers():
     unet = trained_unet()
-    selection.apply(unet, arguments("--reinit_unet"), 1)
+    trainable.apply(unet, arguments("--reinit_unet"), 1)
     for module in unet.modules():
         if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) and module.weight.numel() > 4000:
             # torch's default: uniform within 1 / sqrt(fan_in), so its std is that / sqrt(3).
@@ -153,7 +153,7 @@ def test_zero_initialised_layers_are_zero_again():
     # GLIGEN's gates: layers that diffusers itself starts at zero, so that a new branch is silent at first.
     config = {**TINY_CONFIG, "attention_type": "gated"}
     unet = trained_unet(config)
-    selection.apply(unet, arguments("--reinit_unet"), 0)
+    trainable.apply(unet, arguments("--reinit_unet"), 0)
     gates = [parameter for name, parameter in unet.named_parameters() if "alpha_" in name]
     assert len(gates) == 14
     assert not any(gate.any() for gate in gates)
@@ -161,14 +161,14 @@ def test_zero_initialised_layers_are_zero_again():
 
 def test_reinit_casts_to_the_unets_dtype():
     unet = trained_unet().to(torch.bfloat16)
-    selection.apply(unet, arguments("--reinit_in"), 3)
+    trainable.apply(unet, arguments("--reinit_in"), 3)
     assert torch.equal(unet.conv_in.weight, fresh(TINY_CONFIG, 3).conv_in.weight.to(torch.bfloat16))
 
 
 def test_a_step_with_only_cross_attention_changes_nothing_else():
     unet = trained_unet().train()
     original = values(unet)
-    selection.apply(unet, arguments("--reinit_crossattn", "--targetted_training"), 0)
+    trainable.apply(unet, arguments("--reinit_crossattn", "--targetted_training"), 0)
     before, cross = values(unet), expected_names(unet, "crossattn")
     optimizer = torch.optim.AdamW([p for p in unet.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
     generator = torch.Generator().manual_seed(0)
@@ -181,14 +181,14 @@ def test_a_step_with_only_cross_attention_changes_nothing_else():
 
 def test_what_is_initialised_anew_trains_beside_what_is_unfrozen():
     unet = trained_unet()
-    selection.apply(unet, arguments("--reinit_qk", "--unfreeze_out"), 0)
+    trainable.apply(unet, arguments("--reinit_qk", "--unfreeze_out"), 0)
     assert trained_names(unet) == expected_names(unet, "qk") | expected_names(unet, "out")
 
 
 def test_a_resumed_run_keeps_its_weights_and_its_choice():
     unet = trained_unet()
     before = values(unet)
-    table = selection.apply(unet, arguments("--reinit_qk", "--targetted_training"), 0, resumed=True)
+    table = trainable.apply(unet, arguments("--reinit_qk", "--targetted_training"), 0, resumed=True)
     assert not changed(before, values(unet))
     assert trained_names(unet) == expected_names(unet, "qk")
     assert table.rows[0].part == "--reinit_qk"
@@ -196,14 +196,14 @@ def test_a_resumed_run_keeps_its_weights_and_its_choice():
 
 def test_without_flags_everything_trains_but_what_the_model_itself_freezes():
     unet = trained_unet()
-    table = selection.apply(unet, arguments(), 0)
+    table = trainable.apply(unet, arguments(), 0)
     assert trained_names(unet) == set(values(unet))
     assert [row.part for row in table.rows] == [
         "conv_in", "time_embedding", "down_blocks.0", "down_blocks.1", "up_blocks.0", "up_blocks.1", "mid_block",
         "conv_norm_out", "conv_out", "UNet",
     ]  # fmt: skip
     unet = fresh({**TINY_CONFIG, "time_embedding_type": "fourier"}, 0)
-    selection.apply(unet, arguments("--reinit_unet", "--targetted_training"), 0)
+    trainable.apply(unet, arguments("--reinit_unet", "--targetted_training"), 0)
     assert not unet.time_proj.weight.requires_grad  # random frequencies, fixed by diffusers
 
 
@@ -218,7 +218,7 @@ def test_without_flags_everything_trains_but_what_the_model_itself_freezes():
 def test_a_flag_that_names_nothing_is_refused(flags, config, message):
     unet = on_meta({**TINY_CONFIG, **config})
     with pytest.raises(ValueError, match=message):
-        selection.apply(unet, arguments(flags), 0)
+        trainable.apply(unet, arguments(flags), 0)
 
 
 def test_numbers_of_blocks_are_checked_when_parsed(capsys):
@@ -232,5 +232,5 @@ def test_numbers_of_blocks_are_checked_when_parsed(capsys):
 def test_a_fresh_unet_is_that_of_a_directory_without_weights(tmp_path):
     fresh(TINY_CONFIG, 0).save_config(tmp_path)
     loaded, unet = values(load.load_unet(tmp_path, seed=4)), trained_unet()
-    selection.apply(unet, arguments("--reinit_unet"), 4)
+    trainable.apply(unet, arguments("--reinit_unet"), 4)
     assert not changed(loaded, values(unet))

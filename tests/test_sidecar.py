@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cachetrain import sidecar
+from cachetrain.data import sidecar
 
 METADATA = {"kind": "img_sdxl", "encoder": "e" * 64, "settings": '{"width": 64}', "scaling_factor": "0.13025"}
 

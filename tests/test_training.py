@@ -21,10 +21,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cachetrain.sidecar import read_sidecar, write_sidecar
-from cachetrain.training import draws
-from cachetrain.training.data import Batches, CachedPairs, Visit, collate
-from cachetrain.training.index import PairIndex
+from cachetrain.data import rng
+from cachetrain.data.batching import Batches, collate
+from cachetrain.data.dataset import CachedPairs, Visit
+from cachetrain.data.index import PairIndex
+from cachetrain.data.sidecar import read_sidecar, write_sidecar
 
 torch.set_num_threads(1)
 trainer = load_script("train_from_cached.py")
@@ -80,10 +81,10 @@ def plain_loop(data, model, objective, steps, accum, batch_size, masked, gamma):
             keys = next(order)
             latents = torch.stack([load_file(index.image_path(key.sample))["latent"].float() * scale for key in keys])
             noise = torch.stack([
-                torch.from_numpy(draws.generator(0, e, i, draws.NOISE).standard_normal(latents[0].shape, np.float32))
+                torch.from_numpy(rng.generator(0, e, i, rng.NOISE).standard_normal(latents[0].shape, np.float32))
                 for e, i, *_ in keys
             ])  # fmt: skip
-            u = torch.tensor([draws.generator(0, e, i, draws.TIMESTEP).random() for e, i, *_ in keys])
+            u = torch.tensor([rng.generator(0, e, i, rng.TIMESTEP).random() for e, i, *_ in keys])
             text = [load_file(index.text_path(key.sample))["emb"].float() for key in keys]
             hidden = torch.nn.utils.rnn.pad_sequence(text, batch_first=True)
             mask = None
@@ -184,11 +185,11 @@ def test_an_epoch_visits_every_sample_once_and_drops_none():
 
 
 def test_batch_order_is_the_seeds_permutation_and_changes_with_the_epoch():
-    first, second = draws.permutation(0, 0, 100), draws.permutation(0, 1, 100)
+    first, second = rng.permutation(0, 0, 100), rng.permutation(0, 1, 100)
     assert sorted(first) == list(range(100))
     assert (first != second).any()
-    assert (first == draws.permutation(0, 0, 100)).all()
-    assert (first != draws.permutation(1, 0, 100)).any()
+    assert (first == rng.permutation(0, 0, 100)).all()
+    assert (first != rng.permutation(1, 0, 100)).any()
 
 
 @pytest.mark.parametrize("accum", [1, 3])
@@ -243,11 +244,11 @@ def test_timestep_range_offset_noise_and_sampling_change_only_what_they_say(shap
 
 
 def test_draws_of_a_sample_are_its_own_and_standard_normal():
-    noise = draws.generator(0, 3, 7, draws.NOISE).standard_normal(200_000)
+    noise = rng.generator(0, 3, 7, rng.NOISE).standard_normal(200_000)
     assert abs(noise.mean()) < 0.01
     assert abs(noise.std() - 1) < 0.01
-    for other in ((1, 3, 7, draws.NOISE), (0, 4, 7, draws.NOISE), (0, 3, 8, draws.NOISE), (0, 3, 7, draws.FLIP)):
-        assert abs(np.corrcoef(noise, draws.generator(*other).standard_normal(200_000))[0, 1]) < 0.01
+    for other in ((1, 3, 7, rng.NOISE), (0, 4, 7, rng.NOISE), (0, 3, 8, rng.NOISE), (0, 3, 7, rng.FLIP)):
+        assert abs(np.corrcoef(noise, rng.generator(*other).standard_normal(200_000))[0, 1]) < 0.01
 
 
 def test_cond_dropout_replaces_the_share_of_captions_asked_for(shapes):
@@ -508,8 +509,8 @@ def test_zero_terminal_snr_is_trained_and_saved_with_the_checkpoint(shapes, mode
 def test_bucketed_caches_of_one_folder_train_together_each_batch_of_one_size(shapes, model_t5, tmp_path):
     from PIL import Image
 
-    from cachetrain.training.data import Batches
-    from cachetrain.training.index import PairIndex
+    from cachetrain.data.batching import Batches
+    from cachetrain.data.index import PairIndex
 
     data = tmp_path / "data"
     shutil.copytree(shapes, data)

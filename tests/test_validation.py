@@ -9,18 +9,12 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
 
+from cachetrain.data import rng
+from cachetrain.data.dataset import CachedPairs
+from cachetrain.data.index import PairIndex
+from cachetrain.data.split import check_apart, split_index
 from cachetrain.modeling import load
-from cachetrain.training import draws
-from cachetrain.training.data import CachedPairs
-from cachetrain.training.index import PairIndex
-from cachetrain.training.validation import (
-    QUANTILES,
-    FixedBatches,
-    Validation,
-    check_apart,
-    split_index,
-    split_positions,
-)
+from cachetrain.training.validation import QUANTILES, FixedBatches, Validation, split_positions
 
 torch.set_num_threads(1)
 T5 = [".img_sdxl", ".txt_t5cache"]
@@ -125,7 +119,7 @@ def test_val_loss_equals_a_plain_loop_over_all_samples_and_quantiles(index, unet
         latents = load_file(index.image_path(i))["latent"].float()[None]
         text = load_file(index.text_path(i))["emb"].float()[None]
         for quantile in range(QUANTILES):
-            noise = draws.generator(0, quantile, i, draws.NOISE).standard_normal(latents.shape[1:], np.float32)
+            noise = rng.generator(0, quantile, i, rng.NOISE).standard_normal(latents.shape[1:], np.float32)
             noise = torch.from_numpy(noise)[None]
             t = torch.tensor([int(1000 * (quantile + (0.5 + i * (5**0.5 - 1) / 2) % 1) / QUANTILES)])
             with torch.no_grad():

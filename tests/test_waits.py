@@ -14,14 +14,14 @@ from diffusers import UNet2DConditionModel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cachetrain.checkpoints import resume
+from cachetrain.checkpoints.save import Saving
+from cachetrain.data.loader import on_device, pack
+from cachetrain.distributed import World
+from cachetrain.modeling.precision import autocast_for
+from cachetrain.sampling.samples import Samples
 from cachetrain.training import setup
-from cachetrain.training.distributed import World
-from cachetrain.training.loader import on_device, pack
 from cachetrain.training.logs.run_logs import Logs
-from cachetrain.training.optim import autocast_for
-from cachetrain.training.samples import Samples
-from cachetrain.training.saves import resume
-from cachetrain.training.saves.saving import Saving
 from cachetrain.training.validation import Validation
 
 torch.set_num_threads(1)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_training import T5, refused, run, trainer
 
-from cachetrain.training.warnings_log import recorded, warn
+from cachetrain.log import recorded, warn
 
 FLAGS = ["--max_steps", 4, "--batch_size", 2, "--log_groups", 1, "--save_steps", 2]
 BARE = [*FLAGS, "--vae_scaling_factor", 0.5]  # which caches without headers do not say

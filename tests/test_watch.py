@@ -13,7 +13,7 @@ from conftest import REPO, load_script
 from PIL import Image, ImageChops
 
 from cachetrain.atomic import is_locked
-from cachetrain.training import watch
+from cachetrain.sampling import watch
 
 torch.set_num_threads(1)
 sample = load_script("sample.py")

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 REPO = Path(__file__).resolve().parent.parent
 HANG_S = 300  # a test that waits for longer hangs; so long that no loaded machine gets there
-_IMPORTED = ["torch.distributed.fsdp", "torch.nn.parallel", "optimi", "cachetrain.training.saves.saving",
+_IMPORTED = ["torch.distributed.fsdp", "torch.nn.parallel", "optimi", "cachetrain.checkpoints.save",
              "cachetrain.training.ema", "cachetrain.training.logs.run_logs", "cachetrain.training.optim",
              "cachetrain.training.setup"]  # fmt: skip
 
@@ -165,8 +165,9 @@ def observe(trainer, moment=None):
     Args:
         moment: at which the process kills itself: "read" (of a header), "forward" (the fourth), "save".
     """
-    from cachetrain.training import distributed, index
-    from cachetrain.training.saves.saving import Saving
+    from cachetrain import distributed
+    from cachetrain.checkpoints.save import Saving
+    from cachetrain.data import index
 
     seen = {"headers": [], "samples": [], "exchanges": 0, "weights": [], "averages": []}
 
@@ -185,7 +186,7 @@ def observe(trainer, moment=None):
             join_saving()
             at("forward")
 
-    def save(saving, step, unet, ema, *_):
+    def save(save, step, unet, ema, *_):
         seen["weights"].append(_digest_of(unet))
         if ema:
             with ema.applied():
@@ -226,7 +227,7 @@ def watch_samples(path, trainer, moment):
         moment: at which the process kills itself: "forward" (the fourth, when all saves so far are complete) or "save"
             (all but the manifest is written).
     """
-    from cachetrain.training.saves import saving
+    from cachetrain.checkpoints import save
 
     lines, number = open(path, "a", buffering=1), count(1)
 
@@ -242,7 +243,7 @@ def watch_samples(path, trainer, moment):
 
     before(trainer, "forward", forward)
     if moment == "save":
-        before(saving, "write_manifest", kill)
+        before(save, "write_manifest", kill)
     return {}
 
 

@@ -2,8 +2,9 @@
 
 import argparse
 
-from cachetrain import cli, sidecar
-from cachetrain.caching.scan import CAPTION_SUFFIXES, IMAGE_SUFFIXES
+from cachetrain import cli
+from cachetrain.data import sidecar
+from cachetrain.data.scan import CAPTION_SUFFIXES, IMAGE_SUFFIXES
 
 
 def image_parser(doc, kind, model):

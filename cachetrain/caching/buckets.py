@@ -5,7 +5,7 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from cachetrain.sidecar import atomic_write, temporary_path
+from cachetrain.atomic import atomic_write, temporary_path
 
 STEP = 64
 

@@ -5,8 +5,8 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
-from cachetrain.caching.scan import read_caption
-from cachetrain.sidecar import Header, SidecarError, read_header, read_sidecar, write_sidecar
+from cachetrain.data.scan import read_caption
+from cachetrain.data.sidecar import Header, SidecarError, read_header, read_sidecar, write_sidecar
 
 FRESH, MISSING, STALE, CORRUPT, FOREIGN = "fresh", "missing", "stale", "corrupt", "foreign"
 

@@ -13,8 +13,8 @@ from cachetrain.caching.buckets import bucket_sizes
 from cachetrain.caching.freshness import image_source
 from cachetrain.caching.tally import Tally
 from cachetrain.caching.writer import Row, Writer
+from cachetrain.data.sidecar import sidecar_path
 from cachetrain.modeling import load
-from cachetrain.sidecar import sidecar_path
 
 
 def cache_images(args, kind):

@@ -4,11 +4,11 @@ import os
 
 from tqdm import tqdm
 
-from cachetrain.bulk import in_threads
 from cachetrain.caching import ranks
 from cachetrain.caching.freshness import CORRUPT, FOREIGN, FRESH, sidecar_state
-from cachetrain.caching.scan import Pairs, scan
-from cachetrain.sidecar import sidecar_path
+from cachetrain.data.many_files import in_threads
+from cachetrain.data.scan import Pairs, scan
+from cachetrain.data.sidecar import sidecar_path
 
 
 def find_pairs(args, tally):

@@ -9,11 +9,11 @@ from tqdm import tqdm
 
 from cachetrain.caching import ranks, runner
 from cachetrain.caching.freshness import caption_source
-from cachetrain.caching.scan import null_pair, read_caption
 from cachetrain.caching.tally import Tally
 from cachetrain.caching.writer import Row, Writer
+from cachetrain.data.scan import null_pair, read_caption
+from cachetrain.data.sidecar import sidecar_path
 from cachetrain.modeling import load
-from cachetrain.sidecar import sidecar_path
 
 # Captions are read, sorted by length and encoded once each within windows of this many images.
 _WINDOW = 65536
@@ -137,7 +137,7 @@ def _by_caption(pairs, tally, progress):
 
 def _encoder(model_dir, device, dtype, settings, kind, batch_size):
     """Returns a function: captions -> batches, which are lists of Embedded."""
-    from cachetrain.modeling.text import TextEncoder
+    from cachetrain.modeling.text_encoders import TextEncoder
 
     encoder = TextEncoder(model_dir, device, dtype, **settings)
     if encoder.is_t5 != (kind == "txt_t5cache"):

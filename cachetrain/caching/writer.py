@@ -6,7 +6,7 @@ from errno import EDQUOT, ENOSPC, EROFS
 from pathlib import Path
 from typing import NamedTuple
 
-from cachetrain.sidecar import write_sidecar
+from cachetrain.data.sidecar import write_sidecar
 
 
 class Row(NamedTuple):

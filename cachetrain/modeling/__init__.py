@@ -1,1 +1,1 @@
-"""Loading, composing and sampling models."""
+"""Loading, composing and conditioning models."""

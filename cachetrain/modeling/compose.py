@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 
 from cachetrain.atomic import staged_directory
+from cachetrain.diffusion.noise_schedulers import make_scheduler
 from cachetrain.modeling import load
-from cachetrain.modeling.schedulers import make_scheduler
 
 HERE = Path(__file__).parent
 
@@ -177,7 +177,7 @@ def make_projection(model_dir, width, captions, seed, dtype=None, device="cpu"):
     import torch
 
     from cachetrain.modeling.t5_projection import T5Projection
-    from cachetrain.modeling.text import TextEncoder
+    from cachetrain.modeling.text_encoders import TextEncoder
 
     encoder = TextEncoder(model_dir, device, dtype or torch.float32, raw=True)
     hidden = torch.cat([encoder.encode_ids(encoder.tokenize([c])[0])[0].float() for c in captions or PLAIN_CAPTIONS])

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from cachetrain.sidecar import atomic_write
+from cachetrain.atomic import atomic_write
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 

@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import torch
 
-from cachetrain.training.distributed import local_parts
+from cachetrain.distributed import local_parts
 
 
 class Ema:

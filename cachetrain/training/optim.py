@@ -5,8 +5,8 @@ from functools import partial
 
 import torch
 
-from cachetrain.training.distributed import local_parts
-from cachetrain.training.schedules import check_optimizer
+from cachetrain.distributed import local_parts
+from cachetrain.training.lr_schedule import check_optimizer
 
 EPS = 1e-8  # of all Adam-like optimizers, torch's default: diffusion gradients are often below optimi's 1e-6
 
@@ -159,16 +159,6 @@ def loss_scaler(device, precision):
         precision: of the command line.
     """
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-
-
-def autocast_for(device, precision):
-    """Returns a function that opens the autocast context of a precision.
-
-    "bf16" and "fp16" compute in bfloat16 and float16 from float32 weights; "fp32" and "bf16_pure" compute in the
-    dtype of the weights.
-    """
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    return lambda: torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 @torch.no_grad()

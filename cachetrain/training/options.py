@@ -5,9 +5,9 @@ import os
 from importlib.util import find_spec
 
 from cachetrain import cli
-from cachetrain.modeling import selection
-from cachetrain.sidecar import SUFFIXES
-from cachetrain.training.schedules import OPTIMIZERS, SCHEDULES, check_optimizer, default_betas
+from cachetrain.data.sidecar import SUFFIXES
+from cachetrain.modeling import trainable
+from cachetrain.training.lr_schedule import OPTIMIZERS, SCHEDULES, check_optimizer, default_betas
 
 GROUPS = tuple(range(1, 16))  # of the logs
 
@@ -21,7 +21,7 @@ def parse_args(doc, argv=None):
     parser = cli.parser(doc)
     _data_arguments(parser.add_argument_group("data"))
     _objective_arguments(parser.add_argument_group("objective"))
-    selection.add_arguments(parser.add_argument_group("what is trained (default: all of the UNet)"))
+    trainable.add_arguments(parser.add_argument_group("what is trained (default: all of the UNet)"))
     _optimization_arguments(parser.add_argument_group("optimisation"))
     _speed_arguments(parser.add_argument_group("precision, memory and speed"))
     _output_arguments(parser.add_argument_group("output"))

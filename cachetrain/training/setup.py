@@ -9,42 +9,22 @@ import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 
-from cachetrain.modeling import load, selection
-from cachetrain.modeling.export import check_exportable
-from cachetrain.modeling.schedulers import make_scheduler, objective_of
-from cachetrain.sidecar import read_sidecar
-from cachetrain.training import draws
-from cachetrain.training.data import Batches, CachedPairs
-from cachetrain.training.index import PairIndex, check_same_run, null_caption_path
-from cachetrain.training.loader import make_loader
+from cachetrain.checkpoints.export import check_exportable
+from cachetrain.checkpoints.info import data_info
+from cachetrain.checkpoints.save import FROZEN
+from cachetrain.data.batching import Batches
+from cachetrain.data.dataset import CachedPairs
+from cachetrain.data.index import check_same_run, null_caption_path
+from cachetrain.data.loader import make_loader
+from cachetrain.data.ram import RamCache
+from cachetrain.data.sidecar import read_sidecar
+from cachetrain.diffusion.noise_schedulers import make_scheduler, objective_of
+from cachetrain.log import warn
+from cachetrain.modeling import load, trainable
+from cachetrain.sampling.prompts import Prompts
+from cachetrain.sampling.samples import Samples
 from cachetrain.training.optim import state_bytes
-from cachetrain.training.prompts import Prompts
-from cachetrain.training.ram import RamCache
-from cachetrain.training.samples import Samples, data_info
-from cachetrain.training.saves.saving import FROZEN
-from cachetrain.training.validation import Validation, check_apart, split_index
-from cachetrain.training.warnings_log import warn
-
-
-def open_index(args, world):
-    """Lists the pairs; returns (PairIndex to train on, PairIndex to validate on or None)."""
-    suffixes = args.imgcache_suffix, args.txtcache_suffix
-    index = PairIndex(args.train_data_dir, *suffixes, args.dir_weights, args.force_txtcache, world)
-    if index.num_foreign and world.main:
-        warn(f"{index.num_foreign} of {len(index)} pairs have caches without a header: they cannot be verified")
-    if index.unpaired and world.main:
-        warn(f"{index.unpaired} sidecars have no partner ({' + '.join(suffixes)}): not used")
-    if args.overfit:
-        return index.subset(np.sort(draws.permutation(args.seed, 0, len(index))[: args.overfit])), None
-    if args.val_split:
-        return split_index(index, args.val_split)
-    if not args.val_data_dir:
-        return index, None
-    held_out = PairIndex(args.val_data_dir, *suffixes, one_text=args.force_txtcache, world=world)
-    check_same_run(index.image_header, held_out.image_header, index.image_path(0), held_out.image_path(0), "settings")
-    check_same_run(index.text_header, held_out.text_header, index.text_path(0), held_out.text_path(0))
-    check_apart(index, held_out)
-    return index, held_out
+from cachetrain.training.validation import Validation
 
 
 def check_fit(index, config, args):
@@ -122,7 +102,7 @@ def check_start(args, index, model_dir, plan, start_step=0, frozen=False):
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config)
     check_fit(index, unet.config, args)
-    selection.apply(unet, args, args.seed, resumed=True)
+    trainable.apply(unet, args, args.seed, resumed=True)
     total, trained = 0, 0
     for parameter in unet.parameters():
         total, trained = total + parameter.numel(), trained + parameter.numel() * parameter.requires_grad
@@ -165,7 +145,7 @@ def open_unet(args, model_dir, num_shapes, device, checkpoint=None):
     dtype = torch.bfloat16 if args.precision == "bf16_pure" else torch.float32
     directory = checkpoint / "unet" if checkpoint else load.component_dir(model_dir, "unet")
     unet = load.load_unet(directory, dtype, args.seed)
-    chosen = selection.apply(unet, args, args.seed, resumed=checkpoint is not None)
+    chosen = trainable.apply(unet, args, args.seed, resumed=checkpoint is not None)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     torch.backends.cudnn.allow_tf32 = args.allow_tf32  # torch allows it in convolutions unless told otherwise

@@ -17,12 +17,12 @@ from cache_forks import watching_open
 from diffusers import UNet2DConditionModel
 
 from cachetrain.atomic import remove_leftovers
-from cachetrain.modeling.schedulers import make_scheduler
-from cachetrain.training.distributed import World
+from cachetrain.checkpoints import save, state
+from cachetrain.checkpoints.manifest import NAME, damages
+from cachetrain.checkpoints.resume import find_checkpoint
+from cachetrain.diffusion.noise_schedulers import make_scheduler
+from cachetrain.distributed import World
 from cachetrain.training.ema import Ema
-from cachetrain.training.saves import saving, state
-from cachetrain.training.saves.manifest import NAME, damages
-from cachetrain.training.saves.resume import find_checkpoint
 
 OLDER, OLD, NEW, NEXT = 1, 2, 3, 4  # steps that are saved
 MAKES = {"open", "write", "save_file", "copyfile", "mkdir", "link", "rename", "replace", "fsync", "chmod"}
@@ -43,9 +43,9 @@ class Run:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         (self.output_dir / "args.json").write_text("{}\n")
         remove_leftovers(self.output_dir)  # as the trainer does when it starts
-        newest = saving.checkpoints(self.output_dir)[-1:]
+        newest = save.checkpoints(self.output_dir)[-1:]
         info = {"objective": "epsilon", "text": {"settings": {}}}
-        self.saving = saving.Saving(args, None, World(), model, make_scheduler("epsilon"), info,
+        self.saving = save.Saving(args, None, World(), model, make_scheduler("epsilon"), info,
                                     frozen=newest[0] if newest else None)  # fmt: skip
         self.unet = _tiny_unet(model)
 
@@ -53,7 +53,7 @@ class Run:
         """Saves and waits; returns the checkpoint."""
         self.start_save(step)
         self.saving.wait()
-        return saving.checkpoint_path(self.output_dir, step)
+        return save.checkpoint_path(self.output_dir, step)
 
     def start_save(self, step):
         parameters = list(self.unet.parameters())
@@ -84,13 +84,13 @@ def undisturbed(model, folder):
 
 def check(run, expected, single_files):
     """Checks all that stands under a final name; returns the newest step. `expected`, `single_files`: as above."""
-    for path in saving.checkpoints(run.output_dir):
-        assert damages(path) == {} and (path / NAME).read_bytes() == expected[saving.step_of(path)]
+    for path in save.checkpoints(run.output_dir):
+        assert damages(path) == {} and (path / NAME).read_bytes() == expected[save.step_of(path)]
     for path in run.ckpt_dir.glob("[!.]*"):
         assert _content(path) == single_files[path.name]
     newest, frozen_intact = find_checkpoint("latest", run.output_dir)
     assert frozen_intact
-    return saving.step_of(newest)
+    return save.step_of(newest)
 
 
 def _content(path):
@@ -170,7 +170,7 @@ def watched_disk(before, after=lambda operation, path, source: None):
         patch(io, "open", watched_open)
         patch(builtins, "open", watched_open)
         patch(shutil, "copyfile", copyfile)
-        for module in (safetensors.torch, saving, state):
+        for module in (safetensors.torch, save, state):
             patch(module, "save_file", save_file)
         yield
 

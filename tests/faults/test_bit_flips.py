@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from test_training import refused, run
 
-from cachetrain.training.saves.manifest import NAME, damages, read_manifest, write_manifest
-from cachetrain.training.saves.resume import find_checkpoint
-from cachetrain.training.saves.saving import is_frozen
+from cachetrain.checkpoints.manifest import NAME, damages, read_manifest, write_manifest
+from cachetrain.checkpoints.resume import find_checkpoint
+from cachetrain.checkpoints.save import is_frozen
 
 FLAGS = ["--batch_size", 2, "--save_steps", 1, "--lr", 1e-3]
 

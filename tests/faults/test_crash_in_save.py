@@ -11,7 +11,7 @@ import pytest
 from save_faults import NEW, NEXT, OLD, LostCache, Run, check, copy, undisturbed, watched_disk
 
 from cachetrain import atomic
-from cachetrain.training.saves.saving import checkpoints, step_of
+from cachetrain.checkpoints.save import checkpoints, step_of
 
 
 def crash(action, number, folder, power):

@@ -17,10 +17,10 @@ from test_training import refused, run, trainer
 
 from cachetrain import cli
 from cachetrain.atomic import staged_directory
+from cachetrain.checkpoints.manifest import damages
+from cachetrain.checkpoints.save import Saving, checkpoints, step_of
 from cachetrain.training import setup
 from cachetrain.training.logs.metrics import Metrics
-from cachetrain.training.saves.manifest import damages
-from cachetrain.training.saves.saving import Saving, checkpoints, step_of
 
 GIB = 2**30
 

@@ -12,7 +12,7 @@ import pytest
 import train_ranks
 from test_resume import RESUME, Runs, content, events, metrics, seen_by, watched_rank
 
-from cachetrain.training.saves.saving import checkpoint_path, checkpoints, step_of
+from cachetrain.checkpoints.save import checkpoint_path, checkpoints, step_of
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks into /proc")
 

@@ -42,7 +42,7 @@ class Trainer:
         folder.mkdir(exist_ok=True)
         forks = multiprocessing.get_context("forkserver")
         forks.set_forkserver_preload(
-            [*_IMPORTED, "cachetrain.training.samples", "transformers.models.t5.modeling_t5"]
+            [*_IMPORTED, "cachetrain.sampling.samples", "transformers.models.t5.modeling_t5"]
         )
         self.log, self.came = folder / f"{time.monotonic_ns()}.log", folder / "came"
         self.came.unlink(missing_ok=True)
@@ -79,9 +79,9 @@ def _train(argv, log, came, stage, number, group, env, slow_s):
     trainer = open_trainer(env, argv, log)
     _signal_at(trainer, stage, came, lambda: (os.killpg if group else os.kill)(os.getpid(), number))
     if slow_s:
-        from cachetrain.training.saves import saving
+        from cachetrain.checkpoints import save
 
-        _before(saving, "write_state", lambda: time.sleep(slow_s))
+        _before(save, "write_state", lambda: time.sleep(slow_s))
     trainer.cli.run(trainer.main)
 
 
@@ -92,17 +92,18 @@ def _signal_at(trainer, stage, came, send):
     """
     import torch
 
-    from cachetrain.training import data, guard, setup
+    from cachetrain.checkpoints.save import Saving
+    from cachetrain.data import dataset
+    from cachetrain.sampling.samples import Samples
+    from cachetrain.training import nonfinite, setup
     from cachetrain.training.logs.run_logs import Logs
-    from cachetrain.training.samples import Samples
-    from cachetrain.training.saves.saving import Saving
     from cachetrain.training.validation import Validation
 
     pid, decided = os.getpid(), []
     due, open_unet = Saving.due, setup.open_unet
 
-    def seen_due(saving, step, stop):
-        result = due(saving, step, stop)
+    def seen_due(save, step, stop):
+        result = due(save, step, stop)
         decided.append(step)
         return result
 
@@ -119,9 +120,9 @@ def _signal_at(trainer, stage, came, send):
 
     Saving.due, setup.open_unet = seen_due, hooked
     _before(torch.utils.data._utils.worker, "_worker_loop", lambda: at("worker starts"))
-    _before(data.CachedPairs, "_latents", lambda: at("read" if os.getpid() == pid else "worker works"))
+    _before(dataset.CachedPairs, "_latents", lambda: at("read" if os.getpid() == pid else "worker works"))
     _before(trainer, "forward", lambda: at("forward"))
-    _before(guard, "step_if_finite", lambda: at("optimizer"))
+    _before(nonfinite, "step_if_finite", lambda: at("optimizer"))
     _before(Logs, "write", lambda: at("log"))
     _before(Validation, "measure", lambda: at("validation"))
     _before(Samples, "draw", lambda: at("samples" if decided else "first samples"))
@@ -138,12 +139,12 @@ def _before(owner, name, look):
     setattr(owner, name, replacement)
 
 
-def argv_of(data, model, folder, *more):
+def argv_of(dataset, model, folder, *more):
     out, prompts = folder / "run", folder / "prompts.json"
     prompts.parent.mkdir(exist_ok=True)
     prompts.write_text(json.dumps(PROMPTS))
     resume = ["--resume", "latest"] if (out / "args.json").exists() else []
-    return ["--train_data_dir", data, "--model", model, "--output_dir", out, "--logdir", folder / "tb", *FLAGS,
+    return ["--train_data_dir", dataset, "--model", model, "--output_dir", out, "--logdir", folder / "tb", *FLAGS,
             "--sample_prompts", prompts, "--num_workers", 0, *resume, *more]  # fmt: skip
 
 

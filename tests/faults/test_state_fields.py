@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_resume import BRIEF, RESUME, Runs, content, metrics
 
-from cachetrain.training.saves.manifest import write_manifest
-from cachetrain.training.saves.saving import checkpoint_path
-from cachetrain.training.saves.state import read_state, split_tensors, write_state
+from cachetrain.checkpoints.manifest import write_manifest
+from cachetrain.checkpoints.save import checkpoint_path
+from cachetrain.checkpoints.state import read_state, split_tensors, write_state
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

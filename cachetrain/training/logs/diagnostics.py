@@ -4,11 +4,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cachetrain.modeling.pictures import grid
-from cachetrain.training.distributed import local_parts
+from cachetrain.diffusion.objective import alpha_sigma
+from cachetrain.distributed import local_parts
+from cachetrain.log import warn
+from cachetrain.sampling.render import grid
 from cachetrain.training.logs.gradients import block_of, named_tags, positions_of, trained_parameters
-from cachetrain.training.objective import alpha_sigma
-from cachetrain.training.warnings_log import warn
 
 TIMESTEPS = (100, 300, 500, 700, 900)
 _HISTOGRAM_BINS = 50

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
-from cachetrain.training.distributed import local_parts
+from cachetrain.distributed import local_parts
 
 
 def block_of(name):

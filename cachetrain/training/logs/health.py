@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from cachetrain.training.warnings_log import warn
+from cachetrain.log import warn
 
 PATIENCE = 20  # log steps running; also how many make the early median
 LOWEST_RMS, LOWEST_SHARE, LOWEST_RATIO = 1e-7, 0.01, 1e-3

@@ -14,7 +14,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from cachetrain.training.warnings_log import append_whole, warn
+from cachetrain.log import append_whole, warn
 
 _FRAME_MS, _LAST_FRAME_MS = 250, 1500
 _RGB = 3  # the summary's number for the colour space

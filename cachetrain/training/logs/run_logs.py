@@ -4,7 +4,7 @@ from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
-from cachetrain.training.data import Visit
+from cachetrain.data.dataset import Visit
 from cachetrain.training.logs import describe, wandb_mirror
 from cachetrain.training.logs.diagnostics import Diagnostics, FixedLatent
 from cachetrain.training.logs.health import Health

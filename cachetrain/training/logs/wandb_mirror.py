@@ -7,8 +7,8 @@ import uuid
 from contextlib import contextmanager
 from pathlib import Path
 
-from cachetrain.sidecar import atomic_write
-from cachetrain.training.warnings_log import warn
+from cachetrain.atomic import atomic_write
+from cachetrain.log import warn
 
 ID = "wandb_id"  # file of a run's output_dir: a resumed run goes on in the same wandb run
 _START_S, _END_S = 30, 120  # how long wandb may wait for its server at the start and at the end of a run

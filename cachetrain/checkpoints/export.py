@@ -5,9 +5,9 @@ import json
 from pathlib import Path
 
 from cachetrain.atomic import staged_file
+from cachetrain.checkpoints import original_layout as layout
+from cachetrain.diffusion.noise_schedulers import objective_of
 from cachetrain.modeling import load
-from cachetrain.modeling import original_layout as layout
-from cachetrain.modeling.schedulers import objective_of
 
 ORIGINAL_SCALING_FACTOR = 0.18215
 

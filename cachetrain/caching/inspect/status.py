@@ -6,9 +6,6 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from cachetrain.bulk import PackedStrings, in_threads
-from cachetrain.caching import scan
-from cachetrain.caching.caches import ORPHANED, UNREADABLE, Caches, Examples, Seen
 from cachetrain.caching.freshness import (
     CORRUPT,
     FOREIGN,
@@ -21,7 +18,10 @@ from cachetrain.caching.freshness import (
     image_source,
     source_state,
 )
-from cachetrain.sidecar import NULL_STEM, SUFFIXES, SidecarError, read_header
+from cachetrain.caching.inspect.caches import ORPHANED, UNREADABLE, Caches, Examples, Seen
+from cachetrain.data import scan
+from cachetrain.data.many_files import PackedStrings, in_threads
+from cachetrain.data.sidecar import NULL_STEM, SUFFIXES, SidecarError, read_header
 
 # How many files of an unknown suffix are opened to see whether they are sidecars: the first may be damaged.
 _TRIES = 3

@@ -6,7 +6,7 @@ names are checked to come back through it.
 
 import re
 
-from cachetrain.modeling.schedulers import objective_of
+from cachetrain.diffusion.noise_schedulers import objective_of
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 TEXT = "cond_stage_model.transformer.text_model."

@@ -2,7 +2,7 @@
 
 import torch
 
-from cachetrain.training.warnings_log import warn
+from cachetrain.log import warn
 
 QUARANTINE = "quarantine.tsv"
 

@@ -10,8 +10,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from cachetrain.bulk import PackedStrings, in_threads
-from cachetrain.sidecar import NULL_STEM, RUN_KEYS, SUFFIXES, read_header
+from cachetrain.data import rng
+from cachetrain.data.many_files import PackedStrings, in_threads
+from cachetrain.data.sidecar import NULL_STEM, RUN_KEYS, SUFFIXES, read_header
+from cachetrain.data.split import check_apart, split_index
+from cachetrain.log import warn
 
 MULTIPLY = "multiply.txt"
 
@@ -246,3 +249,24 @@ def check_same_run(first, other, first_path, other_path, but=None):
                 f"mixed caches: {first_path} and {other_path} differ in {key}: {a} against {b}; "
                 "run the cache script again on all of them"
             )
+
+
+def open_index(args, world):
+    """Lists the pairs; returns (PairIndex to train on, PairIndex to validate on or None)."""
+    suffixes = args.imgcache_suffix, args.txtcache_suffix
+    index = PairIndex(args.train_data_dir, *suffixes, args.dir_weights, args.force_txtcache, world)
+    if index.num_foreign and world.main:
+        warn(f"{index.num_foreign} of {len(index)} pairs have caches without a header: they cannot be verified")
+    if index.unpaired and world.main:
+        warn(f"{index.unpaired} sidecars have no partner ({' + '.join(suffixes)}): not used")
+    if args.overfit:
+        return index.subset(np.sort(rng.permutation(args.seed, 0, len(index))[: args.overfit])), None
+    if args.val_split:
+        return split_index(index, args.val_split)
+    if not args.val_data_dir:
+        return index, None
+    held_out = PairIndex(args.val_data_dir, *suffixes, one_text=args.force_txtcache, world=world)
+    check_same_run(index.image_header, held_out.image_header, index.image_path(0), held_out.image_path(0), "settings")
+    check_same_run(index.text_header, held_out.text_header, index.text_path(0), held_out.text_path(0))
+    check_apart(index, held_out)
+    return index, held_out

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from cachetrain.modeling.schedulers import objective_of
-from cachetrain.training.saves.manifest import damages
-from cachetrain.training.saves.saving import checkpoints, is_frozen, step_of
-from cachetrain.training.saves.state import alike, read_state
-from cachetrain.training.warnings_log import warn
+from cachetrain.checkpoints.manifest import damages
+from cachetrain.checkpoints.save import checkpoints, is_frozen, step_of
+from cachetrain.checkpoints.state import alike, read_state
+from cachetrain.diffusion.noise_schedulers import objective_of
+from cachetrain.log import warn
 
 # Flags that do not change what is trained, or whose effect `settings_of` has beside them.
 _FREE = {

@@ -10,7 +10,7 @@ import torch
 import torch._dynamo
 from torch.utils.data import DataLoader
 
-from cachetrain.training.data import collate
+from cachetrain.data.batching import collate
 
 _SIGNALS = {signal.SIGINT, signal.SIGTERM}  # that stop a run
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cachetrain.training.warnings_log import warn
+from cachetrain.log import warn
 
 
 class Sample(NamedTuple):

@@ -14,8 +14,9 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from cachetrain import cli, sidecar
+from cachetrain import cli
 from cachetrain.caching import arguments, images
+from cachetrain.data import sidecar
 from cachetrain.modeling import load
 
 IMAGE_SUFFIXES = tuple(suffix for kind, suffix in sidecar.SUFFIXES.items() if kind.startswith("img_"))
@@ -216,7 +217,7 @@ def comparison_sheet(comparisons, max_side):
 
 def contact_sheet(pictures, labels, columns, max_side):
     """One picture of uint8 arrays [height, width, 3] of any sizes, reduced to `max_side` where they are larger."""
-    from cachetrain.modeling.pictures import grid
+    from cachetrain.sampling.render import grid
 
     thumbnails = [Image.fromarray(picture) for picture in pictures]
     for thumbnail in thumbnails:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from cachetrain.caching.buckets import Coverage, is_upscaled
 from cachetrain.caching.freshness import CORRUPT, FOREIGN, FRESH, MISSING, STALE
-from cachetrain.sidecar import RUN_KEYS, SUFFIXES, Header
+from cachetrain.data.sidecar import RUN_KEYS, SUFFIXES, Header
 
 ORPHANED, UNREADABLE = "orphaned", "unreadable"
 

@@ -9,15 +9,16 @@ from pathlib import Path
 import torch
 
 from cachetrain.atomic import is_locked
+from cachetrain.checkpoints.info import checkpoint_info
+from cachetrain.checkpoints.manifest import read_manifest
+from cachetrain.checkpoints.save import checkpoints, step_of
+from cachetrain.data.index import open_index
+from cachetrain.distributed import World
+from cachetrain.log import warn
 from cachetrain.modeling import load
-from cachetrain.training import setup
-from cachetrain.training.distributed import World
-from cachetrain.training.optim import autocast_for
-from cachetrain.training.prompts import Prompts, read_prompts
-from cachetrain.training.samples import FAILURES, Samples, checkpoint_info, default_latent_size
-from cachetrain.training.saves.manifest import read_manifest
-from cachetrain.training.saves.saving import checkpoints, step_of
-from cachetrain.training.warnings_log import warn
+from cachetrain.modeling.precision import autocast_for
+from cachetrain.sampling.prompts import Prompts, read_prompts
+from cachetrain.sampling.samples import FAILURES, Samples, default_latent_size
 
 POLL_S = 3
 
@@ -91,7 +92,7 @@ class _Artist:
         self.device = load.pick_device(args.device)
         # CPUs are slow in other types, some of them a hundred times.
         self.precision = args.dtype or (run.precision if self.device.type == "cuda" else "fp32")
-        self.open_index = functools.cache(lambda: setup.open_index(run, World())[0])
+        self.open_index = functools.cache(lambda: open_index(run, World())[0])
 
     def draw(self, checkpoint):
         """Draws a checkpoint; a failure is a warning."""

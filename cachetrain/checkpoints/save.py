@@ -13,11 +13,11 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
 from cachetrain.atomic import remove_directory, remove_leftovers, staged_directory
-from cachetrain.modeling.export import export_single_file
-from cachetrain.training.distributed import on_host
-from cachetrain.training.saves.manifest import read_manifest, write_manifest
-from cachetrain.training.saves.state import split_tensors, write_state
-from cachetrain.training.warnings_log import warn
+from cachetrain.checkpoints.export import export_single_file
+from cachetrain.checkpoints.manifest import read_manifest, write_manifest
+from cachetrain.checkpoints.state import split_tensors, write_state
+from cachetrain.distributed import on_host
+from cachetrain.log import warn
 
 FROZEN = ("vae", "text_encoder", "tokenizer", "projection", "feature_extractor", "safety_checker")
 PIPELINE = "pipeline.py"

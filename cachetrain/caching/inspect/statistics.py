@@ -9,8 +9,8 @@ from tqdm import tqdm
 
 from cachetrain import cli
 from cachetrain.caching.arguments import add_choice_arguments
-from cachetrain.caching.scan import find_sidecars
-from cachetrain.sidecar import SUFFIXES, read_sidecar
+from cachetrain.data.scan import find_sidecars
+from cachetrain.data.sidecar import SUFFIXES, read_sidecar
 
 
 class Estimate(NamedTuple):

@@ -4,8 +4,9 @@ import hashlib
 import os
 from typing import NamedTuple
 
-from cachetrain.bulk import PackedStrings
-from cachetrain.sidecar import NULL_STEM, is_abandoned
+from cachetrain.atomic import is_abandoned
+from cachetrain.data.many_files import PackedStrings
+from cachetrain.data.sidecar import NULL_STEM
 
 IMAGE_SUFFIXES = frozenset(".jpg .jpeg .jfif .jpe .png .webp .bmp .gif .tif .tiff .avif .jp2 .ppm .pgm .tga".split())
 CAPTION_SUFFIXES = (".txt", ".caption")

@@ -7,8 +7,8 @@ import numpy as np
 from safetensors.torch import load
 from tqdm import tqdm
 
-from cachetrain.bulk import in_threads
-from cachetrain.sidecar import read_verified
+from cachetrain.data.many_files import in_threads
+from cachetrain.data.sidecar import read_verified
 
 _HEADER_BYTES = 2048  # about what a sidecar holds besides its tensors
 _ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4}

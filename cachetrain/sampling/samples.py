@@ -1,15 +1,18 @@
 """Pictures of what the model draws, while it trains."""
 
-import json
-
 import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
 
 from cachetrain.atomic import staged_directory
+from cachetrain.data.sidecar import read_sidecar
+from cachetrain.diffusion.noise_schedulers import default_sampler, sampler_for
+from cachetrain.log import warn
 from cachetrain.modeling import load
-from cachetrain.modeling.pictures import (
+from cachetrain.modeling.text_encoders import encode_like_cache
+from cachetrain.sampling.prompts import PromptFile, Prompts, Sample, caption_of, prompts_of, sample_seed, sample_size
+from cachetrain.sampling.render import (
     Drawing,
     grid,
     native_latent_size,
@@ -18,19 +21,6 @@ from cachetrain.modeling.pictures import (
     save_png,
     vae_factor,
 )
-from cachetrain.modeling.schedulers import default_sampler, sampler_for
-from cachetrain.modeling.text import encode_like_cache
-from cachetrain.sidecar import read_sidecar
-from cachetrain.training.prompts import (
-    PromptFile,
-    Prompts,
-    Sample,
-    caption_of,
-    prompts_of,
-    sample_seed,
-    sample_size,
-)
-from cachetrain.training.warnings_log import warn
 
 # What may go wrong while pictures are drawn in the middle of a run: files, disks, memory (CUDA's is a RuntimeError).
 FAILURES = (ValueError, OSError, RuntimeError, MemoryError)
@@ -245,28 +235,3 @@ def completed(prompts, defaults, negative_prompt=""):
     samples = prompts.samples or (Sample(),) * _CAPTIONS_OF_BATCH
     samples = (sample._replace(negative_prompt=sample.negative_prompt or negative_prompt) for sample in samples)
     return Prompts(*choices)._replace(samples=tuple(samples))
-
-
-def data_info(index, text_scale):
-    """What a checkpoint must remember of the data, so that prompts are encoded and drawn alike later.
-
-    Returns:
-        dict: "text", how captions were encoded and then multiplied; "latent_size", the commonest (h, w).
-    """
-    kind = "txt_t5cache" if index.masked else "txt_clipl"
-    text = {"kind": kind, "settings": index.text_settings, "scaling_factor": text_scale}
-    commonest = np.bincount(index.shape_ids).argmax()
-    return {"text": text, "latent_size": tuple(index.shapes[commonest][1:])}
-
-
-def checkpoint_info(model_dir):
-    """Returns the dict of cachetrain.json: `data_info`, "step", "objective"; a model that was never trained here has
-    its encoder's defaults and step 0. "latent_size" None: not known."""
-    path = model_dir / "cachetrain.json"
-    if path.exists():
-        info = json.loads(path.read_text())
-    else:
-        is_t5 = json.loads((model_dir / "text_encoder" / "config.json").read_text())["model_type"] == "t5"
-        text = {"kind": "txt_t5cache" if is_t5 else "txt_clipl", "settings": {}, "scaling_factor": 1.0}
-        info = {"text": text, "step": 0}
-    return {"latent_size": None} | info

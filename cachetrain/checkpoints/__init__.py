@@ -1,0 +1,1 @@
+"""Checkpoints: how a run is saved, trusted again, resumed and exported."""

@@ -1,0 +1,1 @@
+"""The mathematics of diffusion training: noise schedules, objectives, loss weights."""

@@ -1,0 +1,1 @@
+"""Drawing pictures with a model: what to draw, and the one path that draws it."""
