@@ -6,17 +6,25 @@
 Prints the address. To see a remote machine's logs: ssh -L 6006:localhost:6006 user@machine
 """
 
-import argparse
 import importlib.util
 import os
 import sys
 from pathlib import Path
 
+try:
+    from cachetrain import cli
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`") from None
+
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--logdir", default="tensorboard", help="holds the runs (tensorboard)")
-    parser.add_argument("--port", type=int, help="default: the first free one from 6006; 0: any free one")
+    parser = cli.parser(__doc__)
+    parser.add_argument("--logdir", default="tensorboard", help="directory that holds the runs, as given to training")
+    parser.add_argument(
+        "--port",
+        type=cli.port,
+        help="port to listen on; 0: any free one; default: the first free one from 6006",
+    )
     return parser.parse_args(argv)
 
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Command 1: the whole way on an embedded default, from captioned images to pictures that follow their prompts.
-#   ./quickstart.sh                  T5 flavour: shapes data set, caches, training, samples, report, score
-#   ./quickstart.sh --sd             vanilla flavour, CLIP instead of T5
-#   ./quickstart.sh --data_root DIR  your own folder of captioned images, at 64x64: caches, short training, samples
-# Everything lands in quickstart/; a second run skips what is done (delete a part to have it made again).
+# Runs everything on a tiny model: from captioned images to pictures that follow their prompts.
+#   ./quickstart.sh                  with T5: shapes data set, caches, training, samples, report, score
+#   ./quickstart.sh --sd             with CLIP instead of T5
+#   ./quickstart.sh --data_root DIR  your own captioned images, at 64x64: caches, short training, samples, report
+# Writes everything to quickstart/. A second call skips what is done; delete a part to have it made again.
 set -euo pipefail
 
 FLAVOUR=t5
@@ -32,7 +32,7 @@ STEPS=3200
 VAL_SPLIT=0.02
 [ -z "$OWN_DATA" ] || { STEPS=600 && VAL_SPLIT=0; } # a folder may be too small to hold anything out
 
-stage() { # stage TITLE COMMAND...: runs the command, says how long it took
+stage() { # stage TITLE COMMAND...: runs the command and prints how long it took
     local start=$SECONDS
     printf '\n== %s\n' "$1"
     "${@:2}"
@@ -60,7 +60,7 @@ draw_data() {
 }
 
 make_caches() {
-    # Of a tiny model: suffixes of their own, so that real caches in the same folder stay as they are.
+    # With suffixes of their own, so that caches of real models in the same folder are kept.
     encode cache/create_img_sdxl.py --data_root "$DATA" --model "$MODEL" --target_width 64 --target_height 64 \
         --batch_size 64 --cache_suffix "$IMGCACHE"
     local script=create_clipl.py
@@ -69,7 +69,7 @@ make_caches() {
     [ -z "$OWN_DATA" ] || own_prompts >"$WORK/sample_prompts_$RUN.txt"
 }
 
-encode() { # exit code 1 says that some images or captions failed; each was named, the rest is there
+encode() { # goes on after exit code 1: some images or captions failed and were named, the rest is cached
     "$@" || [ $? = 1 ]
 }
 
@@ -78,10 +78,11 @@ own_prompts() { # the first captions of the folder
 import sys
 from itertools import islice
 
-from cachetrain.data.scan import read_caption, scan
+from cachetrain.data.captions import read_caption
 from cachetrain.data.sidecar import sidecar_path
+from cachetrain.data.walk import find_images
 
-pairs = scan(sys.argv[1:2], lambda *_: None)
+pairs = find_images(sys.argv[1:2], lambda *_: None)
 cached = (pair for pair in pairs if sidecar_path(pair.image, sys.argv[2]).exists())
 print(*dict.fromkeys(" ".join(read_caption(pair).text.split()) for pair in islice(cached, 4)), sep="\n")
 EOF
@@ -92,16 +93,16 @@ train() {
     last=$OUTPUT/checkpoint-$(printf %06d "$STEPS")
     [ ! -d "$last" ] || { echo "$last is there already"; return; }
     if [ -e "$OUTPUT/args.json" ]; then
-        go_on=(resume) # it was interrupted
+        go_on=(resume) # the run was interrupted
     else
-        rm -rf "$WORK/tensorboard/$RUN" # of a run that was deleted
+        rm -rf "$WORK/tensorboard/$RUN" # left by a run that was deleted
     fi
     rm -rf "$WORK/samples_$RUN" "$WORK/samples_$RUN.png"
     MODEL=$MODEL DATADIR=$DATA OUTPUT=$OUTPUT LOGDIR=$WORK/tensorboard IMGCACHE=$IMGCACHE TXTCACHE=$TXTCACHE \
         BATCH=16 STEPS=$STEPS OPTIMIZER=adamw LR=2e-3 SCHED=cosine GAMMA=0 DROPOUT=0.1 EMA=0.99 \
-        PRECISION=$PRECISION SAMPLE_PROMPTS=$WORK/sample_prompts_$RUN.txt SAMPLE_STEPS=$((STEPS / 4)) SAVE_STEPS=$((STEPS / 2)) \
-        VAL_SPLIT=$VAL_SPLIT "./train_$FLAVOUR.sh" "${go_on[@]}" --betas 0.9 0.99 --warmup_steps 100 --lr_decay_steps "$STEPS" --sample_cfgs 1 3 7 \
-        --cache_in_ram --log_groups {1..15}
+        PRECISION=$PRECISION SAMPLE_PROMPTS=$WORK/sample_prompts_$RUN.txt SAMPLE_STEPS=$((STEPS / 4)) \
+        SAVE_STEPS=$((STEPS / 2)) VAL_SPLIT=$VAL_SPLIT "./train_$FLAVOUR.sh" "${go_on[@]}" --betas 0.9 0.99 \
+        --warmup_steps 100 --lr_decay_steps "$STEPS" --sample_cfgs 1 3 7 --cache_in_ram --log_groups {1..15}
 }
 
 draw_samples() {
@@ -121,8 +122,8 @@ if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     PRECISION=bf16
 else
     PRECISION=fp32
-    export OMP_NUM_THREADS=1 # the tiny model is fastest on one thread; the loader has the other core
-    # Freed memory stays with the process: to give it back and ask for it again costs 8% of such a short step.
+    export OMP_NUM_THREADS=1 # the tiny model is fastest on one thread; the data loader uses the other core
+    # Keep freed memory in the process: returning it and asking for it again takes 8% of such a short step.
     export MALLOC_TRIM_THRESHOLD_=1073741824 MALLOC_MMAP_THRESHOLD_=33554432
 fi
 IMGCACHE=.img_tiny

@@ -17,11 +17,20 @@ except ModuleNotFoundError as error:
 
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
-    parser.add_argument("output_dir", nargs="+", help="of a run; two are compared")
-    parser.add_argument("--out", metavar="FILE", help="the page (default: in the first output_dir)")
+    parser.add_argument(
+        "output_dir",
+        nargs="+",
+        metavar="OUTPUT_DIR",
+        help="directory of a run; a second run is compared with the first",
+    )
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        help="page to write; default: report.html, or report_RUN2.html, in the first OUTPUT_DIR",
+    )
     args = parser.parse_args(argv)
     if len(args.output_dir) > 2:
-        parser.error(f"one output_dir or two, found {len(args.output_dir)}")
+        parser.error(f"expected one or two OUTPUT_DIR, got {len(args.output_dir)}")
     return args
 
 

@@ -4,13 +4,14 @@
     ./sample.py --model output/run1/checkpoint-010000 --prompt "a red circle" --out samples --cfgs 1 4 7
     ./sample.py --watch output/run1 --device cpu
 
-EMA weights are used where the checkpoint has them. One PNG per prompt and cfg, its settings inside; all cfgs start
-from the same noise, and the same seed gives the same noise on every device. --prompts may also be a
-sample_prompts.json as for training; what it says comes before the flags.
+EMA weights are used where the checkpoint has them. Writes one PNG per prompt and guidance scale (cfg), with its
+settings inside. All cfgs start from the same noise, and a seed gives the same noise on every device. --prompts also
+takes a sample_prompts.json, as training does; the file overrides the flags.
 
---watch draws each checkpoint of a run that has no samples yet, on a device of its own and as the run itself would
-have: to OUTPUT_DIR/samples, with the run's prompts and settings unless flags say others. It ends when the run has
-and all is drawn. Start it where the run was started: relative paths in the run's settings are seen from there.
+--watch draws each checkpoint of a run that has no samples yet, in a process and on a device of its own: to
+OUTPUT_DIR/samples, with the prompts and settings of the run unless flags override them. It ends when the run has
+ended and all checkpoints are drawn. Start it in the directory where the run was started: relative paths in the run's
+settings count from there.
 """
 
 import secrets
@@ -25,27 +26,59 @@ except ModuleNotFoundError as error:
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--model", help="checkpoint or model directory")
+    model.add_argument("--model", help="checkpoint, pipeline directory or Hugging Face model id to draw with")
     model.add_argument("--watch", metavar="OUTPUT_DIR", help="draw the checkpoints of this run as they appear")
     prompts = parser.add_mutually_exclusive_group()
-    prompts.add_argument("--prompt", nargs="+", help="prompts")
-    prompts.add_argument("--prompts", metavar="FILE", help="prompts, one a line, or a sample_prompts.json")
-    parser.add_argument("--negative_prompt", default="", help="for all prompts")
-    parser.add_argument("--out", help="directory for the PNGs")
-    parser.add_argument("--cfgs", type=float, nargs="+", help="guidance scales (4, or the run's)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first prompt; the next has the next one")
-    parser.add_argument("--sampler", help="ddim, dpm++, euler, ...; default: ddim, or euler for flow matching")
-    parser.add_argument("--sampler_steps", type=int, help="denoising steps (30, or the run's)")
-    parser.add_argument("--batch_size", type=int, help="prompts drawn at once (16; 8 with --watch)")
-    parser.add_argument("--width", type=int, help="pixels; default: as trained, or the UNet's own")
-    parser.add_argument("--height", type=int, help="pixels; default: as trained, or the UNet's own")
-    parser.add_argument("--raw_weights", action="store_true", help="not the EMA weights")
-    parser.add_argument("--grid", metavar="FILE", help="also write one picture of the first --grid_size images")
-    parser.add_argument("--grid_size", type=int, default=64, help="images in the grid, at most")
-    cli.add_device_arguments(parser)
+    prompts.add_argument("--prompt", nargs="+", help="prompts to draw")
+    prompts.add_argument("--prompts", metavar="FILE", help="file of prompts: .txt, one on each line, or .json")
+    parser.add_argument("--negative_prompt", default="", help="what to avoid, for prompts without one of their own")
+    parser.add_argument("--out", metavar="DIR", help="directory for the PNGs; needed with --model")
+    drawing = parser.add_argument_group("drawing")
+    drawing.add_argument(
+        "--cfgs",
+        type=cli.not_negative,
+        nargs="+",
+        metavar="SCALE",
+        help="guidance scales at which each prompt is drawn, 1 for no guidance; default: 4, or the run's",
+    )
+    drawing.add_argument(
+        "--seed",
+        type=cli.seed,
+        default=0,
+        metavar="N",
+        help="random seed of the noise for the first prompt; the second prompt has N + 1, and so on",
+    )
+    drawing.add_argument("--sampler", help="like euler or dpm++; default: euler for flow matching, else ddim")
+    drawing.add_argument(
+        "--num_inference_steps",
+        "--sampler_steps",
+        dest="sampler_steps",
+        type=cli.denoising_steps,
+        metavar="N",
+        help="denoising steps: more are slower, too few leave the picture unfinished; default: 30, or the run's",
+    )
+    for side in ("width", "height"):
+        drawing.add_argument(
+            f"--{side}",
+            type=cli.pixels,
+            metavar="PIXELS",
+            help=f"{side} of the pictures, a multiple of 8; default: as trained, or what the UNet's config says",
+        )
+    drawing.add_argument(
+        "--batch_size",
+        type=cli.positive_int,
+        metavar="N",
+        help="pictures drawn at once; lower it when memory runs out; default: 16, or 8 with --watch",
+    )
+    drawing.add_argument("--raw_weights", action="store_true", help="do not use the EMA weights")
+    cli.add_device_arguments(drawing)
+    drawing.add_argument("--grid", metavar="FILE", help="also write the first pictures as one, labelled image")
+    drawing.add_argument(
+        "--grid_size", type=cli.positive_int, default=64, metavar="N", help="number of pictures in --grid, at most"
+    )
     args = parser.parse_args(argv)
     if args.watch and (args.out or args.grid):
-        parser.error("--watch draws to its OUTPUT_DIR/samples: --out and --grid do not apply")
+        parser.error("--watch draws to OUTPUT_DIR/samples; it cannot be combined with --out or --grid")
     if args.model and not (args.out and (args.prompt or args.prompts)):
         parser.error("--model needs --out, and --prompt or --prompts")
     return args
@@ -57,90 +90,60 @@ def main(argv=None):
         from cachetrain.sampling.watch import watch
 
         return watch(args)
-    prompts = open_prompts(args)
-
-    from tqdm import tqdm
-
-    from cachetrain.checkpoints.info import checkpoint_info
-    from cachetrain.diffusion.noise_schedulers import default_sampler, sampler_for
     from cachetrain.modeling import load
-    from cachetrain.sampling.render import grid, render_drawings, sample_name, save_png
+    from cachetrain.sampling.render import grid
+    from cachetrain.sampling.samples import default_latent_size
 
     device = load.pick_device(args.device)
-    dtype = load.pick_dtype(args.dtype, device)
     model_dir = load.resolve_model(args.model)
-    info = checkpoint_info(model_dir)
-    own = load.load_scheduler(model_dir / "scheduler")
-    sampler = sampler_for(own, prompts.scheduler)
-    embeddings = encode(prompts, model_dir, info["text"], device, dtype)
-    vae = load.load_vae(model_dir / "vae").to(device)
+    samples, info = open_samples(args, model_dir, device)
     weights = "unet" if args.raw_weights or not (model_dir / "unet_ema").is_dir() else "unet_ema"
-    unet = load.load_unet(model_dir / weights, dtype).to(device).eval()
-    drawings = resolve(args, prompts, embeddings, info, unet, vae)
+    unet = load.load_unet(model_dir / weights, load.pick_dtype(args.dtype, device)).to(device).eval()
+    samples.vae.to(device)
+    samples.latent_size = default_latent_size(args, info, unet, samples.vae)
+    drawings = samples.drawings(unet, step=secrets.randbelow(2**31))  # the number decides seeds of -1
 
-    out, drawn = Path(args.out), {}
-    images = render_drawings(unet, vae, sampler, drawings, prompts.cfgs, prompts.num_inference_steps,
-                             info["text"]["kind"] == "txt_t5cache", prompts.batch_size)  # fmt: skip
-    for i, cfg, image in tqdm(
-        images, total=len(drawings) * len(prompts.cfgs), desc="samples", unit="img", disable=None
-    ):
-        drawing = drawings[i]
-        save_png(
-            image, out / sample_name(i, drawing.name, cfg), prompt=drawing.prompt, seed=drawing.seed, cfg=f"{cfg:g}",
-            negative_prompt=drawing.negative_prompt, step=info["step"], weights=weights,
-            num_inference_steps=prompts.num_inference_steps, scheduler=prompts.scheduler or default_sampler(own),
-        )  # fmt: skip
-        if args.grid and i < args.grid_size:
-            drawn[i, cfg] = image
+    out, cfgs, for_grid = Path(args.out), samples.prompts.cfgs, {}
+    for slot, cfg, image in samples.images(unet, drawings, progress_bar=True):
+        samples.save(image, out, slot, drawings[slot], cfg, step=info["step"], weights=weights)
+        if args.grid and slot < args.grid_size:
+            for_grid[slot, cfg] = image
     if args.grid:
-        keys = sorted(drawn)[: args.grid_size]
-        labels = [drawings[i].prompt + ("" if len(prompts.cfgs) == 1 else f" (cfg {cfg:g})") for i, cfg in keys]
-        grid([drawn[key] for key in keys], labels, columns=min(8, len(keys))).save(args.grid)
-    print(f"{len(drawings) * len(prompts.cfgs)} images in {out}" + (f"; grid: {args.grid}" if args.grid else ""))
+        keys = sorted(for_grid)[: args.grid_size]
+        labels = [drawings[slot].prompt + ("" if len(cfgs) == 1 else f" (cfg {cfg:g})") for slot, cfg in keys]
+        grid([for_grid[key] for key in keys], labels, columns=min(8, len(keys))).save(args.grid)
+    print(f"{len(drawings) * len(cfgs)} images in {out}" + (f"; grid: {args.grid}" if args.grid else ""))
     return 0
 
 
-def open_prompts(args):
-    """The Prompts of --prompt or --prompts, completed by the flags."""
-    from cachetrain.log import warn
-    from cachetrain.sampling.prompts import Prompts, prompts_of, read_prompts
-    from cachetrain.sampling.samples import completed
+def open_samples(args, model_dir, device):
+    """(SampleImages of --prompt or --prompts completed by the flags, what the checkpoint says of itself)."""
+    from cachetrain.checkpoints.info import checkpoint_info
+    from cachetrain.modeling import load
+    from cachetrain.sampling.prompts import Prompts, read_prompts
+    from cachetrain.sampling.samples import SampleImages
 
-    prompts, warnings = (prompts_of(args.prompt), []) if args.prompt else read_prompts(args.prompts)
-    for warning in warnings:
-        warn(warning)
-    if any(sample.random_caption for sample in prompts.samples):
-        raise ValueError(f"{args.prompts}: random_caption takes captions of the training data; there is none here")
-    if not prompts.samples:
-        raise ValueError(f"{args.prompts or '--prompt'}: no prompts")
-    defaults = Prompts(batch_size=args.batch_size or 16, cfgs=tuple(args.cfgs or [4.0]), scheduler=args.sampler,
-                       num_inference_steps=args.sampler_steps or 30)  # fmt: skip
-    return completed(prompts, defaults, args.negative_prompt)
-
-
-def encode(prompts, model_dir, text, device, dtype):
-    """Returns {prompt or negative prompt: embedding}."""
-    from cachetrain.modeling.text_encoders import encode_like_cache
-
-    texts = sorted({words for sample in prompts.samples for words in (sample.prompt, sample.negative_prompt)})
-    encoded = encode_like_cache(model_dir, text["kind"], text["settings"], texts, device, dtype)
-    return {words: embedding * text["scaling_factor"] for words, embedding in zip(texts, encoded, strict=True)}
-
-
-def resolve(args, prompts, embeddings, info, unet, vae):
-    """Returns a list of Drawing: prompts with their seeds, sizes and embeddings."""
-    from cachetrain.sampling.prompts import sample_seed
-    from cachetrain.sampling.render import Drawing
-    from cachetrain.sampling.samples import default_latent_size, latent_size_of
-
-    default = default_latent_size(args, info, unet, vae)
-    drawings, any_number = [], secrets.randbelow(2**31)  # for seeds of -1
-    for slot, sample in enumerate(prompts.samples):
-        seed = sample_seed(sample, prompts, slot, any_number, args.seed)
-        size = latent_size_of(sample, unet, vae) or default
-        texts = sample.prompt, sample.negative_prompt
-        drawings.append(Drawing(sample.prompt, *texts, seed, size, *(embeddings[words] for words in texts)))
-    return drawings
+    if args.prompts and not read_prompts(args.prompts)[0].samples:
+        raise ValueError(f"{args.prompts}: no prompts")
+    info = checkpoint_info(model_dir)
+    defaults = Prompts(
+        batch_size=args.batch_size or 16,
+        cfgs=tuple(args.cfgs or [4.0]),
+        scheduler=args.sampler,
+        num_inference_steps=args.sampler_steps or 30,
+    )
+    samples = SampleImages(
+        model_dir,
+        args.prompts or args.prompt,
+        defaults,
+        load.load_scheduler(model_dir / "scheduler"),
+        info,
+        device=device,
+        dtype=load.pick_dtype(args.dtype, device),
+        negative_prompt=args.negative_prompt,
+        first_seed=args.seed,
+    )
+    return samples, info
 
 
 if __name__ == "__main__":

@@ -10,13 +10,13 @@ ends. `step` is one optimizer update; the loss is the mean over batch_size x gra
 """
 
 import json
-import math
 import shutil
 import signal
 import time
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 try:
     from cachetrain import cli
@@ -24,6 +24,9 @@ try:
     from cachetrain.training import options
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`") from None
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # --overfit has shown that training works once the loss has come down to this share of the first step's.
 OVERFIT_SHARE = 0.1
@@ -42,7 +45,7 @@ def main(argv=None):
     from cachetrain.distributed import World
     from cachetrain.log import recorded
     from cachetrain.modeling import load
-    from cachetrain.training import setup
+    from cachetrain.training import checks
 
     with recorded() as record, ExitStack() as closing:
         world = World(load.pick_device(args.device))
@@ -50,144 +53,99 @@ def main(argv=None):
         try:
             found = open_output_dir(args, output_dir, closing) if world.main else None
             found = world.gather(found)[0]  # rank 0 has made or found it, or has refused it and is gone
-            return train(args, output_dir, Resumed(*found), world, closing, record)
+            return train(args, Resumed(*found), world, closing, record)
         except (RuntimeError, MemoryError) as error:
             closing.close()  # what is being saved is complete then
             kept = [str(path) for path in checkpoints(output_dir)[-1:]] or ["none yet"]
-            if setup.is_out_of_memory(error):
-                raise ValueError(f"{setup.memory_advice(args, error)}; last checkpoint: {kept[0]}") from error
+            if checks.is_out_of_memory(error):
+                raise ValueError(f"{checks.memory_advice(args, error)}; last checkpoint: {kept[0]}") from error
             if world.lost(error):
-                raise OSError(f"rank {world.rank}: another rank has ended, its own output says why; "
-                              f"last checkpoint: {kept[0]}") from error  # fmt: skip
+                raise OSError(
+                    f"rank {world.rank}: another rank has ended, its own output says why; last checkpoint: {kept[0]}"
+                ) from error
             raise
 
 
-def train(args, output_dir, resumed, world, closing, record):
+def train(args, resumed, world, closing, record):
     """Runs the training; returns the exit code.
 
     Args:
-        resumed: Resumed, the checkpoint to go on from, if any.
+        resumed: Resumed, the checkpoint to resume from, if any.
+        world: World, the ranks.
         closing: ExitStack of what is to be closed, come what may.
-        record: Record of what is warned of.
+        record: Record of warnings.
     """
     from tqdm import tqdm
 
-    from cachetrain.checkpoints.info import data_info
-    from cachetrain.checkpoints.resume import run_state, settings_of
+    from cachetrain.checkpoints.resume import settings_of
     from cachetrain.checkpoints.save import Saving
-    from cachetrain.data.index import open_index
     from cachetrain.data.loader import on_device
-    from cachetrain.diffusion.noise_schedulers import objective_of
-    from cachetrain.diffusion.objective import noise_schedule
-    from cachetrain.distributed import gradients_stay, whole, wrap
-    from cachetrain.modeling import load
-    from cachetrain.modeling.precision import autocast_for
-    from cachetrain.training import setup
-    from cachetrain.training.ema import Ema
+    from cachetrain.distributed import gradients_stay
+    from cachetrain.training import checks, flags
+    from cachetrain.training import run as opening
     from cachetrain.training.logs.run_logs import Logs
-    from cachetrain.training.lr_schedule import lr_factor
-    from cachetrain.training.nonfinite import Guard, seed_of, step_if_finite
-    from cachetrain.training.optim import clip_gradients, loss_scaler, make_optimizer
+    from cachetrain.training.nonfinite import NonfiniteSteps, backward_seed, step_if_finite
+    from cachetrain.training.optim import clip_gradients
+    from cachetrain.training.plan import leftover
 
-    # What is trained, and on what.
-    device, say = world.device, partial(print, flush=True) if world.main else lambda _: None
-    index, held_out = open_index(args, world)
-    model_dir = load.resolve_model(args.model, args.revision)
-    setup.check_vae(index, model_dir)
-    scheduler = setup.open_scheduler(model_dir, args.objective, args.zero_terminal_snr)
-    notes = setup.check_export(args, model_dir, scheduler)
-    objective = objective_of(scheduler)
-    alphas_cumprod = noise_schedule(scheduler, device)
-    plan = setup.make_plan(args, index.num_visits, world.ranks)
-    settings = settings_of(args, plan, index, scheduler, world)
-    notes += resumed.check(settings, args.resume_anyway)
-    if resumed.step >= plan.max_steps:
-        say(f"{resumed.path}: the run is complete; a higher --max_steps lets it go on")
+    # What is trained, on what, and what trains it.
+    say = partial(print, flush=True) if world.main else lambda _: None
+    run = opening.open_run(args, world)
+    max_steps, settings = run.plan.max_steps, settings_of(args, run.plan, run.index, run.noise_scheduler, world)
+    notes = checks.check_model(run) + resumed.check(settings, args.resume_anyway, flags.resume_meanings())
+    if resumed.step >= max_steps:
+        say(f"{resumed.path}: the run is complete; a higher --max_steps continues it")
         return 0
-    setup.check_start(args, index, model_dir, plan, resumed.step, resumed.frozen is not None)
-    unet, chosen = setup.open_unet(args, model_dir, len(index.shapes), device, resumed.path)
-    pairs = setup.open_pairs(args, index, objective)
-    visits = resumed.state.get("visits", 0)
-    loader, batches = setup.open_loader(args, pairs, device, plan, world, resumed.step, visits)
-
-    # What trains it.
-    model = wrap(unet, world, args.fsdp)
-    trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
-    autocast, scaler = autocast_for(device, args.precision), loss_scaler(device, args.precision)
-    optimizer = make_optimizer(args.optimizer, trained, plan.peak_lr, args.betas, args.weight_decay, args.cpu_offload)
-    offloaded = optimizer.cpu_parameters if args.cpu_offload else None
-    ema = Ema(trained, args.ema_decay, "cpu" if args.cpu_offload else None, offloaded) if args.ema_decay else None
-    resumed.restore(unet, trained, optimizer, ema, scaler)
-    losses = partial(
-        forward, objective=objective, alphas_cumprod=alphas_cumprod, autocast=autocast, dtype=trained[0].dtype,
-        gamma=args.noise_gamma if args.use_snr else None,
-    )  # fmt: skip
-
-    def rate(step):
-        factor = lr_factor(args.scheduler, step - 1, plan.warmup_steps, plan.decay_steps,
-                           min_lr_rate=args.min_lr_rate, peak_lr=plan.peak_lr)  # fmt: skip
-        return plan.peak_lr * factor
+    checks.check_start(run, resumed)
+    train_state, chosen = opening.open_train_state(run, resumed)
+    unet, model, trained, optimizer, scaler, ema = train_state
+    pairs, num_seen = opening.open_pairs(run), resumed.state.get("visits", 0)
+    loader, batch_sampler = opening.open_loader(run, pairs, resumed.step, num_seen)
 
     # What is seen of it.
-    samples = setup.open_samples(args, model_dir, scheduler, index, device) if world.main else None
-    validation = setup.open_validation(args, held_out, objective, plan, device, world)
+    samples = opening.open_samples(run) if world.main else None
+    validation = opening.open_validation(run)
     if world.main:
-        archive_settings(args, output_dir)
-        record.start(output_dir / "warnings.jsonl", resumed.step)
-    logs = Logs(args, world, unet, objective, alphas_cumprod, pairs, plan, rate, autocast, scaler, device,
-                resumed.step if args.resume else None)  # fmt: skip
+        archive_settings(args, run.output_dir)
+        record.start(run.output_dir / "warnings.jsonl", resumed.step)
+    logs = Logs(run, unet, pairs, scaler, resumed.step if args.resume else None)
     stats, metrics = logs.statistics, logs.metrics
     closing.callback(logs.close)
-    guard = Guard(index, output_dir, world, args.max_nonfinite, scaler.is_enabled())
-    info = {"objective": objective, **data_info(index, args.text_scaling_factor)}
-    saving = Saving(args, plan, world, model_dir, scheduler, info, metrics.flush, resumed.frozen)
+    nonfinite = NonfiniteSteps(run.index, run.output_dir, world, args.max_nonfinite, scaler.is_enabled())
+    saving = Saving(run, run.data_info(), metrics.flush, resumed.frozen)
     closing.callback(saving.wait)
-    if resumed.path:
-        stats.load_state_dict(resumed.state["statistics"])
-        if validation and resumed.state["validation"]:
-            validation.load_state_dict(resumed.state["validation"])
-    say("\n".join([str(chosen), *notes, setup.coverage(index, plan, args, world)]))
-    say(f"{plan.max_steps} steps of {args.batch_size} x {args.gradient_accum} x {world.ranks} = "
-        f"{plan.effective_batch}; {objective}; {args.precision} on {device}"
-        + (f"; goes on after step {resumed.step} of {resumed.path}" if resumed.path else ""))  # fmt: skip
+    opening.restore_logs(resumed, stats, validation)
+    say("\n".join([str(chosen), *notes, *run.describe(resumed)]))
 
-    def draw_if_due(step, last_samples):
-        due = samples is not None and samples.due(step, plan.max_steps)
-        if not (world.any(due) if args.fsdp else due):
-            return
-        with ema.applied() if ema else nullcontext():
-            complete = whole(unet, world)
-            if world.main:
-                directory = output_dir / "samples" / f"step-{step:06d}"
-                samples.draw(complete, directory, metrics, step, autocast, last_samples)
-
+    forward = partial(forward_pass, run=run, dtype=trained[0].dtype)
+    draw = partial(draw_if_due, run, samples, unet, ema, metrics)
     if not resumed.path:
-        draw_if_due(0, ())
+        draw(0, ())
     started, first_loss = time.perf_counter(), None
-    feed = on_device(loader, device)
+    batches = on_device(loader, run.device)
     signals = closing.enter_context(cli.deferred_signals())  # from here on they end the run after its step
-    steps = range(resumed.step + 1, plan.max_steps + 1)
-    progress = tqdm(steps, desc="train", unit="step", initial=resumed.step, total=plan.max_steps,
-                    disable=None if world.main else True)  # fmt: skip
+    steps = range(resumed.step + 1, max_steps + 1)
+    hidden = None if world.main else True  # None: hidden where there is no terminal
+    progress = tqdm(steps, desc="train", total=max_steps, unit="step", initial=resumed.step, disable=hidden)
     for step in progress:
         record.step = step
         saving.report()
         for group in optimizer.param_groups:
-            group["lr"] = rate(step)
+            group["lr"] = run.learning_rate(step)
 
         for micro_step in range(1, args.gradient_accum + 1):
             waiting = time.perf_counter()
-            batch = next(feed)
+            batch = next(batches)
             stats.wait_s += time.perf_counter() - waiting
             with gradients_stay(model, micro_step == args.gradient_accum):
-                loss, raw, *seen = losses(model, batch)
-                mean = loss.mean() / args.gradient_accum
-                scaler.scale(mean).backward(seed_of(mean))
-            stats.add(batch, *seen, raw.detach(), loss.detach())
-            guard.add(batch["samples"], loss.detach())
+                result = forward(model, batch)
+                mean = result.loss.mean() / args.gradient_accum
+                scaler.scale(mean).backward(backward_seed(mean))
+            stats.add(batch, result)
+            nonfinite.add(batch["samples"], result.loss.detach())
 
         save_now, stop = saving.due(step, bool(signals))
-        validate_now = validation is not None and validation.due(step, plan.max_steps)
+        validate_now = validation is not None and validation.due(step, max_steps)
         log_now = logs.due(step) or save_now or validate_now  # what is saved was seen to be finite
         scaler.unscale_(optimizer)
         grad_norm = stats.gradients(log_now)
@@ -196,31 +154,27 @@ def train(args, output_dir, resumed, world, closing, record):
         logs.diagnostics.before(step)
         finite = grad_norm.isfinite()
         stepped = step_if_finite(optimizer, scaler, finite)
-        guard.end_step(step, finite)
+        nonfinite.end_step(step, finite)
         optimizer.zero_grad(set_to_none=True)
         if ema:
             ema.update(step, stepped)
-        if plan.ends_epoch(step):
+        if run.plan.ends_epoch(step):
             stats.epoch_end()
 
         if log_now:
-            measured = validation.measure(unet, lambda *a: losses(*a)[:2], step, ema) if validate_now else {}
+            measured = validation.measure(unet, forward, step, ema) if validate_now else {}
             tags = logs.write(step, optimizer, measured)
-            hopeless = guard.read(stats.num_not_finite)
+            hopeless = nonfinite.read(stats.num_not_finite)
             save_now = save_now or hopeless
-            speed = tags.get("05_Performance/images_per_second", math.nan)
-            progress.set_postfix(loss=f"{stats.loss_raw:.4f}", img_s=f"{speed:.1f}", refresh=False)
-            if progress.disable:  # not a terminal
-                say(logs.line(step, tags))
-        draw_if_due(step, batch["samples"])
+            logs.show(progress, say, step, tags)
+        draw(step, batch["samples"])
         if save_now:
             if samples:
-                samples.animate(output_dir / "samples", metrics, step)
-            seen = visits + (step - resumed.step) * plan.effective_batch
-            state = run_state(step, seen, settings, unet, optimizer, scaler, stats, validation)
-            saving.save(step, unet, ema, state)
+                samples.animate(run.output_dir / "samples", metrics, step)
+            num_trained = num_seen + (step - resumed.step) * run.plan.effective_batch
+            saving.save(step, unet, ema, train_state.to_save(step, num_trained, settings, stats, validation))
             if hopeless:
-                raise ValueError(f"{guard.advice()}; the last good weights are in {saving.finish()}")
+                raise ValueError(f"{nonfinite.advice()}; the last good weights are in {saving.finish()}")
             if stop:
                 break
 
@@ -231,60 +185,87 @@ def train(args, output_dir, resumed, world, closing, record):
     progress.close()
     saved = saving.finish()
 
-    say(f"{step - resumed.step} steps in {time.perf_counter() - started:.0f} s"
-        + (f"; last checkpoint: {saved}" if saved else ""))  # fmt: skip
-    if stop and step < plan.max_steps:
-        number = (signals or [signal.SIGTERM])[0]
-        record.add(f"the run ended: {signal.Signals(number).name} after step {step} of {plan.max_steps}")
-        say(f"stopped after step {step} of {plan.max_steps}; --resume latest goes on")
-        return 128 + number
+    elapsed_s = time.perf_counter() - started
+    say(f"{step - resumed.step} steps in {elapsed_s:.0f} s" + (f"; last checkpoint: {saved}" if saved else ""))
+    if stop and step < max_steps:
+        return report_stop(say, record, (signals or [signal.SIGTERM])[0], step, max_steps)
     if args.overfit:
         return report_overfit(say, first_loss, stats.loss_raw, step)
-    say(setup.leftover(index, batches))
+    say(leftover(run.index, batch_sampler))
     return 0
 
 
-def forward(model, batch, objective, alphas_cumprod, autocast, dtype, gamma):
-    """One forward pass.
+class ForwardResult(NamedTuple):
+    """What a forward pass gives for a batch.
+
+    Attributes:
+        loss: float32 [B], what is optimised.
+        squared_error: float32 [B], the plain one.
+        prediction, target: [B, C, h, w], detached.
+        alpha, sigma: float32 [B, 1, 1, 1]; the UNet has seen alpha * latents + sigma * noise.
+    """
+
+    loss: "Tensor"
+    squared_error: "Tensor"
+    prediction: "Tensor"
+    target: "Tensor"
+    alpha: "Tensor"
+    sigma: "Tensor"
+
+
+def forward_pass(model, batch, run, dtype):
+    """One forward pass; returns a ForwardResult.
 
     Args:
-        batch: as data.collate makes it, on the device.
+        batch: as batching.collate makes it, on the device.
         dtype: of the model's weights.
-        gamma: of Min-SNR, or None: plain squared error.
-
-    Returns:
-        (loss to optimise, plain squared error: float32 [B]; prediction, target: [B, C, h, w], detached; alpha, sigma:
-        float32 [B, 1, 1, 1]).
     """
     from cachetrain.diffusion.objective import alpha_sigma, min_snr_weights, squared_error, target_of
+    from cachetrain.modeling.conditioning import predict
 
     latents, noise, timesteps = batch["latents"], batch["noise"], batch["timesteps"]
-    alpha, sigma = alpha_sigma(objective, timesteps, alphas_cumprod)
-    with autocast():
-        prediction = model(
-            (alpha * latents + sigma * noise).to(dtype),
-            timesteps,
-            encoder_hidden_states=batch["encoder_hidden_states"],
-            encoder_attention_mask=batch["encoder_attention_mask"],
-        ).sample
-    target = target_of(objective, latents, noise, alpha, sigma)
-    raw = squared_error(prediction, target)
-    loss = raw if gamma is None else raw * min_snr_weights(objective, alpha, sigma, gamma)
-    return loss, raw, prediction.detach(), target, alpha, sigma
+    alpha, sigma = alpha_sigma(run.objective, timesteps, run.alphas_cumprod)
+    with run.autocast():
+        noisy = (alpha * latents + sigma * noise).to(dtype)
+        prediction = predict(model, noisy, timesteps, batch["conditioning"])
+    target = target_of(run.objective, latents, noise, alpha, sigma)
+    error = squared_error(prediction, target)
+    weights = min_snr_weights(run.objective, alpha, sigma, run.args.noise_gamma) if run.args.use_snr else None
+    loss = error if weights is None else error * weights
+    return ForwardResult(loss, error, prediction.detach(), target, alpha, sigma)
+
+
+def draw_if_due(run, samples, unet, ema, metrics, step, last_samples):
+    """Draws the run's sample prompts after a step if it is time to; of sharded models all ranks take part.
+
+    Args:
+        samples: SampleImages on rank 0, or None.
+        last_samples: positions of the last batch's pairs.
+    """
+    from cachetrain.distributed import full_unet
+
+    due = samples is not None and samples.due(step, run.plan.max_steps)
+    if not (run.world.any(due) if run.args.fsdp else due):
+        return
+    with ema.applied() if ema else nullcontext():
+        complete = full_unet(unet, run.world)
+        if run.world.main:
+            directory = run.output_dir / "samples" / f"step-{step:06d}"
+            samples.draw(complete, directory, metrics, step, run.autocast, last_samples)
 
 
 def open_output_dir(args, output_dir, closing):
     """Makes the run's directory, or finds in it what is to be resumed; one that another run writes to is refused.
 
     Returns:
-        what saves.resume.find_checkpoint does; (None, False) for a new run.
+        what resume.find_checkpoint does; (None, False) for a new run.
     """
     from cachetrain.atomic import locked_directory, remove_leftovers
     from cachetrain.checkpoints.resume import find_checkpoint
 
     if not args.resume and (output_dir / "args.json").exists():
         raise ValueError(
-            f"{output_dir}: already holds a run; choose another --output_dir, or go on with --resume latest"
+            f"{output_dir}: already holds a run; choose another --output_dir, or resume it with --resume latest"
         )
     closing.enter_context(locked_directory(output_dir))
     remove_leftovers(output_dir)
@@ -299,14 +280,23 @@ def archive_settings(args, output_dir):
         shutil.copy(args.copy_config, output_dir)
 
 
+def report_stop(say, record, number, step, max_steps):
+    """Says which signal ended the run; returns the exit code, 128 + its number."""
+    record.add(f"the run ended: {signal.Signals(number).name} after step {step} of {max_steps}")
+    say(f"stopped after step {step} of {max_steps}; --resume latest continues the run")
+    return 128 + number
+
+
 def report_overfit(say, first_loss, loss, step):
     """Says whether the samples were learned by heart; returns the exit code."""
     share = f"the loss on fixed noise went from {first_loss:.4f} to {loss:.4f} in {step} steps"
     if loss < OVERFIT_SHARE * first_loss:
         say(f"overfit: {share}: this script, these caches and this model train")
         return 0
-    say(f"overfit: {share}, not below a tenth: give it more --max_steps or a higher --lr; if that does not help, "
-        "something in caches, model or flags keeps it from training")  # fmt: skip
+    say(
+        f"overfit: {share}, not below a tenth: give it more --max_steps or a higher --lr; if that does not help, "
+        "something in caches, model or flags keeps it from training"
+    )
     return 1
 
 

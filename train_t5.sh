@@ -1,33 +1,34 @@
 #!/usr/bin/env bash
 # Trains the flagship (SDXL VAE + T5 + SD1.5 UNet) from its caches.
-# This file IS the configuration: copy it beside itself, edit the copy, run the copy; it is kept with the run's output.
-# A variable set outside wins over the value here, a flag given here wins over both: LR=2e-5 ./train_t5.sh --seed 1
-# `./train_t5.sh checkpoint` has the running run saved after its step, `./train_t5.sh resume` goes on from the last save.
+# This file is the configuration: copy it beside itself, edit the copy, run the copy. The run keeps a copy, too.
+# An environment variable overrides the value here, a flag overrides both: LR=2e-5 ./train_t5.sh --seed 1
+#   ./train_t5.sh checkpoint    saves the running run after its current step
+#   ./train_t5.sh resume        resumes the run from its newest intact checkpoint
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 MODEL=${MODEL:-models/t5_sd15}          # made by models/compose_t5_sd.py
-DATADIR=${DATADIR:-/data}               # holds the sidecars; several: DATADIR="/data/a /data/b:2.5" (visited 2.5 times)
+DATADIR=${DATADIR:-/data}               # with the caches; several: "/data/a /data/b:2.5" (b visited 2.5 times)
 IMGCACHE=${IMGCACHE:-.img_sdxl}         # made by cache/create_img_sdxl.py
 TXTCACHE=${TXTCACHE:-.txt_t5cache}      # made by cache/create_t5cache_768.py
 
-BATCH=${BATCH:-64}                      # samples in one backward pass
-ACCUM=${ACCUM:-1}                       # backward passes in one step
-STEPS=${STEPS:-10000}                   # optimizer steps, or epochs: 2e
+BATCH=${BATCH:-64}                      # samples per backward pass and GPU; lower it if memory runs out
+ACCUM=${ACCUM:-1}                       # backward passes per step
+STEPS=${STEPS:-10000}                   # optimizer steps, or epochs like 2e
 OPTIMIZER=${OPTIMIZER:-lion}            # adamw, lion, stableadamw, adamw8, prodigy
-LR=${LR:-1e-5}                          # lion wants 3 to 10 times less than adamw
+LR=${LR:-1e-5}                          # peak; lion needs 3 to 10 times less than adamw, prodigy needs 1
 SCHED=${SCHED:-cosine}                  # constant(_with_warmup), linear, cosine(_with_min_lr), polynomial, rex
 GAMMA=${GAMMA:-5}                       # Min-SNR gamma; 0: off
-OBJECTIVE=${OBJECTIVE:-}                # epsilon, v_prediction, flow; empty: the model's own
-DROPOUT=${DROPOUT:-0.04}                # share of captions replaced by the empty one
-EMA=${EMA:-0}                           # decay of the weights' moving average; 0: off
+OBJECTIVE=${OBJECTIVE:-}                # epsilon, v_prediction, flow; empty: as the model was trained
+DROPOUT=${DROPOUT:-0.04}                # share of captions replaced by the empty one, for guidance
+EMA=${EMA:-0}                           # decay of the moving average of the weights, like 0.9999; 0: off
 PRECISION=${PRECISION:-bf16}            # bf16, bf16_pure, fp32, fp16
 
 SAMPLE_PROMPTS=${SAMPLE_PROMPTS:-}      # a file of prompts, .txt or .json; empty: no samples
-SAMPLE_STEPS=${SAMPLE_STEPS:-250}
-VAL_SPLIT=${VAL_SPLIT:-0}               # share of the pairs that is held out for val/loss; 0: none
-SAVE_STEPS=${SAVE_STEPS:-1000}
-GPUS=${GPUS:-1}                         # of this machine
+SAMPLE_STEPS=${SAMPLE_STEPS:-250}       # optimizer steps between samples
+VAL_SPLIT=${VAL_SPLIT:-0}               # share of the pairs held out for val/loss; 0: none
+SAVE_STEPS=${SAVE_STEPS:-1000}          # optimizer steps between checkpoints, or epochs like 1e
+GPUS=${GPUS:-1}                         # GPUs of this machine to train on
 
 NAME=${NAME:-t5_${OPTIMIZER}_lr${LR}_b${BATCH}x${ACCUM}_${SCHED}_g${GAMMA}_s${STEPS}}
 OUTPUT=${OUTPUT:-output/$NAME}
@@ -56,7 +57,7 @@ args=(--model "$MODEL" --imgcache_suffix "$IMGCACHE" --txtcache_suffix "$TXTCACH
       --output_dir "$OUTPUT" --logdir "$LOGDIR" --save_steps "$SAVE_STEPS" --copy_config "${BASH_SOURCE[0]}")
 [ "$GAMMA" = 0 ] || args+=(--use_snr --noise_gamma "$GAMMA")
 [ -z "$OBJECTIVE" ] || args+=(--objective "$OBJECTIVE")
-[ -z "$SAMPLE_PROMPTS" ] || args+=(--sample_prompts "$SAMPLE_PROMPTS" --sample_steps "$SAMPLE_STEPS")
+[ -z "$SAMPLE_PROMPTS" ] || args+=(--sample_prompts "$SAMPLE_PROMPTS" --sample_every "$SAMPLE_STEPS")
 [ "$VAL_SPLIT" = 0 ] || args+=(--val_split "$VAL_SPLIT")
 
 launch=("$PYTHON")

@@ -34,11 +34,15 @@ def parse_args(argv=None):
     parser = cli.parser(__doc__)
     parser.add_argument("--work", required=True, help="directory for models, pictures and caches; kept")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
-    parser.add_argument("--num_images", type=int, default=24, help="through the VAE of full size; 10 x as many tiny")
-    parser.add_argument("--num_captions", type=int, default=400)
-    parser.add_argument("--num_pairs", type=int, default=100_000, help="of the scan")
-    parser.add_argument("--device", help="torch device; default: cuda if there is one, else cpu")
-    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: bf16 on cuda, fp32 on cpu")
+    parser.add_argument(
+        "--num_images",
+        type=cli.positive_int,
+        default=24,
+        help="images for the VAE of full size; the tiny VAE gets ten times as many",
+    )
+    parser.add_argument("--num_captions", type=cli.positive_int, default=400, help="captions to encode")
+    parser.add_argument("--num_pairs", type=cli.positive_int, default=100_000, help="images with captions to scan")
+    cli.add_device_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -95,9 +99,13 @@ def make_vae(work):
     if not (work / "vae").exists():
         torch.manual_seed(0)
         AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=512,
-            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        ).save_pretrained(work / "vae")  # fmt: skip
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            latent_channels=4,
+            sample_size=512,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+        ).save_pretrained(work / "vae")
     return work / "vae"
 
 
@@ -283,14 +291,14 @@ def make_pairs(root, count, per_folder=1000):
 
 def check(root, suffix):
     """What a cache script does before it encodes: lists all files and checks their sidecars."""
-    from cachetrain.caching import runner
+    from cachetrain.caching import selection
     from cachetrain.caching.freshness import image_source
-    from cachetrain.caching.tally import Tally
+    from cachetrain.caching.summary import RunSummary
 
     args = Namespace(data_root=[str(root)], cache_suffix=suffix, overwrite=False, full=False)
     wanted = {"kind": "img_sdxl", "encoder": "0" * 64, "settings": "{}"}
-    tally = Tally("img_sdxl", root, suffix)
-    return runner.select(runner.find_pairs(args, tally), image_source, wanted, args, tally), tally
+    summary = RunSummary("img_sdxl", root, suffix)
+    return selection.select(selection.find_pairs(args, summary), image_source, wanted, args, summary), summary
 
 
 def index(root):

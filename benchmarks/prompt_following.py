@@ -28,8 +28,8 @@ OBJECTIVES = {"epsilon": 5, "v_prediction": 0, "flow": 0}
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     parser.add_argument("--work", required=True, type=Path, help="directory for data, models and runs; kept")
-    parser.add_argument("--steps", type=int, default=3200, help="optimizer steps of each run")
-    parser.add_argument("--num_images", type=int, default=6000, help="training images")
+    parser.add_argument("--steps", type=cli.positive_int, default=3200, help="optimizer steps of each run")
+    parser.add_argument("--num_images", type=cli.positive_int, default=6000, help="training images")
     for name, choices in (("flavours", FLAVOURS), ("objectives", OBJECTIVES), ("precisions", PRECISIONS)):
         parser.add_argument(f"--{name}", nargs="+", choices=choices, default=list(choices), help="run only these")
     return parser.parse_args(argv)
@@ -51,8 +51,17 @@ def prepare(args):
     data = args.work / "data"
     if (args.work / "prepared").exists():
         return
-    script("dataset_scripts/draw_shapes.py", "--out", data, "--num_images", args.num_images,
-           "--prompts", args.work / "prompts.txt", "--num_prompts", 120)  # fmt: skip
+    script(
+        "dataset_scripts/draw_shapes.py",
+        "--out",
+        data,
+        "--num_images",
+        args.num_images,
+        "--prompts",
+        args.work / "prompts.txt",
+        "--num_prompts",
+        120,
+    )
     for flavour, cache, encoder in (("t5", "create_t5cache_768.py", "t5"), ("sd", "create_clipl.py", "clip")):
         model = args.work / f"model_{flavour}"
         compose = "models/compose_t5_sd.py" if flavour == "t5" else "models/compose_sd.py"
@@ -72,13 +81,43 @@ def score(args, flavour, objective, precision):
         return json.loads(result.read_text())
     subprocess.run(["rm", "-rf", out], check=True)
     script(
-        f"train_{flavour}.sh", "--betas", 0.9, 0.99, "--warmup_steps", 100, "--lr_decay_steps", args.steps,
-        MODEL=args.work / f"model_{flavour}", DATADIR=args.work / "data", OUTPUT=out, LOGDIR=args.work / "logs",
-        IMGCACHE=".img_sdxl", BATCH=16, STEPS=args.steps, OPTIMIZER="adamw", LR=2e-3, SCHED="cosine", GAMMA=gamma,
-        DROPOUT=0.1, EMA=0.99, OBJECTIVE=objective, PRECISION=precision,
-    )  # fmt: skip
-    script("sample.py", "--model", out / f"checkpoint-{args.steps:06d}", "--prompts", args.work / "prompts.txt",
-           "--out", out / "drawn", "--cfgs", 3, "--batch_size", 60)  # fmt: skip
+        f"train_{flavour}.sh",
+        "--betas",
+        0.9,
+        0.99,
+        "--warmup_steps",
+        100,
+        "--lr_decay_steps",
+        args.steps,
+        MODEL=args.work / f"model_{flavour}",
+        DATADIR=args.work / "data",
+        OUTPUT=out,
+        LOGDIR=args.work / "logs",
+        IMGCACHE=".img_sdxl",
+        BATCH=16,
+        STEPS=args.steps,
+        OPTIMIZER="adamw",
+        LR=2e-3,
+        SCHED="cosine",
+        GAMMA=gamma,
+        DROPOUT=0.1,
+        EMA=0.99,
+        OBJECTIVE=objective,
+        PRECISION=precision,
+    )
+    script(
+        "sample.py",
+        "--model",
+        out / f"checkpoint-{args.steps:06d}",
+        "--prompts",
+        args.work / "prompts.txt",
+        "--out",
+        out / "drawn",
+        "--cfgs",
+        3,
+        "--batch_size",
+        60,
+    )
     script("dataset_scripts/score_shapes.py", out / "drawn", "--json", out / "score.part")
     (out / "score.part").rename(result)
     return json.loads(result.read_text())
@@ -93,9 +132,12 @@ def main(argv=None):
         pairs = score(args, flavour, objective, precision)
         rows.append((flavour, objective, precision, *(pairs[half]["all"] for half in ("trained", "held_out"))))
         print("{:4}{:14}{:11}{:5.0f}%{:5.0f}%".format(*rows[-1]), flush=True)
-    print(f"\n{args.steps} steps: trained pairs / held-out pairs, all five attributes right\n\n| | "
-          + " | ".join(f"{f} {o}" for f, o in product(args.flavours, args.objectives))
-          + " |\n|---|" + "---|" * len(args.flavours) * len(args.objectives))  # fmt: skip
+    print(
+        f"\n{args.steps} steps: trained pairs / held-out pairs, all five attributes right\n\n| | "
+        + " | ".join(f"{f} {o}" for f, o in product(args.flavours, args.objectives))
+        + " |\n|---|"
+        + "---|" * len(args.flavours) * len(args.objectives)
+    )
     for precision in args.precisions:
         cells = [f"{trained:.0f} / {held:.0f}" for *_, p, trained, held in rows if p == precision]
         print(f"| {precision} | " + " | ".join(cells) + " |")

@@ -31,7 +31,9 @@ CAPTIONS = {
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     parser.add_argument("--work", required=True, help="directory for models, caches and the run; kept")
-    parser.add_argument("--steps", type=int, default=4, help="training steps; the first one is not timed")
+    parser.add_argument(
+        "--steps", type=cli.Number(int, 2), default=4, help="training steps; the first one is not timed"
+    )
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of training")
     parser.add_argument(
         "--bare", choices=("vae", "clip", "unet"), help="run only this bare counterpart (used by itself)"
@@ -55,9 +57,17 @@ def make_models(work):
     UNet2DConditionModel(sample_size=64, cross_attention_dim=768).save_config(work / "unet")
     tiny = REPO / "models" / "tiny" / "clip" / "tokenizer"
     config = CLIPTextConfig(
-        vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-        projection_dim=768, hidden_act="quick_gelu", bos_token_id=49406, eos_token_id=49407, pad_token_id=1,
-    )  # fmt: skip
+        vocab_size=49408,
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        projection_dim=768,
+        hidden_act="quick_gelu",
+        bos_token_id=49406,
+        eos_token_id=49407,
+        pad_token_id=1,
+    )
     CLIPTextModel(config).save_pretrained(work / "clip" / "text_encoder")
     (work / "clip" / "tokenizer").mkdir()
     for path in tiny.iterdir():  # its ids are few, but the tower costs the same whatever the ids
@@ -165,10 +175,28 @@ def main(argv=None):
 
     name = f"run-{int(time.time())}"
     seconds, gib, _ = measured(
-        REPO / "train_from_cached.py", "--model", work / "sd", "--train_data_dir", data, "--output_dir", work / name,
-        "--logdir", work / "tensorboard", "--imgcache_suffix", ".img_sdvae", "--txtcache_suffix", ".txt_clipl",
-        "--batch_size", "1", "--max_steps", args.steps, "--log_step", "1", "--precision", args.precision,
-    )  # fmt: skip
+        REPO / "train_from_cached.py",
+        "--model",
+        work / "sd",
+        "--train_data_dir",
+        data,
+        "--output_dir",
+        work / name,
+        "--logdir",
+        work / "tensorboard",
+        "--imgcache_suffix",
+        ".img_sdvae",
+        "--txtcache_suffix",
+        ".txt_clipl",
+        "--batch_size",
+        "1",
+        "--max_steps",
+        args.steps,
+        "--log_step",
+        "1",
+        "--precision",
+        args.precision,
+    )
     lines = [json.loads(line) for line in (work / name / "metrics.jsonl").read_text().splitlines()][1:]
     step_s = sum(1 / line["05_Performance/images_per_second"] for line in lines) / len(lines)
     rows.append((f"train_from_cached.py, {args.precision}, batch 1", step_s, counterpart["unet"], seconds, gib))

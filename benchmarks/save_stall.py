@@ -19,7 +19,7 @@ def parse_args(argv=None):
     parser = cli.parser(__doc__)
     parser.add_argument("--work", required=True, type=Path, help="directory for the checkpoints; removed afterwards")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
-    parser.add_argument("--saves", type=int, default=2, help="checkpoints to write, one after the other")
+    parser.add_argument("--saves", type=cli.positive_int, default=2, help="checkpoints to write, one after the other")
     return parser.parse_args(argv)
 
 
@@ -38,10 +38,16 @@ def main(argv=None):
     with torch.device(device):
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
     moments = {number: {"exp_avg": p.detach().clone()} for number, p in enumerate(unet.parameters())}
-    settings = SimpleNamespace(
-        output_dir=args.work, save_on_epoch=False, keep_last=1, save_every_minutes=None, ckpt_dir=None
+    settings = SimpleNamespace(save_on_epoch=False, keep_last=1, save_every_minutes=None, ckpt_dir=None)
+    run = SimpleNamespace(
+        args=settings,
+        output_dir=args.work,
+        plan=None,
+        world=World(),
+        model_dir=args.work / "bare",
+        noise_scheduler=make_scheduler("epsilon"),
     )
-    saving = Saving(settings, None, World(), args.work / "bare", make_scheduler("epsilon"), {"objective": "epsilon"})
+    saving = Saving(run, {"objective": "epsilon"})
     args.work.mkdir(parents=True, exist_ok=True)
     print(f"{'save':>6}{'bare copy, s':>14}{'held up, s':>12}{'ratio':>7}{'on disk, s':>12}{'checked, s':>12}")
     for step in range(1, args.saves + 1):

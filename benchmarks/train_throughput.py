@@ -54,13 +54,23 @@ def parse_args(argv=None):
     parser.add_argument("--work", required=True, help="directory for models, caches and runs; kept")
     parser.add_argument("--unet", choices=("tiny", "sd15"), default="tiny")
     parser.add_argument("--device", help="torch device; default: cuda if there is one, else cpu")
-    parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16", "bf16_pure"), help="default: tiny all, "
-                        "sd15 bf16 and bf16_pure")  # fmt: skip
+    parser.add_argument(
+        "--precisions",
+        nargs="+",
+        choices=("fp32", "bf16", "bf16_pure"),
+        help="default: tiny all, sd15 bf16 and bf16_pure",
+    )
     parser.add_argument("--modes", nargs="+", choices=("eager", "compiled"), default=("eager", "compiled"))
-    parser.add_argument("--batch_size", type=int, help="default: tiny 16, sd15 64")
-    parser.add_argument("--windows", type=int, default=4, help=f"of {LOG_STEP} steps, timed in each turn")
-    parser.add_argument("--turns", type=int, default=3, help="of each loop")
-    parser.add_argument("--memory_gib", type=float, help="also find the largest batch in this much GPU memory")
+    parser.add_argument(
+        "--batch_size", type=cli.positive_int, help="samples per step; default: 16 for tiny, 64 for sd15"
+    )
+    parser.add_argument(
+        "--windows", type=cli.positive_int, default=4, help=f"windows of {LOG_STEP} steps, timed in each turn"
+    )
+    parser.add_argument("--turns", type=cli.positive_int, default=3, help="how often each loop runs")
+    parser.add_argument(
+        "--memory_gib", type=cli.positive_float, help="also find the largest batch in this much GPU memory"
+    )
     parser.add_argument("--loop", choices=("whole", "bare", "plain"), help="run only this one (used by itself)")
     args = parser.parse_args(argv)
     args.tiny = args.unet == "tiny"
@@ -153,6 +163,7 @@ def whole_loop(args, work, model, data, flags):
 
     import torch
 
+    from cachetrain.checkpoints.save import Saving
     from cachetrain.modeling import load
     from cachetrain.training.logs.run_logs import Logs
 
@@ -160,7 +171,7 @@ def whole_loop(args, work, model, data, flags):
     trainer = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(trainer)
     clock, waits, wait_shares = Clock(load.pick_device(args.device)), Waits(), []
-    write_logs = Logs.write
+    write_logs, save = Logs.write, Saving.save
 
     def write_and_mark(self, step, *rest):
         with waits.allowed():
@@ -170,18 +181,23 @@ def whole_loop(args, work, model, data, flags):
             wait_shares.append(tags["05_Performance/data_wait_fraction"])
         return tags
 
-    Logs.write = write_and_mark
+    def save_uncounted(self, *rest):  # the last step's save copies everything to the host, and must wait
+        with waits.allowed():
+            save(self, *rest)
+
+    Logs.write, Saving.save = write_and_mark, save_uncounted
     with waits.counted(clock.device):
         trainer.main([*trainer_flags(args, work, model, data, LOG_STEP * (args.windows + 1)), *flags])
     cuda = clock.device.type == "cuda"
     clock.result(
-        data_wait=statistics.mean(wait_shares) if wait_shares else 0.0, waits=waits.count if cuda else None,
+        data_wait=statistics.mean(wait_shares) if wait_shares else 0.0,
+        waits=waits.count if cuda else None,
         device=torch.cuda.get_device_name(clock.device) if cuda else "cpu",
-    )  # fmt: skip
+    )
 
 
 class Waits:
-    """Counts waits of the host for a CUDA device between the first and the last log step, those of log steps not."""
+    """Counts waits of the host for a CUDA device after the first log step, except in log steps and saves."""
 
     def __init__(self):
         self.count, self._counting = 0, False
@@ -202,7 +218,7 @@ class Waits:
 
     @contextmanager
     def allowed(self):
-        """Around a log step; counting starts after the first one."""
+        """Around a log step or a save; counting starts after the first one."""
         import torch
 
         if self._counting:
@@ -307,8 +323,10 @@ def in_turns(args, loops, precision, mode, batch_size):
             earlier = results.setdefault(loop, measured | {"wall": [], "cpu": []})
             for key in ("wall", "cpu"):
                 earlier[key] += measured[key]
-            print(f"{precision} {mode} {loop}: " + " ".join(f"{1e3 * s:.1f}" for s in measured["wall"]) + " ms",
-                  file=sys.stderr)  # fmt: skip
+            print(
+                f"{precision} {mode} {loop}: " + " ".join(f"{1e3 * s:.1f}" for s in measured["wall"]) + " ms",
+                file=sys.stderr,
+            )
     return results
 
 

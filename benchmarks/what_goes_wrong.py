@@ -77,8 +77,27 @@ def train(work, name):
         "VAL_SPLIT": 0.02, "OMP_NUM_THREADS": 1,
     }  # fmt: skip
     settings |= {key: work / value if key == "MODEL" else value for key, value in different.items()}
-    flags = ["--betas", 0.9, 0.99, "--warmup_steps", 100, "--lr_decay_steps", STEPS, "--sample_cfgs", 1, 3, 7,
-             "--cache_in_ram", "--val_steps", 100, "--log_step", 10, "--diagnostic_steps", 100, *flags]  # fmt: skip
+    flags = [
+        "--betas",
+        0.9,
+        0.99,
+        "--warmup_steps",
+        100,
+        "--lr_decay_steps",
+        STEPS,
+        "--sample_cfgs",
+        1,
+        3,
+        7,
+        "--cache_in_ram",
+        "--val_steps",
+        100,
+        "--log_step",
+        10,
+        "--diagnostic_steps",
+        100,
+        *flags,
+    ]
     environment = os.environ | {key: str(value) for key, value in settings.items()}
     subprocess.run([REPO / "train_t5.sh", *map(str, flags)], check=True, env=environment)
 

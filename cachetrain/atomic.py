@@ -1,61 +1,63 @@
-"""Files and directories that appear under their name whole and on disk, or not at all."""
+"""Writes files and directories that appear under their names complete, or not at all."""
 
 import os
 import re
 import secrets
 import shutil
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 LOCK = ".lock"
 
-# What `temporary_path` gives: the machine and the process say whether anybody is still writing it.
+# A name from `temporary_path`; machine and process id show whether its writer is still alive.
 _TEMPORARY = re.compile(r"\.cachetrain~(?P<node>[^~]*)~(?P<pid>\d+)~[0-9a-f]{8}.*\.tmp")
 _ABANDONED_AGE_S = 3600
 
 
-def temporary_path(path):
-    """A hidden name beside `path` for a file that is not complete yet; short, however long the target's is."""
+def temporary_path(path: str | Path) -> Path:
+    """A hidden name beside `path` for a file that is not complete yet; short even if the name of `path` is long."""
     path = Path(path)
     owner = f"{os.uname().nodename}~{os.getpid()}" if hasattr(os, "uname") else f"~{os.getpid()}"
     return path.with_name(f".cachetrain~{owner}~{secrets.token_hex(4)}{path.suffix}.tmp")
 
 
-def is_abandoned(path):
-    """Whether `path` is a temporary file whose writer is gone: dead on this machine, or silent for an hour."""
+def is_abandoned(path: str | Path) -> bool:
+    """Whether `path` is a temporary file whose writer is gone: its process on this machine has ended, or nothing has
+    been written for an hour."""
     match = _TEMPORARY.fullmatch(os.path.basename(path))
     if match is None:
         return False
     if hasattr(os, "uname") and match["node"] == os.uname().nodename:
         try:
-            os.kill(int(match["pid"]), 0)  # signal 0 only asks whether the process exists
+            os.kill(int(match["pid"]), 0)  # signal 0 only checks whether the process exists
         except ProcessLookupError:
             return True
         except PermissionError:
-            pass  # another user's, alive
+            pass  # alive, of another user
     return time.time() - os.stat(path).st_mtime > _ABANDONED_AGE_S
 
 
-def atomic_write(path, data):
-    """Writes bytes under `path`, which holds either its old or its new content at every moment."""
+def atomic_write(path: str | Path, data: bytes) -> None:
+    """Writes bytes to `path`, which holds either its old or its new content at every moment."""
     temporary = temporary_path(path)
     try:
         temporary.write_bytes(data)
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):  # writing does not say where it failed, opening names the temporary file
+        if isinstance(error, OSError):  # name `path`: a failed write names no file, a failed open the temporary one
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 
 @contextmanager
-def staged_file(path):
-    """Yields a name in a directory beside `path` for a file that takes its place once it is complete and on disk.
+def staged_file(path: str | Path) -> Iterator[Path]:
+    """Yields a path for a new file, which replaces `path` once the block ends and the file is on disk.
 
-    It has a directory to itself because safetensors 0.8 writes to a temporary file of its own beside it, which would
-    stay behind where the process is killed.
+    The new file has a directory to itself, because safetensors 0.8 writes to a temporary file beside it, which would
+    remain if the process were killed.
     """
     path = Path(path)
     with _stage(path) as stage:
@@ -67,8 +69,8 @@ def staged_file(path):
 
 
 @contextmanager
-def staged_directory(out, overwrite=False):
-    """Yields a temporary directory beside `out` that takes its name once complete and vanishes on failure.
+def staged_directory(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yields a temporary directory beside `out`, which becomes `out` once the block ends; an exception removes it.
 
     Raises:
         ValueError: `out` exists and may not be replaced.
@@ -91,26 +93,26 @@ def staged_directory(out, overwrite=False):
         shutil.rmtree(removed)
 
 
-def remove_directory(directory):
-    """Removes a directory tree, which is gone from under its name at once."""
+def remove_directory(directory: Path) -> None:
+    """Removes a directory tree, whose name is gone at once, before its files are."""
     removed = _set_aside(directory)
-    _sync(directory.parent)  # or a crash could bring the name back without all that is removed now
+    _sync(directory.parent)  # or a crash could bring the name back without all of its files
     shutil.rmtree(removed)
 
 
 @contextmanager
-def locked_directory(directory):
-    """Makes a directory, and keeps it for this process alone: a file in it is locked until the process ends.
+def locked_directory(directory: str | Path) -> Iterator[None]:
+    """Makes a directory, and locks a file in it until the block or the process ends, to keep other processes out.
 
     Raises:
         ValueError: another process holds it.
     """
-    import fcntl  # not on Windows, where nothing trains
+    import fcntl  # missing on Windows, where training is not supported
 
     Path(directory).mkdir(parents=True, exist_ok=True)
     with open(Path(directory) / LOCK, "a") as file:
         try:
-            # Not flock: the loader's workers would hold that lock too, for seconds after this process was killed.
+            # Not flock: loader workers would inherit the lock, and hold it for seconds after this process is killed.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise ValueError(f"{directory}: another process is writing there; wait for it, or stop it") from None
@@ -119,10 +121,10 @@ def locked_directory(directory):
         yield
 
 
-def is_locked(directory):
-    """Whether another process holds a directory by `locked_directory`: a look that takes no lock, not for an instant.
+def is_locked(directory: str | Path) -> bool:
+    """Whether another process has locked a directory by `locked_directory`; never takes the lock itself.
 
-    On a file system without locks nobody is seen to.
+    Always False on a file system without locks.
     """
     try:
         file = open(Path(directory) / LOCK, "rb")
@@ -138,8 +140,8 @@ def is_locked(directory):
     return False
 
 
-def remove_leftovers(directory, name="*"):
-    """Removes what a killed process has left of the above in `directory`. `name`: pattern of what was to be made."""
+def remove_leftovers(directory: str | Path, name: str = "*") -> None:
+    """Removes from `directory` what a killed process has left of the above. `name`: pattern of the final names."""
     for pattern in (f".{name}.stage", f".{name}.removed"):
         for path in Path(directory).glob(pattern):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -147,7 +149,7 @@ def remove_leftovers(directory, name="*"):
 
 @contextmanager
 def _stage(out):
-    """Makes a new directory beside `out`, which an exception removes."""
+    """Makes a temporary directory beside `out`; an exception removes it."""
     stage = out.with_name(f".{out.name}.stage")
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir(parents=True)
@@ -159,7 +161,7 @@ def _stage(out):
 
 
 def _set_aside(directory):
-    """Renames what is to be removed; returns its new path."""
+    """Renames a directory that is to be removed; returns its new path."""
     removed = directory.with_name(f".{directory.name}.removed")
     shutil.rmtree(removed, ignore_errors=True)
     os.rename(directory, removed)
@@ -167,9 +169,9 @@ def _set_aside(directory):
 
 
 def _sync_tree(directory):
-    """Forces a directory tree to disk, so that the rename never promises more than a crash would leave.
+    """Forces a directory tree to disk, so that after a crash the final name never stands for incomplete files.
 
-    Whoever may read the directory may read its files: safetensors makes them for their owner alone.
+    Also lets everyone who may read the directory read its files: safetensors makes them readable by their owner only.
     """
     mode = os.stat(directory).st_mode & 0o666
     for folder, _, names in os.walk(directory, onerror=_fail):

@@ -8,16 +8,31 @@ import sys
 from contextlib import contextmanager
 
 
-def parser(doc):
-    """An argument parser whose help starts with the script's docstring and shows defaults."""
+def parser(doc: str) -> argparse.ArgumentParser:
+    """An argument parser whose help starts with the script's docstring and shows ranges and defaults."""
+    return argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter)
 
-    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        def _get_help_string(self, action):
-            if action.default in (None, False) or action.required:
-                return action.help
-            return super()._get_help_string(action)
 
-    return argparse.ArgumentParser(description=doc, formatter_class=Formatter)
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of the docstring, and ends each help text with the range and the default of the flag.
+
+    A help text that ends with "; default: ..." says the default itself.
+    """
+
+    def _get_help_string(self, action):
+        text, _, default = action.help.partition("; default: ")
+        if not default and action.option_strings and not action.required:
+            default = _in_words(action.default)
+        notes = [action.type.range] if isinstance(action.type, Number) else []
+        notes += [f"default: {default}"] if default else []
+        return f"{text} ({'; '.join(notes)})" if notes else text
+
+
+def _in_words(default):
+    """A default as one would type it; "" where it says nothing."""
+    if any(default is nothing for nothing in (None, False, "", argparse.SUPPRESS)):
+        return ""
+    return " ".join(map(str, default)) if isinstance(default, list | tuple) else str(default).replace("%", "%%")
 
 
 def run(main):
@@ -80,20 +95,58 @@ def _stop(message, code):
     sys.exit(code)
 
 
-def add_device_arguments(parser):
-    parser.add_argument("--device", help="torch device; default: cuda if there is one, else cpu")
-    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: bf16 on cuda, fp32 on cpu")
+class Number:
+    """An argparse type: a number within a range, which `--help` and the error message both show.
+
+    Args:
+        kind: int or float.
+        least: smallest number accepted.
+        most: largest number accepted; None: there is none, but infinity is refused.
+        step: only multiples of it are accepted.
+        exclude: those of the two bounds that are refused themselves.
+        range_text: the range in words, where the bounds alone do not read well.
+    """
+
+    def __init__(self, kind, least, most=None, *, step=None, exclude=(), range_text=None):
+        self.kind = kind
+        self.least = least
+        self.most = most
+        self.step = step
+        self.exclude = exclude
+        self.range = range_text or self._range_in_words()
+        self.expected = f"a {'whole ' if kind is int else ''}number {self.range}"
+
+    def _range_in_words(self):
+        words = f"{'above' if self.least in self.exclude else 'from'} {self.least}"
+        if self.most is not None:
+            words += f" to {'below ' if self.most in self.exclude else ''}{self.most}"
+        return words + (f" in steps of {self.step}" if self.step else "")
+
+    def __call__(self, text: str):
+        try:
+            value = self.kind(text)
+        except ValueError:
+            value = None
+        if value is None or not self._holds(value):
+            raise argparse.ArgumentTypeError(f"expected {self.expected}, got {text if text.strip() else repr(text)}")
+        return value
+
+    def _holds(self, value):
+        most = math.inf if self.most is None else self.most
+        if not self.least <= value <= most or value == math.inf or value in self.exclude:  # nan is refused, too
+            return False
+        return self.step is None or value % self.step == 0
 
 
-def add_compose_arguments(parser):
-    parser.add_argument("--unet", required=True, help="UNet; a config without weights gives a fresh one")
-    parser.add_argument("--fresh_unet", action="store_true", help="only the UNet's config; new weights from --seed")
-    parser.add_argument("--vae", required=True, help="VAE")
-    parser.add_argument("--out", required=True, help="pipeline directory to write")
-    parser.add_argument("--objective", choices=("epsilon", "v_prediction", "flow"), default="epsilon",
-                        help="what the UNet is to predict; decides the scheduler saved with it")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="of all random weights")
-    parser.add_argument("--overwrite", action="store_true", help="replace --out")
+positive_int = Number(int, 1)
+count = Number(int, 0)
+positive_float = Number(float, 0, exclude=(0,))
+not_negative = Number(float, 0)
+share = Number(float, 0, 1)
+seed = Number(int, 0, 2**63 - 1, range_text="from 0 to 2^63 - 1")
+port = Number(int, 0, 65535)
+denoising_steps = Number(int, 1, 1000)
+pixels = Number(int, 8, 8192)
 
 
 class Steps(str):
@@ -101,13 +154,56 @@ class Steps(str):
 
     def __new__(cls, text):
         number = text.removesuffix("e")
-        if float(number) < 0 or (number == text and not number.isdecimal()):
+        if not 0 <= float(number) < math.inf or (number == text and not number.isdecimal()):
             raise ValueError(text)
         return super().__new__(cls, text)
 
     def resolve(self, steps_per_epoch):
         """The number as optimizer steps; epochs round up, so that every sample is visited."""
         return math.ceil(float(self[:-1]) * steps_per_epoch) if self.endswith("e") else int(self)
+
+
+class StepCount(Number):
+    """An argparse type: optimizer steps or epochs, as `Steps`.
+
+    Args:
+        least: 0 or 1, the fewest steps; 1 also asks for more than 0 epochs.
+    """
+
+    def __init__(self, least):
+        super().__init__(Steps, least, range_text=f"steps from {least}, or epochs {'above' if least else 'from'} 0")
+        self.expected = f"a whole number of {self.range} with an e after it, like 0.5e"
+
+    def _holds(self, value):
+        return value.resolve(1) >= self.least
+
+
+def add_device_arguments(parser):
+    parser.add_argument("--device", help="torch device, like cuda:1 or cpu; default: cuda if there is one, else cpu")
+    parser.add_argument(
+        "--dtype",
+        choices=("fp32", "bf16", "fp16"),
+        help="what the models compute in; default: bf16 on CUDA, fp32 on a CPU",
+    )
+
+
+def add_compose_arguments(parser):
+    parser.add_argument("--unet", required=True, help="where the UNet comes from; one without weights gets new ones")
+    parser.add_argument(
+        "--fresh_unet",
+        action="store_true",
+        help="take only the config of --unet and give it new weights, to train from scratch",
+    )
+    parser.add_argument("--vae", required=True, help="where the VAE comes from")
+    parser.add_argument("--out", required=True, help="pipeline directory to write")
+    parser.add_argument(
+        "--objective",
+        choices=("epsilon", "v_prediction", "flow"),
+        default="epsilon",
+        help="what the UNet learns to predict; the scheduler saved beside it fits",
+    )
+    parser.add_argument("--seed", type=seed, default=0, help="random seed of all new weights")
+    parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
 
 
 def available_cores():

@@ -99,7 +99,7 @@ def wrap(unet, world, fsdp):
         for block in [*unet.down_blocks, unet.mid_block, *unet.up_blocks]:
             if block is not None:
                 fully_shard(block, mesh=mesh)
-        # The root too: by default its weights stay whole after a forward pass, and without a backward pass the next
+        # The root too: by default its weights stay gathered after a forward pass, and without a backward pass the next
         # one would not see that Ema.applied() has changed them.
         return fully_shard(unet, mesh=mesh, reshard_after_forward=True)
     if world.ranks == 1:
@@ -124,10 +124,10 @@ def local_parts(tensors):
     return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
 
 
-def whole(unet, world):
+def full_unet(unet, world):
     """The UNet with all its weights, on rank 0; None on the others. All ranks take part.
 
-    It is the UNet itself, or of a sharded one a copy in CPU memory.
+    It is the UNet itself, or a copy of a sharded one in CPU memory.
     """
     state = unet.state_dict()
     if not any(isinstance(tensor, DTensor) for tensor in state.values()):
@@ -143,7 +143,7 @@ def whole(unet, world):
 
 @torch.no_grad()
 def on_host(tensors, world):
-    """Copies of {name: tensor} in CPU memory, contiguous, sharded ones whole; on rank 0, {} elsewhere. All take part.
+    """Copies of {name: tensor} in CPU memory, contiguous and unsharded; on rank 0, {} elsewhere. All take part.
 
     The host waits for the device here.
     """

@@ -170,9 +170,14 @@ class CompareHandler(BaseHTTPRequestHandler):
 
     def send_body(self, content_type, body):
         self.send_response(HTTPStatus.OK)
-        headers = {"Content-Type": content_type, "Content-Length": str(len(body)), "Cache-Control": "no-cache",
-                   "X-Content-Type-Options": "nosniff", "Cross-Origin-Resource-Policy": "same-origin",
-                   "Content-Security-Policy": "frame-ancestors 'none'"}  # fmt: skip
+        headers = {
+            "Content-Type": content_type,
+            "Content-Length": str(len(body)),
+            "Cache-Control": "no-cache",
+            "X-Content-Type-Options": "nosniff",
+            "Cross-Origin-Resource-Policy": "same-origin",
+            "Content-Security-Policy": "frame-ancestors 'none'",
+        }
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
@@ -252,18 +257,37 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directories", nargs="+", metavar="DIR", help="two or more directories of images")
     output = parser.add_mutually_exclusive_group()
-    output.add_argument("--out", type=Path, default=Path("compare.html"), metavar="FILE",
-                        help="the self-contained page to write (default: compare.html)")  # fmt: skip
-    output.add_argument("--serve", type=int, nargs="?", const=0, metavar="PORT",
-                        help="serve the page on 127.0.0.1 instead (default port: any free one)")  # fmt: skip
-    output.add_argument("--png", type=Path, metavar="FILE", help="write a contact sheet instead")
+    output.add_argument(
+        "--out",
+        type=Path,
+        default=Path("compare.html"),
+        metavar="FILE",
+        help="page to write, with all images inside (default: compare.html)",
+    )
+    output.add_argument(
+        "--serve",
+        type=port,
+        nargs="?",
+        const=0,
+        metavar="PORT",
+        help="serve the page on 127.0.0.1 instead, for many or large images; PORT is 0 to 65535, by default 0: any "
+        "free one",
+    )
+    output.add_argument("--png", type=Path, metavar="FILE", help="write one large PNG instead, a row per image")
     args = parser.parse_args(argv)
     for directory in args.directories:
         if not Path(directory).is_dir():
             parser.error(f"{directory} is not a directory")
     if len(args.directories) < 2:
-        parser.error(f"two directories or more are needed, got only {args.directories[0]}")
+        parser.error(f"expected two or more directories, got only {args.directories[0]}")
     return args
+
+
+def port(text):
+    """An argparse type. The other scripts share theirs; this one needs nothing but Pillow."""
+    if text.isdecimal() and int(text) <= 65535:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 65535, got {text}")
 
 
 def main(argv=None):

@@ -12,7 +12,6 @@ Image i depends on the seed and i alone, so a longer data set begins with the sh
 draws only what is missing.
 """
 
-import argparse
 import hashlib
 import itertools
 import json
@@ -22,8 +21,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageDraw
+try:
+    import numpy as np
+    from PIL import Image, ImageDraw
+
+    from cachetrain import cli
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`") from None
 
 IMAGE_SIZE = 64
 SUPERSAMPLE = 4  # Pillow draws without antialiasing; drawing larger and averaging gives it
@@ -221,20 +225,20 @@ def draw_dataset(out, num_images, seed):
 
 def parse_args(argv=None):
     """Parses the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    parser = cli.parser(__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="directory for the images and captions")
+    parser.add_argument("--num_images", type=cli.count, default=3000, help="number of images in the data set")
+    parser.add_argument("--seed", type=cli.seed, default=0, help="another seed draws another data set")
+    parser.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="also write prompts to evaluate a model with, one on each line"
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder for the images and captions")
-    parser.add_argument("--num_images", type=int, default=3000, help="size of the data set")
-    parser.add_argument("--seed", type=int, default=0, help="another seed draws another data set")
-    parser.add_argument("--prompts", type=Path, help="also write prompts to evaluate with, one a line")
-    parser.add_argument("--num_prompts", type=int, default=120, help="half of them of held-out pairs")
-    args = parser.parse_args(argv)
-    if args.num_images < 0 or args.seed < 0:
-        parser.error("--num_images and --seed must not be negative")
-    if not 0 < args.num_prompts <= 2 * len(HELD_OUT_SCENES):
-        parser.error(f"--num_prompts {args.num_prompts}: expected 1 to {2 * len(HELD_OUT_SCENES)}")
-    return args
+    parser.add_argument(
+        "--num_prompts",
+        type=cli.Number(int, 1, 2 * len(HELD_OUT_SCENES)),
+        default=120,
+        help="number of --prompts; half of them ask for shapes in colours that were held out",
+    )
+    return parser.parse_args(argv)
 
 
 def main(argv=None):

@@ -10,18 +10,22 @@ right. Pictures without a prompt of this world (a grid, say) are left out and co
 On pictures that draw_shapes.py drew this ruler reads 100%, with the captions shuffled 0%.
 """
 
-import argparse
 import json
 import sys
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
-import numpy as np
+try:
+    import numpy as np
 
-# The ruler and the drawer share one world. A script's own folder is first in sys.path, so this finds its neighbour.
-from draw_shapes import COLORS, IMAGE_SIZE, PLACES, SHAPES, SIZES, Scene, parse_caption, shape_mask
-from PIL import Image
+    # One world for drawing and for judging. A script's own folder is first in sys.path, so this finds its neighbour.
+    from draw_shapes import COLORS, IMAGE_SIZE, PLACES, SHAPES, SIZES, Scene, parse_caption, shape_mask
+    from PIL import Image
+
+    from cachetrain import cli
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`") from None
 
 ATTRIBUTES = ("background", "color", "shape", "place", "size")
 BORDER = 2  # pixels along the edge that count as background
@@ -191,13 +195,24 @@ def print_report(summary):
 
 def parse_args(argv=None):
     """Parses the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    parser = cli.parser(__doc__)
+    parser.add_argument("folder", type=Path, help="directory of pictures, subdirectories included")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result and every judgement here")
+    percent = cli.Number(float, 0, 100)
+    parser.add_argument(
+        "--min_trained",
+        type=percent,
+        default=0,
+        metavar="PERCENT",
+        help="make the exit code 1 if fewer pictures are right, of shapes in colours that were trained",
     )
-    parser.add_argument("folder", type=Path, help="pictures, searched through all levels")
-    parser.add_argument("--json", type=Path, help="also write the result and every judgement to this file")
-    parser.add_argument("--min_trained", type=float, default=0, help="percent below which the exit code is 1")
-    parser.add_argument("--min_held_out", type=float, default=0, help="the same for held-out pairs")
+    parser.add_argument(
+        "--min_held_out",
+        type=percent,
+        default=0,
+        metavar="PERCENT",
+        help="the same, of shapes in colours that were held out",
+    )
     return parser.parse_args(argv)
 
 

@@ -4,7 +4,7 @@
     ./models/compose_sd.py --unet stable-diffusion-v1-5/stable-diffusion-v1-5 --fresh_unet \\
         --vae stabilityai/sdxl-vae --clip stable-diffusion-v1-5/stable-diffusion-v1-5 --out sd15_scratch
 
-Each part is a hub id, a pipeline directory, or the bare component's directory, with safetensors weights.
+Each part is a Hugging Face model id, a pipeline directory, or the directory of the part alone, as safetensors.
 """
 
 try:
@@ -16,7 +16,7 @@ except ModuleNotFoundError as error:
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     cli.add_compose_arguments(parser)
-    parser.add_argument("--clip", required=True, help="CLIP text tower and tokenizer")
+    parser.add_argument("--clip", required=True, help="where the CLIP text encoder and its tokenizer come from")
     return parser.parse_args(argv)
 
 
@@ -24,9 +24,7 @@ def main(argv=None):
     args = parse_args(argv)
     from cachetrain.modeling.compose import compose_sd
 
-    compose_sd(
-        args.unet, args.vae, args.clip, args.out, args.objective, args.fresh_unet, args.seed, args.overwrite
-    )  # fmt: skip
+    compose_sd(args.unet, args.vae, args.clip, args.out, args.objective, args.fresh_unet, args.seed, args.overwrite)
     print(f"wrote {args.out}")
     return 0
 

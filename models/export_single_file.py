@@ -15,12 +15,14 @@ except ModuleNotFoundError as error:
 
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
-    parser.add_argument("--model", required=True, help="checkpoint, model directory or hub id")
-    parser.add_argument("--out", required=True, help=".safetensors file to write; replaced if it exists")
+    parser.add_argument("--model", required=True, help="checkpoint, pipeline directory or Hugging Face model id")
     parser.add_argument(
-        "--dtype", choices=("fp32", "bf16", "fp16"), help="of all weights; default: as they are stored"
+        "--out", required=True, metavar="FILE", help=".safetensors file to write; replaced if it exists"
     )
-    parser.add_argument("--raw_weights", action="store_true", help="not the EMA weights")
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16", "fp16"), help="convert all weights to it; default: as they are stored"
+    )
+    parser.add_argument("--raw_weights", action="store_true", help="do not use the EMA weights")
     return parser.parse_args(argv)
 
 

@@ -13,7 +13,6 @@ Four parts, for 64x64 pictures of the world that dataset_scripts/draw_shapes.py 
 Only pictures and captions of the data set are used here: what it holds out stays held out.
 """
 
-import argparse
 import itertools
 import json
 import subprocess
@@ -21,6 +20,11 @@ import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
+
+try:
+    from cachetrain import cli
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`") from None
 
 ROOT = Path(__file__).resolve().parent.parent
 DRAW_SHAPES = ROOT / "dataset_scripts" / "draw_shapes.py"
@@ -247,11 +251,9 @@ def make_vae(out, device):
 
 def parse_args(argv=None):
     """Parses the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--stage", choices=(*STAGES, "all"), default="all", help="the part to make")
-    parser.add_argument("--out", type=Path, default=ROOT / "models" / "tiny", help="folder for the parts")
+    parser = cli.parser(__doc__)
+    parser.add_argument("--stage", choices=(*STAGES, "all"), default="all", help="part to make")
+    parser.add_argument("--out", type=Path, default=ROOT / "models" / "tiny", help="directory for the parts")
     return parser.parse_args(argv)
 
 

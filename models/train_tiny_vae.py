@@ -8,10 +8,14 @@ Half an hour on one CPU core; the VAE is written at every evaluation, so that a 
 commands made models/tiny/vae as it is.
 """
 
-import argparse
 import copy
 import sys
 from pathlib import Path
+
+try:
+    from cachetrain import cli
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`") from None
 
 NUM_VALIDATION = 128
 KL_WEIGHT = 5e-4  # per latent element, beside the mean squared error of a pixel in [-1, 1]
@@ -128,16 +132,21 @@ def train(images, args, device):
 
 def parse_args(argv=None):
     """Parses the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    parser = cli.parser(__doc__)
+    parser.add_argument("--data_root", type=Path, required=True, help="directory of 64x64 PNGs")
+    parser.add_argument("--out", type=Path, required=True, help="directory for the VAE, in diffusers' format")
+    parser.add_argument("--max_steps", type=cli.positive_int, default=6000, help="optimizer steps")
+    parser.add_argument("--batch_size", type=cli.positive_int, default=8, help="images per step")
+    parser.add_argument(
+        "--learning_rate", "--lr", dest="lr", type=cli.positive_float, default=2e-3, help="peak learning rate"
     )
-    parser.add_argument("--data_root", type=Path, required=True, help="folder of 64x64 PNGs")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the VAE, in diffusers' format")
-    parser.add_argument("--max_steps", type=int, default=6000)
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--learning_rate", "--lr", dest="lr", type=float, default=2e-3)
-    parser.add_argument("--eval_every", type=int, default=250, help="steps between evaluations")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--eval_every",
+        type=cli.positive_int,
+        default=250,
+        help="optimizer steps between evaluations, which also save",
+    )
+    parser.add_argument("--seed", type=cli.seed, default=0, help="random seed of weights and data order")
     args = parser.parse_args(argv)
     if len(list(args.data_root.glob("*.png"))) <= NUM_VALIDATION:
         parser.error(f"--data_root {args.data_root}: expected more than {NUM_VALIDATION} PNGs; run draw_shapes.py")

@@ -254,8 +254,8 @@ def test_autoencoder_that_would_train_wrong_is_refused(root, tmp_path, make, arg
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (("--aspect_limit", "3"), "belongs to --bucket"),
-        (("--bucket", "--target_width", "64", "--target_height", "64"), "takes --resolution"),
+        (("--aspect_limit", "3"), "needs --bucket"),
+        (("--bucket", "--target_width", "64", "--target_height", "64"), "needs --resolution"),
         (("--bucket", "--aspect_limit", "0.5"), "1 to 16"),
         (("--bucket", "--aspect_limit", "nan"), "1 to 16"),
     ],

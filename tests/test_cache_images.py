@@ -33,7 +33,7 @@ from skimage import data as photographs
 from cachetrain.atomic import temporary_path
 from cachetrain.caching import encoders, images
 from cachetrain.caching.image_run import load as image_run_load
-from cachetrain.data import scan
+from cachetrain.data import walk
 from cachetrain.data.sidecar import read_header, read_sidecar, write_sidecar
 
 SUFFIX = ".img_sdxl"
@@ -417,7 +417,8 @@ def test_scan_finds_images_only_in_a_fixed_order(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "loop").symlink_to(tmp_path)
-    found = [Path(pair.image).relative_to(tmp_path).as_posix() for pair in scan.scan([tmp_path, tmp_path], None)]
+    pairs = walk.find_images([tmp_path, tmp_path], None)
+    found = [Path(pair.image).relative_to(tmp_path).as_posix() for pair in pairs]
     assert found == ["a.png", "b.JPG", "m/n/x.gif", "z/a.webp"]
 
 
@@ -475,7 +476,7 @@ def test_interrupt_leaves_only_whole_sidecars(model, tmp_path):
         (("--target_width", "64", "--target_height", "60"), "multiples of 8"),
         (("--resolution", "64", "--target_width", "64", "--target_height", "64"), "not both"),
         (("--cache_suffix", ".txt"), "expected a suffix"),
-        (("--batch_size", "0"), "1 or more"),
+        (("--batch_size", "0"), "expected a whole number from 1, got 0"),
     ],
 )
 def test_senseless_options_are_refused(root, argv, message, capsys):

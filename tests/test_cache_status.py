@@ -205,7 +205,7 @@ def test_sources_that_cannot_be_used_are_named_and_the_rest_is_counted(status, r
     code, output = status()
     assert code == 1
     assert table(output) == {IMG: {"fresh": 6}, CLIP: {"fresh": 5}, T5: {"fresh": 5}}
-    assert f"{root / 'a.txt_clipl'}: not UTF-8" in output
+    assert f"{root / 'a.txt'}: not UTF-8" in output
     assert "would share its sidecar" in output
 
 

@@ -19,7 +19,7 @@ from skimage import data as photographs
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from cachetrain.caching import text_run
-from cachetrain.data import scan
+from cachetrain.data import captions, walk
 from cachetrain.data.sidecar import read_header, read_sidecar
 from cachetrain.modeling.t5_projection import T5Projection
 from cachetrain.modeling.text_encoders import TextEncoder
@@ -155,8 +155,8 @@ def test_caption_comes_from_txt_then_caption_then_file_name(tmp_path):
         for suffix, text in files.items():
             (tmp_path / image).with_suffix(f".{suffix}").write_bytes(text)
         (tmp_path / image).touch()
-        pairs = {pair.image: pair for pair in scan.scan([tmp_path], None)}
-        return scan.read_caption(pairs[str(tmp_path / image)]).text
+        pairs = {pair.image: pair for pair in walk.find_images([tmp_path], None)}
+        return captions.read_caption(pairs[str(tmp_path / image)]).text
 
     assert caption("1.png", txt=b" from txt\n", caption=b"from caption") == "from txt"
     assert caption("2.png", caption="\ufefffrom caption é".encode()) == "from caption é"

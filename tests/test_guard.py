@@ -17,7 +17,7 @@ from cachetrain.data.batching import Batches
 from cachetrain.data.index import PairIndex
 from cachetrain.data.sidecar import read_sidecar, write_sidecar
 from cachetrain.training import nonfinite, optim, setup
-from cachetrain.training.nonfinite import QUARANTINE, Guard
+from cachetrain.training.nonfinite import QUARANTINE, NonfiniteSteps
 
 STEPS, BAD = 4, 2
 COMMON = ["--lr", 1e-3, "--ema_decay", 0.9, "--cond_dropout", 0]
@@ -346,7 +346,7 @@ def test_two_ranks_end_together_after_bad_steps(shapes, model_t5, tmp_path):
 
 def test_what_is_remembered_of_a_step_does_not_keep_its_batch(shapes, tmp_path):
     batch = torch.zeros(1000, dtype=torch.int64)  # as data.unpack gives them, all tensors of a batch are one memory
-    remembered = Guard(None, tmp_path, None, 10, False)
+    remembered = NonfiniteSteps(None, tmp_path, None, 10, False)
     remembered.add(batch[:2], torch.zeros(2))
     assert all(tensor.untyped_storage().nbytes() < 100 for part in remembered._parts for tensor in part)
 

@@ -24,7 +24,7 @@ from cachetrain.diffusion.objective import alpha_sigma, min_snr_weights, squared
 from cachetrain.training.logs import describe, diagnostics, health, machine
 from cachetrain.training.logs.metrics import Metrics, open_metrics
 from cachetrain.training.logs.statistics import Statistics
-from cachetrain.training.options import GROUPS
+from cachetrain.training.flags import GROUPS
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -729,7 +729,7 @@ from torch.distributed.fsdp import fully_shard
 from diffusers import UNet2DConditionModel
 from cachetrain.training.logs.diagnostics import Diagnostics
 from cachetrain.training.logs.statistics import Statistics
-from cachetrain.training.options import GROUPS
+from cachetrain.training.flags import GROUPS
 
 class World:
     def __init__(self, ranks):

@@ -1,4 +1,4 @@
-"""cachetrain/bulk.py: packed strings, random subsets, and looking at many files."""
+"""cachetrain/data/many_files.py: packed strings, random subsets, and looking at many files."""
 
 import os
 import threading

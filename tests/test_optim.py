@@ -1,16 +1,18 @@
-"""Optimizers against torch and their papers; bfloat16, resuming, CPU offload and loss scaling."""
+"""Optimizers against torch and their papers, and the table of them; bfloat16, CPU offload and loss scaling."""
 
 import copy
 import importlib.util
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from cachetrain.modeling.precision import autocast_for
-from cachetrain.training.lr_schedule import KAHAN_OPTIMIZERS, OPTIMIZERS, default_betas
+from cachetrain.training.nonfinite import step_if_finite
 from cachetrain.training.optim import clip_gradients, loss_scaler, make_optimizer
+from cachetrain.training.optimizers import KAHAN_OPTIMIZERS, OPTIMIZERS, check_optimizer, default_betas
 
-PACKAGES = {"adamw8": "bitsandbytes", "prodigy": "prodigyopt"}
 RATES = {"prodigy": 1.0}
 # Per dtype, of weights near 1: float32 to rounding; bfloat16 with a Kahan sum to half its last bit (2^-9).
 TOLERANCES = {torch.float32: {"rtol": 1e-5, "atol": 1e-6}, torch.bfloat16: {"rtol": 2**-8, "atol": 2**-9}}
@@ -133,10 +135,10 @@ def test_weight_decay_is_decoupled(name):
         assert not torch.equal(other.detach(), start)
 
 
-@pytest.mark.parametrize("name", ["adamw8", "prodigy"])
-def test_missing_package_is_named(name, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, PACKAGES[name], None)
-    with pytest.raises(ValueError, match=f"pip install {PACKAGES[name]}"):
+@pytest.mark.parametrize(("name", "package"), [("adamw8", "bitsandbytes"), ("prodigy", "prodigyopt")])
+def test_missing_package_is_named(name, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=f"pip install {package}"):
         optimizer_of(name, parameters_of(torch.float32))
 
 
@@ -282,3 +284,71 @@ def test_clip_equals_torchs_clip_grad_norm(max_norm):
     clip_gradients([*ours, torch.nn.Parameter(torch.zeros(3))], norm, max_norm)  # one without a gradient
     for one, other in zip(ours, reference, strict=True):
         torch.testing.assert_close(one.grad, other.grad)
+
+
+# The table
+
+
+@pytest.mark.parametrize(("name", "dtype"), DTYPED)
+def test_table_says_what_an_optimizer_keeps(name, dtype):
+    parameters = parameters_of(dtype)
+    optimizer = optimizer_of(name, parameters)
+    run(optimizer, parameters, range(2))
+    group = optimizer.param_groups[0]
+    fields = optimizer.implementation.state_fields
+    assert all(fields <= state.keys() | group.keys() for state in optimizer.state.values())
+    assert optimizer.implementation.run_settings - {"eps"} <= group.keys()
+    tensors = [t for t in optimizer.state[parameters[0]].values() if torch.is_tensor(t) and t.numel() > 1]
+    kept_bytes = sum(t.numel() * t.element_size() for t in tensors)  # adamw8 has small tables beside them
+    assert kept_bytes == pytest.approx(parameters[0].numel() * OPTIMIZERS[name].state_bytes(dtype.itemsize), rel=0.3)
+
+
+@pytest.mark.parametrize("cpu_offload", [False, True])
+@pytest.mark.parametrize(("name", "dtype"), DTYPED)
+def test_optimizer_that_is_said_to_skip_on_the_device_does(name, dtype, cpu_offload):
+    parameters = parameters_of(dtype)
+    optimizer = optimizer_of(name, parameters, cpu_offload=cpu_offload)
+    skips = optimizer.implementation.skips_on_device
+    assert skips == (name == "adamw" and dtype == torch.float32 and not cpu_offload)
+    finite = torch.tensor(True)
+    for parameter, gradient in zip(parameters, gradients_of(parameters, 0), strict=True):
+        parameter.grad = gradient
+    stepped = step_if_finite(optimizer, loss_scaler(torch.device("cpu"), "fp32"), finite)
+    assert stepped is (finite if skips else True)  # a tensor: the host did not have to know
+    if skips:
+        run(optimizer, parameters, [0])
+        before = copy.deepcopy((parameters, optimizer.state_dict()["state"]))
+        optimizer.found_inf = torch.ones(())
+        run(optimizer, parameters, [1])
+        assert_equal(parameters, before[0])
+        for number, state in optimizer.state_dict()["state"].items():
+            assert all(torch.equal(value, before[1][number][key]) for key, value in state.items())
+
+
+def test_table_is_known_without_torch():
+    code = "import sys, cachetrain.training.options; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("bf16_weights", [False, True])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_default_betas_are_accepted(name, bf16_weights):
+    if bf16_weights and name not in KAHAN_OPTIMIZERS:
+        with pytest.raises(ValueError, match=r"--precision bf16_pure.*--optimizer adamw"):
+            check_optimizer(name, 1.0, default_betas(name, True), True)
+    else:
+        check_optimizer(name, 1.0, default_betas(name, bf16_weights), bf16_weights)
+
+
+def test_bf16_averages_can_follow_the_betas_that_are_accepted():
+    every_bf16 = torch.arange(0x3F80, 0x4000, dtype=torch.int16).view(torch.bfloat16)  # all values from 1 to below 2
+    with pytest.raises(ValueError, match=r"--betas 0.9 0.999: a bfloat16 average"):
+        check_optimizer("adamw", 1e-5, (0.9, 0.999), True)
+    check_optimizer("adamw", 1e-5, (0.9, 0.995), True)
+    assert (every_bf16 * 0.999 == every_bf16).any()
+    assert (every_bf16 * 0.995 < every_bf16).all()
+
+
+def test_settings_with_which_an_optimizer_would_not_train_are_refused():
+    with pytest.raises(ValueError, match="--learning_rate 1"):
+        check_optimizer("prodigy", 1e-5, (0.9, 0.999), False)

@@ -18,9 +18,11 @@ from conftest import REPO, load_script
 from safetensors.torch import load_file
 from train_ranks import HANG_S, seen_by, watched_rank
 
+from cachetrain.checkpoints.resume import Resumed
 from cachetrain.checkpoints.save import checkpoint_path, checkpoints
-from cachetrain.data.batching import Batches
+from cachetrain.data.batching import BatchSampler
 from cachetrain.data.sidecar import read_sidecar, write_sidecar
+from cachetrain.training.flags import MEANINGS, resume_meanings
 
 torch.set_num_threads(1)
 trainer = load_script("train_from_cached.py")
@@ -58,14 +60,14 @@ class Runs:
 
     def train(self, out, *flags):
         """Trains in this process; returns the sample ids of each micro-batch."""
-        samples, forward = [], trainer.forward
+        samples, forward = [], trainer.forward_pass
 
         def watched(model, batch, **settings):
             if model.training:
                 samples.append(batch["samples"].tolist())
             return forward(model, batch, **settings)
 
-        with mock.patch.object(trainer, "forward", watched):
+        with mock.patch.object(trainer, "forward_pass", watched):
             assert trainer.main(self.argv(out, *flags)) == 0
         return samples
 
@@ -125,7 +127,7 @@ class Pairs:
 
     def __init__(self, mixed, weighted):
         self.shape_ids = np.arange(17, dtype=np.uint16) % 7 // 3 if mixed else np.zeros(17, np.uint16)
-        self.weights = np.where(np.arange(17) % 3, 1, 1.7 if weighted else 1).astype(np.float32)
+        self.repeats = np.where(np.arange(17) % 3, 1, 1.7 if weighted else 1).astype(np.float32)
 
     def __len__(self):
         return 17
@@ -139,7 +141,7 @@ def test_batches_from_any_number_on_are_the_tail_of_all(mixed, weighted, batch_s
     for rank in range(ranks):
 
         def batches(first, rank=rank):
-            return Batches(index, batch_size, 3, number, strata=2, rank=rank, ranks=ranks, first=first)
+            return BatchSampler(index, batch_size, 3, number, strata=2, rank=rank, ranks=ranks, first=first)
 
         whole = batches(0)
         expected = list(whole)
@@ -148,7 +150,7 @@ def test_batches_from_any_number_on_are_the_tail_of_all(mixed, weighted, batch_s
             tail = batches(first)
             assert list(tail) == expected[first:]
             assert len(tail) == number - first
-            assert tail.waiting == whole.waiting and (tail.seen == whole.seen).all()
+            assert tail.waiting == whole.waiting and (tail.trained == whole.trained).all()
 
 
 # Bit by bit
@@ -181,7 +183,7 @@ def test_resume_in_a_fresh_process_is_bit_exact(runs):
 
     fresh(whole)
     run = runs.interrupted(whole, 2)
-    assert f"goes on after step 2 of {checkpoint_path(run, 2)}" in fresh(run, *RESUME)
+    assert f"resumes after step 2 of {checkpoint_path(run, 2)}" in fresh(run, *RESUME)
     runs.train(here, *BRIEF)
     assert content(run, 4) == content(whole, 4) == content(here, 4)
     assert metrics(run) == metrics(whole) == metrics(here)
@@ -262,7 +264,7 @@ def test_resume_on_other_ranks_trains_the_same_samples_equal_to_rounding(runs, b
     run = runs.interrupted(cut, 3)
     results = runs.launch(run, after, *flags(after), *RESUME)
     assert [rank.code for rank in results] == [0] * after, [rank.output for rank in results]
-    assert f"ranks: {before} then, {after} now (equal to rounding only)" in results[0].output
+    assert f"ranks: {before} then, {after} now (the same run up to rounding)" in results[0].output
     parts = zip(*(rank.seen for rank in results), strict=True)
     # Rank r of n takes every n-th sample of a batch, from r on.
     assert [[i for together in zip(*part, strict=True) for i in together] for part in parts] == samples[3:]
@@ -326,6 +328,34 @@ def test_resume_of_another_run_is_refused_with_both_values(runs, saved, flags, d
     assert str(checkpoint_path(run, 2)) in error and difference in error and "--resume_anyway" in error
 
 
+def test_each_setting_is_listed_accepted_or_refused_as_its_flag_promises(saved):
+    path, meanings = checkpoint_path(saved, 2), resume_meanings()
+    settings = Resumed(path, True).state["settings"]
+    expected = meanings | {"ranks": "rounding", "torch": "rounding"}
+    assert set(expected.values()) == set(MEANINGS) and expected.keys() < settings.keys()
+    for name in settings:
+        changed, meaning = settings | {name: "another"}, expected.get(name, "same")
+        line = f"{name}: {settings[name]} then, another now"
+        if meaning == "same":
+            with pytest.raises(ValueError, match="--resume_anyway") as error:
+                Resumed(path, True).check(changed, False, meanings)
+            assert line in str(error.value)
+        listed = Resumed(path, True).check(changed, meaning == "same", meanings)
+        note = " (the same run up to rounding)" if meaning == "rounding" else ""
+        assert listed == ([] if meaning == "silent" else [line + note]), name
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion"])
+def test_optimizer_of_a_resumed_run_has_the_settings_of_its_command_line(runs, name):
+    flags = [*BRIEF, "--optimizer", name]
+    runs.train(whole := runs.new(), *flags, "--betas", 0.9, 0.99)
+    run = runs.interrupted(whole, 2)
+    runs.train(run, *flags, *RESUME, "--resume_anyway", "--betas", 0.8, 0.7, "--weight_decay", 0.5)
+    (group,) = content(run, 4)["optimizer"]["param_groups"]
+    assert group["weight_decay"] == 0.5
+    assert (group.get("betas") or [group["beta1"], group["beta2"]]) == [0.8, 0.7]
+
+
 @pytest.mark.parametrize("change", ["added", "removed", "renamed", "encoded"])
 def test_resume_on_other_data_is_refused(runs, saved, shapes, tmp_path, change):
     data = shutil.copytree(shapes, tmp_path / "data")
@@ -359,7 +389,7 @@ def test_resume_anyway_goes_on_and_says_what_differs(runs, saved, capsys):
 def test_resume_anyway_with_another_optimizer_starts_it_anew_and_says_so(runs, saved, capsys, flags):
     run = runs.interrupted(saved, 2)
     runs.train(run, *BRIEF, *RESUME, "--resume_anyway", *flags.split())
-    assert capsys.readouterr().err.count("starts anew") == 1
+    assert capsys.readouterr().err.count("starts from scratch") == 1
     steps = [values.get("step") for values in content(run, 4)["optimizer"]["state"].values()]
     assert "prodigy" not in flags or steps == [2] * len(steps)
 
@@ -382,14 +412,14 @@ def test_resume_with_what_changes_nothing_is_bit_exact_and_lists_it(runs, saved,
 
 def test_resume_where_no_run_is_is_refused(runs, tmp_path):
     assert f"{tmp_path / 'none'}: holds no run to resume" in error_of(runs, tmp_path / "none", *RESUME)
-    assert "no checkpoint; expected a directory like" in error_of(runs, tmp_path / "b", "--resume", tmp_path)
+    assert "not a checkpoint; expected a directory like" in error_of(runs, tmp_path / "b", "--resume", tmp_path)
 
 
 def test_resume_of_a_run_without_a_checkpoint_begins_again(runs, saved, capsys):
     run = runs.interrupted(saved, 2)
     shutil.rmtree(checkpoint_path(run, 2))
     samples = runs.train(run, *BRIEF, *RESUME)
-    assert "has no checkpoint yet; the run begins again" in capsys.readouterr().err
+    assert "has no checkpoint yet; the run starts from the beginning" in capsys.readouterr().err
     assert len(samples) == 4 and content(run, 4) == content(saved, 4)
     assert metrics(run) == metrics(saved) and events(runs, run) == events(runs, saved)
 

@@ -1,8 +1,6 @@
-"""Learning-rate schedules against diffusers, transformers and the papers; what is asked of an optimizer."""
+"""Learning-rate schedules against diffusers, transformers and the papers."""
 
 import itertools
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -10,14 +8,7 @@ from diffusers.optimization import get_scheduler
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
 
 from cachetrain.cli import Steps
-from cachetrain.training.lr_schedule import (
-    BETAS,
-    KAHAN_OPTIMIZERS,
-    SCHEDULES,
-    check_optimizer,
-    default_betas,
-    lr_factor,
-)
+from cachetrain.training.lr_schedule import SCHEDULES, lr_factor
 
 PEAK = 1e-5
 
@@ -61,47 +52,15 @@ def test_lr_factor_rises_in_the_warmup_and_never_again(name):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_lr_factor_never_exceeds_the_peak_where_settings_are_odd(name):
-    for warmup_steps, decay_steps, peak_lr in ((0, 0, 1e-5), (50, 20, 1e-5), (0, 100, 1e-8)):
+    for warmup_steps, decay_steps, peak_lr in ((0, 0, 1e-5), (50, 20, 1e-5), (0, 100, 1e-8), (5, 10, 0.0)):
         factors = [lr_factor(name, step, warmup_steps, decay_steps, peak_lr=peak_lr) for step in range(200)]
         assert all(0 <= factor <= 1 for factor in factors)
-
-
-def test_schedules_import_no_torch():
-    code = "import sys, cachetrain.training.lr_schedule; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-@pytest.mark.parametrize("bf16_weights", [False, True])
-@pytest.mark.parametrize("name", BETAS)
-def test_default_betas_are_accepted(name, bf16_weights):
-    if bf16_weights and name not in KAHAN_OPTIMIZERS:
-        with pytest.raises(ValueError, match=r"--precision bf16_pure.*--optimizer adamw"):
-            check_optimizer(name, 1.0, default_betas(name, True), True)
-    else:
-        check_optimizer(name, 1.0, default_betas(name, bf16_weights), bf16_weights)
-
-
-def test_bf16_averages_can_follow_the_betas_that_are_accepted():
-    every_bf16 = torch.arange(0x3F80, 0x4000, dtype=torch.int16).view(torch.bfloat16)  # all values from 1 to below 2
-    with pytest.raises(ValueError, match=r"--betas 0.9 0.999: a bfloat16 average"):
-        check_optimizer("adamw", 1e-5, (0.9, 0.999), True)
-    check_optimizer("adamw", 1e-5, (0.9, 0.995), True)
-    assert (every_bf16 * 0.999 == every_bf16).any()
-    assert (every_bf16 * 0.995 < every_bf16).all()
-
-
-def test_settings_with_which_an_optimizer_would_not_train_are_refused():
-    with pytest.raises(ValueError, match="--learning_rate 1"):
-        check_optimizer("prodigy", 1e-5, (0.9, 0.999), False)
-    for betas in ((1.0, 0.9), (0.9, -0.1)):
-        with pytest.raises(ValueError, match="--betas"):
-            check_optimizer("adamw", 1e-5, betas, False)
 
 
 def test_steps_may_be_epochs():
     assert Steps("500").resolve(188) == 500
     assert Steps("2e").resolve(187.5) == 375
     assert Steps("0.1e").resolve(187.5) == 19
-    for wrong in ("1.5", "-1", "e", "many"):
+    for wrong in ("1.5", "-1", "e", "many", "nane", "infe", "-0.1e"):
         with pytest.raises(ValueError):
             Steps(wrong)

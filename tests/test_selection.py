@@ -226,7 +226,7 @@ def test_numbers_of_blocks_are_checked_when_parsed(capsys):
         arguments("--unfreeze_down_blocks -1")
     with pytest.raises(SystemExit):
         arguments("--unfreeze_down_blocks two")
-    assert "'two': expected the number of a block" in capsys.readouterr().err
+    assert "--unfreeze_down_blocks: expected a whole number from 0, got two" in capsys.readouterr().err
 
 
 def test_a_fresh_unet_is_that_of_a_directory_without_weights(tmp_path):

@@ -89,6 +89,7 @@ def test_script_without_the_package_says_in_one_line_what_to_run(script):
         "train_from_cached.py": ["--train_data_dir", "x", "--model", "x", "--output_dir", os.devnull + "/x"],
         "sample.py": ["--model", "x", "--prompt", "x", "--out", "x"],
         "report.py": ["x"],
+        "launch_tensorboard.py": ["--logdir", "."],
     }
     command = [sys.executable, "-S", REPO / script, *required.get(script.name, [])]
     done = subprocess.run(command, capture_output=True, text=True, cwd="/")

@@ -1,32 +1,33 @@
-"""Decides which sidecars have to be made: the states of DESIGN, from one stat and one header read per file."""
+"""Decides which sidecars have to be made, from one stat of the source and one header read per sidecar."""
 
 import hashlib
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
-from cachetrain.data.scan import read_caption
+from cachetrain.data.captions import Pair, read_caption
 from cachetrain.data.sidecar import Header, SidecarError, read_header, read_sidecar, write_sidecar
 
 FRESH, MISSING, STALE, CORRUPT, FOREIGN = "fresh", "missing", "stale", "corrupt", "foreign"
 
-# Fresh, but its source has a new time.
+# The source has a new time but the same content, so the sidecar counts as fresh.
 TOUCHED = "touched"
 
 # A sidecar is stale when its header differs from the run in one of these.
-COMPARED = ("kind", "encoder", "settings")
+COMPARED_FIELDS = ("kind", "encoder", "settings")
 
 
 class Source(NamedTuple):
-    """State of what a sidecar is made from; `sha256` is a function, as hashing is rarely needed."""
+    """State of what a sidecar is made from; `sha256` is a function, because hashing is rarely needed."""
 
     size: str
     mtime_ns: str
     sha256: Callable[[], str]
 
 
-def image_source(pair):
-    """Source of an image sidecar: the file's bytes."""
+def image_source(pair: Pair) -> Source:
+    """Source of an image sidecar: the bytes of the image file."""
     stat = os.stat(pair.image)
 
     def sha256():
@@ -36,8 +37,8 @@ def image_source(pair):
     return Source(str(stat.st_size), str(stat.st_mtime_ns), sha256)
 
 
-def caption_source(pair):
-    """Source of a text sidecar: the caption as encoded, from its file or the image's name."""
+def caption_source(pair: Pair) -> Source:
+    """Source of a text sidecar: the caption as encoded, from its file or from the image's name."""
     if pair.caption_file is None:
         caption = read_caption(pair)
         return Source(caption.size, caption.mtime_ns, lambda: caption.sha256)
@@ -45,40 +46,42 @@ def caption_source(pair):
     return Source(str(stat.st_size), str(stat.st_mtime_ns), lambda: read_caption(pair).sha256)
 
 
-def sidecar_state(path, source, wanted, full=False):
-    """Decides from one header read; `source` was one stat.
+def sidecar_state(
+    path: str | Path, source: Source, wanted: dict[str, str], full: bool = False
+) -> tuple[str, dict[str, str]]:
+    """Returns the state of a sidecar.
 
-    A source that was only touched (new time, same SHA-256) leaves its sidecar fresh; the header is then brought up
-    to date, so that the next run need not hash again.
+    If the source has a new time and the same SHA-256, the sidecar is fresh, and the new time is written to its
+    header, so that the next run need not hash the source again.
 
     Args:
         path: of the sidecar.
-        source: Source.
+        source: state of its image or caption.
         wanted: header fields of this run.
         full: hash the source and the whole sidecar, whatever size, time and header say.
 
     Returns:
-        (FRESH, MISSING, STALE, CORRUPT or FOREIGN; header fields, {} where there are none).
+        (FRESH, MISSING, STALE, CORRUPT or FOREIGN; header fields, {} if there are none).
 
     Raises:
         OSError: source or sidecar exists but cannot be read.
-        ValueError: the caption is not text.
+        ValueError: the caption is not UTF-8 text.
     """
     state, header = file_state(path, full)
-    if state is None and any(header.metadata.get(key) != wanted[key] for key in COMPARED):
+    if state is None and any(header.metadata.get(key) != wanted[key] for key in COMPARED_FIELDS):
         state = STALE
     if state is None:
         state = source_state(header.metadata, source, full)
     if state == TOUCHED:
-        state = _refresh(path, source)
+        state = _store_new_time(path, source)
     return state, header.metadata
 
 
-def file_state(path, full=False):
-    """What the file alone tells: (MISSING, CORRUPT, FOREIGN, or None: encoder and source decide; its Header).
+def file_state(path: str | Path, full: bool = False) -> tuple[str | None, Header]:
+    """Returns what a sidecar alone shows: (MISSING, CORRUPT, FOREIGN, or None if its source decides; its header).
 
     Args:
-        full: compare its tensors with their hash, too.
+        full: also compare the tensors with their hash.
     """
     try:
         header = read_sidecar(path)[1] if full else read_header(path)
@@ -89,11 +92,11 @@ def file_state(path, full=False):
     return (FOREIGN if header.foreign else None), header
 
 
-def source_state(metadata, source, full=False):
-    """What the source tells of a sidecar with these header fields: FRESH, TOUCHED or STALE.
+def source_state(metadata: dict[str, str], source: Source, full: bool = False) -> str:
+    """Returns the state of a sidecar with these header fields, from its source alone: FRESH, TOUCHED or STALE.
 
     Args:
-        full: hash the source though its size and time are unchanged.
+        full: hash the source even if its size and time are unchanged.
     """
     unchanged = (metadata.get("source_size"), metadata.get("source_mtime_ns")) == (source.size, source.mtime_ns)
     if unchanged and not full:
@@ -103,7 +106,7 @@ def source_state(metadata, source, full=False):
     return FRESH if unchanged else TOUCHED
 
 
-def _refresh(path, source):
+def _store_new_time(path, source):
     try:
         tensors, header = read_sidecar(path)
     except SidecarError:

@@ -1,47 +1,47 @@
-"""The main path of the image cache scripts: scan, check, decode, encode, write, account."""
+"""The main path of the image cache scripts: scan, check, decode, encode, write, summarize."""
 
 import json
 import os
 import signal
 import sys
+from argparse import Namespace
 from contextlib import contextmanager
 
 from tqdm import tqdm
 
-from cachetrain.caching import images, ranks, runner
+from cachetrain.caching import images, ranks, selection
 from cachetrain.caching.buckets import bucket_sizes
 from cachetrain.caching.freshness import image_source
-from cachetrain.caching.tally import Tally
+from cachetrain.caching.summary import RunSummary
 from cachetrain.caching.writer import Row, Writer
 from cachetrain.data.sidecar import sidecar_path
 from cachetrain.modeling import load
 
 
-def cache_images(args, kind):
-    """Writes one `kind` sidecar beside each image under args.data_root that lacks a fresh one.
+def cache_images(args: Namespace, kind: str) -> int:
+    """Writes a sidecar of this kind beside each image under args.data_root that lacks a fresh one.
 
     Args:
-        args: what `arguments.image_parser` and `check_image_args` give.
+        args: from `arguments.image_parser` and `check_image_args`.
 
     Returns:
         exit code: 0, or 1 if some image failed.
     """
-    model_dir = load.resolve_model(
-        args.model, args.revision, () if args.vae or args.custom else ("vae",), code=args.custom
-    )
+    components = () if args.vae or args.custom else ("vae",)
+    model_dir = load.resolve_model(args.model, args.revision, components, code=args.custom)
     vae_dir = model_dir if args.vae else load.component_dir(model_dir, "vae")
     fields = {
         "kind": kind,
-        **runner.model_fields(args, model_dir),
+        **selection.model_fields(args, model_dir),
         "encoder": load.fingerprint(vae_dir, *([model_dir] if args.custom else [])),
         "settings": json.dumps(_settings(args), sort_keys=True),
     }
-    tally = Tally(kind, args.data_root[0], args.cache_suffix)
-    pairs = runner.select(runner.find_pairs(args, tally), image_source, fields, args, tally)
+    summary = RunSummary(kind, args.data_root[0], args.cache_suffix)
+    pairs = selection.select(selection.find_pairs(args, summary), image_source, fields, args, summary)
     if pairs:
-        with tally.encoding():
-            _encode(args, pairs, vae_dir, model_dir, fields, tally)
-    return tally.finish(show_coverage=args.bucket)
+        with summary.time_encoding():
+            _encode(args, pairs, model_dir if args.custom else vae_dir, fields, summary)
+    return summary.finish(show_coverage=args.bucket)
 
 
 def _settings(args):
@@ -57,10 +57,10 @@ def _settings(args):
     return settings | images.POLICY | ({"custom": True} if args.custom else {})
 
 
-def _encode(args, pairs, vae_dir, model_dir, fields, tally):
+def _encode(args, pairs, vae_dir, fields, summary):
     sizes = bucket_sizes(args.width, args.aspect_limit) if args.bucket else [(args.width, args.height)]
-    batches = _batches(args, pairs, sizes)  # first: workers decode while the model loads
-    vae, dtype = _load_vae(args, vae_dir, model_dir, sizes)
+    batches = _start_decoding(args, pairs, sizes)  # first: workers decode while the model loads
+    vae, dtype = _load_vae(args, vae_dir, sizes)
     fields = {
         **fields,
         "compute_dtype": str(dtype).removeprefix("torch."),
@@ -68,30 +68,31 @@ def _encode(args, pairs, vae_dir, model_dir, fields, tally):
         "shift_factor": repr(float(getattr(vae.config, "shift_factor", None) or 0.0)),
     }
     progress = tqdm(total=len(pairs), desc=fields["kind"], unit="image", disable=None if ranks.rank() == 0 else True)
-    with progress, Writer(tally, progress) as writer:
-        for pixels, decoded, failures in tally.waiting(_of_one_size(batches, args.batch_size), progress):
+    with progress, Writer(summary, progress) as writer:
+        for pixels, decoded, failures in summary.time_waiting(_of_one_size(batches, args.batch_size), progress):
             for path, reason in failures:
-                tally.fail(path, reason)
+                summary.fail(path, reason)
                 progress.update()
             if decoded:
                 latents = _latents(vae, pixels.to(vae.device), dtype, args)
                 writer.submit(_rows(latents, decoded, fields, args.cache_suffix))
 
 
-def _load_vae(args, vae_dir, model_dir, sizes):
+def _load_vae(args, vae_dir, sizes):
+    """Loads the VAE of a directory, or with --custom that of the pipeline in it; returns (VAE, compute dtype)."""
     from cachetrain.caching.encoders import check_vae
 
     device = load.pick_device(args.device)
     dtype = load.pick_dtype(args.dtype, device)
     if args.custom:
-        vae = load.load_custom_pipeline(str(model_dir), dtype=dtype).vae.eval().requires_grad_(False)
+        vae = load.load_custom_pipeline(str(vae_dir), dtype=dtype).vae.eval().requires_grad_(False)
     else:
         vae = load.load_vae(vae_dir, dtype)
     check_vae(vae, sizes)
     return vae.to(device), dtype
 
 
-def _batches(args, pairs, sizes):
+def _start_decoding(args, pairs, sizes):
     """Starts the worker processes and returns an iterator over their collated batches."""
     from torch.utils.data import DataLoader
 
@@ -101,23 +102,23 @@ def _batches(args, pairs, sizes):
         batch_size=args.batch_size,
         num_workers=num_workers,
         collate_fn=images.collate,
-        worker_init_fn=_leave_quietly,
+        worker_init_fn=_exit_quietly,
     )
-    with _signals_wait():
+    with _signals_deferred():
         return iter(loader)
 
 
 @contextmanager
-def _signals_wait():
-    """Around the start of processes: what a signal's handler raises there may get lost, or end a worker noisily."""
-    came = []
-    handlers = {n: signal.signal(n, lambda n, _: came.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
+def _signals_deferred():
+    """Holds signals back while processes start: what a handler raises there may get lost, or end a worker noisily."""
+    received = []
+    handlers = {n: signal.signal(n, lambda n, _: received.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        for number in came:
+        for number in received:
             signal.raise_signal(number)
 
 
@@ -147,11 +148,11 @@ def _of_one_size(batches, batch_size):
         yield torch.stack([image for image, _ in queue]), [row for _, row in queue], []
 
 
-def _leave_quietly(_):
-    """Makes a worker process end without a word: a signal to all processes, as a terminal's Ctrl-C is, is the main
-    one's to report."""
+def _exit_quietly(_):
+    """Makes a worker process end without a message: a terminal's Ctrl-C reaches all processes, and the main process
+    reports it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process stops the workers
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # by the signal itself would be an error to the main one
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # a death by signal would be an error to the main process
     sys.excepthook = lambda *_: None  # of the thread that hands over pixels, when the main process is gone
 
 

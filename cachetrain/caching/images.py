@@ -1,4 +1,4 @@
-"""From an image file to the pixels that the VAE sees. Runs in worker processes; needs Pillow and numpy only."""
+"""Decodes image files to the pixels that the VAE sees. Runs in worker processes; needs only Pillow and numpy."""
 
 import hashlib
 import io
@@ -10,12 +10,13 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cachetrain.caching.buckets import nearest_size
+from cachetrain.data.walk import Pairs
 
-# What `decode` does beyond its arguments: part of every image sidecar's settings.
+# What `decode` always does; part of the settings in every image sidecar.
 POLICY = {"resample": "bicubic", "alpha": "white", "exif": "transpose"}
 
-# JPEGs are decoded at a reduced scale only while at least this many times the target remains, so that the final
-# antialiased resize still decides what the pixels are.
+# JPEGs are decoded at a reduced scale, but never below this many times the target size, so that the antialiased
+# resize that follows still determines the pixels.
 _DRAFT_MARGIN = 2
 
 
@@ -28,32 +29,32 @@ class Decoded(NamedTuple):
 
 
 class ImageFiles:
-    """Map-style dataset over Pairs: item i is a Decoded, or (path, reason) for an image that cannot be read.
+    """Map-style dataset over pairs: item i is a Decoded, or (path, reason) for an image that cannot be read.
 
     Args:
-        pairs: scan.Pairs.
         sizes: list of (width, height); each image takes the one nearest to it in aspect ratio.
     """
 
-    def __init__(self, pairs, sizes):
-        self.pairs, self.sizes = pairs, sizes
+    def __init__(self, pairs: Pairs, sizes: list[tuple[int, int]]):
+        self.pairs = pairs
+        self.sizes = sizes
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> Decoded | tuple[str, str]:
         path = self.pairs[index].image
         try:
             return decode_file(path, self.sizes)
         except UnidentifiedImageError:
             return path, "not an image that Pillow can identify"
-        # Pillow's plugins raise nearly anything on malformed input, and one bad image must not stop the rest.
+        # Pillow's plugins raise almost anything on malformed input, and one bad image must not stop the run.
         except Exception as error:
             return path, f"{type(error).__name__}: {error}"
 
 
-def decode_file(path, sizes):
-    """Reads a file once and returns it as Decoded; its header fields describe exactly the bytes decoded.
+def decode_file(path: str, sizes: list[tuple[int, int]]) -> Decoded:
+    """Reads a file once, so that the header fields describe exactly the bytes that were decoded.
 
     Raises:
         OSError, ValueError and whatever Pillow raises on malformed input.
@@ -76,12 +77,14 @@ def decode_file(path, sizes):
     return Decoded(path, pixels, fields)
 
 
-def decode(data, sizes):
+def decode(
+    data: bytes, sizes: list[tuple[int, int]]
+) -> tuple[np.ndarray, tuple[int, int], tuple[float, float, float, float]]:
     """Decodes an image file's bytes: upright, RGB, on white, cover-resized and centre-cropped.
 
     Args:
-        data: content of the file; of an animation the first frame counts.
-        sizes: list of (width, height) in pixels, of which the nearest in aspect ratio is taken.
+        data: content of the file; of an animation, the first frame is taken.
+        sizes: list of (width, height) in pixels; the nearest in aspect ratio is taken.
 
     Returns:
         (uint8 array [height, width, 3],
@@ -89,7 +92,7 @@ def decode(data, sizes):
          crop box (left, top, right, bottom) in its pixels).
     """
     with warnings.catch_warnings():
-        # Metadata quirks, and "large image" (twice that size is an error): neither spoils the pixels.
+        # About odd metadata and about large images (twice that size is an error): neither changes the pixels.
         warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(data)) as image:
             stored_size, swapped = image.size, image.getexif().get(0x0112) in (5, 6, 7, 8)
@@ -101,25 +104,29 @@ def decode(data, sizes):
             reduction = round(stored_size[0] / image.size[0])
             rgb = to_rgb(ImageOps.exif_transpose(image))
     crop_box = cover_box(original_size, width, height)
-    # A reduced size is rounded up, so the box is placed in the original and scaled.
+    # The reduced size is rounded up, so the box is computed in the original and then scaled.
     box = tuple(edge / reduction for edge in crop_box)
     return np.array(rgb.resize((width, height), Image.Resampling.BICUBIC, box=box)), original_size, crop_box
 
 
-def cover_box(size, width, height):
-    """The largest centred box of the ratio width:height in an image of `size` (width, height)."""
+def cover_box(size: tuple[int, int], width: int, height: int) -> tuple[float, float, float, float]:
+    """The largest centred box of the ratio width:height in an image of `size` (width, height).
+
+    Returns:
+        (left, top, right, bottom) in pixels.
+    """
     scale = min(size[0] / width, size[1] / height)
     left, top = (size[0] - width * scale) / 2, (size[1] - height * scale) / 2
-    # max: rounding must not put the box outside of the image, which Pillow refuses.
+    # max: Pillow refuses a box that rounding has moved outside of the image.
     left, top = max(left, 0.0), max(top, 0.0)
     return left, top, size[0] - left, size[1] - top
 
 
-def to_rgb(image):
-    """Converts any Pillow image to mode RGB; transparency shows white, 16 bits are scaled to 8.
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Converts any Pillow image to mode RGB: transparency becomes white, 16 bits are scaled to 8.
 
     Raises:
-        ValueError: floating-point pixels, whose range the file does not tell.
+        ValueError: floating-point pixels, whose range the file does not give.
     """
     if image.mode == "F":
         raise ValueError("floating-point pixels; convert it to 8 or 16 bits")
@@ -134,8 +141,8 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-def collate(items):
-    """Joins what one batch of workers' items holds by size.
+def collate(items: list[Decoded | tuple[str, str]]) -> tuple[list, list[tuple[str, str]]]:
+    """Groups the decoded images of one batch by size, and separates those that failed.
 
     Returns:
         (list of (uint8 tensor [b, height, width, 3], list of b (path, header fields)), list of (path, reason)).

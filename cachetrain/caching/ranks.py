@@ -5,40 +5,42 @@ import os
 import socket
 import time
 import zlib
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 _POLL_S = 0.2
 
 
-def rank():
+def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-def world_size():
+def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def is_mine(path):
-    """Whether this process encodes `path`: by a hash of the path, so that processes whose listings differ (files are
-    being added) still agree."""
+def is_mine(path: str | os.PathLike) -> bool:
+    """Whether this process encodes `path`. Decided by a hash of the path, so that processes agree even if files are
+    added while they list them."""
     return zlib.crc32(os.fsencode(path)) % world_size() == rank()
 
 
 @contextmanager
-def meeting(record):
-    """Around what rank 0 does with the account of the whole run; the only place where ranks meet.
+def gather_records(record: dict) -> Iterator[list[dict]]:
+    """Gathers one record from each rank; the body is what rank 0 then does with them.
 
-    Every rank waits for the slowest before, and for rank 0 after: a launcher may end the others as soon as one of
-    them ends with an exit code that is not 0. Waiting is asking, so that signals are heard.
+    This is the only place where ranks wait for each other: before the body for the slowest rank, after it for rank 0,
+    because a launcher may end all ranks as soon as one exits with a code other than 0. Waiting polls, so that signals
+    are handled meanwhile.
 
     Args:
-        record: what `json` can write.
+        record: of this rank; anything that `json` can write.
 
     Yields:
-        the records of all ranks in their order.
+        the records of all ranks, by rank.
 
     Raises:
-        OSError: the launcher, or the rank that stands in for it, is gone.
+        OSError: the launcher, or rank 0 in its place, is gone.
     """
     me, size = rank(), world_size()
     if size == 1:
@@ -55,10 +57,10 @@ def meeting(record):
             store.set("done", "")
         _wait(store, ["done"])
         store.set(f"leaves/{me}", "")
-        if me == 0:  # last, since it may be the one that serves the store
+        if me == 0:  # leaves last, since it may be serving the store
             _wait(store, [f"leaves/{other}" for other in range(size)])
     except DistError as error:
-        raise OSError(f"the other ranks cannot be reached any more ({error}); what was encoded is kept") from error
+        raise OSError(f"cannot reach the other ranks any more ({error}); what was encoded is kept") from error
 
 
 def _store():
@@ -68,7 +70,7 @@ def _store():
     try:
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     except KeyError as error:
-        raise ValueError(f"WORLD_SIZE is set and {error} is not; start all ranks with torchrun") from None
+        raise ValueError(f"WORLD_SIZE is set but {error} is not; start all ranks with torchrun") from None
     launched = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     serve = rank() == 0 and not launched
     while not serve:
@@ -78,7 +80,7 @@ def _store():
         except OSError as error:
             if launched:
                 raise OSError(f"the launcher does not answer ({error}); what was encoded is kept") from error
-            time.sleep(_POLL_S)  # rank 0 is not that far yet
+            time.sleep(_POLL_S)  # rank 0 does not serve it yet
     return PrefixStore("cachetrain", TCPStore(*address, is_master=serve, wait_for_workers=False))
 
 

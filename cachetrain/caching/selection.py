@@ -1,36 +1,48 @@
-"""Which sidecars a run has to make: its share of the files, minus what is fresh."""
+"""Which sidecars a run has to make: those of its share of the files that are not fresh."""
 
 import os
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 from tqdm import tqdm
 
 from cachetrain.caching import ranks
-from cachetrain.caching.freshness import CORRUPT, FOREIGN, FRESH, sidecar_state
+from cachetrain.caching.freshness import CORRUPT, FOREIGN, FRESH, Source, sidecar_state
+from cachetrain.caching.messages import print_line
+from cachetrain.caching.summary import RunSummary
+from cachetrain.data.captions import Pair
 from cachetrain.data.many_files import in_threads
-from cachetrain.data.scan import Pairs, scan
 from cachetrain.data.sidecar import sidecar_path
+from cachetrain.data.walk import Pairs, find_images
 
 
-def find_pairs(args, tally):
+def find_pairs(args: Namespace, summary: RunSummary) -> Iterator[Pair]:
     """Yields all pairs under --data_root.
 
     Raises:
         ValueError: there are none.
     """
     empty = True
-    for pair in scan(args.data_root, tally.fail):
+    for pair in find_images(args.data_root, summary.fail):
         empty = False
         yield pair
-    if empty and not tally.counts["failed"]:
+    if empty and not summary.counts["failed"]:
         raise ValueError(f"no images under {', '.join(args.data_root)}")
 
 
-def select(pairs, source_of, wanted, args, tally):
-    """Returns, as Pairs, this rank's share of those whose sidecar has to be made, and counts the others.
+def select(
+    pairs: Iterable[Pair],
+    source_of: Callable[[Pair], Source],
+    wanted: dict[str, str],
+    args: Namespace,
+    summary: RunSummary,
+) -> Pairs:
+    """Returns those pairs of this rank's share whose sidecar has to be made, and counts the others.
 
     Args:
-        pairs: iterable of Pair, consumed as it comes.
-        source_of: Pair -> freshness.Source.
+        pairs: consumed as they come.
+        source_of: reads the state of the image or caption of a pair.
         wanted: header fields of this run.
     """
 
@@ -48,20 +60,20 @@ def select(pairs, source_of, wanted, args, tally):
         for pair, (state, metadata) in in_threads(check, mine):
             progress.update()
             if isinstance(state, Exception):
-                tally.fail(pair.image, state)
+                summary.fail(pair.image, state)
                 continue
-            tally.counts[state] += 1
+            summary.counts[state] += 1
             if state == CORRUPT:
-                tally.say(f"{sidecar_path(pair.image, args.cache_suffix)}: damaged; making it again")
+                print_line(f"{sidecar_path(pair.image, args.cache_suffix)}: damaged; making it again")
             if state == FRESH:
-                tally.observe(pair.image, metadata)
+                summary.add_sidecar(pair.image, metadata)
             elif state != FOREIGN:
                 selected.append(pair)
     return selected
 
 
-def model_fields(args, model_dir):
-    """Header fields that say which model: a hub id with the commit that was fetched, or an absolute path."""
+def model_fields(args: Namespace, model_dir: Path) -> dict[str, str]:
+    """Header fields that name the model: an absolute path, or a Hugging Face model id and the commit fetched."""
     if os.path.isdir(os.path.expanduser(args.model)):
         return {"model": str(model_dir), "revision": ""}
     return {"model": args.model, "revision": model_dir.name}

@@ -1,9 +1,10 @@
-"""What a cache run counts, and the account it gives at the end."""
+"""What a cache run counts and times, and what it prints at the end."""
 
 import os
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from tqdm import tqdm
@@ -11,39 +12,43 @@ from tqdm import tqdm
 from cachetrain.caching import ranks
 from cachetrain.caching.buckets import Coverage, UpscaledList, is_upscaled
 from cachetrain.caching.freshness import CORRUPT, FOREIGN, FRESH, STALE
+from cachetrain.caching.messages import failure_line, print_line
 
 _MAX_LISTED = 50
 
 
-class Tally:
-    """Counts what a run did, for its last lines and its exit code.
+class RunSummary:
+    """Counts what a run does, for its last lines and its exit code.
 
     Args:
         kind: of the sidecars.
-        root, suffix: images that had to be enlarged are listed in `root/_upscaled<suffix>.txt`.
+        root, suffix: enlarged images are listed in `root/_upscaled<suffix>.txt`.
+
+    Attributes:
+        counts: number of sidecars by state ("fresh", "stale", ...), and of those "encoded", "failed", "truncated" and
+            "upscaled".
+        times_s: "encoding", the whole loop; "waiting", the part of it in which the encoder had no data.
     """
 
-    def __init__(self, kind, root, suffix):
+    def __init__(self, kind: str, root: str, suffix: str):
         self.kind = kind
         self.counts = Counter()
-        self.failures = []  # the first ones; all are counted
-        self.coverage, self.upscaled = Coverage(), UpscaledList(os.path.join(root, f"_upscaled{suffix}.txt"))
+        self.times_s = Counter()
+        self.failures = []  # the first _MAX_LISTED
+        self.coverage = Coverage()
+        self.upscaled = UpscaledList(os.path.join(root, f"_upscaled{suffix}.txt"))
         self.started_s = time.perf_counter()
-        self.times_s = Counter()  # encoding: the whole loop; waiting: the part in which the encoder had no data
 
-    def fail(self, path, reason):
-        """Names a file that gets no sidecar; the run goes on."""
+    def fail(self, path: str, reason: str | Exception) -> None:
+        """Names and counts a file that gets no sidecar; the run goes on."""
+        line = failure_line(path, reason)
         self.counts["failed"] += 1
         if len(self.failures) < _MAX_LISTED:
-            self.failures.append(f"{path}: {reason}")
-        self.say(f"{path}: {reason}")
+            self.failures.append(line)
+        print_line(line)
 
-    def say(self, message):
-        """A line on stderr that does not break a progress bar."""
-        tqdm.write(message, file=sys.stderr)
-
-    def observe(self, source, metadata):
-        """Takes account of one good sidecar, found or written, by its header."""
+    def add_sidecar(self, source: str, metadata: dict[str, str]) -> None:
+        """Adds what the header of a good sidecar, found or written, says about truncated captions and image sizes."""
         self.counts["truncated"] += metadata.get("truncated") == "1"
         if "crop_box" in metadata:
             self.coverage.add(metadata)
@@ -52,24 +57,24 @@ class Tally:
                 self.counts["upscaled"] += 1
 
     @contextmanager
-    def encoding(self):
-        """Around encoding: times it, and says what was done so far when something ends it early."""
+    def time_encoding(self) -> Iterator[None]:
+        """Times the body, which encodes, and prints what was done so far if an error or a signal ends it early."""
         started_s = time.perf_counter()
         try:
             yield
         except (KeyboardInterrupt, OSError):
-            self.say(f"stopped; run again to continue. {self.summary()}")
+            print_line(f"stopped; run again to continue. {self.line()}")
             raise
         except RuntimeError as error:
-            reason = _out_of_resources(error)
-            if reason is None:
+            advice = _advice(error)
+            if advice is None:
                 raise
-            self.say(self.summary())
-            raise OSError(f"{reason} ({error}); what was encoded is kept") from error
+            print_line(self.line())
+            raise OSError(f"{advice} ({error}); what was encoded is kept") from error
         self.times_s["encoding"] = time.perf_counter() - started_s
 
-    def waiting(self, batches, progress):
-        """Yields the batches and takes the time that the encoder waits for them."""
+    def time_waiting(self, batches: Iterable, progress: tqdm) -> Iterator:
+        """Yields the batches, and times how long the encoder waits for them."""
         batches, started_s = iter(batches), time.perf_counter()
         while True:
             asked_s = time.perf_counter()
@@ -81,38 +86,41 @@ class Tally:
             progress.set_postfix_str(f"{self.times_s['waiting'] / (now_s - started_s):.0%} data wait", refresh=False)
             yield batch
 
-    def summary(self):
+    def line(self) -> str:
         """One line: `img_sdxl: 12 encoded (2 stale), 30 fresh in 4.1 s, 2.9 images/s, 3% data wait`."""
-        counts, elapsed_s = self.counts, time.perf_counter() - self.started_s
-        why = [f"{counts[state]} {state}" for state in (STALE, CORRUPT) if counts[state]]
+        counts, times_s = self.counts, self.times_s
+        elapsed_s = time.perf_counter() - self.started_s
+        states = [f"{counts[state]} {state}" for state in (STALE, CORRUPT) if counts[state]]
         parts = [
-            f"{counts['encoded']} encoded" + (f" ({', '.join(why)})" if why else ""),
+            f"{counts['encoded']} encoded" + (f" ({', '.join(states)})" if states else ""),
             f"{counts[FRESH]} fresh",
         ]
-        if counts[FOREIGN]:
-            parts.append(f"{counts[FOREIGN]} foreign kept (no header; --overwrite replaces them)")
-        if counts["truncated"]:
-            parts.append(f"{counts['truncated']} captions truncated")
-        if counts["upscaled"]:
-            parts.append(f"{counts['upscaled']} images upscaled")
-        if counts["failed"]:
-            parts.append(f"{counts['failed']} failed")
+        for key, words in (
+            (FOREIGN, "foreign kept (no header; --overwrite replaces them)"),
+            ("truncated", "captions truncated"),
+            ("upscaled", "images upscaled"),
+            ("failed", "failed"),
+        ):
+            if counts[key]:
+                parts.append(f"{counts[key]} {words}")
         line = f"{self.kind}: {', '.join(parts)} in {elapsed_s:.1f} s, {counts['encoded'] / elapsed_s:.1f} images/s"
-        times_s = self.times_s
         return line + (f", {times_s['waiting'] / times_s['encoding']:.0%} data wait" if times_s["encoding"] else "")
 
-    def finish(self, show_coverage=False):
-        """Joins the accounts of all ranks; rank 0 prints failures, coverage and summary.
+    def finish(self, show_coverage: bool = False) -> int:
+        """Adds up the counts of all ranks; rank 0 prints failures, coverage and summary.
 
         Returns:
             exit code, the same on all ranks: 1 if anything failed on any.
         """
         record = {
-            "counts": self.counts, "times_s": self.times_s, "failures": self.failures,
-            "images": self.coverage.images, "kept": self.coverage.kept,
+            "counts": self.counts,
+            "times_s": self.times_s,
+            "failures": self.failures,
+            "images": self.coverage.images,
+            "kept": self.coverage.kept,
             "upscaled": self.upscaled.write_part() if ranks.rank() else None,
-        }  # fmt: skip
-        with ranks.meeting(record) as records:
+        }
+        with ranks.gather_records(record) as records:
             for other in records[: ranks.rank()] + records[ranks.rank() + 1 :]:
                 self.counts.update(other["counts"])
                 self.times_s.update(other["times_s"])
@@ -132,15 +140,15 @@ class Tally:
             print("\n  ".join(lines), file=sys.stderr)
         if show_coverage and self.coverage.images:
             print(*self.coverage.table(), sep="\n")
-        print(self.summary())
+        print(self.line())
         if self.counts["upscaled"]:
-            print(f"the upscaled images are listed in {self.upscaled.target}")
+            print(f"upscaled images are listed in {self.upscaled.target}")
 
 
-def _out_of_resources(error):
-    """What to do about a RuntimeError that a smaller run would not meet; None for any other."""
+def _advice(error):
+    """What to do about a RuntimeError that a smaller run would avoid; None for any other."""
     if "DataLoader worker" in str(error):
-        return "a process that decodes images died; out of memory? Run again with fewer --num_workers"
+        return "a process that decodes images died; if it ran out of memory, run again with fewer --num_workers"
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
         return "out of device memory; run again with a smaller --batch_size"
     return None

@@ -1,24 +1,31 @@
-"""The main path of the text cache scripts: scan, check, encode each caption once, write, account."""
+"""The main path of the text cache scripts: scan, check, encode each caption once, write, summarize."""
 
 import json
+from argparse import Namespace
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain, pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from cachetrain.caching import ranks, runner
+from cachetrain.caching import ranks, selection
 from cachetrain.caching.freshness import caption_source
-from cachetrain.caching.tally import Tally
+from cachetrain.caching.summary import RunSummary
 from cachetrain.caching.writer import Row, Writer
-from cachetrain.data.scan import null_pair, read_caption
+from cachetrain.data.captions import read_caption
 from cachetrain.data.sidecar import sidecar_path
+from cachetrain.data.walk import null_pair
 from cachetrain.modeling import load
 
-# Captions are read, sorted by length and encoded once each within windows of this many images.
+if TYPE_CHECKING:
+    import torch
+
+# Captions are read and sorted by length in windows of this many images, and encoded once per window.
 _WINDOW = 65536
 
-# Components whose files do not change what a foreign pipeline's encode_prompt gives.
+# Components whose files do not change what the encode_prompt of a repository's own pipeline returns.
 _NOT_TEXT = ("unet", "vae", "scheduler", "safety_checker", "feature_extractor", "image_encoder")
 
 
@@ -26,21 +33,27 @@ class Embedded(NamedTuple):
     """Embedding [T, D] of the caption at `index` of a window; num_tokens of it are text, the rest is padding."""
 
     index: int
-    emb: "torch.Tensor"  # noqa: F821 - torch is imported once there is something to encode
+    emb: "torch.Tensor"
     num_tokens: int
     truncated: bool
 
 
-def cache_captions(args, kind, settings, components=("text_encoder", "tokenizer"), custom=False):
-    """Writes one `kind` sidecar beside each image under args.data_root that lacks a fresh one.
+def cache_captions(
+    args: Namespace,
+    kind: str,
+    settings: dict,
+    components: Sequence[str] = ("text_encoder", "tokenizer"),
+    custom: bool = False,
+) -> int:
+    """Writes a sidecar of this kind beside each image under args.data_root that lacks a fresh one.
 
-    The null caption's, one per data root, is made like the others.
+    The sidecar of the null caption, one per data root, is made like the others.
 
     Args:
-        args: what `arguments.text_parser` gives.
-        settings: what changes the embeddings, beyond the dtypes: clip_skip, or max_length and raw.
-        components: sub-folders of the model that compute them.
-        custom: the repository's own pipeline code encodes.
+        args: from `arguments.text_parser`.
+        settings: what changes the embeddings, besides the dtypes: clip_skip, or max_length and raw.
+        components: sub-folders of the model that compute the embeddings.
+        custom: encode with the pipeline code in the model's repository.
 
     Returns:
         exit code: 0, or 1 if some caption failed.
@@ -49,20 +62,26 @@ def cache_captions(args, kind, settings, components=("text_encoder", "tokenizer"
     dtypes = {"dtype": args.dtype or "auto", "store_dtype": args.store_dtype}
     fields = {
         "kind": kind,
-        **runner.model_fields(args, model_dir),
-        "encoder": load.fingerprint(*_fingerprinted(model_dir, components, custom)),
+        **selection.model_fields(args, model_dir),
+        "encoder": load.fingerprint(*_encoder_dirs(model_dir, components, custom)),
         "settings": json.dumps(settings | dtypes, sort_keys=True),
     }
-    tally = Tally(kind, args.data_root[0], args.cache_suffix)
+    summary = RunSummary(kind, args.data_root[0], args.cache_suffix)
     nulls = map(null_pair, dict.fromkeys(args.data_root))
-    pairs = runner.select(chain(nulls, runner.find_pairs(args, tally)), caption_source, fields, args, tally)
+    candidates = chain(nulls, selection.find_pairs(args, summary))
+    pairs = selection.select(candidates, caption_source, fields, args, summary)
     if pairs:
-        with tally.encoding():
-            _encode(args, pairs, model_dir, settings, custom, fields, tally)
-    return tally.finish()
+        make_encoder = (
+            partial(_custom_encoder, model_dir)
+            if custom
+            else partial(_batch_encoder, model_dir, settings, kind, args.batch_size)
+        )
+        with summary.time_encoding():
+            _encode(args, pairs, make_encoder, fields, summary)
+    return summary.finish()
 
 
-def _fingerprinted(model_dir, components, custom):
+def _encoder_dirs(model_dir, components, custom):
     """Returns the directories whose content decides what the embeddings are."""
     if custom:
         folders = (
@@ -73,39 +92,40 @@ def _fingerprinted(model_dir, components, custom):
         return [model_dir, *folders]
     if "projection" in components and not (model_dir / "projection").is_dir():
         raise ValueError(
-            f"{model_dir}: has no projection/; compose it with models/compose_t5_sd.py, or pass --raw for T5's "
-            "own width, or --custom to run the repository's own pipeline code"
+            f"{model_dir}: has no projection/; make it with models/compose_t5_sd.py, or pass --raw to keep T5's own "
+            "width, or --custom to run the pipeline code in the model's repository"
         )
     return [load.component_dir(model_dir, name) for name in components]
 
 
-def _encode(args, pairs, model_dir, settings, custom, fields, tally):
+def _encode(args, pairs, make_encoder, fields, summary):
+    """Encodes and writes all pairs.
+
+    Args:
+        make_encoder: function of (device, dtype) that returns a function: captions -> batches, lists of Embedded.
+    """
     import torch
 
     device = load.pick_device(args.device)
     dtype = load.pick_dtype(args.dtype, device)
-    encode = (
-        _custom_encoder(model_dir, device, dtype)
-        if custom
-        else _encoder(model_dir, device, dtype, settings, fields["kind"], args.batch_size)
-    )
+    encode = make_encoder(device, dtype)
     fields = {**fields, "compute_dtype": str(dtype).removeprefix("torch.")}
     store_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.store_dtype]
     progress = tqdm(total=len(pairs), desc=fields["kind"], unit="image", disable=None if ranks.rank() == 0 else True)
-    with progress, Writer(tally, progress) as writer:
-        windows = (_by_caption(window, tally, progress) for window in _windows(pairs))
-        for readers in tally.waiting(windows, progress):
-            captions = list(readers)
+    with progress, Writer(summary, progress) as writer:
+        windows = (_by_caption(window, summary, progress) for window in _windows(pairs))
+        for images_of in summary.time_waiting(windows, progress):
+            captions = list(images_of)
             for batch in encode(captions):
-                writer.submit(_rows(batch, captions, readers, fields, store_dtype, args.cache_suffix))
+                writer.submit(_rows(batch, captions, images_of, fields, store_dtype, args.cache_suffix))
 
 
 def _windows(pairs):
-    """Yields iterables of Pair of about _WINDOW each, such that all images of one caption are in one of them."""
+    """Yields iterables of about _WINDOW pairs each, such that all images with the same caption are in one of them."""
     count = len(pairs)
     order, bounds = range(count), [0, count]
     if count > _WINDOW:
-        # Reads each caption once more, which is little beside encoding the same one in several windows.
+        # Reads each caption one more time, which costs little compared with encoding it in several windows.
         keys = np.fromiter((_caption_key(pair) for pair in pairs), np.int64, count)
         order = np.argsort(keys, kind="stable")
         starts = np.flatnonzero(np.diff(keys[order], prepend=~keys[order[0]]))  # of runs of equal captions
@@ -121,22 +141,22 @@ def _caption_key(pair):
         return 0  # reported when its window is read
 
 
-def _by_caption(pairs, tally, progress):
-    """Returns caption -> list of (Pair, Caption); captions that cannot be read are reported."""
-    readers = {}
+def _by_caption(pairs, summary, progress):
+    """Returns text -> list of (Pair, Caption); captions that cannot be read are reported."""
+    images_of = {}
     for pair in pairs:
         try:
             caption = read_caption(pair)
         except (OSError, ValueError) as error:
-            tally.fail(pair.caption_file or pair.image, error)
+            summary.fail(pair.caption_file or pair.image, error)
             progress.update()
         else:
-            readers.setdefault(caption.text, []).append((pair, caption))
-    return readers
+            images_of.setdefault(caption.text, []).append((pair, caption))
+    return images_of
 
 
-def _encoder(model_dir, device, dtype, settings, kind, batch_size):
-    """Returns a function: captions -> batches, which are lists of Embedded."""
+def _batch_encoder(model_dir, settings, kind, batch_size, device, dtype):
+    """Returns a function: list of captions -> batches, lists of Embedded."""
     from cachetrain.modeling.text_encoders import TextEncoder
 
     encoder = TextEncoder(model_dir, device, dtype, **settings)
@@ -150,20 +170,20 @@ def _encoder(model_dir, device, dtype, settings, kind, batch_size):
         raise ValueError(f"--clip_skip {settings['clip_skip']}: {model_dir} has only {num_layers} layers")
 
     def encode(captions):
-        ids, cut = encoder.tokenize(captions)
-        # CLIP computes all of its 77 positions whatever the caption.
+        ids, truncated = encoder.tokenize(captions)
+        # CLIP always computes all of its 77 positions.
         for batch in length_batches([len(row) if encoder.is_t5 else 0 for row in ids], batch_size):
             embeddings = encoder.encode_ids([ids[index] for index in batch])
-            yield [Embedded(i, emb, len(ids[i]), cut[i]) for i, emb in zip(batch, embeddings, strict=True)]
+            yield [Embedded(i, emb, len(ids[i]), truncated[i]) for i, emb in zip(batch, embeddings, strict=True)]
 
     return encode
 
 
-def length_batches(lengths, batch_size):
-    """Yields lists of indices such that captions of like length share a batch and little padding is computed.
+def length_batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Yields lists of indices such that captions of similar length share a batch and little padding is computed.
 
-    The longest come first, so that a batch too big for the memory fails at once. A batch ends early rather than
-    take a caption of less than 5/6 of its longest.
+    The longest come first, so that a batch too big for the memory fails at once. A caption of less than 5/6 of the
+    longest in its batch starts a new one.
     """
     batch = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -176,18 +196,18 @@ def length_batches(lengths, batch_size):
 
 
 def _custom_encoder(model_dir, device, dtype):
-    """The same function as `_encoder` gives, by the repository's own pipeline code, one caption at a time."""
+    """Returns the same function as `_batch_encoder`, with the repository's pipeline code, one caption at a time."""
     from cachetrain.caching.encoders import CustomTextEncoder
 
     encoder = CustomTextEncoder(load.load_custom_pipeline(str(model_dir), dtype=dtype), device)
     return lambda captions: ([Embedded(index, *encoder.encode(caption))] for index, caption in enumerate(captions))
 
 
-def _rows(batch, captions, readers, fields, store_dtype, suffix):
+def _rows(batch: Iterable[Embedded], captions, images_of, fields, store_dtype, suffix):
     """Yields the Rows of one batch: each embedding once per image that has its caption."""
     for item in batch:
         tensors = {"emb": item.emb.to(store_dtype)}
-        for pair, caption in readers[captions[item.index]]:
+        for pair, caption in images_of[captions[item.index]]:
             metadata = {
                 **fields,
                 "source_size": caption.size,

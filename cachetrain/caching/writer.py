@@ -1,69 +1,77 @@
-"""Writes sidecars off the encode path."""
+"""Writes sidecars on threads, so that encoding does not wait for them."""
 
 from collections import deque
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from errno import EDQUOT, ENOSPC, EROFS
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from tqdm import tqdm
+
+from cachetrain.caching.summary import RunSummary
 from cachetrain.data.sidecar import write_sidecar
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Row(NamedTuple):
-    """One sidecar to write. `source` is whom to name when that fails."""
+    """One sidecar to write. `source`: the image, which messages name if writing fails."""
 
     source: str
     target: Path
-    tensors: dict
+    tensors: "dict[str, torch.Tensor]"
     metadata: dict[str, str]
 
 
 class Writer:
     """Writes sidecars on threads, so that encoding waits neither for the disk nor for copies from the device.
 
-    A context manager: what was submitted is written when the block ends, however it ends.
+    A context manager: when the block ends, even by an exception, everything submitted has been written.
     """
 
-    def __init__(self, tally, progress, num_threads=4):
-        self.tally, self.progress = tally, progress
+    def __init__(self, summary: RunSummary, progress: tqdm, num_threads: int = 4):
+        self.summary = summary
+        self.progress = progress
         self.pool = ThreadPoolExecutor(num_threads)
         self.max_pending = 2 * num_threads
         self.pending = deque()
 
-    def submit(self, rows):
-        """Queues an iterable of Row, which is consumed on a thread; waits while too many are queued."""
+    def submit(self, rows: Iterable[Row]) -> None:
+        """Queues rows, which are consumed on a thread; waits while too many batches are queued."""
         self.pending.append(self.pool.submit(_write_rows, rows))
         while len(self.pending) > self.max_pending:
             self._collect()
 
     def _collect(self):
-        self.pending[0].exception()  # waits; should a signal end that, the batch is still listed
+        self.pending[0].exception()  # waits; if a signal interrupts it, the batch is still in the queue
         written, failures, error = self.pending.popleft().result()
         for source, metadata in written:
-            self.tally.counts["encoded"] += 1
-            self.tally.observe(source, metadata)
+            self.summary.counts["encoded"] += 1
+            self.summary.add_sidecar(source, metadata)
         for source, reason in failures:
-            self.tally.fail(source, reason)
+            self.summary.fail(source, reason)
         self.progress.update(len(written) + len(failures))
         if error:
             raise error
 
-    def __enter__(self):
+    def __enter__(self) -> "Writer":
         return self
 
     def __exit__(self, kind, *_):
-        # Waits for batches, not for threads: those are not waited for again once a signal interrupts that.
+        # Waits for batches and not for threads: that wait could not be resumed once a signal has interrupted it.
         try:
             self._collect_rest()
         except KeyboardInterrupt:
-            if kind is None:  # a first signal ends the run, a second one this wait
+            if kind is None:  # the first signal ends the run, a second one ends this wait
                 self._collect_rest()
             raise
         finally:
             self.pool.shutdown(wait=False)
 
     def _collect_rest(self):
-        """Counts all batches; only then raises the error of one of them."""
+        """Counts all batches before it raises the error of one of them."""
         failed = None
         while self.pending:
             try:
@@ -85,7 +93,7 @@ def _write_rows(rows):
             write_sidecar(row.target, row.tensors, row.metadata)
         except OSError as error:
             if error.errno in (ENOSPC, EDQUOT, EROFS):
-                return written, failures, error  # no other file would fare better
+                return written, failures, error  # every other file would fail too
             failures.append((row.source, f"its sidecar cannot be written: {error}"))
         else:
             written.append((row.source, row.metadata))

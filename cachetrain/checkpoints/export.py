@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cachetrain.atomic import staged_file
 from cachetrain.checkpoints import original_layout as layout
+from cachetrain.checkpoints.info import checkpoint_info
 from cachetrain.diffusion.noise_schedulers import objective_of
 from cachetrain.modeling import load
 
@@ -89,15 +90,18 @@ def check_exportable(model_dir, scheduler=None):
     if text["model_type"] != "t5" and text.get("hidden_act", "quick_gelu") != "quick_gelu":
         problems.append("the text encoder is an OpenCLIP one (hidden_act is not quick_gelu), as in SD 2.x")
     if problems:
-        raise ValueError(f"{model_dir}: the original Stable Diffusion layout has no place for it: "
-                         f"{'; '.join(problems)}")  # fmt: skip
+        raise ValueError(
+            f"{model_dir}: the original Stable Diffusion layout has no place for it: {'; '.join(problems)}"
+        )
     layout.unet_names(_shapes_of(UNet2DConditionModel, unet), unet)
     layout.vae_names(_shapes_of(AutoencoderKL, vae), vae)
     notes = []
     if text["model_type"] == "t5":
-        notes.append("holds UNet and VAE only: the layout has no place for a T5 encoder"
-                     f"{' and the UNet projection of its embeddings' if load.has_text_projection(unet) else ''}, "
-                     "and web UIs for Stable Diffusion cannot prompt it")  # fmt: skip
+        notes.append(
+            "holds UNet and VAE only: the layout has no place for a T5 encoder"
+            f"{' and the UNet projection of its embeddings' if load.has_text_projection(unet) else ''}, "
+            "and web UIs for Stable Diffusion cannot prompt it"
+        )
     scheduler = scheduler or load.load_scheduler(Path(model_dir) / "scheduler")
     objective = objective_of(scheduler)
     notes += _objective_notes(objective, scheduler)
@@ -169,11 +173,15 @@ def _objective_notes(objective, scheduler):
         return ["trained by flow matching, which web UIs do not sample with Stable Diffusion's UNet: use sample.py"]
     notes = []
     if objective == "v_prediction":
-        notes.append("predicts v: AUTOMATIC1111 and Forge read that from the .yaml, keep it beside the file; in "
-                     "ComfyUI put ModelSamplingDiscrete, v_prediction, behind the loader")  # fmt: skip
+        notes.append(
+            "predicts v: AUTOMATIC1111 and Forge read that from the .yaml, keep it beside the file; in "
+            "ComfyUI put ModelSamplingDiscrete, v_prediction, behind the loader"
+        )
     if scheduler.config.get("rescale_betas_zero_snr"):
-        notes.append("has zero terminal SNR: AUTOMATIC1111 and Forge take it from the key ztsnr; in ComfyUI switch "
-                     "zsnr on in ModelSamplingDiscrete")  # fmt: skip
+        notes.append(
+            "has zero terminal SNR: AUTOMATIC1111 and Forge take it from the key ztsnr; in ComfyUI switch "
+            "zsnr on in ModelSamplingDiscrete"
+        )
     if scheduler.config.beta_schedule != "scaled_linear" or scheduler.config.get("trained_betas") is not None:
         notes.append("its betas are not Stable Diffusion's scaled_linear ones, which web UIs sample with")
     return notes
@@ -190,11 +198,15 @@ def _setting_notes(unet, vae):
         unusual.append(f"widths {unet['block_out_channels']} and cross_attention_dim {unet['cross_attention_dim']}")
     notes = []
     if unusual:
-        notes.append(f"web UIs compute with other settings than {', '.join(unusual)}: only diffusers loads it, with "
-                     "config= of the pipeline directory")  # fmt: skip
+        notes.append(
+            f"web UIs compute with other settings than {', '.join(unusual)}: only diffusers loads it, with "
+            "config= of the pipeline directory"
+        )
     if vae["scaling_factor"] != ORIGINAL_SCALING_FACTOR:
-        notes.append(f"the VAE's scaling_factor is {vae['scaling_factor']}: web UIs that do not read the .yaml take "
-                     f"{ORIGINAL_SCALING_FACTOR}, and their pictures are wrong")  # fmt: skip
+        notes.append(
+            f"the VAE's scaling_factor is {vae['scaling_factor']}: web UIs that do not read the .yaml take "
+            f"{ORIGINAL_SCALING_FACTOR}, and their pictures are wrong"
+        )
     return notes
 
 
@@ -205,8 +217,7 @@ def _marks(model_dir, weights, title):
     """
     import torch
 
-    info = model_dir / "cachetrain.json"
-    info = json.loads(info.read_text()) if info.exists() else {"step": 0, "text": {"settings": {}}}
+    info = checkpoint_info(model_dir)
     scheduler = load.load_scheduler(model_dir / "scheduler")
     objective = objective_of(scheduler)
     zero_snr = bool(scheduler.config.get("rescale_betas_zero_snr"))
@@ -232,8 +243,11 @@ def _configs(model_dir):
     """Configs (dicts) of UNet, VAE and text encoder."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
-    return (_config(model_dir, "unet", UNet2DConditionModel), _config(model_dir, "vae", AutoencoderKL),
-            _config(model_dir, "text_encoder"))  # fmt: skip
+    return (
+        _config(model_dir, "unet", UNet2DConditionModel),
+        _config(model_dir, "vae", AutoencoderKL),
+        _config(model_dir, "text_encoder"),
+    )
 
 
 def _config(model_dir, name, cls=None):

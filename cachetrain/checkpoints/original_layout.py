@@ -14,8 +14,14 @@ TEXT = "cond_stage_model.transformer.text_model."
 _UNET_PART = re.compile(
     r"(?:down_blocks|up_blocks|mid_block)(?:\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)"
 )
-_UNET_RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
-                "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}  # fmt: skip
+_UNET_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
 _VAE_PART = re.compile(
     r"(encoder|decoder)\.(down|mid|up)_blocks?(?:\.(\d+))?\."
     r"(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)"
@@ -51,9 +57,13 @@ def vae_names(shapes, config):
     known, blocks = DIFFUSERS_TO_LDM_MAPPING["vae"], len(config["block_out_channels"])
     today = {key: _vae_today(key) for key in shapes}
     names = {key: known.get(name) or _vae_name(name, blocks) for key, name in today.items()}
-    _check_inverse("vae", {today[key]: name for key, name in names.items()},
-                   {today[key]: vae_shape(names[key], shape) for key, shape in shapes.items()}, VAE,
-                   lambda file: convert_ldm_vae_checkpoint(file, config))  # fmt: skip
+    _check_inverse(
+        "vae",
+        {today[key]: name for key, name in names.items()},
+        {today[key]: vae_shape(names[key], shape) for key, shape in shapes.items()},
+        VAE,
+        lambda file: convert_ldm_vae_checkpoint(file, config),
+    )
     return names
 
 
@@ -125,8 +135,10 @@ def _check_inverse(part, names, shapes, prefix, read_original):
         back = {key: tensor[(0,) * tensor.ndim] for key, tensor in read_original(file).items()}
         lost = [key for n, key in enumerate(names) if key not in back or back[key] != n]
     if lost:
-        raise ValueError(f"{part}: no place in the original Stable Diffusion layout for {lost[0]} "
-                         f"({len(lost)} of {len(names)} tensors)")  # fmt: skip
+        raise ValueError(
+            f"{part}: no place in the original Stable Diffusion layout for {lost[0]} "
+            f"({len(lost)} of {len(names)} tensors)"
+        )
 
 
 def _unet_name(key, layers, keys):

@@ -1,4 +1,4 @@
-"""Checkpoints: complete pipelines, written behind training, in which only what is trained costs disk space."""
+"""Checkpoints: complete pipelines, written by a background thread, in which only what is trained costs disk space."""
 
 import glob
 import json
@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from cachetrain.atomic import remove_directory, remove_leftovers, staged_directory
 from cachetrain.checkpoints.export import export_single_file
+from cachetrain.checkpoints.info import write_info
 from cachetrain.checkpoints.manifest import read_manifest, write_manifest
 from cachetrain.checkpoints.state import split_tensors, write_state
 from cachetrain.distributed import on_host
@@ -41,14 +42,12 @@ def checkpoints(output_dir):
 
 
 class Saving:
-    """Decides when to save, and saves: a copy in host memory at once, the rest by a thread behind training.
+    """Decides when to save, and saves: a copy in host memory at once, the rest by a background thread.
 
     Args:
-        plan: Plan.
-        world: World; rank 0 writes, and sharded weights come from all.
-        model_dir: pipeline directory whose frozen parts belong to the checkpoints (or a bare UNet: none). The run's
-            first checkpoint copies them, later ones are hard links to that copy.
-        scheduler: saved to scheduler/.
+        run: Run. Rank 0 of its `world` writes, and sharded weights come from all. Frozen parts are those of its
+            `model_dir` (of a bare UNet: none): the run's first checkpoint copies them, later ones are hard links to
+            that copy. Its `noise_scheduler` is saved to scheduler/.
         info: JSON-able dict for cachetrain.json: objective, how captions were encoded, size of latents.
         flush: called before a checkpoint appears, so that logs reach at least as far.
         frozen: an earlier checkpoint whose frozen parts are intact, to link them from; default: none yet.
@@ -57,14 +56,22 @@ class Saving:
         failed: the exception that ended the last save, or None.
     """
 
-    def __init__(self, args, plan, world, model_dir, scheduler, info, flush=lambda: None, frozen=None):
-        self.output_dir, self.plan, self.world = Path(args.output_dir), plan, world
-        self.model_dir, self.scheduler, self.info, self.flush = Path(model_dir), scheduler, info, flush
+    def __init__(self, run, info, flush=lambda: None, frozen=None):
+        args = run.args
+        self.output_dir = run.output_dir
+        self.plan = run.plan
+        self.world = run.world
+        self.model_dir = run.model_dir
+        self.noise_scheduler = run.noise_scheduler
+        self.info = info
+        self.flush = flush
         self._frozen, self._frozen_files = frozen, read_manifest(frozen) if frozen else {}
-        self.on_epoch, self.keep_last = args.save_on_epoch, args.keep_last
+        self.on_epoch = args.save_on_epoch
+        self.keep_last = args.keep_last
         self.every_s = args.save_every_minutes and 60 * args.save_every_minutes
-        self.ckpt_dir, self.name = args.ckpt_dir and Path(args.ckpt_dir), self.output_dir.resolve().name
-        if self.ckpt_dir and world.main:  # it may hold files of other runs, which are being written
+        self.ckpt_dir = args.ckpt_dir and Path(args.ckpt_dir)
+        self.name = self.output_dir.resolve().name
+        if self.ckpt_dir and self.world.main:  # it may hold files of other runs, which are being written
             remove_leftovers(self.ckpt_dir, f"{glob.escape(self.name)}-{'[0-9]' * 6}.*")
         self._last_s = time.monotonic()
         self._thread, self._error, self.failed = None, None, None
@@ -102,7 +109,7 @@ class Saving:
 
         Args:
             unet: the module itself, saved to unet/; ema: Ema or None, saved to unet_ema/ in float32.
-            state: dict of all else that the run goes on from, tensors anywhere in it; saved to training_state/.
+            state: dict of all else that a resumed run needs, tensors anywhere in it; saved to training_state/.
         """
         self.wait()
         tree, tensors = split_tensors(state)
@@ -122,11 +129,13 @@ class Saving:
         self.report()
 
     def report(self):
-        """Says what has gone wrong behind training since the last call."""
+        """Says what has gone wrong in the background since the last call."""
         if self._error is not None:
             (step, error), self._error = self._error, None
-            warn(f"saving step {step} failed: {type(error).__name__}: {error}; training goes on, earlier checkpoints "
-                 "are as they were, and the next save is tried as planned")  # fmt: skip
+            warn(
+                f"saving step {step} failed: {type(error).__name__}: {error}; training goes on, earlier checkpoints "
+                "are as they were, and the next save is tried as planned"
+            )
 
     def finish(self):
         """Waits for the last save.
@@ -156,13 +165,13 @@ class Saving:
         with staged_directory(target) as stage:
             _write_unet(unet, weights, stage / "unet")
             if averages is not None:
-                whole = {name: averages.get(name, weight).float() for name, weight in weights.items()}
-                _write_unet(unet, whole, stage / "unet_ema")
+                averaged = {name: averages.get(name, weight).float() for name, weight in weights.items()}
+                _write_unet(unet, averaged, stage / "unet_ema")
             write_state(stage, tree, tensors)
             known = self._bring_frozen_parts(stage)
-            self.scheduler.save_pretrained(stage / "scheduler")
-            _write_index(self.model_dir, stage, self.scheduler)
-            (stage / "cachetrain.json").write_text(json.dumps({"step": step, **self.info}, indent=2) + "\n")
+            self.noise_scheduler.save_pretrained(stage / "scheduler")
+            _write_index(self.model_dir, stage, self.noise_scheduler)
+            write_info(stage, step, self.info)
             files = write_manifest(stage, known)
             self.flush()
         self._frozen, self._frozen_files = target, files

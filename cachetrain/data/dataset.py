@@ -1,5 +1,9 @@
-"""Finished batches from sidecars: loading, scaling and every random draw happen here, in the loader's workers."""
+"""Samples from sidecars: loading, scaling and every random draw happen here, in the loader's workers."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -7,107 +11,151 @@ import torch
 from torch.utils.data import Dataset
 
 from cachetrain.data import rng
+from cachetrain.data.index import PairIndex
 from cachetrain.data.sidecar import read_sidecar
 from cachetrain.diffusion.objective import timestep_fraction
+from cachetrain.modeling.conditioning import Conditioning
 
 
-class Visit(NamedTuple):
-    """One visit to one sample: it determines every draw."""
+class SampleKey(NamedTuple):
+    """Which sample, and in which epoch: it determines every random draw.
+
+    Attributes:
+        epoch: from 0.
+        sample: position of the pair in the index.
+        repeat: how often the sample has come up in this epoch, from 0.
+        uniform: in [0, 1), decides the timestep; None: it is drawn.
+    """
 
     epoch: int
     sample: int
-    repeat: int = 0  # which visit of the epoch
-    uniform: float | None = None  # in [0, 1), decides the timestep; None: it is drawn
+    repeat: int = 0
+    uniform: float | None = None
 
 
-class Files:
-    """Reads the sidecars of an index, verified each time."""
+class Sidecars:
+    """Reads the sidecars of an index from disk, verified each time."""
 
-    def __init__(self, index):
+    def __init__(self, index: PairIndex):
         self.index = index
 
     def image(self, i):
-        """Tensors by name."""
-        return read_sidecar(self.index.image_path(i))[0]
+        """(tensors by name, metadata of the header) of the image sidecar of pair `i`."""
+        tensors, header = read_sidecar(self.index.image_path(i))
+        return tensors, header.metadata
 
     def text(self, i):
+        """Tensors by name of the text sidecar of pair `i`."""
         return read_sidecar(self.index.text_path(i))[0]
 
 
-class CachedPairs(Dataset):
-    """Samples keyed by Visit: the same key gives the same tensors, whoever asks.
+@dataclass(frozen=True)
+class LatentScaling:
+    """Turns latents as the VAE encodes them into what the UNet sees: (latents - shift_factor) * scaling_factor."""
 
-    Args:
-        index: PairIndex.
-        null_embedding: [T, D], takes the caption's place with probability `cond_dropout`.
-        scaling_factor, shift_factor: of the VAE: latents become (latent - shift) * scaling.
-        text_scaling_factor: multiplies all embeddings.
-        cond_dropout, flip_p: probabilities, per sample and visit.
-        continuous: timestep is 1000 * sigma (flow matching), not an integer.
+    scaling_factor: float
+    shift_factor: float = 0.0
+
+    def __call__(self, latents: torch.Tensor) -> torch.Tensor:
+        return (latents.float() - self.shift_factor) * self.scaling_factor
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What is drawn at random for each sample, and how.
+
+    Attributes:
+        seed: of all draws.
+        cond_dropout: probability that the null condition takes the caption's place.
+        flip_p: probability that the mirrored image is taken.
+        continuous: timesteps are 1000 * sigma (flow matching), not integers.
         timestep_sampling: of objective.timestep_fraction.
         timestep_range: (first, end) of the timesteps, within 0 and 1000.
         offset_noise: standard deviation of noise that is the same over all pixels of a channel, added to the noise
             (Guttenberg 2023, "Diffusion with offset noise").
-        text_dtype: of the embeddings. bfloat16 halves what is copied to a device that computes in it anyway.
-        fixed: every visit to a sample draws what its first one drew (--overfit).
-        store: Files or ram.RamCache of the index; default: Files.
+        fixed: a sample always gets what it got the first time (--overfit).
+    """
+
+    seed: int = 0
+    cond_dropout: float = 0.0
+    flip_p: float = 0.0
+    continuous: bool = False
+    timestep_sampling: str = "uniform"
+    timestep_range: tuple[int, int] = (0, 1000)
+    offset_noise: float = 0.0
+    fixed: bool = False
+
+
+class CachedPairs(Dataset):
+    """Samples by SampleKey: the same key gives the same tensors, whoever asks.
+
+    Args:
+        index: PairIndex.
+        scaling: of the latents.
+        conditioning: of the captions.
+        draws: what is random.
+        null: condition that takes a caption's place (Conditioning.of_caption of the empty caption); needed where
+            draws.cond_dropout is not 0.
+        sidecars: Sidecars or ram.RamCache of the index; default: Sidecars.
     """
 
     def __init__(
-        self, index, seed, null_embedding, scaling_factor, shift_factor=0.0, text_scaling_factor=1.0,
-        cond_dropout=0.0, flip_p=0.0, continuous=False, timestep_sampling="uniform", timestep_range=(0, 1000),
-        offset_noise=0.0, text_dtype=torch.float32, fixed=False, store=None,
-    ):  # fmt: skip
-        self.index, self.seed = index, seed
-        self.null_embedding = null_embedding
-        self.scaling_factor, self.shift_factor = scaling_factor, shift_factor
-        self.text_scaling_factor = text_scaling_factor
-        self.cond_dropout, self.flip_p = cond_dropout, flip_p
-        self.continuous, self.timestep_sampling, self.timestep_range = continuous, timestep_sampling, timestep_range
-        self.offset_noise, self.text_dtype, self.fixed = offset_noise, text_dtype, fixed
-        self.store = store or Files(index)
+        self,
+        index: PairIndex,
+        scaling: LatentScaling,
+        conditioning: Conditioning,
+        draws: Draws | None = None,
+        null: Mapping[str, torch.Tensor] | None = None,
+        sidecars=None,
+    ):
+        self.index = index
+        self.scaling = scaling
+        self.conditioning = conditioning
+        self.draws = draws or Draws()
+        self.null = null
+        self.sidecars = sidecars or Sidecars(index)
 
     def __len__(self):
         return len(self.index)
 
-    def __getitem__(self, visit):
-        """Returns a dict: latents, noise float32 [C, h, w]; timestep; embedding [T, D]; dropped; sample."""
-        if self.fixed:
-            visit = visit._replace(epoch=0, repeat=0)
-        dropped = self._chance(visit, rng.DROPOUT) < self.cond_dropout
-        embedding = self.null_embedding if dropped else self.store.text(visit.sample)["emb"]
-        latents = self._latents(visit)
-        first, end = self.timestep_range
-        uniform = self._chance(visit, rng.TIMESTEP) if visit.uniform is None else visit.uniform
-        timestep = first + timestep_fraction(self.timestep_sampling, uniform) * (end - first)
+    def __getitem__(self, key: SampleKey) -> dict:
+        """Returns a dict: latents, noise float32 [C, h, w]; timesteps; condition; dropped; sample."""
+        if self.draws.fixed:
+            key = key._replace(epoch=0, repeat=0)
+        tensors, header = self.sidecars.image(key.sample)
+        latents = self._latents(key, tensors)
+        dropped = self._uniform(key, rng.DROPOUT) < self.draws.cond_dropout
+        caption = self.null if dropped else self.conditioning.of_caption(self.sidecars.text(key.sample))
+        first, end = self.draws.timestep_range
+        uniform = self._uniform(key, rng.TIMESTEP) if key.uniform is None else key.uniform
+        timestep = first + timestep_fraction(self.draws.timestep_sampling, uniform) * (end - first)
         return {
             "latents": latents,
-            "noise": torch.from_numpy(self._noise(visit, latents.shape)),
-            "timesteps": timestep if self.continuous else int(timestep),
-            "embedding": (embedding.float() * self.text_scaling_factor).to(self.text_dtype),
+            "noise": torch.from_numpy(self._noise(key, latents.shape)),
+            "timesteps": timestep if self.draws.continuous else int(timestep),
+            "condition": {**caption, **self.conditioning.of_image(header)},
             "dropped": dropped,
-            "sample": visit.sample,
+            "sample": key.sample,
         }
 
-    def _generator(self, visit, purpose):
-        return rng.generator(self.seed, visit.epoch, visit.sample, purpose, visit.repeat)
+    def _generator(self, key, purpose):
+        return rng.generator(self.draws.seed, key.epoch, key.sample, purpose, key.repeat)
 
-    def _chance(self, visit, purpose):
-        return self._generator(visit, purpose).random()
+    def _uniform(self, key, purpose):
+        return self._generator(key, purpose).random()
 
-    def _noise(self, visit, shape):
-        noise = self._generator(visit, rng.NOISE).standard_normal(shape, dtype=np.float32)
-        if self.offset_noise:
-            offset = self._generator(visit, rng.OFFSET).standard_normal(shape[0], dtype=np.float32)
-            noise += self.offset_noise * offset[:, None, None]
+    def _noise(self, key, shape):
+        noise = self._generator(key, rng.NOISE).standard_normal(shape, dtype=np.float32)
+        if self.draws.offset_noise:
+            offset = self._generator(key, rng.OFFSET).standard_normal(shape[0], dtype=np.float32)
+            noise += self.draws.offset_noise * offset[:, None, None]
         return noise
 
-    def _latents(self, visit):
-        tensors = self.store.image(visit.sample)
+    def _latents(self, key, tensors):
         name = "latent"
-        if self.flip_p and self._chance(visit, rng.FLIP) < self.flip_p:
+        if self.draws.flip_p and self._uniform(key, rng.FLIP) < self.draws.flip_p:
             name = "latent_flip"
             if name not in tensors:
-                path = self.index.image_path(visit.sample)
+                path = self.index.image_path(key.sample)
                 raise ValueError(f"{path}: holds no latent_flip for --flip_p; cache with --flip")
-        return (tensors[name].float() - self.shift_factor) * self.scaling_factor
+        return self.scaling(tensors[name])

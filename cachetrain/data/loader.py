@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from functools import partial
 from math import prod
 from typing import NamedTuple
 
@@ -19,48 +20,79 @@ class Packed(NamedTuple):
     """A batch as one tensor: one piece of shared memory to hand over and one copy to the device, not seven."""
 
     data: torch.Tensor  # uint8 [bytes]
-    layout: list  # of (name, dtype, shape); dtype None: no tensor
+    layout: dict  # the batch's own, with (dtype, shape) in place of each tensor
 
 
 _ALIGNMENT = 64  # bytes, where each tensor starts
 
 
 def pack(batch):
-    """Packed of a dict of tensors and None."""
-    tensors = {name: tensor for name, tensor in batch.items() if tensor is not None}
-    data = torch.empty(sum(_room(tensor.nbytes) for tensor in tensors.values()), dtype=torch.uint8)
-    layout = [(name, None, None) if t is None else (name, t.dtype, t.shape) for name, t in batch.items()]
-    packed = Packed(data, layout)
-    for name, place in unpack(packed).items():
-        if place is not None:
-            place.copy_(tensors[name])
+    """Packed of a dict of tensors, None, and such dicts."""
+    num_bytes = sum(_room(tensor.nbytes) for tensor in _tensors(batch))
+    packed = Packed(torch.empty(num_bytes, dtype=torch.uint8), _layout(batch))
+    for place, tensor in zip(_tensors(unpack(packed)), _tensors(batch), strict=True):
+        place.copy_(tensor)
     return packed
 
 
 def unpack(packed):
     """The dict that was packed; its tensors share the memory of `packed.data`."""
-    batch, start = {}, 0
-    for name, dtype, shape in packed.layout:
-        batch[name] = None
-        if dtype is not None:
-            num_bytes = dtype.itemsize * prod(shape)
-            batch[name] = packed.data[start : start + num_bytes].view(dtype).view(shape)
-            start += _room(num_bytes)
-    return batch
+    start = 0
+
+    def tensor_of(dtype, shape):
+        nonlocal start
+        num_bytes = dtype.itemsize * prod(shape)
+        tensor = packed.data[start : start + num_bytes].view(dtype).view(shape)
+        start += _room(num_bytes)
+        return tensor
+
+    def batch_of(layout):
+        return {
+            name: batch_of(entry) if isinstance(entry, dict) else None if entry is None else tensor_of(*entry)
+            for name, entry in layout.items()
+        }
+
+    return batch_of(packed.layout)
+
+
+def _layout(batch):
+    return {
+        name: _layout(entry) if isinstance(entry, dict) else None if entry is None else (entry.dtype, entry.shape)
+        for name, entry in batch.items()
+    }
+
+
+def _tensors(batch):
+    """The tensors of a batch in the order of its layout."""
+    for entry in batch.values():
+        if isinstance(entry, dict):
+            yield from _tensors(entry)
+        elif entry is not None:
+            yield entry
 
 
 def _room(num_bytes):
     return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
 
 
-def make_loader(dataset, batches, masked, num_workers, pin_memory, multiple=8):
-    """DataLoader whose workers deliver finished batches, Packed; it draws from no global generator."""
+def make_loader(dataset, batch_sampler, num_workers, pin_memory, multiple=8):
+    """DataLoader whose workers deliver finished batches, Packed; it draws from no global generator.
+
+    Args:
+        dataset: CachedPairs; batch_sampler: of its SampleKeys.
+        multiple: of text lengths, as for collate.
+    """
     return _Loader(
-        dataset, batch_sampler=batches, num_workers=num_workers, pin_memory=pin_memory,
-        collate_fn=_Collate(masked, multiple), prefetch_factor=4 if num_workers else None,
-        generator=torch.Generator().manual_seed(0), persistent_workers=num_workers > 0,
+        dataset,
+        batch_sampler=batch_sampler,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        collate_fn=partial(_collate_packed, dataset.conditioning, multiple),
+        prefetch_factor=4 if num_workers else None,
+        generator=torch.Generator().manual_seed(0),
+        persistent_workers=num_workers > 0,
         worker_init_fn=_block_signals,
-    )  # fmt: skip
+    )
 
 
 class _Loader(DataLoader):
@@ -90,14 +122,8 @@ def _leave_when_told():
     os._exit(0)
 
 
-class _Collate:
-    """`collate` with its settings bound; a class, so that spawned workers can pickle it."""
-
-    def __init__(self, masked, multiple):
-        self.masked, self.multiple = masked, multiple
-
-    def __call__(self, samples):
-        return pack(collate(samples, self.masked, self.multiple))
+def _collate_packed(conditioning, multiple, samples):
+    return pack(collate(samples, conditioning, multiple))
 
 
 def on_device(loader, device):

@@ -1,4 +1,4 @@
-"""What millions of files need: lists of paths without a Python object each, and several files looked at at a time."""
+"""For millions of files: lists of paths without a Python object each, random subsets, reading several at a time."""
 
 import heapq
 import os
@@ -7,43 +7,45 @@ import time
 import zlib
 from array import array
 from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from threading import Event
 
-# Items that are looked at together, and threads where looking means waiting.
+# Items that a thread takes at a time, and number of threads.
 _CHUNK, _THREADS = 64, 8
 
 
 class PackedStrings:
-    """An append-only list of strings: their bytes one after another, and 8 more each for where they end.
+    """An append-only list of strings, stored as one byte string and 8 bytes each for where they end.
 
-    Forked loader workers share it, since reading it writes no reference counts into its memory. File names that are
-    not UTF-8 survive, as they do in `os.fsdecode`.
+    Forked loader workers share its memory, because reading it writes no reference counts. File names that are not
+    UTF-8 come back unchanged, as from `os.fsdecode`.
     """
 
     def __init__(self):
-        self._bytes, self._ends = bytearray(), array("Q")
+        self._bytes = bytearray()
+        self._ends = array("Q")
 
-    def append(self, string):
+    def append(self, string: str) -> None:
         self._bytes += os.fsencode(string)
         self._ends.append(len(self._bytes))
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._ends)
 
-    def checksum(self):
-        """A number that tells lists apart, at a gigabyte a second."""
+    def checksum(self) -> int:
+        """A number that differs for different lists; takes a second per gigabyte."""
         return zlib.crc32(self._ends, zlib.crc32(self._bytes))
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> str:
         index = range(len(self))[index]
         start = self._ends[index - 1] if index else 0
         return os.fsdecode(bytes(self._bytes[start : self._ends[index]]))
 
 
-def random_subset(items, number, seed):
-    """Returns `number` of the items, each equally likely, in their order, and holds no more than these; 0: all."""
+def random_subset(items: Iterable, number: int, seed: int) -> Iterable:
+    """Returns `number` of the items, each equally likely, in their order, and keeps only these in memory; 0: all."""
     if not number:
         return items
     draw = random.Random(seed).random
@@ -51,11 +53,12 @@ def random_subset(items, number, seed):
     return [item for _, _, item in sorted(drawn, key=lambda one: one[1])]
 
 
-def in_threads(function, items):
-    """Yields (item, function(item)) in order; as few items as keep the threads busy are held at a time.
+def in_threads(function: Callable, items: Iterable) -> Iterator[tuple]:
+    """Yields (item, function(item)) in order, with only as many items in memory as keep the threads busy.
 
-    Threads are for storage that lets one wait, a millisecond a file on a network. Where the first items take mostly
-    computing, as with warm local files, there are none: they would only fight for Python's lock, at twice the time.
+    Threads help with storage that makes each call wait, such as a millisecond per file on a network. If the first
+    items spend most of their time computing, as with cached local files, no threads are used: they would compete for
+    Python's global lock and take twice as long.
     """
     items, running, stopped = iter(items), deque(), Event()
 
@@ -80,4 +83,4 @@ def in_threads(function, items):
                 chunk, results = running.popleft()
                 yield from zip(chunk, results.result(), strict=True)
         finally:
-            stopped.set()  # an interrupted run does not wait for what is queued, which may be much to hash
+            stopped.set()  # an interrupted run does not wait for queued items, which may take long to hash

@@ -8,7 +8,8 @@ from safetensors.torch import load
 from tqdm import tqdm
 
 from cachetrain.data.many_files import in_threads
-from cachetrain.data.sidecar import read_verified
+from cachetrain.data.sidecar import metadata_of, read_verified
+from cachetrain.modeling.conditioning import num_elements
 
 _HEADER_BYTES = 2048  # about what a sidecar holds besides its tensors
 _ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4}
@@ -34,25 +35,28 @@ class RamCache:
         self._one_text = index.one_text is not None
         self._data, self._ends = bytearray(), array("Q", [0])
         every = (path(i) for i in range(len(index)) for path in paths)
-        for _, (data, _) in tqdm(in_threads(read_verified, every), desc="into memory", total=self._total, unit="file",
-                                 disable=None):  # fmt: skip
+        for _, (data, _) in tqdm(
+            in_threads(read_verified, every), desc="into memory", total=self._total, unit="file", disable=None
+        ):
             self._append(data)
         if self._one_text:
             self._append(read_verified(index.one_text)[0])
 
     def image(self, i):
-        """Tensors by name."""
-        return self._load(i * self._per_pair)
+        """As Sidecars.image."""
+        data = self._bytes(i * self._per_pair)
+        return load(data), metadata_of(data)
 
     def text(self, i):
-        return self._load(self._total - 1 if self._one_text else i * 2 + 1)
+        """As Sidecars.text."""
+        return load(self._bytes(self._total - 1 if self._one_text else i * 2 + 1))
 
     def _append(self, data):
         self._data += data
         self._ends.append(len(self._data))
 
-    def _load(self, place):
-        return load(bytes(memoryview(self._data)[self._ends[place] : self._ends[place + 1]]))
+    def _bytes(self, place):
+        return bytes(memoryview(self._data)[self._ends[place] : self._ends[place + 1]])
 
 
 def needed_bytes(index):
@@ -63,7 +67,9 @@ def needed_bytes(index):
     )
     images, texts = index.image_header, index.text_header
     per_element = sum(_ITEM_BYTES.get(dtype, 4) for dtype in images.dtypes.values())
-    text = int(index.tokens.sum(dtype=np.int64)) * index.text_width * _ITEM_BYTES.get(texts.dtypes["emb"], 4)
+    num_tokens = int(index.tokens.sum(dtype=np.int64))
+    text = num_elements(index.text_kind, index.text_widths, num_tokens, len(index))
+    text *= max(_ITEM_BYTES.get(dtype, 4) for dtype in texts.dtypes.values())
     return elements * per_element + (0 if index.one_text else text) + 2 * _HEADER_BYTES * len(index)
 
 

@@ -1,7 +1,7 @@
-"""Every random draw of training: a pure function of (seed, epoch, sample, visit in the epoch, purpose).
+"""Every random draw of training: a pure function of (seed, epoch, sample, repeat in the epoch, purpose).
 
 Philox is counter-based (Salmon et al. 2011): each draw has its own stream, so nothing depends on the order in
-which samples are visited, the number of workers or ranks, or on what else was drawn.
+which samples come, the number of workers or ranks, or on what else was drawn.
 """
 
 import numpy as np
@@ -10,10 +10,10 @@ ORDER, NOISE, TIMESTEP, DROPOUT, FLIP, OFFSET, STRATA, REPEATS = range(8)
 
 
 def generator(seed, epoch, sample, purpose, repeat=0):
-    """Returns the numpy Generator of one purpose (a constant above) of one visit to one sample.
+    """Returns the numpy Generator of one purpose (a constant above) for one sample.
 
     Args:
-        repeat: which visit of the epoch, from 0, where an epoch visits a sample several times.
+        repeat: how often the sample has come up in this epoch, from 0.
     """
     return np.random.Generator(np.random.Philox(key=seed, counter=[0, purpose + (repeat << 8), sample, epoch]))
 
@@ -23,22 +23,23 @@ def permutation(seed, epoch, length):
     return generator(seed, epoch, 0, ORDER).permutation(length)
 
 
-def visits(seed, epoch, weights):
-    """Returns the visits of an epoch in their order.
+def epoch_order(seed, epoch, repeats):
+    """Returns the samples of an epoch in their order.
 
     Args:
-        weights: float32 [N], the mean number of visits to each sample; their fractions are drawn for each epoch.
+        repeats: float32 [N], how often each sample comes up in an epoch, on average; fractions are drawn anew for
+            each epoch.
 
     Returns:
-        (samples, repeats), int64 [M] each: which sample, and its how manieth visit of this epoch, from 0.
+        (samples, their repeats), int64 [M] each: which sample, and how often it has come up in this epoch, from 0.
     """
-    if (weights == 1).all():
-        samples = permutation(seed, epoch, len(weights))
+    if (repeats == 1).all():
+        samples = permutation(seed, epoch, len(repeats))
         return samples, np.zeros_like(samples)
-    whole = np.floor(weights)
-    drawn = generator(seed, epoch, 0, REPEATS).random(len(weights), dtype=np.float32)
-    counts = (whole + (drawn < weights - whole)).astype(np.int64)
-    samples = np.repeat(np.arange(len(weights)), counts)
-    repeats = np.arange(len(samples)) - np.repeat(np.cumsum(counts) - counts, counts)
+    floor = np.floor(repeats)
+    drawn = generator(seed, epoch, 0, REPEATS).random(len(repeats), dtype=np.float32)
+    counts = (floor + (drawn < repeats - floor)).astype(np.int64)
+    samples = np.repeat(np.arange(len(repeats)), counts)
+    numbers = np.arange(len(samples)) - np.repeat(np.cumsum(counts) - counts, counts)
     order = permutation(seed, epoch, len(samples))
-    return samples[order], repeats[order]
+    return samples[order], numbers[order]

@@ -1,17 +1,20 @@
-"""The contract between the two stages: what a cache file holds, and how it is written and read.
+"""The contract between the two stages: what a sidecar holds, and how it is written and read.
 
 A sidecar is a safetensors file beside its source, whose suffix REPLACES the source's: `a.jpg`, `a.txt` ->
-`a.img_sdxl`, `a.txt_t5cache`. Its safetensors metadata is the header: it says from which source, by which
-encoder and with which settings the tensors were made. This module imports no torch until tensors are touched.
+`a.img_sdxl`, `a.txt_t5cache`. Its safetensors metadata, called the header here, says which source, encoder and
+settings its tensors were made with. This module imports no torch until it reads or writes tensors.
 """
 
 import hashlib
 import json
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from cachetrain.atomic import atomic_write
+
+if TYPE_CHECKING:
+    import torch
 
 FORMAT = "1"
 NULL_STEM = "_null_caption"
@@ -24,8 +27,7 @@ SUFFIXES = {
     "txt_t5cache": ".txt_t5cache",
 }
 
-
-# Stands for a hash in the header while it is computed.
+# In the header, the place of a hash that is yet to be computed.
 _NO_SHA256 = "0" * 64
 
 # Sidecars that may train together agree on all of these.
@@ -33,40 +35,47 @@ RUN_KEYS = ("kind", "encoder", "settings", "scaling_factor", "shift_factor")
 
 
 class SidecarError(ValueError):
-    """A sidecar that is cut, flipped or otherwise not what its writer wrote."""
+    """A sidecar that was cut short or altered after it was written."""
 
 
 class Header(NamedTuple):
-    """The readable part of a sidecar: `metadata` is {} for a foreign (headerless) file."""
+    """What a sidecar says without its tensors.
+
+    Attributes:
+        metadata: header fields; {} for a file without a header.
+        shapes, dtypes: of the tensors, by name; dtypes are those of safetensors ("F16").
+    """
 
     metadata: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
 
     @property
-    def foreign(self):
+    def foreign(self) -> bool:
+        """Whether the file carries no cachetrain header."""
         return not {"cachetrain_format", "sha256", "header_sha256"} & self.metadata.keys()
 
     @property
-    def run_identity(self):
-        """The fields on which sidecars of one run must agree, as a comparable tuple."""
+    def run_identity(self) -> tuple[str, ...]:
+        """The values of RUN_KEYS, on which the sidecars of one run must agree."""
         return tuple(self.metadata.get(key, "") for key in RUN_KEYS)
 
 
-def sidecar_path(source, suffix):
+def sidecar_path(source: str | Path, suffix: str) -> Path:
     """`dir/a.b.jpg`, `.img_sdxl` -> `dir/a.b.img_sdxl`."""
     source = Path(source)
     return source.with_name(source.stem + suffix)
 
 
-def write_sidecar(path, tensors, metadata):
+def write_sidecar(path: str | Path, tensors: "dict[str, torch.Tensor]", metadata: dict[str, str]) -> None:
     """Writes one sidecar atomically.
 
     Args:
         path: target; its directory must exist.
-        tensors: name -> CPU tensor.
-        metadata: str -> str; the format and two hashes are added: `sha256` of the payload, which safetensors does
-            not check, and `header_sha256` of everything before it, so that a header can be trusted unread further.
+        tensors: CPU tensors by name.
+        metadata: header fields. The format and two hashes are added: `sha256` of the tensors' bytes, which
+            safetensors does not check, and `header_sha256` of everything before them, so that a header can be
+            trusted when only the header is read.
     """
     from safetensors.torch import save
 
@@ -80,11 +89,11 @@ def write_sidecar(path, tensors, metadata):
     atomic_write(path, b"".join((header, payload)))
 
 
-def read_header(path):
-    """Reads the header alone: one open, one read of a few KiB, one size check.
+def read_header(path: str | Path) -> Header:
+    """Reads only the header: one open, one read of a few KiB, one size check.
 
     Raises:
-        SidecarError: the file is cut or its header is not readable.
+        SidecarError: the file was cut short, or its header is damaged.
         OSError: the file cannot be opened.
     """
     with open(path, "rb", buffering=0) as file:
@@ -96,11 +105,11 @@ def read_header(path):
     return _parse(path, data, size)
 
 
-def read_sidecar(path):
+def read_sidecar(path: str | Path) -> "tuple[dict[str, torch.Tensor], Header]":
     """Reads and verifies one sidecar.
 
     Returns:
-        (tensors by name, Header). Foreign files are returned unverified.
+        (tensors by name, Header). A foreign file is returned unverified.
 
     Raises:
         SidecarError: the file does not match its own hashes, or cannot be parsed.
@@ -116,15 +125,21 @@ def read_sidecar(path):
         raise SidecarError(f"{path}: {error}; run the cache script again") from error
 
 
-def read_verified(path):
-    """Reads one sidecar as it is and verifies it, as `read_sidecar` does; returns (bytes, Header)."""
+def read_verified(path: str | Path) -> tuple[bytes, Header]:
+    """Reads and verifies one sidecar like `read_sidecar`, but returns its bytes unparsed: (bytes, Header)."""
     data = Path(path).read_bytes()
     header = _parse(path, data, len(data))
     payload = memoryview(data)[_payload_start(data) :]
     if not header.foreign and header.metadata.get("sha256") != hashlib.sha256(payload).hexdigest():
-        raise SidecarError(f"{path}: its tensors do not match their SHA-256; delete it, or run the cache "
-                           "script with --full")  # fmt: skip
+        raise SidecarError(
+            f"{path}: its tensors do not match their SHA-256; delete it, or run the cache script with --full"
+        )
     return data, header
+
+
+def metadata_of(data: bytes) -> dict[str, str]:
+    """The header fields of a sidecar that has been verified, from its bytes."""
+    return json.loads(data[8 : _payload_start(data)]).get("__metadata__", {})
 
 
 def _entry(key, digest=_NO_SHA256):
@@ -151,12 +166,13 @@ def _parse(path, data, size):
     except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
         raise SidecarError(f"{path}: not a readable safetensors file; run the cache script again") from error
     if end != size:
-        raise SidecarError(f"{path}: {size} bytes, its header promises {end}; run the cache script again")
+        raise SidecarError(f"{path}: has {size} bytes, its header says {end}; run the cache script again")
     if header.foreign:
         return header
     if metadata.get("cachetrain_format", FORMAT) != FORMAT:
         raise SidecarError(
-            f"{path}: format {metadata['cachetrain_format']}, this version reads {FORMAT}; run the cache script again"
+            f"{path}: has format {metadata['cachetrain_format']}, this version reads {FORMAT}; "
+            "run the cache script again"
         )
     digest = metadata.get("header_sha256")
     blank = data[:start].replace(_entry("header_sha256", digest), _entry("header_sha256"))

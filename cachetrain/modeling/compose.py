@@ -96,22 +96,36 @@ def compose_sd(unet, vae, clip, out, objective, fresh_unet=False, seed=0, overwr
         copy_tokenizer(clip_root, stage / "tokenizer")
         scheduler = make_scheduler(objective)
         scheduler.save_pretrained(stage / "scheduler")
-        write_model_index(stage, "StableDiffusionPipeline", {
-            "vae": ["diffusers", type(vae_module).__name__],
-            "text_encoder": ["transformers", "CLIPTextModel"],
-            "tokenizer": ["transformers", "CLIPTokenizer"],
-            "unet": ["diffusers", "UNet2DConditionModel"],
-            "scheduler": ["diffusers", type(scheduler).__name__],
-            "safety_checker": [None, None],
-            "feature_extractor": [None, None],
-            "requires_safety_checker": False,
-        })  # fmt: skip
+        write_model_index(
+            stage,
+            "StableDiffusionPipeline",
+            {
+                "vae": ["diffusers", type(vae_module).__name__],
+                "text_encoder": ["transformers", "CLIPTextModel"],
+                "tokenizer": ["transformers", "CLIPTokenizer"],
+                "unet": ["diffusers", "UNet2DConditionModel"],
+                "scheduler": ["diffusers", type(scheduler).__name__],
+                "safety_checker": [None, None],
+                "feature_extractor": [None, None],
+                "requires_safety_checker": False,
+            },
+        )
 
 
 def compose_t5(
-    unet, vae, t5, out, objective, fresh_unet=False, seed=0, overwrite=False, captions=None, train_projection=False,
-    dtype=None, device="cpu",
-):  # fmt: skip
+    unet,
+    vae,
+    t5,
+    out,
+    objective,
+    fresh_unet=False,
+    seed=0,
+    overwrite=False,
+    captions=None,
+    train_projection=False,
+    dtype=None,
+    device="cpu",
+):
     """Composes a StableDiffusionT5Pipeline directory: UNet + VAE + T5 encoder + projection to the UNet's width.
 
     Args:
@@ -126,8 +140,10 @@ def compose_t5(
     width, own = config["cross_attention_dim"], load.has_text_projection(config)
     keep = own and not fresh_unet and any(unet_dir.glob("*.safetensors"))
     if keep and (train_projection or captions):
-        raise ValueError(f"{unet_dir}: has a projection already, which is kept; drop --train_projection and "
-                         "--fit_captions, or pass --fresh_unet")  # fmt: skip
+        raise ValueError(
+            f"{unet_dir}: has a projection already, which is kept; drop --train_projection and "
+            "--fit_captions, or pass --fresh_unet"
+        )
     with staged_directory(out, overwrite) as stage:
         text_width = json.loads((encoder_dir / "config.json").read_text())["d_model"] if own else width
         save_unet(unet_dir, vae_module, stage / "unet", text_width, fresh_unet, seed)
@@ -140,14 +156,18 @@ def compose_t5(
         shutil.copyfile(HERE / "t5_pipeline.py", stage / "pipeline.py")
         scheduler = make_scheduler(objective)
         scheduler.save_pretrained(stage / "scheduler")
-        write_model_index(stage, ["pipeline", "StableDiffusionT5Pipeline"], {
-            "vae": ["diffusers", type(vae_module).__name__],
-            "text_encoder": ["transformers", "T5EncoderModel"],
-            "tokenizer": ["transformers", "T5Tokenizer"],
-            "projection": [None, None] if own or train_projection else ["t5_projection", "T5Projection"],
-            "unet": ["diffusers", "UNet2DConditionModel"],
-            "scheduler": ["diffusers", type(scheduler).__name__],
-        })  # fmt: skip
+        write_model_index(
+            stage,
+            ["pipeline", "StableDiffusionT5Pipeline"],
+            {
+                "vae": ["diffusers", type(vae_module).__name__],
+                "text_encoder": ["transformers", "T5EncoderModel"],
+                "tokenizer": ["transformers", "T5Tokenizer"],
+                "projection": [None, None] if own or train_projection else ["t5_projection", "T5Projection"],
+                "unet": ["diffusers", "UNet2DConditionModel"],
+                "scheduler": ["diffusers", type(scheduler).__name__],
+            },
+        )
 
 
 def save_projection(stage, projection):

@@ -60,8 +60,9 @@ def resolve_model(model, revision=None, subfolders=(), code=False):
     patterns += ["model*.safetensors*", "diffusion_pytorch_model*.safetensors*", *kinds[len(WEIGHT_PATTERNS) :]]
     try:
         # Variants (fp16, non_ema) would be fetched beside the plain weights and are not read.
-        snapshot = snapshot_download(model, revision=revision, allow_patterns=patterns,
-                                     ignore_patterns=["*.fp16.*", "*.non_ema.*"])  # fmt: skip
+        snapshot = snapshot_download(
+            model, revision=revision, allow_patterns=patterns, ignore_patterns=["*.fp16.*", "*.non_ema.*"]
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise ValueError(f"{model}: no such directory, and the hub gave none: {error}") from error
     return Path(snapshot)
@@ -198,9 +199,13 @@ def load_custom_pipeline(model, revision=None, dtype=None):
     from diffusers import DiffusionPipeline
 
     return DiffusionPipeline.from_pretrained(
-        model, revision=revision, custom_pipeline=model, trust_remote_code=True, use_safetensors=True,
+        model,
+        revision=revision,
+        custom_pipeline=model,
+        trust_remote_code=True,
+        use_safetensors=True,
         torch_dtype=dtype,
-    )  # fmt: skip
+    )
 
 
 def _load_diffusers(cls, directory, dtype, train=False):

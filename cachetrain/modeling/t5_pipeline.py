@@ -37,15 +37,14 @@ def pad_embeddings(embeddings, multiple=8):
 
 
 @torch.no_grad()
-def denoise(unet, scheduler, latents, cond, uncond, guidance_scale, num_inference_steps, mask=None, generator=None):
+def denoise(predict, scheduler, latents, guidance_scale, num_inference_steps, generator=None):
     """Samples latents with classifier-free guidance (Ho & Salimans 2022): e = e_uncond + w (e_cond - e_uncond).
 
     Args:
-        unet: UNet2DConditionModel.
+        predict: function of (noisy latents, timestep) that returns the UNet's prediction: for [2B, C, h, w], of the
+            unconditional and then the conditional half, or at guidance_scale 1 for [B, C, h, w], conditional.
         scheduler: any diffusers scheduler, of the objective that the UNet was trained on.
         latents: float32 [B, C, h, w], unit Gaussian noise.
-        cond, uncond: [B, T, D] text embeddings, padded to one length; uncond is unused at guidance_scale 1.
-        mask: bool [2B, T] over uncond and cond (in that order), or None where padding is not masked (CLIP).
         generator: torch.Generator, or one for each of the B, for schedulers that draw noise.
 
     Returns:
@@ -58,17 +57,13 @@ def denoise(unet, scheduler, latents, cond, uncond, guidance_scale, num_inferenc
     else:
         scheduler.set_timesteps(num_inference_steps, device=latents.device)
     guided = guidance_scale != 1
-    text = torch.cat([uncond, cond]) if guided else cond
-    mask = mask if guided or mask is None else mask[len(cond) :]
     extra = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
     latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
     for t in scheduler.timesteps:
         x = torch.cat([latents, latents]) if guided else latents
         if hasattr(scheduler, "scale_model_input"):
             x = scheduler.scale_model_input(x, t)
-        output = unet(
-            x.to(unet.dtype), t, encoder_hidden_states=text.to(unet.dtype), encoder_attention_mask=mask
-        ).sample.float()
+        output = predict(x, t).float()
         if guided:
             unconditional, conditional = output.chunk(2)
             output = unconditional + guidance_scale * (conditional - unconditional)
@@ -84,6 +79,14 @@ def decode_latents(vae, latents):
     return vae.decode(latents.to(vae.dtype), return_dict=False)[0].float().clamp(-1, 1)
 
 
+def vae_reduction(vae):
+    """Pixels along a side of one latent pixel; the rule of cachetrain.modeling.vae, which cannot be imported here."""
+    if getattr(vae, "spatial_compression_ratio", None):
+        return vae.spatial_compression_ratio
+    keys = ("down_block_out_channels", "encoder_block_out_channels", "block_out_channels")
+    return next(2 ** (len(vae.config[key]) - 1) for key in keys if vae.config.get(key))
+
+
 class StableDiffusionT5Pipeline(DiffusionPipeline):
     """VAE + T5 encoder + projection + UNet. Components: see `__init__`; all from `from_pretrained`."""
 
@@ -93,10 +96,14 @@ class StableDiffusionT5Pipeline(DiffusionPipeline):
     def __init__(self, vae, text_encoder, tokenizer, projection, unet, scheduler):
         super().__init__()
         self.register_modules(
-            vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, projection=projection, unet=unet,
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            projection=projection,
+            unet=unet,
             scheduler=scheduler,
-        )  # fmt: skip
-        self.image_processor = VaeImageProcessor(vae_scale_factor=2 ** (len(vae.config.block_out_channels) - 1))
+        )
+        self.image_processor = VaeImageProcessor(vae_scale_factor=vae_reduction(vae))
 
     @torch.no_grad()
     def encode_prompt(self, prompt, max_length=256):
@@ -148,16 +155,21 @@ class StableDiffusionT5Pipeline(DiffusionPipeline):
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
         embeddings, mask = self.encode_prompt(negatives + prompts)
-        uncond, cond = embeddings.chunk(2)
+        if guidance_scale == 1:
+            embeddings, mask = embeddings[len(prompts) :], mask[len(prompts) :]
+        embeddings = embeddings.to(self.unet.dtype)
+
+        def predict(x, t):
+            text = {"encoder_hidden_states": embeddings, "encoder_attention_mask": mask}
+            return self.unet(x.to(self.unet.dtype), t, **text).sample
+
         if latents is None:
             scale = self.image_processor.config.vae_scale_factor
             side = self.unet.config.sample_size * scale
             shape = (len(prompts), self.unet.config.in_channels, (height or side) // scale, (width or side) // scale)
             device = generator.device if generator else self._execution_device
             latents = torch.randn(shape, generator=generator, device=device).to(self._execution_device)
-        latents = denoise(
-            self.unet, self.scheduler, latents, cond, uncond, guidance_scale, num_inference_steps, mask, generator
-        )
+        latents = denoise(predict, self.scheduler, latents, guidance_scale, num_inference_steps, generator)
         images = latents
         if output_type != "latent":
             images = self.image_processor.postprocess(decode_latents(self.vae, latents), output_type=output_type)

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from cachetrain.modeling import load
+from cachetrain.modeling.conditioning import text_kind
 
 
 class TextEncoder:
@@ -77,11 +78,11 @@ class TextEncoder:
         return tower.final_layer_norm(hidden)
 
 
-def encode_like_cache(model_dir, kind, settings, captions, device="cpu", dtype=torch.float32):
+def encode_like_cache(model_dir, kind, settings, captions, *, device="cpu", dtype=torch.float32):
     """Encodes captions as the text cache of `kind` with `settings` (of its header, a dict) was made.
 
     Returns:
-        list of float32 CPU tensors [T, D].
+        list of {name: float32 CPU tensor}, the tensors that a sidecar of this kind holds.
     """
     if settings.get("custom"):
         raise ValueError(
@@ -89,10 +90,10 @@ def encode_like_cache(model_dir, kind, settings, captions, device="cpu", dtype=t
             "prompts and draw with that repository's pipeline"
         )
     options = {key: settings[key] for key in ("clip_skip", "max_length", "raw") if key in settings}
-    encoder = TextEncoder(model_dir, device, dtype, **options)
-    if encoder.is_t5 != (kind == "txt_t5cache"):
+    encoder, row = TextEncoder(model_dir, device, dtype, **options), text_kind(kind)
+    if encoder.is_t5 != (row.encoder == "t5"):
         raise ValueError(
             f"{model_dir}: its text encoder is {'T5' if encoder.is_t5 else 'CLIP'}, the caches are {kind}; "
             "train with the model that made the caches"
         )
-    return [encoder.encode_ids(encoder.tokenize([caption])[0])[0].float() for caption in captions]
+    return [{row.sequence: encoder.encode_ids(encoder.tokenize([caption])[0])[0].float()} for caption in captions]

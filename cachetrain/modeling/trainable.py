@@ -1,25 +1,26 @@
 """Which parts of a UNet are initialised anew and which are trained. Imports no torch before `apply`."""
 
-import argparse
 import re
 from typing import NamedTuple
+
+from cachetrain import cli
 
 # part: (pattern that is searched in the names of diffusers' UNet2DConditionModel, what it is). Attention is its own
 # projections: a transformer block's norms, feed-forward, proj_in and proj_out belong to none of the attention parts.
 REINIT = {
-    "unet": (r"", "everything, to train from scratch"),
-    "qk": (r"\.to_[qk]\.", "to_q and to_k of all attention"),
+    "unet": (r"", "the whole UNet, to train from scratch"),
+    "qk": (r"\.to_[qk]\.", "to_q and to_k of all attention layers"),
     "crossattn": (r"\.attn2\.", "cross-attention"),
-    "crossattnout": (r"\.attn2\.to_out\.", "cross-attention's output projections"),
+    "crossattnout": (r"\.attn2\.to_out\.", "the output projections of cross-attention"),
     "attention": (r"\.attn[12]\.", "self- and cross-attention"),
     "in": (r"^conv_in\.", "conv_in"),
     "out": (r"^conv_(norm_)?out\.", "conv_norm_out and conv_out"),
-    "time": (r"^time_embedding\.|\.time_emb_proj\.", "time embedding and the resnets' projections of it"),
+    "time": (r"^time_embedding\.|\.time_emb_proj\.", "the time embedding and its projections in the resnets"),
 }
 UNFREEZE = {
     **{part: REINIT[part] for part in ("in", "out", "time")},
-    "up_blocks": (r"^up_blocks\.{}\.", "up blocks of these numbers"),
-    "down_blocks": (r"^down_blocks\.{}\.", "down blocks of these numbers"),
+    "up_blocks": (r"^up_blocks\.{}\.", "the up blocks of these numbers"),
+    "down_blocks": (r"^down_blocks\.{}\.", "the down blocks of these numbers"),
     "mid_block": (r"^mid_block\.", "the middle block"),
     "norms": (r"norm\w*\.(weight|bias)$", "all group and layer norms"),
     "attention": REINIT["attention"],
@@ -49,21 +50,16 @@ class Selection(NamedTuple):
         return "\n".join(f"{a:{width}} {b:>15} {c:>15} {d:>15}" for a, b, c, d in lines)
 
 
-def add_arguments(group):
+def add_arguments(group) -> None:
     """Adds the flags --reinit_*, --unfreeze_* and --targetted_training to a group of an argparse parser."""
-    for verb, parts in (("reinit", REINIT), ("unfreeze", UNFREEZE)):
-        for part, (pattern, text) in parts.items():
-            kind = {"type": _number, "nargs": "+", "metavar": "N"} if "{}" in pattern else {"action": "store_true"}
-            does = "initialise anew: " if verb == "reinit" else "train only: "
-            group.add_argument(f"--{verb}_{part}", help=does + text, **kind)
-    group.add_argument("--targetted_training", action="store_true",
-                       help="train only what --reinit_* and --unfreeze_* name")  # fmt: skip
-
-
-def _number(text):
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r}: expected the number of a block, from 0")
-    return int(text)
+    for part, (_, text) in REINIT.items():
+        group.add_argument(f"--reinit_{part}", action="store_true", help=f"give fresh initial values to {text}")
+    for part, (pattern, text) in UNFREEZE.items():
+        numbered = {"type": cli.count, "nargs": "+", "metavar": "N"} if "{}" in pattern else {"action": "store_true"}
+        group.add_argument(f"--unfreeze_{part}", help=f"train only {text}", **numbered)
+    group.add_argument(
+        "--targetted_training", action="store_true", help="train only what --reinit_* and --unfreeze_* name"
+    )
 
 
 def apply(unet, args, seed, resumed=False):

@@ -26,8 +26,13 @@ def findings(scalars, num_skipped):
         _waiting(scalars),
     ]
     if num_skipped:
-        found.append(("bad", f"{num_skipped} steps had a loss or gradients that were not finite and were skipped: "
-                             "look at quarantine.tsv, lower --lr or use --precision fp32"))  # fmt: skip
+        found.append(
+            (
+                "bad",
+                f"{num_skipped} steps had a loss or gradients that were not finite and were skipped: "
+                "look at quarantine.tsv, lower --lr or use --precision fp32",
+            )
+        )
     return [{"level": level, "text": text} for level, text in filter(None, found)]
 
 
@@ -41,15 +46,21 @@ def _validation(scalars):
     if best == 0:
         return "bad", f"{tag} has not fallen below its first value, {values[0]:.4g} at step {steps[0]:,}"
     if len(values) - 1 - best >= _PATIENCE:
-        return "note", (f"{first} to {values[best]:.4g} at step {steps[best]:,} and has not improved in the "
-                        f"{len(values) - 1 - best} validations since: from there on it may memorise")  # fmt: skip
+        return "note", (
+            f"{first} to {values[best]:.4g} at step {steps[best]:,} and has not improved in the "
+            f"{len(values) - 1 - best} validations since: from there on it may memorise"
+        )
     if values[best] > _HARDLY * values[0]:
-        return "note", (f"{tag} has hardly fallen: {values[0]:.4g} at step {steps[0]:,}, at best {values[best]:.4g} "
-                        f"at step {steps[best]:,}. Usual in fine-tuning; from scratch look at the gradients, and try "
-                        "another --lr")  # fmt: skip
+        return "note", (
+            f"{tag} has hardly fallen: {values[0]:.4g} at step {steps[0]:,}, at best {values[best]:.4g} "
+            f"at step {steps[best]:,}. Usual in fine-tuning; from scratch look at the gradients, and try "
+            "another --lr"
+        )
     if values[-1] > _RISES * values[best]:
-        return "bad", (f"{tag} rises: {values[best]:.4g} at step {steps[best]:,}, {values[-1]:.4g} at step "
-                       f"{steps[-1]:,}. If the training loss falls, it memorises; if not, lower --lr")  # fmt: skip
+        return "bad", (
+            f"{tag} rises: {values[best]:.4g} at step {steps[best]:,}, {values[-1]:.4g} at step "
+            f"{steps[-1]:,}. If the training loss falls, it memorises; if not, lower --lr"
+        )
     last = "its lowest so far" if best == len(values) - 1 else f"lowest {values[best]:.4g} at step {steps[best]:,}"
     return "good", f"{first} to {values[-1]:.4g} (step {steps[-1]:,}), {last}"
 
@@ -74,8 +85,9 @@ def _risen(scalars):
     step, lowest = min(tenths, key=lambda tenth: tenth[1])
     if tenths[-1][1] < _RISEN * lowest:
         return None
-    return "bad", (f"loss_raw has risen again, from about {lowest:.4g} after step {step:,} to {tenths[-1][1]:.4g}: "
-                   "lower --lr")  # fmt: skip
+    return "bad", (
+        f"loss_raw has risen again, from about {lowest:.4g} after step {step:,} to {tenths[-1][1]:.4g}: lower --lr"
+    )
 
 
 def _scale(scalars):
@@ -83,25 +95,31 @@ def _scale(scalars):
     stds = [np.median(_finite(scalars, tag)[1]) for tag in channels if len(_finite(scalars, tag)[1])]
     if not stds or _STD[0] <= np.mean(stds) <= _STD[1]:
         return None
-    return "bad", (f"the latents' standard deviation is {np.mean(stds):.3g} where about 1 is expected: the VAE's "
-                   "scaling factor is wrong (--vae_scaling_factor, or caches of another VAE)")  # fmt: skip
+    return "bad", (
+        f"the latents' standard deviation is {np.mean(stds):.3g} where about 1 is expected: the VAE's "
+        "scaling factor is wrong (--vae_scaling_factor, or caches of another VAE)"
+    )
 
 
 def _clipped(scalars):
     share = _recent(scalars, "01_Training/clipped_fraction")
     if share is None or share < _CLIPPED:
         return None
-    return "note", (f"{share:.0%} of the recent steps were clipped: all have the clip's length, and --lr alone "
-                    "decides how far they go; if the loss is unsteady lower it, else raise "
-                    "--gradient_clip")  # fmt: skip
+    return "note", (
+        f"{share:.0%} of the recent steps were clipped: all have the clip's length, and --lr alone "
+        "decides how far they go; if the loss is unsteady lower it, else raise "
+        "--gradient_clip"
+    )
 
 
 def _waiting(scalars):
     share = _recent(scalars, "05_Performance/data_wait_fraction")
     if share is None or share < _WAIT:
         return None
-    return "bad", (f"{share:.0%} of the recent time was spent waiting for data: more --num_workers, --cache_in_ram, "
-                   "or a faster disk")  # fmt: skip
+    return "bad", (
+        f"{share:.0%} of the recent time was spent waiting for data: more --num_workers, --cache_in_ram, "
+        "or a faster disk"
+    )
 
 
 def _recent(scalars, tag):

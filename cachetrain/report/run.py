@@ -48,7 +48,11 @@ def read_run(output_dir):
         "step": step,
         "state": _state(settings, step, is_locked(output_dir)),
         "checkpoints": [number for number, _ in _numbered(output_dir, "checkpoint-*")],
-        "curves": {tag: thinned(steps, values) for tag, (steps, values) in scalars.items()},
+        "curves": {
+            tag: thinned(steps, values)
+            for tag, (steps, values) in scalars.items()
+            if tag != "01_Training/loss" or settings.get("use_snr")  # without weights it equals loss_raw
+        },
         "warnings": read_warnings(output_dir / "warnings.jsonl"),
         "samples": read_samples(output_dir / "samples"),
         "findings": findings(scalars, len(read_skipped(output_dir / "quarantine.tsv"))),
@@ -114,12 +118,11 @@ def thinned(steps, values):
     if len(values) > MAX_POINTS:
         kept = {0, len(values) - 1}
         for part in np.array_split(keep, MAX_POINTS // 3):
-            own = values[part]
-            finite = np.isfinite(own)
+            finite = np.isfinite(values[part])
             kept.update(part[~finite][:1].tolist())
             if finite.any():
-                kept.add(int(part[np.where(finite, own, np.inf).argmin()]))
-                kept.add(int(part[np.where(finite, own, -np.inf).argmax()]))
+                kept.add(int(part[np.where(finite, values[part], np.inf).argmin()]))
+                kept.add(int(part[np.where(finite, values[part], -np.inf).argmax()]))
         keep = np.array(sorted(kept))
     rounded = [float(f"{value:.5g}") if math.isfinite(value) else None for value in values[keep].tolist()]
     return [np.asarray(steps)[keep].tolist(), rounded]

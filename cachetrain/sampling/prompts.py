@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cachetrain.data.captions import find_caption
 from cachetrain.log import warn
 
 
@@ -233,10 +234,9 @@ def sample_seed(sample, prompts, slot, step, first=0):
 
 
 def caption_of(stem):
-    """The words of a caption: of `stem`.txt, `stem`.caption, or else the file name up to its first underscore."""
-    for suffix in (".txt", ".caption"):
-        try:
-            return Path(stem + suffix).read_text(encoding="utf-8-sig", errors="replace").strip()
-        except FileNotFoundError:
-            continue
-    return os.path.basename(stem).split("_")[0].strip()
+    """The caption of the image `stem`.*, to label its sample; the file name, with a warning, if it cannot be read."""
+    try:
+        return find_caption(stem).text
+    except (OSError, ValueError) as error:
+        warn(f"{error}; the sample is labelled with the file name")
+        return os.path.basename(stem)

@@ -7,71 +7,81 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from cachetrain.modeling.t5_pipeline import decode_latents, denoise, pad_embeddings
+from cachetrain.modeling.conditioning import Conditioning, moved, predict, rows
+from cachetrain.modeling.t5_pipeline import decode_latents, denoise
 
 
 class Drawing(NamedTuple):
-    """One picture to draw, at each guidance scale from the same noise: latent_size is (h, w); embeddings [T, D]."""
+    """One picture to draw, at each guidance scale from the same noise.
+
+    Attributes:
+        name: for file names and tags; prompt, negative_prompt: the words themselves.
+        seed: of the noise.
+        latent_size: (h, w).
+        condition, negative_condition: of Conditioning.of_caption.
+    """
 
     name: str
     prompt: str
     negative_prompt: str
     seed: int
     latent_size: tuple[int, int]
-    embedding: torch.Tensor
-    negative_embedding: torch.Tensor
+    condition: dict[str, torch.Tensor]
+    negative_condition: dict[str, torch.Tensor]
 
 
-def render_drawings(unet, vae, scheduler, drawings, cfgs, num_inference_steps, masked, batch_size):
-    """Draws pictures of any sizes, `batch_size` of one size at a time; yields (index of the drawing, cfg, image)."""
-    by_size = {}
-    for i, drawing in enumerate(drawings):
-        by_size.setdefault(drawing.latent_size, []).append(i)
-    for latent_size, members in by_size.items():
-        for start in range(0, len(members), batch_size):
-            part = members[start : start + batch_size]
-            embeddings = [drawings[i].embedding for i in part]
-            negatives = [drawings[i].negative_embedding for i in part]
-            seeds = [drawings[i].seed for i in part]
-            for cfg in cfgs:
-                images = render(unet, vae, scheduler, embeddings, negatives, cfg, seeds, latent_size,
-                                num_inference_steps, masked, batch_size)  # fmt: skip
-                yield from ((i, cfg, image) for i, image in zip(part, images, strict=True))
+class Renderer(NamedTuple):
+    """What draws: the networks, the sampler (a diffusers scheduler) and how captions condition the UNet."""
 
+    unet: torch.nn.Module
+    vae: torch.nn.Module
+    sampler: object
+    conditioning: Conditioning
+    num_inference_steps: int
+    batch_size: int
 
-@torch.no_grad()
-def render(
-    unet, vae, scheduler, embeddings, null, cfg, seeds, latent_size, num_inference_steps, masked, batch_size=16
-):
-    """Draws one image per embedding.
+    def draw(self, drawings, cfgs):
+        """Draws pictures of any sizes, `batch_size` of one size at a time.
 
-    Args:
-        embeddings: list of N tensors [T_i, D].
-        null: [T, D], the negative prompt of all, or a list of N.
-        seeds: N ints; the same seed gives the same noise on every device and in every batch, the noise of
-            ancestral samplers included.
-        latent_size: (h, w).
-        masked: hide padding from cross-attention (T5), or not (CLIP).
+        Args:
+            drawings: list of Drawing; cfgs: guidance scales.
 
-    Returns:
-        list of N PIL images.
-    """
-    device, images = next(unet.parameters()).device, []
-    negatives = [null] * len(embeddings) if isinstance(null, torch.Tensor) else null
-    for start in range(0, len(embeddings), batch_size):
-        part = slice(start, start + batch_size)
-        texts = [*negatives[part], *embeddings[part]]
-        hidden, mask = pad_embeddings(texts) if masked else (torch.stack(texts), None)
-        uncond, cond = hidden.to(device).chunk(2)
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
-        shape = (unet.config.in_channels, *latent_size)
-        latents = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+        Yields:
+            (index of the drawing, cfg, PIL image).
+        """
+        by_size = {}
+        for i, drawing in enumerate(drawings):
+            by_size.setdefault(drawing.latent_size, []).append(i)
+        for members in by_size.values():
+            for start in range(0, len(members), self.batch_size):
+                part = members[start : start + self.batch_size]
+                for cfg in cfgs:
+                    images = self._draw_batch([drawings[i] for i in part], cfg)
+                    yield from ((i, cfg, image) for i, image in zip(part, images, strict=True))
+
+    @torch.no_grad()
+    def _draw_batch(self, drawings, cfg):
+        """Draws pictures of one size. The same seed gives the same noise on every device and in every batch, the
+        noise of ancestral samplers included."""
+        device, dtype = next(self.unet.parameters()).device, self.unet.dtype
+        conditions = [drawing.negative_condition for drawing in drawings] + [
+            drawing.condition for drawing in drawings
+        ]
+        text = moved(self.conditioning.collate(conditions), device, dtype)
+        if cfg == 1:
+            text = rows(text, slice(len(drawings), None))
+        generators = [torch.Generator().manual_seed(drawing.seed) for drawing in drawings]
+        shape = (self.unet.config.in_channels, *drawings[0].latent_size)
+        latents = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
         latents = denoise(
-            unet, scheduler, latents.to(device), cond, uncond, cfg, num_inference_steps,
-            None if mask is None else mask.to(device), generators,
-        )  # fmt: skip
-        images += [_decode(vae, one) for one in latents.to(vae.device).split(1)]  # a VAE needs much memory per image
-    return images
+            lambda noisy, timestep: predict(self.unet, noisy.to(dtype), timestep, text),
+            self.sampler,
+            latents,
+            cfg,
+            self.num_inference_steps,
+            generators,
+        )
+        return [_decode(self.vae, one) for one in latents.to(self.vae.device).split(1)]  # a VAE needs much memory
 
 
 def _decode(vae, latents):
@@ -85,11 +95,6 @@ def native_latent_size(unet):
     """(h, w) of the latents that the UNet was configured for."""
     size = unet.config.sample_size
     return (size, size) if isinstance(size, int) else tuple(size)
-
-
-def vae_factor(vae):
-    """Pixels to a side of one latent pixel."""
-    return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 def sample_name(index, prompt, cfg):

@@ -18,7 +18,7 @@ from cachetrain.log import warn
 from cachetrain.modeling import load
 from cachetrain.modeling.precision import autocast_for
 from cachetrain.sampling.prompts import Prompts, read_prompts
-from cachetrain.sampling.samples import FAILURES, Samples, default_latent_size
+from cachetrain.sampling.samples import FAILURES, SampleImages, default_latent_size
 
 POLL_S = 3
 
@@ -122,12 +122,23 @@ class _Artist:
         if self.samples is None:
             args, run, info = self.args, self.run, checkpoint_info(checkpoint)
             defaults = Prompts(
-                batch_size=args.batch_size, cfgs=tuple(args.cfgs or run.sample_cfgs), scheduler=args.sampler,
+                batch_size=args.batch_size,
+                cfgs=tuple(args.cfgs or run.sample_cfgs),
+                scheduler=args.sampler,
                 num_inference_steps=args.sampler_steps or run.sampler_steps,
-            )  # fmt: skip
-            scheduler = load.load_scheduler(checkpoint / "scheduler")
-            samples = Samples(checkpoint, self.source, defaults, scheduler, info, self.open_index, self.device,
-                              args.negative_prompt, args.seed)  # fmt: skip
+            )
+            noise_scheduler = load.load_scheduler(checkpoint / "scheduler")
+            samples = SampleImages(
+                checkpoint,
+                self.source,
+                defaults,
+                noise_scheduler,
+                info,
+                device=self.device,
+                open_index=self.open_index,
+                negative_prompt=args.negative_prompt,
+                first_seed=args.seed,
+            )
             samples.latent_size = default_latent_size(args, info, unet, samples.vae)
             self.samples = samples
         self.samples.model_dir = checkpoint  # the one before may have been removed

@@ -1,5 +1,7 @@
 """Steps whose loss or gradients are not finite: no weight, moment or average sees them, and their files are named."""
 
+from pathlib import Path
+
 import torch
 
 from cachetrain.log import warn
@@ -7,21 +9,24 @@ from cachetrain.log import warn
 QUARANTINE = "quarantine.tsv"
 
 
-def seed_of(loss):
-    """What the backward pass of a 0-dim loss starts from: 1, or nan where the loss is not finite.
+def backward_seed(loss: torch.Tensor) -> torch.Tensor:
+    """The gradient that backpropagation of a 0-dim loss starts with: 1, or nan where the loss is not finite.
 
-    Its gradients then are not finite either, and once they have been exchanged every rank sees that.
+    With nan all gradients of that pass are nan, so once they have been reduced every rank sees the bad loss.
     """
     return torch.where(loss.isfinite(), torch.ones_like(loss), torch.nan)
 
 
-def step_if_finite(optimizer, scaler, finite):
+def step_if_finite(
+    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, finite: torch.Tensor
+) -> bool | torch.Tensor:
     """Steps, unless the gradients are not finite: weights and moments then stay as they are, bit by bit.
 
-    torch's fused AdamW is told on the device. Every other optimizer is asked for by the host, which waits for the
-    device here, once a step: to copy what it would change, and back, would take longer.
+    An optimizer that can skip on the device (optimizers.Implementation.skips_on_device) is told there. For any other
+    the host waits for the device here, once a step: to copy what the step would change, and back, would take longer.
 
     Args:
+        optimizer: of optim.make_optimizer; one without `implementation` is taken for one that cannot skip.
         scaler: of optim.loss_scaler; with float16 it looks at the gradients itself.
         finite: bool 0-dim on the device, the same on all ranks.
 
@@ -32,52 +37,58 @@ def step_if_finite(optimizer, scaler, finite):
         scaler.step(optimizer)
         scaler.update()
         return finite
-    if isinstance(optimizer, torch.optim.AdamW):
+    if getattr(getattr(optimizer, "implementation", None), "skips_on_device", False):
         optimizer.found_inf = (~finite).float()  # as GradScaler does
         optimizer.step()
         return finite
-    if not finite.item():
+    if not finite.item():  # the host waits here
         return False
     optimizer.step()
     return True
 
 
-class Guard:
-    """Names the files of steps that were skipped, and tells when there are too many in a row.
+class NonfiniteSteps:
+    """Names the files of steps that were skipped, and tells when there were too many in a row.
 
     Args:
         index: PairIndex.
-        output_dir: of the run; the names go to quarantine.tsv there.
+        output_dir: of the run; the names are appended to its quarantine.tsv.
         world: World; all ranks see the same steps.
         limit: number of skipped steps in a row that end the run.
-        scaled: with float16's loss scaling steps with too large gradients are skipped as a matter of course: only
-            losses count.
+        scaled: float16's loss scaling skips steps with too large gradients as a matter of course, so that only losses
+            count.
     """
 
-    def __init__(self, index, output_dir, world, limit, scaled):
-        self.index, self.path, self.world = index, output_dir / QUARANTINE, world
-        self.limit, self.scaled = limit, scaled
-        self.in_a_row, self._steps, self._parts = 0, [], []
-        self._last = None  # step that was skipped
+    def __init__(self, index, output_dir: Path, world, limit: int, scaled: bool):
+        self.index = index
+        self.path = output_dir / QUARANTINE
+        self.world = world
+        self.limit = limit
+        self.scaled = scaled
+        self.in_a_row = 0
+        self._steps = []
+        self._parts = []
+        self._last_skipped = None  # step
 
-    def add(self, samples, loss):
+    def add(self, samples: torch.Tensor, loss: torch.Tensor) -> None:
         """Remembers a micro-batch until the next `read`.
 
         Args:
             samples: int64 [B], numbers of its pairs; loss: float32 [B]; on the device.
         """
-        self._parts.append((samples.clone(), loss))  # a batch's tensors are one memory: it must not be kept with them
+        # All tensors of a batch share one block of memory, which a reference to one of them would keep.
+        self._parts.append((samples.clone(), loss))
 
-    def end_step(self, step, finite):
+    def end_step(self, step: int, finite: torch.Tensor) -> None:
         """Ends a step. `finite`: as for step_if_finite."""
         self._steps.append((step, finite, self._parts))
         self._parts = []
 
-    def read(self, num_skipped):
-        """Looks at the steps since the last call, at a log step. All ranks take part.
+    def read(self, num_skipped: int) -> bool:
+        """Looks at the steps since the last call; to be called at a log step, by all ranks.
 
         Args:
-            num_skipped: how many of them were skipped, as the statistics have counted; without any nothing is read.
+            num_skipped: how many of them the statistics have counted as skipped; 0: nothing is read.
 
         Returns:
             whether `limit` steps in a row were skipped.
@@ -93,20 +104,22 @@ class Guard:
             skipped = self.world.any(bool(bad.any()) or not (self.scaled or finite.item()))
             self.in_a_row = self.in_a_row + 1 if skipped else 0
             if skipped:
-                self._last = step
+                self._last_skipped = step
                 lines += self._lines(step, samples, losses, bad)
             if self.in_a_row >= self.limit:
                 break
         self._write(lines)
         return self.in_a_row >= self.limit
 
-    def advice(self):
+    def advice(self) -> str:
         """What to say when `read` has found too many."""
-        return (f"loss or gradients were not finite in {self.in_a_row} steps in a row, up to step {self._last}: look "
-                f"at {self.path}, lower --lr or use --precision fp32, and go on with --resume_anyway")  # fmt: skip
+        return (
+            f"loss or gradients were not finite in {self.in_a_row} steps in a row, up to step {self._last_skipped}: "
+            f"look at {self.path}, lower --lr or use --precision fp32, and resume with --resume_anyway"
+        )
 
     def _lines(self, step, samples, losses, bad):
-        """A line for each pair of any rank whose own loss is not finite; without any, for all of the step."""
+        """A line for each pair, of any rank, whose loss is not finite; if there is none, for each of the step."""
         pairs = list(zip(samples.tolist(), losses.tolist(), bad.tolist(), strict=True))
         pairs = [pair for part in self.world.gather(pairs) for pair in part]
         own = [(i, f"loss {loss}") for i, loss, is_bad in pairs if is_bad]

@@ -1,43 +1,50 @@
-"""Optimizers, and what each precision needs around the step."""
+"""Makes optimizers, and what each precision needs around the step."""
 
 import importlib
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
 
 from cachetrain.distributed import local_parts
-from cachetrain.training.lr_schedule import check_optimizer
-
-EPS = 1e-8  # of all Adam-like optimizers, torch's default: diffusion gradients are often below optimi's 1e-6
+from cachetrain.training.optimizers import OPTIMIZERS, check_optimizer
 
 
-def state_bytes(name, weight_bytes):
+def state_bytes(name: str, weight_bytes: int) -> float:
     """Bytes of optimizer state for each trained parameter, whose weight takes 2 (bfloat16) or 4."""
-    tensors = {"adamw": 2, "lion": 1, "stableadamw": 2, "adamw8": 0.5, "prodigy": 4}[name]
-    return weight_bytes * (tensors + (weight_bytes == 2))  # the Kahan compensation
+    return OPTIMIZERS[name].state_bytes(weight_bytes)
 
 
-def make_optimizer(name, parameters, lr, betas, weight_decay, cpu_offload=False):
+def make_optimizer(
+    name: str,
+    parameters: Iterable[torch.nn.Parameter],
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    cpu_offload: bool = False,
+) -> torch.optim.Optimizer:
     """Makes the optimizer of the trained parameters.
 
     Weight decay is decoupled in all of them: the weight loses lr x weight_decay of itself at each step (StableAdamW
     and Prodigy: with the rate that they derive from lr). bfloat16 parameters get Kahan-compensated updates; their
     gradients are overwritten by the step.
 
-    With float16 loss scaling only fused AdamW skips a bad step on the device; for the others GradScaler asks the
-    host, which waits for the device once a step. Prodigy waits once per tensor; so does StableAdamW where optimi does
-    not use its Triton kernels (sharded weights).
+    Prodigy waits for the device once per tensor; so does StableAdamW where optimi does not use its Triton kernels
+    (sharded weights).
 
     Args:
-        name: one of schedules.OPTIMIZERS.
-        parameters: those that are trained.
+        name: one of optimizers.OPTIMIZERS.
+        parameters: those that are trained, of one dtype.
         lr: peak learning rate; the loop sets param_groups[...]["lr"] before each step.
         betas: (first, second).
         weight_decay: decoupled.
         cpu_offload: keep the optimizer's state in CPU memory (CpuOffload).
 
+    Returns:
+        the optimizer; its attribute `implementation` is an optimizers.Implementation.
+
     Raises:
-        ValueError: see schedules.check_optimizer; or the optimizer's package is not installed.
+        ValueError: see optimizers.check_optimizer; or the optimizer's package is not installed.
     """
     parameters = list(parameters)
     assert len({p.dtype for p in parameters}) == 1, "one dtype for all trained parameters"
@@ -48,25 +55,16 @@ def make_optimizer(name, parameters, lr, betas, weight_decay, cpu_offload=False)
 
 
 def _make(name, parameters, lr, betas, weight_decay, bf16):
-    if name == "adamw8":
-        bnb = _extra("bitsandbytes")
-        return bnb.optim.AdamW8bit(parameters, lr=lr, betas=betas, eps=EPS, weight_decay=weight_decay)
-    if name == "prodigy":
-        # safeguard_warmup and use_bias_correction: its authors' advice for diffusion models. The decay is given by
-        # group because the constructor would print a line about it.
-        groups = [{"params": parameters, "weight_decay": weight_decay}]
-        kind = _extra("prodigyopt").Prodigy
-        return kind(groups, lr=lr, betas=betas, eps=EPS, safeguard_warmup=True, use_bias_correction=True)
-    if name == "adamw" and not bf16:
-        return torch.optim.AdamW(parameters, lr=lr, betas=betas, eps=EPS, weight_decay=weight_decay, fused=True)
-    import optimi
-
-    kind = {"adamw": optimi.AdamW, "lion": optimi.Lion, "stableadamw": optimi.StableAdamW}[name]
-    options = {} if name == "lion" else {"eps": EPS}
+    implementation = OPTIMIZERS[name].for_weights(bf16)
+    module, _, kind = implementation.constructor.rpartition(".")
+    options = dict(implementation.options)
     # optimi's StableAdamW takes its Triton kernels wherever Triton is installed, for tensors they cannot read too.
-    if not all(p.is_cuda and type(p) is torch.nn.Parameter for p in parameters):
+    if module == "optimi" and not all(p.is_cuda and type(p) is torch.nn.Parameter for p in parameters):
         options["triton"] = False
-    optimizer = kind(parameters, lr=lr, betas=betas, weight_decay=0.0 if bf16 else weight_decay, **options)
+    # The decay is given by group because Prodigy's constructor would print a line about it.
+    groups = [{"params": parameters, "weight_decay": 0.0 if bf16 else weight_decay}]
+    optimizer = getattr(_imported(module, OPTIMIZERS[name].package), kind)(groups, lr=lr, betas=betas, **options)
+    optimizer.implementation = implementation
     if bf16:
         optimizer.param_groups[0]["pending_decay"] = 0.0  # in the group, so that state_dict has it
         optimizer.register_step_post_hook(partial(_decay_bf16, weight_decay))
@@ -91,11 +89,12 @@ def _decay_bf16(weight_decay, optimizer, args, kwargs):
         group["pending_decay"] = 0.0
 
 
-def _extra(package):
-    """Imports the package of an optional optimizer."""
+def _imported(module, package):
     try:
-        return importlib.import_module(package)
+        return importlib.import_module(module)
     except ModuleNotFoundError:
+        if package is None:
+            raise
         raise ValueError(f"{package} is not installed: run `pip install {package}`") from None
 
 
@@ -103,19 +102,21 @@ class CpuOffload(torch.optim.Optimizer):
     """Runs an optimizer on copies of the parameters in CPU memory, so that its state takes no device memory.
 
     At a step the gradients come to the CPU, the optimizer steps there, and the weights go back: the host waits for
-    the device each step. The arithmetic and state_dict are those of the optimizer itself, so a run may go on with or
-    without it. torch has no such optimizer; FSDP's CPUOffloadPolicy is the same for sharded models.
+    the device each step. The arithmetic and state_dict are those of the optimizer itself, so a run may be resumed
+    with or without it. torch has no such optimizer; FSDP's CPUOffloadPolicy is the same for sharded models.
 
     Args:
         parameters: those that are trained; one group.
         make: function of a list of parameters that returns their optimizer.
     """
 
-    def __init__(self, parameters, make):
+    def __init__(self, parameters: list[torch.nn.Parameter], make: Callable[..., torch.optim.Optimizer]):
         pin = parameters[0].is_cuda  # copies from and to pinned memory need no staging
         self.cpu_parameters = [_cpu_copy(p, pin).requires_grad_() for p in parameters]
         self._gradients = [_cpu_copy(p, pin) for p in parameters]
         self._optimizer = make(self.cpu_parameters)
+        # Its weights go back to the device whatever the optimizer did, so the host decides whether to step.
+        self.implementation = self._optimizer.implementation._replace(skips_on_device=False)
         super().__init__(parameters, {"lr": self._optimizer.param_groups[0]["lr"]})
 
     @torch.no_grad()
@@ -151,8 +152,11 @@ def _cpu_copy(tensor, pin):
     return torch.empty_like(tensor, device="cpu", pin_memory=pin, requires_grad=False).copy_(tensor.detach())
 
 
-def loss_scaler(device, precision):
+def loss_scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:
     """The loss scaler of float16 training; with other precisions it passes everything through.
+
+    Only fused AdamW skips a bad step on the device then; for the others GradScaler asks the host, which waits for the
+    device once a step.
 
     Args:
         device: torch.device, cpu included.
@@ -162,7 +166,7 @@ def loss_scaler(device, precision):
 
 
 @torch.no_grad()
-def clip_gradients(parameters, norm, max_norm):
+def clip_gradients(parameters: Iterable[torch.nn.Parameter], norm: torch.Tensor, max_norm: float) -> None:
     """Scales gradients in place to a global norm of `max_norm` where `norm`, measured before, is larger.
 
     As torch.nn.utils.clip_grads_with_norm_, for sharded gradients too. No host-device wait.

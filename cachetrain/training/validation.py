@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import numpy as np
 import torch
 
-from cachetrain.data.dataset import Visit
+from cachetrain.data.dataset import SampleKey
 from cachetrain.data.loader import make_loader, on_device
 from cachetrain.log import warn
 
@@ -15,7 +15,7 @@ _GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
 class FixedBatches:
-    """Batches of Visit, of one latent shape each: every sample once in each of QUANTILES parts of the timesteps.
+    """Batches of SampleKey, of one latent shape each: every sample once in each of QUANTILES parts of the timesteps.
 
     So all quantiles are equally filled and hold the same samples. Within a quantile the timesteps of sample after
     sample follow the golden ratio's low-discrepancy sequence. Nothing depends on a seed, an epoch or the ranks.
@@ -25,7 +25,9 @@ class FixedBatches:
     """
 
     def __init__(self, shape_ids, batch_size, rank=0, ranks=1):
-        self.batch_size, self.rank, self.ranks = batch_size, rank, ranks
+        self.batch_size = batch_size
+        self.rank = rank
+        self.ranks = ranks
         # Positions sorted by shape, and where each shape ends: no Python object per sample.
         self._order = np.argsort(shape_ids, kind="stable")
         ends = np.cumsum(np.bincount(shape_ids)) * QUANTILES
@@ -44,41 +46,39 @@ class FixedBatches:
         return (self.batch(number) for number in range(len(self)))
 
     def batch(self, number):
-        """The rank's batch of that number, a list of Visit."""
+        """The rank's batch of that number, a list of SampleKey."""
         first, end = self._bounds[self._global(number) % len(self._bounds)]
-        return [self._visit(place) for place in range(first, end)]
+        return [self._key(place) for place in range(first, end)]
 
     def counts(self, number):
-        """Whether the batch counts: the last ones of some ranks only keep the others company."""
+        """Whether the batch counts: some ranks repeat one at the end, so that all take equally many steps."""
         return self._global(number) < len(self._bounds)
 
     def _global(self, number):
         return number * self.ranks + self.rank
 
-    def _visit(self, place):
+    def _key(self, place):
         sample, quantile = int(self._order[place // QUANTILES]), place % QUANTILES
         within = (0.5 + sample * _GOLDEN_RATIO) % 1.0
         # The quantile stands in for the epoch, so that each has noise of its own.
-        return Visit(quantile, sample, uniform=(quantile + within) / QUANTILES)
+        return SampleKey(quantile, sample, uniform=(quantile + within) / QUANTILES)
 
 
 class Validation:
     """Measures `val/loss`. Draws only from generators of its own and touches no state of training.
 
     Args:
+        run: Run; a forward pass takes a batch of training's size.
         pairs: CachedPairs of the validation pairs, made without dropout and flips, and with seed 0 in every run.
-        batch_size: of a forward pass; without gradients it may be that of training.
-        every_n_steps: float; an epoch's length in steps validates once an epoch.
-        weighted: losses() gives a weighted loss; the plain one is reported beside it.
-        world: World.
     """
 
-    def __init__(self, pairs, batch_size, every_n_steps, weighted, device, world, num_workers=0):
-        self.every_n_steps, self.weighted, self.device, self.world = every_n_steps, weighted, device, world
-        self._batches = FixedBatches(pairs.index.shape_ids, batch_size, world.rank, world.ranks)
-        self._loader = make_loader(
-            pairs, self._batches, pairs.index.masked, min(2, num_workers), device.type == "cuda"
-        )
+    def __init__(self, run, pairs):
+        self.every_n_steps = run.plan.validation_steps
+        self.weighted = run.args.use_snr  # the plain loss is then reported beside the weighted one
+        self.device = run.device
+        self.world = run.world
+        self._batches = FixedBatches(pairs.index.shape_ids, run.args.batch_size, run.world.rank, run.world.ranks)
+        self._loader = make_loader(pairs, self._batches, min(2, run.args.num_workers), run.device.type == "cuda")
         self._best, self._stale, self._told = float("inf"), 0, False
 
     def state_dict(self):
@@ -92,27 +92,27 @@ class Validation:
         """Whether to measure after optimizer step `step`."""
         return step // self.every_n_steps > (step - 1) // self.every_n_steps or step == max_steps
 
-    def measure(self, unet, losses, step, ema=None):
+    def measure(self, unet, forward, step, ema=None):
         """Returns {tag: float}: val/loss, val/loss_q1 (least noise) to q4, of weighted losses val/loss_raw; with EMA
         val/loss_ema, val/loss_ema_q1 to q4. This is a place where the host waits for the device. All ranks take part.
 
         Args:
             unet: the module itself; its mode is put back.
-            losses: function (unet, batch on the device) -> (loss, plain squared error), float32 [B] each.
+            forward: function (unet, batch on the device) that returns `loss` and `squared_error`, float32 [B] each.
             ema: Ema, whose `applied()` puts the averages into `unet` for a while.
         """
-        loss, raw = self._means(unet, losses, nullcontext())
+        loss, raw = self._means(unet, forward, nullcontext())
         values = _by_quantile("val/loss", loss)
         if self.weighted:
             values["val/loss_raw"] = raw.mean()
         if ema is not None:
-            values |= _by_quantile("val/loss_ema", self._means(unet, losses, ema.applied())[0])
+            values |= _by_quantile("val/loss_ema", self._means(unet, forward, ema.applied())[0])
         values = {tag: float(value) for tag, value in values.items()}
         self._watch(values.get("val/loss_ema", values["val/loss"]), step)
         return values
 
     @torch.no_grad()
-    def _means(self, unet, losses, weights):
+    def _means(self, unet, forward, weights):
         """Means over each quantile: float64 numpy [2, QUANTILES], of the loss and of the plain squared error."""
         sums = torch.zeros(3, QUANTILES, dtype=torch.float64, device=self.device)
         training = unet.training
@@ -120,10 +120,11 @@ class Validation:
             unet.eval()
             try:
                 for number, batch in enumerate(on_device(self._loader, self.device)):
-                    loss, raw = losses(unet, batch)
+                    result = forward(unet, batch)
                     if self._batches.counts(number):
-                        quantiles = torch.tensor([visit.epoch for visit in self._batches.batch(number)])
-                        values = torch.stack([loss, raw, torch.ones_like(loss)]).double()
+                        quantiles = torch.tensor([key.epoch for key in self._batches.batch(number)])
+                        values = [result.loss, result.squared_error, torch.ones_like(result.loss)]
+                        values = torch.stack(values).double()
                         sums.index_add_(1, quantiles.to(self.device, non_blocking=True), values)
             finally:
                 unet.train(training)

@@ -223,7 +223,8 @@ def test_missing_state_is_refused(whole):
 
 
 def test_state_of_another_step_is_refused(whole):
-    assert "holds step 3" in error_of(whole, whole.interrupted("", lambda state: state.update(step=3)))
+    run = whole.interrupted("", lambda state: state.update(step=3))
+    assert "that of step 3; rename it to checkpoint-000003" in error_of(whole, run)
 
 
 def test_settings_of_another_run_are_refused(whole):
@@ -234,4 +235,4 @@ def test_settings_of_another_run_are_refused(whole):
 def test_state_of_other_parameters_is_not_put_into_these(whole, capsys):
     run = whole.interrupted("", lambda state: state.update(trained=state["trained"] + 1))
     whole.resume(run, "")
-    assert "other parameters are trained than before: the optimizer starts anew" in capsys.readouterr().err
+    assert "trained other parameters: the optimizer starts from scratch" in capsys.readouterr().err

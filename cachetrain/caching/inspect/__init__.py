@@ -1,1 +1,1 @@
-"""The tools' side of caching: what state caches are in, and what is in them."""
+"""What the cache tools look at: the state of caches, their pictures, statistics of their tensors."""

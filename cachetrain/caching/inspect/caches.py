@@ -1,8 +1,9 @@
-"""What is known of the sidecars of one suffix: how many are of which state, who made them, and how to make more."""
+"""The sidecars of one suffix: how many are in which state, what made them, which commands would complete them."""
 
 import json
 import shlex
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from cachetrain.caching.buckets import Coverage, is_upscaled
@@ -11,85 +12,107 @@ from cachetrain.data.sidecar import RUN_KEYS, SUFFIXES, Header
 
 ORPHANED, UNREADABLE = "orphaned", "unreadable"
 
-# What running a cache script mends.
+# The states that running a cache script mends.
 TO_MAKE = (MISSING, STALE, CORRUPT)
 
 IMAGE_SCRIPTS = {"img_sdvae": "cache/create_img_sdvae.py", "img_sdxl": "cache/create_img_sdxl.py"}
 TEXT_SCRIPTS = {"txt_clipl": "cache/create_clipl.py", "txt_t5cache": "cache/create_t5cache_768.py"}
 SCRIPTS = IMAGE_SCRIPTS | TEXT_SCRIPTS
 
-# Of the cache scripts' options that take a value.
+# Defaults of those options of the cache scripts that take a value.
 _DEFAULTS = {"aspect_limit": 2.0, "clip_skip": 0, "max_length": 256, "dtype": "auto", "store_dtype": "bf16"}
 
 
 class Examples:
     """A count, and the first few of what it counts."""
 
-    def __init__(self, limit=3):
-        self.limit, self.count, self.first = limit, 0, []
+    def __init__(self, limit: int = 3):
+        self.limit = limit
+        self.count = 0
+        self.first = []
 
-    def add(self, line):
+    def add(self, line: str) -> None:
         self.count += 1
         if len(self.first) < self.limit:
             self.first.append(line)
 
 
-class Seen(NamedTuple):
-    """What one look at a sidecar tells; `ours`: it carries a cachetrain header, whole or damaged."""
+class Inspection(NamedTuple):
+    """What inspecting one sidecar shows. `has_our_header`: it carries a cachetrain header, intact or damaged."""
 
     state: str
     header: Header
     num_bytes: int
-    ours: bool
+    has_our_header: bool
 
 
 class Caches:
-    """What is known of the sidecars of one suffix; nothing here grows with their number."""
+    """What is known about the sidecars of one suffix; its memory does not grow with their number.
 
-    def __init__(self, suffix, kind, named):
-        self.suffix, self.kind = suffix, kind  # None until a header tells
-        self.named = named  # on the command line: shown even if there are none
-        self.counts, self.num_bytes = Counter(), 0
-        self.examples = defaultdict(Examples)  # by state
-        self.runs = Counter()  # (root, run identity, state) -> sidecars
-        self.first = {}  # run identity -> (path, header fields) of the first sidecar that has it
-        self.coverage, self.num_upscaled = Coverage(), 0
-        self.tokens, self.num_truncated = Counter(), 0
-        self.nulls = {}  # root -> state
-        self.majority = {}  # root -> run identity
+    A run identity is the tuple of header fields on which sidecars of one run agree (`Header.run_identity`).
+
+    Attributes:
+        kind: None until a header shows it.
+        requested: named on the command line, so shown even if there are none.
+        counts: Counter by state.
+        examples: by state.
+        runs: Counter by (root, run identity, state).
+        first: by run identity, (path, header fields) of the first sidecar that has it.
+        majority: by root, the run identity that most sidecars have.
+        nulls: by root, the state of the null caption.
+        tokens: Counter of captions by their number of tokens.
+    """
+
+    def __init__(self, suffix: str, kind: str | None, requested: bool):
+        self.suffix = suffix
+        self.kind = kind
+        self.requested = requested
+        self.counts = Counter()
+        self.num_bytes = 0
+        self.examples = defaultdict(Examples)
+        self.runs = Counter()
+        self.first = {}
+        self.majority = {}
+        self.nulls = {}
+        self.coverage = Coverage()
+        self.num_upscaled = 0
+        self.tokens = Counter()
+        self.num_truncated = 0
 
     @property
-    def is_text(self):
+    def is_text(self) -> bool:
         return (self.kind or "").startswith("txt")
 
     @property
-    def bad_nulls(self):
+    def bad_nulls(self) -> dict[str, str]:
         """Root -> state of those null captions that are neither fresh nor foreign."""
         return {root: state for root, state in self.nulls.items() if state not in (FRESH, FOREIGN)}
 
     @property
-    def mixed(self):
-        """Whether the trainer would refuse them: it wants one encoder, and one settings within each root."""
+    def mixed(self) -> bool:
+        """Whether the trainer would refuse them: it needs one encoder, and within each root the same settings."""
         in_roots = {(root, identity) for root, identity, _ in self.runs}
         encoders = {_encoder(identity) for _, identity in in_roots}
         return len(encoders) > 1 or len(in_roots) > len({root for root, _ in in_roots})
 
     @property
-    def complete(self):
+    def complete(self) -> bool:
         return not (self.mixed or self.bad_nulls or any(self.counts[state] for state in TO_MAKE))
 
-    def add(self, item, seen):
-        self.counts[seen.state] += 1
-        self.num_bytes += seen.num_bytes
-        self.examples[seen.state].add(item.path)
-        if seen.state in (CORRUPT, ORPHANED):
+    def add(self, root: str, path: str, inspection: Inspection) -> None:
+        """Adds one sidecar."""
+        state, header = inspection.state, inspection.header
+        self.counts[state] += 1
+        self.num_bytes += inspection.num_bytes
+        self.examples[state].add(path)
+        if state in (CORRUPT, ORPHANED):
             return
-        # Other programs' headers may use our words for something else.
-        metadata, identity = {} if seen.state == FOREIGN else seen.header.metadata, seen.header.run_identity
+        # Other programs may use the names of our header fields for something else.
+        metadata = {} if state == FOREIGN else header.metadata
         if self.kind is None and metadata.get("kind") in SUFFIXES:
             self.kind = metadata["kind"]
-        self.runs[item.root, identity, seen.state] += 1
-        self.first.setdefault(identity, (item.path, metadata))
+        self.runs[root, header.run_identity, state] += 1
+        self.first.setdefault(header.run_identity, (path, metadata))
         self.num_truncated += metadata.get("truncated") == "1"
         if "num_tokens" in metadata:
             self.tokens[int(metadata["num_tokens"])] += 1
@@ -97,8 +120,18 @@ class Caches:
             self.coverage.add(metadata)
             self.num_upscaled += is_upscaled(metadata)
 
-    def settle(self):
-        """Once all are added: what is fresh, but not of the encoder and settings that most have, counts as stale."""
+    def finish(self) -> None:
+        """After the last sidecar: fresh ones that differ from the majority in encoder or settings become stale."""
+        self._find_majority()
+        for (root, identity, state), count in self.runs.items():
+            if state == FRESH and identity != self.majority.get(root):
+                self.counts[FRESH] -= count
+                self.counts[STALE] += count
+                if self.first[identity][0] not in self.examples[STALE].first:
+                    self.examples[STALE].add(self.first[identity][0])
+
+    def _find_majority(self):
+        """Of the encoder that most sidecars have, finds the settings that most of each root have."""
         encoders, in_roots = Counter(), Counter()
         for (root, identity, state), count in self.runs.items():
             if state != FOREIGN:
@@ -107,15 +140,10 @@ class Caches:
         for (root, identity), _ in in_roots.most_common():
             if _encoder(identity) == encoders.most_common(1)[0][0]:
                 self.majority.setdefault(root, identity)
-        for (root, identity, state), count in self.runs.items():
-            if state == FRESH and identity != self.majority.get(root):
-                self.counts[FRESH] -= count
-                self.counts[STALE] += count
-                if self.first[identity][0] not in self.examples[STALE].first:
-                    self.examples[STALE].add(self.first[identity][0])
 
-    def by_run(self):
-        """Yields (number, path of the first, its header fields, names of those that most have otherwise)."""
+    def by_run(self) -> Iterator[tuple[int, str, dict[str, str], list[str]]]:
+        """Yields, for each run identity, (number, path of the first, its header fields, names of the fields in which
+        it differs from the majority)."""
         counts = Counter()
         for (_, identity, _), count in self.runs.items():
             counts[identity] += count
@@ -125,8 +153,8 @@ class Caches:
             differs = metadata and most and identity not in self.majority.values()
             yield count, path, metadata, _differing(identity, most) if differs else []
 
-    def commands(self, roots):
-        """Returns the command lines that make what is not fresh, with model and settings as most have them."""
+    def commands(self, roots: list[str]) -> list[str]:
+        """Returns the command lines that make what is not fresh, with the model and settings of the majority."""
         most, roots_of, lines = next(iter(self.majority.values()), None), defaultdict(list), []
         for root in roots:
             roots_of[self.majority.get(root, most)].append(root)
@@ -141,8 +169,8 @@ class Caches:
         return lines
 
 
-def settings_flags(metadata):
-    """The options of a cache script that give the settings of a header, defaults left out; a list of words."""
+def settings_flags(metadata: dict[str, str]) -> list[str]:
+    """The options of a cache script that give the settings of this header, as words; defaults are left out."""
     settings = _settings(metadata)
     width, height, aspect_limit = (settings.get(key) for key in ("width", "height", "aspect_limit"))
     words = []

@@ -1,35 +1,37 @@
-"""Latents back to pictures: what the tools that show and judge caches and VAEs share.
+"""Decodes latents to pictures and compares them with their sources, for the tools that show caches and VAEs.
 
 Imports no torch until a `Decoder` is made, so that `--help` answers at once.
 """
 
-import argparse
 import hashlib
 import json
-import sys
+from argparse import Namespace
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-from tqdm import tqdm
 
-from cachetrain import cli
-from cachetrain.caching import arguments, images
+from cachetrain.caching import images
+from cachetrain.caching.messages import failure_line, print_line
 from cachetrain.data import sidecar
 from cachetrain.modeling import load
 
-IMAGE_SUFFIXES = tuple(suffix for kind, suffix in sidecar.SUFFIXES.items() if kind.startswith("img_"))
+if TYPE_CHECKING:
+    import torch
 
-# Differences of a good VAE are too dark to see.
+IMAGE_CACHE_SUFFIXES = tuple(suffix for kind, suffix in sidecar.SUFFIXES.items() if kind.startswith("img_"))
+
+# The differences that a good VAE leaves are too dark to see.
 _DIFFERENCE_GAIN = 4
 
 
 class Latent(NamedTuple):
-    """One latent [C, h, w] (scaling_factor not applied), and the header it came with, if any."""
+    """One latent [C, h, w] (scaling_factor not applied), and the header of its sidecar, if it has one."""
 
     path: str
-    tensor: "torch.Tensor"  # noqa: F821
+    tensor: "torch.Tensor"
     header: sidecar.Header | None = None
 
 
@@ -42,38 +44,22 @@ class Comparison(NamedTuple):
     psnr: float
 
 
-def add_vae_arguments(parser):
-    parser.add_argument("--model", required=True, help="pipeline or VAE: directory or hub id")
-    parser.add_argument("--vae", action="store_true", help="--model is a bare VAE, not a pipeline with one")
-    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
-    parser.add_argument("--batch_size", type=arguments.positive_int, default=4)
-    cli.add_device_arguments(parser)
-
-
-def png_file(text):
-    """argparse type: a Path that ends with .png."""
-    if not text.lower().endswith(".png"):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a file name that ends with .png")
-    return Path(text)
-
-
 class Failures:
-    """Called as fail(path, reason), names a file on stderr and counts it; the run goes on."""
+    """Called as fail(path, reason): names a file on stderr and counts it; the run goes on."""
 
     def __init__(self):
         self.count = 0
 
-    def __call__(self, path, reason):
+    def __call__(self, path: str, reason: str | Exception) -> None:
         self.count += 1
-        reason = getattr(reason, "strerror", None) or str(reason)  # some name their file already
-        _say(reason if reason.startswith(str(path)) else f"{path}: {reason}")
+        print_line(failure_line(path, reason))
 
 
 class Decoder:
-    """A VAE that turns sidecars back into pictures; files that cannot be are passed to `fail`."""
+    """A VAE that turns sidecars back into pictures; files that it cannot decode are passed to `fail`."""
 
-    def __init__(self, args, fail):
-        """Loads the VAE that the arguments of `add_vae_arguments` name."""
+    def __init__(self, args: Namespace, fail: Failures):
+        """Loads the VAE that the arguments of `arguments.add_vae_arguments` name."""
         from cachetrain.caching.encoders import check_vae
 
         model_dir = load.resolve_model(args.model, args.revision, () if args.vae else ("vae",))
@@ -82,11 +68,14 @@ class Decoder:
         self.dtype = load.pick_dtype(args.dtype, device)
         self.vae = load.load_vae(vae_dir, self.dtype).to(device)
         check_vae(self.vae, [])
-        self.model, self.fingerprint, self.batch_size = args.model, load.fingerprint(vae_dir), args.batch_size
-        self.fail, self.warned = fail, False
+        self.model = args.model
+        self.fingerprint = load.fingerprint(vae_dir)
+        self.batch_size = args.batch_size
+        self.fail = fail
+        self.warned = False
 
-    def read(self, paths, name="latent"):
-        """Yields the Latent `name` of each sidecar; warns once if another VAE made one."""
+    def read(self, paths: Iterable[str], name: str = "latent") -> Iterator[Latent]:
+        """Yields the tensor `name` of each sidecar as a Latent; warns once if another VAE made one."""
         for path in paths:
             try:
                 tensors, header = sidecar.read_sidecar(path)
@@ -105,24 +94,24 @@ class Decoder:
         if len(shape) != 3 or shape[0] != channels:
             raise ValueError(
                 f"its {name} is {list(shape)}, the VAE of {self.model} wants [{channels}, h, w]; "
-                "give --model the VAE that made it"
+                "pass the VAE that made it as --model"
             )
 
     def _warn_of_another_vae(self, path, header):
         if header.foreign or self.warned:
             return
         metadata = header.metadata
-        # With --custom the fingerprint covers the repository's code too, which is not read here.
+        # With --custom the fingerprint also covers the repository's code, which is not read here.
         custom = json.loads(metadata.get("settings", "{}")).get("custom")
         encoder = metadata.get("encoder", "")
         if encoder != self.fingerprint and not custom:
             self.warned = True
-            _say(
+            print_line(
                 f"warning: {path} was made by another VAE ({metadata.get('model')}, fingerprint {encoder[:12]}) than "
-                f"the one of {self.model} ({self.fingerprint[:12]}); its pictures may be wrong"
+                f"that of {self.model} ({self.fingerprint[:12]}); its pictures may be wrong"
             )
 
-    def encode(self, pixels):
+    def encode(self, pixels: list[np.ndarray]) -> "torch.Tensor":
         """list of uint8 [H, W, 3] of one size -> latent means [B, C, h, w]."""
         import torch
 
@@ -131,9 +120,9 @@ class Decoder:
         batch = torch.from_numpy(np.stack(pixels)).to(self.vae.device)
         return encode_images(self.vae, to_model_range(batch, self.dtype))
 
-    def pictures(self, latents):
-        """Yields (Latent, uint8 array [height, width, 3]), in batches of one size, so not quite in order."""
-        waiting = {}  # shape -> its Latents, fewer than a batch
+    def pictures(self, latents: Iterable[Latent]) -> Iterator[tuple[Latent, np.ndarray]]:
+        """Yields (Latent, uint8 [height, width, 3]), decoded in batches of one size and so not quite in order."""
+        waiting = {}  # by shape, the Latents of a batch that is not full yet
         for latent in latents:
             group = waiting.setdefault(tuple(latent.tensor.shape), [])
             group.append(latent)
@@ -156,18 +145,18 @@ class Decoder:
             raise OSError(f"out of device memory; run again with a smaller --batch_size ({error})") from error
         finite = sample.isfinite().flatten(1).all(1).tolist()
         pixels = sample.clamp(-1, 1).mul(127.5).add(127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        for latent, picture, good in zip(group, pixels, finite, strict=True):
-            if good:
+        for latent, picture, is_finite in zip(group, pixels, finite, strict=True):
+            if is_finite:
                 yield latent, picture
             else:
                 self.fail(latent.path, "the VAE gave values that are not finite; try --dtype fp32 or bf16")
 
 
-def source_pixels(path, width, height, sha256=None):
+def source_pixels(path: str, width: int, height: int, sha256: str | None = None) -> np.ndarray | None:
     """Decodes an image file as the cache scripts do, to uint8 [height, width, 3].
 
     Args:
-        sha256: of the file that is expected.
+        sha256: of the expected content, if known.
 
     Returns:
         None if the file has another SHA-256.
@@ -182,49 +171,44 @@ def source_pixels(path, width, height, sha256=None):
         return images.decode(data, [(width, height)])[0]
     except UnidentifiedImageError as error:
         raise ValueError(f"{path}: not an image that Pillow can identify") from error
-    # Pillow's plugins raise nearly anything on malformed input.
+    # Pillow's plugins raise almost anything on malformed input.
     except Exception as error:
         raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
 
 
-def compare(name, source, decoded):
+def compare(name: str, source: np.ndarray, decoded: np.ndarray) -> Comparison:
     return Comparison(name, source, decoded, psnr(source, decoded))
 
 
-def psnr(a, b):
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
     """Peak signal-to-noise ratio in dB of two uint8 images: 10 log10(255^2 / mean squared error)."""
     mse = np.mean((a.astype(np.float32) - b.astype(np.float32)) ** 2)
     return float("inf") if mse == 0 else float(10 * np.log10(255**2 / mse))
 
 
-def statistics(values):
-    """`mean 30.12 dB, median 30.45, min 24.01 over 12 images` of a list of PSNRs."""
+def psnr_summary(values: list[float]) -> str:
+    """`mean 30.12 dB, median 30.45, min 24.01 over 12 images`, of PSNRs in dB."""
     if not values:
         return "no image compared"
     mean, median = np.mean(values), np.median(values)
     return f"mean {mean:.2f} dB, median {median:.2f}, min {min(values):.2f} over {len(values)} images"
 
 
-def comparison_sheet(comparisons, max_side):
-    """One picture with a row for each Comparison: source, decoded, absolute difference (brightened)."""
+def comparison_sheet(comparisons: Iterable[Comparison], max_side: int) -> Image.Image:
+    """One picture with a row per Comparison: source, decoded, absolute difference (brightened)."""
     cells, labels = [], []
     for name, source, decoded, value in comparisons:
         difference = np.abs(source.astype(int) - decoded) * _DIFFERENCE_GAIN
         cells += [source, decoded, difference.clip(0, 255).astype(np.uint8)]
         labels += [name, f"decoded, {value:.2f} dB", f"difference x {_DIFFERENCE_GAIN}"]
-    return contact_sheet(cells, labels, 3, max_side)
+    return contact_sheet(cells, labels, columns=3, max_side=max_side)
 
 
-def contact_sheet(pictures, labels, columns, max_side):
-    """One picture of uint8 arrays [height, width, 3] of any sizes, reduced to `max_side` where they are larger."""
+def contact_sheet(pictures: Iterable[np.ndarray], labels: list[str], columns: int, max_side: int) -> Image.Image:
+    """One picture of uint8 arrays [height, width, 3] of any sizes, each reduced to `max_side` if it is larger."""
     from cachetrain.sampling.render import grid
 
     thumbnails = [Image.fromarray(picture) for picture in pictures]
     for thumbnail in thumbnails:
         thumbnail.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
     return grid(thumbnails, labels, columns)
-
-
-def _say(message):
-    """A line on stderr that does not break a progress bar."""
-    tqdm.write(message, file=sys.stderr)

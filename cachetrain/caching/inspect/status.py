@@ -1,25 +1,18 @@
-"""What state folders of images and sidecars are in: one walk, one stat and one header read a sidecar, no writing."""
+"""The state of folders of images and sidecars: one walk, one stat and one header read per sidecar, no writing."""
 
 import os
 from collections import Counter
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from tqdm import tqdm
 
-from cachetrain.caching.freshness import (
-    CORRUPT,
-    FOREIGN,
-    FRESH,
-    MISSING,
-    STALE,
-    TOUCHED,
-    caption_source,
-    file_state,
-    image_source,
-    source_state,
-)
-from cachetrain.caching.inspect.caches import ORPHANED, UNREADABLE, Caches, Examples, Seen
-from cachetrain.data import scan
+from cachetrain.caching import freshness
+from cachetrain.caching.freshness import CORRUPT, FOREIGN, FRESH, MISSING, STALE, TOUCHED
+from cachetrain.caching.inspect.caches import ORPHANED, UNREADABLE, Caches, Examples, Inspection
+from cachetrain.caching.messages import failure_line
+from cachetrain.data import walk
+from cachetrain.data.captions import Pair
 from cachetrain.data.many_files import PackedStrings, in_threads
 from cachetrain.data.sidecar import NULL_STEM, SUFFIXES, SidecarError, read_header
 
@@ -29,173 +22,190 @@ _MAX_LISTED = 20
 
 
 class Item(NamedTuple):
-    """A sidecar to look at.
+    """A sidecar to inspect.
 
-    `pair` is None where no image has its stem; `near` is then the stem of an image that begins its name, if any:
-    `a.256.img_sdxl` may be of `a.jpg` and have the suffix .256.img_sdxl.
+    Attributes:
+        pair: None if there is no image of its stem.
+        possible_image: the stem of an image that begins the name of such a sidecar: `a.256.img_sdxl` may belong to
+            `a.jpg` and have the suffix .256.img_sdxl.
     """
 
     suffix: str
     root: str
     path: str
-    pair: scan.Pair | None
-    near: str | None = None
+    pair: Pair | None
+    possible_image: str | None = None
 
 
 class Status:
-    """Looks at everything under some folders.
+    """Inspects all images and sidecars under some folders.
 
     Args:
         roots: directories.
-        suffixes: of sidecars, besides the default ones and those that are found by their headers.
-        verify: compare each sidecar's tensors with their hash, too.
+        suffixes: of sidecars, besides the default ones and those that are recognised by their headers.
+        verify: also compare the tensors of each sidecar with their hash.
 
     Attributes:
-        caches: list of Caches, of the suffixes that were found or named.
-        num_images; captions: Counter by suffix of the caption's file, "" for file names.
-        damaged, unreadable, kept: Examples; kept: of orphans that must not be deleted, with the reason.
-        orphans: PackedStrings, those that may be; they have `orphan_bytes`.
+        caches: list of Caches, for the suffixes that were found or requested.
+        num_images: number of images.
+        captions: Counter of images by the suffix of their caption file, "" if the caption is the file name.
+        damaged, unreadable: Examples of sidecars, and of files and folders.
+        kept: Examples of orphaned sidecars that must not be deleted, with the reason.
+        orphans: PackedStrings of the orphaned sidecars that may be deleted; `orphan_bytes`: their size.
     """
 
-    def __init__(self, roots, suffixes=(), verify=False):
+    def __init__(self, roots: Iterable[str], suffixes: Iterable[str] = (), verify: bool = False):
         for root in roots:
             if not os.path.isdir(root):
                 raise ValueError(f"--data_root {root}: no such directory")
-        self.roots, self._verify = list(roots), verify
-        self.num_images, self.captions, self._first_images = 0, Counter(), Examples()
-        self.damaged, self.unreadable, self.kept = Examples(_MAX_LISTED), Examples(_MAX_LISTED), Examples(_MAX_LISTED)
-        self.orphans, self.orphan_bytes = PackedStrings(), 0
-        self._caches, self._tried = {}, Counter()
+        self.roots = list(roots)
+        self.num_images = 0
+        self.captions = Counter()
+        self.damaged = Examples(_MAX_LISTED)
+        self.unreadable = Examples(_MAX_LISTED)
+        self.kept = Examples(_MAX_LISTED)
+        self.orphans = PackedStrings()
+        self.orphan_bytes = 0
+        self._verify = verify
+        self._first_images = Examples()
+        self._caches = {}  # by suffix
+        self._tried = Counter()  # by unknown suffix, the files that were opened
         kinds = {suffix: kind for kind, suffix in SUFFIXES.items()}
         for suffix in dict.fromkeys([*kinds, *suffixes]):
-            self._know(suffix, kinds.get(suffix), named=suffix in suffixes)
-        self._walk()
-        found = [caches for caches in self._caches.values() if caches.named or caches.counts]
+            self._add_suffix(suffix, kinds.get(suffix), requested=suffix in suffixes)
+        self._inspect_all()
+        found = [caches for caches in self._caches.values() if caches.requested or caches.counts]
         self.caches = sorted(found, key=lambda caches: (caches.is_text, caches.suffix))
         for caches in self.caches:
-            caches.settle()
+            caches.finish()
             caches.counts[MISSING] = self.num_images - caches.counts.total() + caches.counts[ORPHANED]
             if caches.is_text:
                 caches.nulls = {root: self._null_state(caches, root) for root in self.roots}
 
     @property
-    def complete(self):
-        """Whether each image has its sidecars, fresh (or foreign, which nobody can tell) and none of them mixed."""
+    def complete(self) -> bool:
+        """Whether each image has its sidecars, fresh (or foreign, whose state is unknown), and none are mixed."""
         return bool(self.caches) and not self.unreadable.count and all(caches.complete for caches in self.caches)
 
-    def _know(self, suffix, kind, named=False):
-        self._caches[suffix] = caches = Caches(suffix, kind, named)
+    def _add_suffix(self, suffix, kind, requested=False):
+        self._caches[suffix] = caches = Caches(suffix, kind, requested)
         for path in self._first_images.first:
             caches.examples[MISSING].add(path)
-        # The longest first: a.256.img_sdxl is of suffix .256.img_sdxl where that is known.
+        # The longest first: a.256.img_sdxl has the suffix .256.img_sdxl if that is known.
         self._suffixes = tuple(sorted(self._caches, key=len, reverse=True))
 
     def _fail(self, path, reason):
-        self.unreadable.add(f"{path}: {reason}")
+        self.unreadable.add(failure_line(path, reason))
 
-    def _walk(self):
+    def _inspect_all(self):
         with tqdm(desc="checking", unit="sidecar", disable=None, leave=False) as progress:
-            for item, seen in in_threads(self._look, self._items()):
+            for item, inspection in in_threads(self._inspect, self._items()):
                 progress.update()
                 caches = self._caches[item.suffix]
-                if isinstance(seen, Exception):
-                    self._fail(item.path, seen)
+                if isinstance(inspection, Exception):
+                    self._fail(item.path, inspection)
                     caches.counts[UNREADABLE] += 1
                     continue
-                caches.add(item, seen)
-                if seen.state == CORRUPT:
+                caches.add(item.root, item.path, inspection)
+                if inspection.state == CORRUPT:
                     self.damaged.add(item.path)
-                if seen.state == ORPHANED:
-                    self._add_orphan(item, seen)
+                if inspection.state == ORPHANED:
+                    self._add_orphan(item, inspection)
 
     def _items(self):
         """Yields an Item per sidecar; counts images and captions, and notes images that have no sidecar."""
         visited = set()
         for root in self.roots:
-            for folder, names in scan.walk_folders(root, visited, lambda name: True, self._fail):
-                self._discover(folder, names)
-                sidecars = {name for name in names if name.endswith(self._suffixes)}
-                for pair in scan.pair_up(folder, names, self._fail):
-                    self._count(pair)
-                    stem = os.path.splitext(os.path.basename(pair.image))[0]
-                    for suffix in self._suffixes:
-                        if stem + suffix in sidecars:
-                            sidecars.remove(stem + suffix)
-                            yield Item(suffix, root, os.path.join(folder, stem + suffix), pair)
-                        else:
-                            self._caches[suffix].examples[MISSING].add(pair.image)
-                stems = _image_stems(names) if sidecars else ()
-                for name in sorted(sidecars):
-                    suffix = next(suffix for suffix in self._suffixes if name.endswith(suffix))
-                    if name != NULL_STEM + suffix:
-                        yield Item(suffix, root, os.path.join(folder, name), None, _image_near(name, stems))
+            for folder in walk.walk_folders(root, visited, lambda name: True, self._fail):
+                self._discover(folder)
+                yield from self._items_of_folder(root, folder)
 
-    def _discover(self, folder, names):
-        """Learns suffixes that nobody named, from the headers of the first few files of each unknown suffix."""
-        for name in names:
+    def _items_of_folder(self, root, folder):
+        sidecars = {name for name in folder.names if name.endswith(self._suffixes)}
+        for pair in walk.pair_up(folder, self._fail):
+            self._count(pair)
+            stem = os.path.splitext(os.path.basename(pair.image))[0]
+            for suffix in self._suffixes:
+                if stem + suffix in sidecars:
+                    sidecars.remove(stem + suffix)
+                    yield Item(suffix, root, os.path.join(folder.path, stem + suffix), pair)
+                else:
+                    self._caches[suffix].examples[MISSING].add(pair.image)
+        stems = _image_stems(folder.names) if sidecars else ()
+        for name in sorted(sidecars):
+            suffix = next(suffix for suffix in self._suffixes if name.endswith(suffix))
+            if name != NULL_STEM + suffix:
+                yield Item(suffix, root, os.path.join(folder.path, name), None, _possible_image(name, stems))
+
+    def _discover(self, folder):
+        """Finds suffixes that were not requested, from the headers of the first few files of each unknown suffix."""
+        for name in folder.names:
             suffix = os.path.splitext(name)[1]
-            if not suffix or self._tried[suffix] >= _TRIES or suffix in self._caches or scan.is_source(name):
+            if not suffix or self._tried[suffix] >= _TRIES or suffix in self._caches or walk.is_source(name):
                 continue
             self._tried[suffix] += 1
             try:
-                path = os.path.join(folder, name)
+                path = os.path.join(folder.path, name)
                 kind = os.path.isfile(path) and read_header(path).metadata.get("kind")
             except (OSError, SidecarError):
                 continue
             if kind in SUFFIXES:
-                self._know(suffix, kind)
+                self._add_suffix(suffix, kind)
 
     def _count(self, pair):
         self.num_images += 1
         self.captions[os.path.splitext(pair.caption_file)[1] if pair.caption_file else ""] += 1
         self._first_images.add(pair.image)
 
-    def _look(self, item):
-        """Returns Seen, or the exception that says why not. Runs on a thread."""
+    def _inspect(self, item):
+        """Returns an Inspection, or the exception that prevented it. Runs on a thread."""
         try:
             num_bytes = os.stat(item.path).st_size
-            state, header = file_state(item.path, self._verify and item.pair is not None)
+            state, header = freshness.file_state(item.path, self._verify and item.pair is not None)
             if item.pair is None:
-                ours = _mentions_format(item.path) if state == CORRUPT else state != FOREIGN
-                return Seen(ORPHANED, header, num_bytes, ours)
+                has_our_header = _mentions_format(item.path) if state == CORRUPT else state != FOREIGN
+                return Inspection(ORPHANED, header, num_bytes, has_our_header)
             if state is None:
                 is_text = header.metadata.get("kind", "").startswith("txt")
-                source = (caption_source if is_text else image_source)(item.pair)
-                state = source_state(header.metadata, source)
+                source_of = freshness.caption_source if is_text else freshness.image_source
+                state = freshness.source_state(header.metadata, source_of(item.pair))
         except (OSError, ValueError) as error:
             return error
-        return Seen(FRESH if state == TOUCHED else state, header, num_bytes, state != FOREIGN)
+        return Inspection(FRESH if state == TOUCHED else state, header, num_bytes, state != FOREIGN)
 
-    def _add_orphan(self, item, seen):
-        if not seen.ours:
+    def _add_orphan(self, item, inspection):
+        if not inspection.has_our_header:
             self.kept.add(f"{item.path}: has no cachetrain header")
-        elif item.near is not None:
-            self.kept.add(f"{item.path}: may be of the image {item.near}; name its suffix with --cache_suffix")
+        elif item.possible_image is not None:
+            self.kept.add(
+                f"{item.path}: may belong to the image {item.possible_image}; pass its suffix as --cache_suffix"
+            )
         else:
             self.orphans.append(item.path)
-            self.orphan_bytes += seen.num_bytes
+            self.orphan_bytes += inspection.num_bytes
 
     def _null_state(self, caches, root):
         path = os.path.join(root, NULL_STEM + caches.suffix)
         if not os.path.exists(path):
             return MISSING
-        seen = self._look(Item(caches.suffix, root, path, scan.null_pair(root)))
-        if isinstance(seen, Exception):
-            self._fail(path, seen)
+        inspection = self._inspect(Item(caches.suffix, root, path, walk.null_pair(root)))
+        if isinstance(inspection, Exception):
+            self._fail(path, inspection)
             return UNREADABLE
-        caches.num_bytes += seen.num_bytes
-        if seen.state == CORRUPT:
+        caches.num_bytes += inspection.num_bytes
+        if inspection.state == CORRUPT:
             self.damaged.add(path)
-        if seen.state == FRESH and seen.header.run_identity != caches.majority.get(root, seen.header.run_identity):
+        identity = inspection.header.run_identity
+        if inspection.state == FRESH and identity != caches.majority.get(root, identity):
             return STALE
-        return seen.state
+        return inspection.state
 
 
-def delete_orphans(paths, fail):
-    """Deletes those sidecars that still have no image beside them; returns their number.
+def delete_orphans(paths: Iterable[str], on_error: Callable[[str, str], None]) -> int:
+    """Deletes those sidecars that still have no image beside them; returns how many.
 
     Args:
-        fail: called as fail(path, reason) for one that cannot be deleted.
+        on_error: called with the path and the reason for each that cannot be deleted.
     """
     folder, stems, num_deleted = None, (), 0
     for path in paths:
@@ -203,19 +213,19 @@ def delete_orphans(paths, fail):
             if os.path.dirname(path) != folder:
                 stems = _image_stems(os.listdir(os.path.dirname(path)))
                 folder = os.path.dirname(path)
-            if _image_near(os.path.basename(path), stems) is None:
+            if _possible_image(os.path.basename(path), stems) is None:
                 os.unlink(path)
                 num_deleted += 1
         except OSError as error:
-            fail(path, error.strerror)
+            on_error(path, error.strerror)
     return num_deleted
 
 
 def _image_stems(names):
-    return {stem for stem, suffix in map(os.path.splitext, names) if suffix.lower() in scan.IMAGE_SUFFIXES}
+    return {os.path.splitext(name)[0] for name in names if walk.is_image(name)}
 
 
-def _image_near(name, stems):
+def _possible_image(name, stems):
     return next((name[:i] for i, character in enumerate(name) if character == "." and name[:i] in stems), None)
 
 

@@ -7,6 +7,7 @@ from PIL import Image
 from cachetrain.diffusion.objective import alpha_sigma
 from cachetrain.distributed import local_parts
 from cachetrain.log import warn
+from cachetrain.modeling.conditioning import moved, predict
 from cachetrain.sampling.render import grid
 from cachetrain.training.logs.gradients import block_of, named_tags, positions_of, trained_parameters
 
@@ -114,42 +115,39 @@ class FixedLatent:
     """Group 13: one latent of the data at TIMESTEPS, always with the same noise.
 
     Args:
+        run: Run.
         unet: the module itself.
-        objective, alphas_cumprod: as for objective.alpha_sigma.
-        sample: dict as CachedPairs gives it: latents float32 [C, h, w], embedding float32 [T, D].
-        masked: hide padding from cross-attention (T5), or not (CLIP).
-        kind: of the image caches ("img_sdvae", ...), which decides the colours.
+        sample: dict as CachedPairs gives it.
     """
 
-    def __init__(self, unet, objective, alphas_cumprod, sample, masked, kind, device):
-        self.unet, self.objective, self.alphas_cumprod = unet, objective, alphas_cumprod
+    def __init__(self, run, unet, sample):
+        self.run = run
+        self.unet = unet
         self._dtype = next(unet.parameters()).dtype
         latents = sample["latents"]
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+        kind = run.index.image_header.metadata.get("kind") or "img_sdvae"
         self._factors = rgb_factors(kind, len(latents))
-        self._latents, self._noise = latents[None].to(device), noise[None].to(device)
-        self._embedding = sample["embedding"][None].to(device, self._dtype)
-        self._mask = torch.ones(self._embedding.shape[:2], dtype=torch.bool, device=device) if masked else None
+        self._latents, self._noise = latents[None].to(run.device), noise[None].to(run.device)
+        arguments = run.conditioning.collate([sample["condition"]], multiple=1)
+        self._arguments = moved(arguments, run.device, self._dtype)
 
     @torch.no_grad()
-    def picture(self, autocast):
+    def picture(self):
         """Returns a PIL image: per timestep a column of the noisy latent, the predicted x_0 and its error.
 
         All ranks of a sharded model take part. This is a place where the host waits for the device.
-
-        Args:
-            autocast: function that opens the run's autocast context.
         """
+        objective = self.run.objective
         rows = [[], [], []]
         with torch.compiler.set_stance("force_eager"):  # a batch of one would be compiled on its own
             for number in TIMESTEPS:
                 timestep = torch.tensor([number], device=self._latents.device)
-                alpha, sigma = alpha_sigma(self.objective, timestep, self.alphas_cumprod)
+                alpha, sigma = alpha_sigma(objective, timestep, self.run.alphas_cumprod)
                 noisy = alpha * self._latents + sigma * self._noise
-                with autocast():
-                    text = {"encoder_hidden_states": self._embedding, "encoder_attention_mask": self._mask}
-                    prediction = self.unet(noisy.to(self._dtype), timestep, **text).sample
-                predicted = predicted_x0(self.objective, noisy, prediction.float(), alpha, sigma)
+                with self.run.autocast():
+                    prediction = predict(self.unet, noisy.to(self._dtype), timestep, self._arguments)
+                predicted = predicted_x0(objective, noisy, prediction.float(), alpha, sigma)
                 for row, latents in zip(rows, (noisy, predicted, predicted - self._latents), strict=True):
                     row.append(latents[0])
         images = latents_to_images(torch.stack([latents for row in rows for latents in row]).cpu(), self._factors)

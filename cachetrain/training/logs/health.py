@@ -42,12 +42,17 @@ class Health:
         if step <= self.warmup_steps or not (finite.all() and np.isfinite(grad_norm)):
             return
         self._count(qk_rms, v_ratio, grad_norm)
-        self._tell("low", (self._low >= PATIENCE) & (qk_rms > 0),
-                   f"query and key gradients have faded, and the others have not (step {step}; RMS below "
-                   f"{LOWEST_RMS:g}, or below {LOWEST_SHARE:.0%} of what it was early on)")  # fmt: skip
-        self._tell("ratio", (self._low_ratio >= PATIENCE) & (qk_rms > 0),
-                   f"query and key gradients stay below {LOWEST_RATIO:g} of the value gradients (step {step})"
-                   )  # fmt: skip
+        self._tell(
+            "low",
+            (self._low >= PATIENCE) & (qk_rms > 0),
+            f"query and key gradients have faded, and the others have not (step {step}; RMS below "
+            f"{LOWEST_RMS:g}, or below {LOWEST_SHARE:.0%} of what it was early on)",
+        )
+        self._tell(
+            "ratio",
+            (self._low_ratio >= PATIENCE) & (qk_rms > 0),
+            f"query and key gradients stay below {LOWEST_RATIO:g} of the value gradients (step {step})",
+        )
 
     def _count(self, qk_rms, v_ratio, grad_norm):
         """Counts how many log steps running each layer has been low."""

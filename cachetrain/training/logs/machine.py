@@ -5,7 +5,7 @@ import shutil
 
 import torch
 
-from cachetrain.modeling.load import text_width
+from cachetrain.modeling.conditioning import predict
 
 GIB = 2**30
 
@@ -26,22 +26,22 @@ def peak_tflops(device):
     return None if "MIG" in words else next((p for known, p in PEAK_TFLOPS.items() if f" {known} " in name), None)
 
 
-def forward_flops(unet, latent_shape, num_tokens):
+def forward_flops(unet, latent_shape, example):
     """Floating-point operations of one image's forward pass, counted by torch on a copy without data.
 
     Args:
         unet: UNet2DConditionModel; only its config is used.
         latent_shape: (C, h, w).
-        num_tokens: text length T.
+        example: function that returns the UNet's arguments for one sample, Conditioning.example.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"):
         copy = type(unet).from_config(unet.config)
         latents, timesteps = torch.empty(1, *latent_shape), torch.empty(1)
-        hidden = torch.empty(1, num_tokens, text_width(unet.config))
+        arguments = example()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        copy(latents, timesteps, encoder_hidden_states=hidden)
+        predict(copy, latents, timesteps, arguments)
     return counter.get_total_flops()
 
 

@@ -90,10 +90,19 @@ class Metrics:
         """Writes a histogram as numpy.histogram returns it: counts [N], edges [N + 1]."""
         counts, edges = np.asarray(counts, np.float64), np.asarray(edges, np.float64)
         centres = (edges[1:] + edges[:-1]) / 2
-        self._event(lambda writer: writer.add_histogram_raw(
-            tag, edges[0], edges[-1], counts.sum(), (counts * centres).sum(), (counts * centres**2).sum(),
-            edges[1:].tolist(), counts.tolist(), step,
-        ))  # fmt: skip
+        self._event(
+            lambda writer: writer.add_histogram_raw(
+                tag,
+                edges[0],
+                edges[-1],
+                counts.sum(),
+                (counts * centres).sum(),
+                (counts * centres**2).sum(),
+                edges[1:].tolist(),
+                counts.tolist(),
+                step,
+            )
+        )
 
     def image(self, tag, image, step):
         """Writes a PIL image, which must not be changed afterwards."""

@@ -1,10 +1,12 @@
 """All logging of a run behind a few calls: what is collected each step, and what is written at a log step."""
 
+import math
 from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
-from cachetrain.data.dataset import Visit
+from cachetrain.data.dataset import SampleKey
 from cachetrain.training.logs import describe, wandb_mirror
 from cachetrain.training.logs.diagnostics import Diagnostics, FixedLatent
 from cachetrain.training.logs.health import Health
@@ -24,8 +26,7 @@ class Logs:
     Args:
         unet: the module itself; what is trained is final.
         pairs: CachedPairs that are trained on.
-        rate: function of an optimizer step, from 1, that returns its learning rate.
-        autocast: function that opens the run's autocast context.
+        scaler: torch.amp.GradScaler.
         start_step: of a run that is resumed; None: a new one.
 
     Attributes:
@@ -33,50 +34,49 @@ class Logs:
         statistics: Statistics; the loop hands it every micro-batch, and the seconds it waited for one.
     """
 
-    def __init__(
-        self,
-        args,
-        world,
-        unet,
-        objective,
-        alphas_cumprod,
-        pairs,
-        plan,
-        rate,
-        autocast,
-        scaler,
-        device,
-        start_step=None,
-    ):
-        groups, index, self.main = frozenset(args.log_groups), pairs.index, world.main
-        self.groups, self.plan, self.log_step = groups, plan, args.log_step
-        self.autocast, self.scaler = autocast, scaler
-        output_dir = Path(args.output_dir)
-        log_dir = Path(args.logdir) / output_dir.name
+    def __init__(self, run, unet, pairs, scaler, start_step=None):
+        args, world = run.args, run.world
+        self.run = run
+        self.groups = frozenset(args.log_groups)
+        self.scaler = scaler
+        log_dir = Path(args.logdir) / run.output_dir.name
         self._wandb = wandb_mirror.start(args) if args.wandb and world.main else None
         with wandb_mirror.following(log_dir) if self._wandb else nullcontext():
-            self.metrics = open_metrics(output_dir, log_dir, start_step, world.main)
-        shape, tokens = index.shapes[0], int(index.tokens[0])
-        flops = forward_flops(unet, shape, tokens) if 5 in groups else None
+            self.metrics = open_metrics(run.output_dir, log_dir, start_step, world.main)
         self.statistics = Statistics(
-            unet, objective, world, device, groups, output_dir, args.gradient_clip, args.use_snr, flops
+            unet,
+            run.objective,
+            world,
+            run.device,
+            self.groups,
+            run.output_dir,
+            gradient_clip=args.gradient_clip,
+            weighted=args.use_snr,
+            flops_per_image=self._flops_per_image(unet) if 5 in self.groups else None,
         )
-        self.diagnostics = Diagnostics(unet, args.diagnostic_steps, groups, world, device)
-        self.health = Health(self.statistics.measured.layers, plan.warmup_steps, scaler.is_enabled())
-        self.fixed_latent = None
-        if 13 in groups:
-            kind = index.image_header.metadata.get("kind") or "img_sdvae"
-            sample = pairs[Visit(0, 0)]
-            self.fixed_latent = FixedLatent(unet, objective, alphas_cumprod, sample, index.masked, kind, device)
-        if 4 in groups:
-            describe.planned_rates(self.metrics, rate, plan.max_steps, start_step or 0)
-        if 15 in groups:
-            describe.configuration(self.metrics, vars(args), describe.cache_fingerprint(index), device, start_step)
+        self.diagnostics = Diagnostics(unet, args.diagnostic_steps, self.groups, world, run.device)
+        self.health = Health(self.statistics.measured.layers, run.plan.warmup_steps, scaler.is_enabled())
+        self.fixed_latent = FixedLatent(run, unet, pairs[SampleKey(0, 0)]) if 13 in self.groups else None
+        self._describe(unet, start_step)
+
+    def _flops_per_image(self, unet):
+        index = self.run.index
+        example = partial(self.run.conditioning.example, index.text_widths, int(index.tokens[0]))
+        return forward_flops(unet, index.shapes[0], example)
+
+    def _describe(self, unet, start_step):
+        """Writes what is logged once; after a resume only what the purged steps have taken with them."""
+        run = self.run
+        if 4 in self.groups:
+            describe.planned_rates(self.metrics, run.learning_rate, run.plan.max_steps, start_step or 0)
+        if 15 in self.groups:
+            fingerprint = describe.cache_fingerprint(run.index)
+            describe.configuration(self.metrics, vars(run.args), fingerprint, run.device, start_step)
         if start_step:
-            return  # the rest has been logged
-        if 6 in groups:
-            describe.noise_schedule(self.metrics, alphas_cumprod)
-        if 8 in groups:
+            return
+        if 6 in self.groups:
+            describe.noise_schedule(self.metrics, run.alphas_cumprod)
+        if 8 in self.groups:
             describe.architecture(self.metrics, unet)
 
     def close(self):
@@ -87,7 +87,8 @@ class Logs:
 
     def due(self, step):
         """Whether scalars are read and written after this step."""
-        return step % self.log_step == 0 or step == 1 or step == self.plan.max_steps or self.diagnostics.due(step)
+        regular = step % self.run.args.log_step == 0 or step in (1, self.run.plan.max_steps)
+        return regular or self.diagnostics.due(step)
 
     def write(self, step, optimizer, extra):
         """Reads what has been collected since the last call and writes it. The host waits for the device here.
@@ -105,23 +106,31 @@ class Logs:
         for tag, (counts, edges) in (histograms | more_histograms).items():
             self.metrics.histogram(tag, counts, edges, step)
         measured = self.statistics.measured
-        if 11 in self.groups and self.main:
+        if 11 in self.groups and self.run.world.main:
             self.health.watch(step, measured.qk_rms, measured.v_ratio, self.statistics.grad_norm)
         if self.fixed_latent and self.diagnostics.due(step):
-            self.metrics.image("13_Noise_Visualization/fixed_latent", self.fixed_latent.picture(self.autocast), step)
+            self.metrics.image("13_Noise_Visualization/fixed_latent", self.fixed_latent.picture(), step)
         return tags
 
-    def line(self, step, tags):
-        """A log step in one line, for where no progress bar is seen; groups that are off are left out.
+    def show(self, progress, say, step, tags):
+        """Shows a log step: beside the progress bar, or as a line where there is none.
 
         Args:
+            progress: tqdm; say: prints a line.
             tags: {tag: float} that `write` has returned.
         """
+        speed = tags.get("05_Performance/images_per_second", math.nan)
+        progress.set_postfix(loss=f"{self.statistics.loss_raw:.4f}", img_s=f"{speed:.1f}", refresh=False)
+        if progress.disable:  # not a terminal
+            say(self.line(step, tags))
+
+    def line(self, step, tags):
+        """A log step in one line; groups that are off are left out."""
         values = {"loss": self.statistics.loss_raw} | {
             name: tags[tag] for name, tag in _IN_LINE.items() if tag in tags
         }
-        line = f"step {step:,} of {self.plan.max_steps:,}: "
+        line = f"step {step:,} of {self.run.plan.max_steps:,}: "
         line += ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         if speed := tags.get("05_Performance/steps_per_second"):
-            line += f", {timedelta(seconds=round((self.plan.max_steps - step) / speed))} left"
+            line += f", {timedelta(seconds=round((self.run.plan.max_steps - step) / speed))} left"
         return line

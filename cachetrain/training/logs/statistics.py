@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from cachetrain.modeling.conditioning import token_norms
 from cachetrain.training.logs.gradients import Gradients
 from cachetrain.training.logs.machine import peak_tflops, speed_tags, system_tags
 
@@ -39,11 +40,25 @@ class Statistics:
     """
 
     def __init__(
-        self, unet, objective, world, device, groups, output_dir, gradient_clip=0.0, weighted=False,
+        self,
+        unet,
+        objective,
+        world,
+        device,
+        groups,
+        output_dir,
+        *,
+        gradient_clip=0.0,
+        weighted=False,
         flops_per_image=None,
-    ):  # fmt: skip
-        self.objective, self.world, self.device, self.groups = objective, world, device, frozenset(groups)
-        self.output_dir, self.gradient_clip, self.weighted = output_dir, gradient_clip, weighted
+    ):
+        self.objective = objective
+        self.world = world
+        self.device = device
+        self.groups = frozenset(groups)
+        self.output_dir = output_dir
+        self.gradient_clip = gradient_clip
+        self.weighted = weighted
         self.flops_per_image = flops_per_image
         peak = peak_tflops(device)
         self._peak = peak and peak * world.ranks
@@ -63,21 +78,21 @@ class Statistics:
         self.wait_s, self._start_s = 0.0, time.perf_counter()
 
     @torch.no_grad()
-    def add(self, batch, prediction, target, alpha, sigma, raw, loss):
+    def add(self, batch, result):
         """Adds a micro-batch.
 
         Args:
             batch: dict as data.collate makes it, on the device.
-            prediction, target: [B, C, h, w], any float dtype.
-            alpha, sigma: float32 [B, 1, 1, 1].
-            raw, loss: float32 [B], the plain squared error and what is optimised.
+            result: of the forward pass: loss, what is optimised, and squared_error, float32 [B]; prediction and
+                target [B, C, h, w]; alpha and sigma, float32 [B, 1, 1, 1].
         """
+        loss, squared_error = result.loss.detach(), result.squared_error.detach()
         finite = loss.isfinite()
-        rows = [finite.float(), raw, loss]
+        rows = [finite.float(), squared_error, loss]
         if 6 in self.groups:
-            rows += self._diffusion(raw, alpha.flatten(), sigma.flatten())
+            rows += self._diffusion(squared_error, result.alpha.flatten(), result.sigma.flatten())
         if 7 in self.groups:
-            predicted, wanted = prediction.float().flatten(1), target.float().flatten(1)
+            predicted, wanted = result.prediction.float().flatten(1), result.target.float().flatten(1)
             pair = torch.stack([predicted, wanted])
             deviations = torch.linalg.vector_norm(
                 pair - pair.mean(2, keepdim=True), dim=2
@@ -87,16 +102,16 @@ class Statistics:
         cells = (batch["timesteps"] * (CELLS / 1000)).long().clamp_(max=CELLS - 1) + CELLS * batch["dropped"]
         rows = torch.where(finite, torch.stack(rows), 0.0)  # a sample that is not would hide all others
         self._table.index_add_(1, cells, rows)
-        self._images += len(raw) * self.world.ranks
+        self._images += len(loss) * self.world.ranks
 
-    def _diffusion(self, raw, alpha, sigma):
+    def _diffusion(self, squared_error, alpha, sigma):
         """Squared error of the predicted x_0, which follows from that of the target, and log(alpha^2 / sigma^2).
 
         epsilon: x_0 = (x_t - sigma epsilon) / alpha; v: x_0 = alpha x_t - sigma v; flow: x_0 = x_t - sigma v.
         """
         scale = sigma / alpha if self.objective == "epsilon" else sigma
         log_snr = 2 * (alpha / sigma).log()
-        return [raw * scale.square(), log_snr.clamp_(-_MAX_LOG_SNR, _MAX_LOG_SNR)]
+        return [squared_error * scale.square(), log_snr.clamp_(-_MAX_LOG_SNR, _MAX_LOG_SNR)]
 
     @torch.no_grad()
     def gradients(self, log_now):
@@ -150,12 +165,9 @@ class Statistics:
         """Sums over the latents and text of the last micro-batch."""
         if self._last is None:
             return {}
-        latents, hidden = self._last["latents"], self._last["encoder_hidden_states"]
-        mask = self._last["encoder_attention_mask"]
-        seen = torch.ones_like(hidden[..., 0]) if mask is None else mask.float()
-        norms = torch.linalg.vector_norm(hidden, dim=-1, dtype=torch.float32)
+        latents = self._last["latents"]
         count = torch.full((1,), latents[:, 0].numel(), device=self.device)
-        text = torch.stack([(norms * seen).sum(), seen.sum(), torch.ones_like(seen).sum()])
+        text = token_norms(self._last["conditioning"])
         return {"latents": torch.cat([count, latents.sum((0, 2, 3)), latents.square().sum((0, 2, 3))]), "text": text}
 
     def _tags(self, host):
@@ -190,8 +202,6 @@ class Statistics:
 
     def _training(self, steps):
         tags = {"01_Training/loss": self.loss, "01_Training/loss_raw": self.loss_raw}
-        if self.weighted:
-            tags["01_Training/loss_snr"] = self.loss
         if self.gradient_clip:
             tags["01_Training/clipped_fraction"] = float(steps[1] / max(1, steps[0]))
         return tags
@@ -217,12 +227,10 @@ class Statistics:
         self._epoch, self._epoch_start_s = window - marks[-1], times[-1]
         if 3 not in self.groups:
             return {}
-        seconds = times[-1] - times[-2]
         return {
             "03_Epoch_Summary/loss": _mean(loss, count),
             "03_Epoch_Summary/images": count,
-            "03_Epoch_Summary/seconds": seconds,
-            "03_Epoch_Summary/minutes_per_epoch": seconds / 60,
+            "03_Epoch_Summary/minutes_per_epoch": (times[-1] - times[-2]) / 60,
             "03_Epoch_Summary/optimizer_steps": round(steps),
             "03_Epoch_Summary/not_finite_steps": round(not_finite),
         }

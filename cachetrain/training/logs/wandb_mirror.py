@@ -69,15 +69,21 @@ def _start(args, mode):
     if not (output_dir / ID).exists():
         atomic_write(output_dir / ID, uuid.uuid4().hex[:8].encode())
     settings = wandb.Settings(
-        console=setting("CONSOLE", "off"), init_timeout=setting("INIT_TIMEOUT", _START_S),
+        console=setting("CONSOLE", "off"),
+        init_timeout=setting("INIT_TIMEOUT", _START_S),
         finish_timeout=setting("FINISH_TIMEOUT", _END_S),
-    )  # fmt: skip
+    )
     with _nobody_to_ask():
         run = wandb.init(
-            project=setting("PROJECT", "cachetrain"), name=setting("NAME", output_dir.resolve().name),
-            dir=setting("DIR", output_dir), id=setting("RUN_ID", (output_dir / ID).read_text()),
-            resume=setting("RESUME", "allow"), mode=mode, config=vars(args), settings=settings,
-        )  # fmt: skip
+            project=setting("PROJECT", "cachetrain"),
+            name=setting("NAME", output_dir.resolve().name),
+            dir=setting("DIR", output_dir),
+            id=setting("RUN_ID", (output_dir / ID).read_text()),
+            resume=setting("RESUME", "allow"),
+            mode=mode,
+            config=vars(args),
+            settings=settings,
+        )
     run.define_metric("*", step_metric="global_step")  # x is the optimizer step, as in TensorBoard
     return run
 

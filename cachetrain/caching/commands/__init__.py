@@ -1,0 +1,1 @@
+"""The cache scripts: one module per executable in cache/, whose docstring is the help text of both."""

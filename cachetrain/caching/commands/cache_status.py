@@ -1,0 +1,217 @@
+"""Shows the state of the caches of some folders, and what to run to complete them. Writes nothing.
+
+    cache/cache_status.py --data_root ~/photos
+
+A sidecar is fresh; stale: its image or caption has changed, or most others have another encoder or other settings;
+corrupt; foreign: it has no header that could tell; missing; or orphaned: its image is gone. Tensors are read only
+with --verify. --prune lists orphaned sidecars and deletes them once confirmed.
+
+The exit code is 0 if everything is fresh and complete, 1 if something is stale, corrupt, missing, orphaned, mixed or
+cannot be read, 2 on any other error. A suffix without any sidecars counts as missing only if --cache_suffix names it.
+"""
+
+import os
+import shlex
+import sys
+from argparse import Namespace
+from functools import partial
+from itertools import accumulate
+
+from tqdm import tqdm
+
+from cachetrain import cli
+from cachetrain.caching import arguments
+from cachetrain.caching.freshness import CORRUPT, FOREIGN, FRESH, MISSING, STALE
+from cachetrain.caching.inspect.caches import (
+    IMAGE_SCRIPTS,
+    ORPHANED,
+    TEXT_SCRIPTS,
+    TO_MAKE,
+    Caches,
+    Examples,
+    settings_flags,
+)
+from cachetrain.caching.inspect.status import Status, delete_orphans
+
+_COLUMNS = (FRESH, STALE, CORRUPT, FOREIGN, MISSING, ORPHANED)
+_BAR, _NUM_BINS = 40, 6
+
+
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    parser = cli.parser(__doc__)
+    arguments.add_data_root_argument(parser)
+    parser.add_argument(
+        "--cache_suffix",
+        action="append",
+        type=arguments.cache_suffix,
+        metavar="SUFFIX",
+        help="expect sidecars of this suffix too, and count missing ones; can be given several times. Other suffixes "
+        "than the usual ones are also found, by the headers of their sidecars",
+    )
+    parser.add_argument("--verify", action="store_true", help="read all tensors and compare them with their SHA-256")
+    parser.add_argument("--prune", action="store_true", help="list orphaned sidecars, ask, and delete them")
+    parser.add_argument("--yes", action="store_true", help="with --prune: delete without asking")
+    args = parser.parse_args(argv)
+    if args.yes and not args.prune:
+        parser.error("--yes needs --prune")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
+    status = Status(args.data_root, args.cache_suffix or (), args.verify)
+    if not status.num_images and not any(caches.counts.total() for caches in status.caches):
+        raise ValueError(f"no images and no sidecars under {', '.join(args.data_root)}")
+    print_table(status)
+    for caches in status.caches:
+        print_details(caches)
+    print_examples("damaged", status.damaged)
+    print_examples("cannot be used", status.unreadable)
+    print_examples("orphaned, but kept by --prune", status.kept)
+    print_to_do(status, args)
+    num_orphans = len(status.orphans) + status.kept.count
+    if args.prune:
+        num_orphans -= prune(status, args.yes)
+    return 0 if status.complete and not num_orphans else 1
+
+
+def print_table(status: Status) -> None:
+    captions = [f"{status.captions[suffix]:,} {suffix or 'file name'}" for suffix in (".txt", ".caption", "")]
+    print(f"{', '.join(status.roots)}: {status.num_images:,} images; captions: {', '.join(captions)}\n")
+    rows = [("sidecars", *_COLUMNS, "size")] if status.caches else []
+    for caches in status.caches:
+        numbers = (f"{caches.counts[column]:,}" if caches.counts[column] else "-" for column in _COLUMNS)
+        rows.append((caches.suffix, *numbers, file_size(caches.num_bytes)))
+    width = max((len(row[0]) for row in rows), default=0)
+    for name, *cells in rows:
+        print(f"{name:<{width}}" + "".join(f"{cell:>11}" for cell in cells))
+
+
+def print_details(caches: Caches) -> None:
+    """What made the sidecars of one suffix, sizes of images, lengths of captions."""
+    if not caches.first:
+        return
+    print(f"\n{caches.suffix}")
+    for number, path, metadata, differing in caches.by_run():
+        print(f"  {number:,} {maker(metadata)}")
+        if differing:
+            print(f"    differs in {', '.join(differing)}; the first: {path}")
+    if caches.mixed:
+        print("  mixed: these will not train together")
+    if caches.coverage.images:
+        print(*caches.coverage.table(), sep="\n")
+    if caches.num_upscaled:
+        print(f"  {caches.num_upscaled:,} images upscaled")
+    if caches.tokens:
+        print_tokens(caches)
+    if caches.is_text:
+        print(f"  null caption {', '.join(null_states(caches)) or 'in each data root'}")
+
+
+def maker(metadata: dict[str, str]) -> str:
+    """One line on the model and the settings in a header."""
+    if not metadata:
+        return "without a header that says what made them"
+    model, revision = (metadata.get(key, "") for key in ("model", "revision"))
+    model += f"@{revision[:7]}" if revision else ""
+    parts = (f"by {model}", f"encoder {metadata.get('encoder', '')[:8]}", " ".join(settings_flags(metadata)))
+    return ", ".join(filter(None, parts))
+
+
+def null_states(caches: Caches) -> list[str]:
+    return [f"{state} in {root}" for root, state in caches.bad_nulls.items()]
+
+
+def print_tokens(caches: Caches) -> None:
+    """Histogram of the captions' lengths."""
+    tokens, lengths = caches.tokens, sorted(caches.tokens)
+    running_totals = zip(lengths, accumulate(tokens[length] for length in lengths), strict=True)
+    median = next(length for length, total in running_totals if 2 * total >= tokens.total())
+    width = -(-(lengths[-1] - lengths[0] + 1) // _NUM_BINS)
+    starts = range(lengths[0], lengths[-1] + 1, width)
+    bins = [sum(tokens[length] for length in range(start, start + width)) for start in starts]
+    print(f"{'tokens':>11}{'captions':>11}")
+    for start, number in zip(starts, bins, strict=True):
+        label = f"{start}-{start + width - 1}" if width > 1 else start
+        print(f"{label:>11}{number:>11,}  {'#' * -(-_BAR * number // max(bins))}".rstrip())
+    print(f"  {lengths[0]} to {lengths[-1]} tokens, median {median}; {caches.num_truncated:,} captions truncated")
+
+
+def print_examples(title: str, examples: Examples) -> None:
+    if examples.count:
+        print(f"\n{title}: {examples.count:,}")
+        print(*(f"  {line}" for line in examples.first), sep="\n")
+        if examples.count > len(examples.first):
+            print(f"  ... and {examples.count - len(examples.first):,} more")
+
+
+def print_to_do(status: Status, args: Namespace) -> None:
+    """The commands that would complete the caches, each with the first few files that it is for."""
+    roots = [word for root in status.roots for word in ("--data_root", root)]
+    lines = [line for caches in status.caches for line in to_do_of(status, caches, roots)]
+    if status.orphans and not args.prune:
+        lines += [f"  {len(status.orphans):,} orphaned, {file_size(status.orphan_bytes)}"]
+        lines += [f"    $ {shlex.join(['cache/cache_status.py', *roots, '--prune'])}"]
+    for is_text, scripts in ((False, IMAGE_SCRIPTS), (True, TEXT_SCRIPTS)):
+        if status.num_images and not any(caches.is_text == is_text for caches in status.caches):
+            lines += [f"  no {'text' if is_text else 'image'} sidecars yet"]
+            lines += [f"    {' or '.join(scripts.values())} with {shlex.join(roots)}"]
+    if lines:
+        print("\nto do", *lines, sep="\n")
+    elif status.complete and not status.kept.count:
+        print("\nall fresh and complete" + ("" if args.verify else " (tensors not read; --verify reads them too)"))
+
+
+def to_do_of(status: Status, caches: Caches, roots: list[str]) -> list[str]:
+    """Lines on what would complete the sidecars of one suffix."""
+    lines = []
+    reasons = [f"    {named(status, caches, state)}" for state in TO_MAKE if caches.counts[state]]
+    reasons += [f"    null caption {state}" for state in null_states(caches)]
+    if reasons:
+        unknown = f"the script that made them, with {shlex.join(['--cache_suffix', caches.suffix, *roots])}"
+        lines += [f"  {caches.suffix}", *reasons]
+        lines += [f"    $ {line}" for line in caches.commands(status.roots) or [unknown]]
+    if caches.mixed and caches.counts[FOREIGN]:
+        lines += [f"    {named(status, caches, FOREIGN)}; delete these first, or add --overwrite to make all again"]
+    return lines
+
+
+def named(status: Status, caches: Caches, state: str) -> str:
+    """`3 stale: a.txt_clipl, b.txt_clipl, ...`, relative to the root if there is only one."""
+    number, names = caches.counts[state], caches.examples[state].first
+    if len(status.roots) == 1:
+        names = [os.path.relpath(name, status.roots[0]) for name in names]
+    return f"{number:,} {state}: {', '.join(names)}{', ...' if number > len(names) else ''}"
+
+
+def prune(status: Status, yes: bool) -> int:
+    """Lists the orphaned sidecars and, once confirmed, deletes them; returns their number."""
+    orphans = status.orphans
+    if not orphans:
+        print("\nnothing to prune")
+        return 0
+    print("\norphaned, to be deleted:")
+    for path in orphans:
+        print(f"  {path}")
+    print(f"{len(orphans):,} sidecars, {file_size(status.orphan_bytes)}")
+    if not (yes or confirmed()):
+        print("nothing was deleted")
+        return 0
+    number = delete_orphans(orphans, lambda path, reason: print(f"{path}: {reason}", file=sys.stderr))
+    print(f"{number:,} deleted")
+    return number
+
+
+def confirmed() -> bool:
+    if not sys.stdin.isatty():
+        print("there is no terminal to ask on; run again with --yes to delete them", file=sys.stderr)
+        return False
+    return input("Delete them? [y/N] ").strip().lower() in ("y", "yes")
+
+
+def file_size(num_bytes: int) -> str:
+    return tqdm.format_sizeof(num_bytes, "B") if num_bytes else "-"
+
+
+run = partial(cli.run, main)  # the console script

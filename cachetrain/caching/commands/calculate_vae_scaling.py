@@ -1,0 +1,69 @@
+"""Measures the scaling factor 1/std of cached latents and its standard error, beside the factor in the VAE's config.
+
+    cache/calculate_vae_scaling.py photos/ --cache_suffix .img_sdxl --num_images 2000
+
+The factor gives the latents (posterior means, as stored) unit variance over all values of all images: Rombach et al.
+2022, "High-Resolution Image Synthesis with Latent Diffusion Models". A random subset is often enough; the standard
+error, which comes from the differences between images, shows whether it is. Latents may have several sizes. Sidecars
+that are damaged or hold values that are not finite are named and left out; the exit code is then 1, and 2 on any
+other error.
+"""
+
+from argparse import Namespace
+from functools import partial
+
+from cachetrain import cli
+from cachetrain.caching.inspect import statistics
+from cachetrain.caching.inspect.statistics import Moments, Statistics
+from cachetrain.data import many_files
+from cachetrain.data.sidecar import Header
+
+
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    return statistics.parser(__doc__, ("img_sdvae", "img_sdxl")).parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    paths = many_files.random_subset(statistics.find_paths(args), args.num_images, args.seed)
+    overall, channels, sizes, skipped = Moments(), Moments(), set(), []
+    for _, latent, header in statistics.read_tensors(paths, "latent", 3, vae_identity, skipped):
+        overall.add(latent.reshape(1, -1))
+        channels.add(latent.reshape(len(latent), -1))
+        sizes.add(latent.shape)
+        fields = header.metadata
+    statistics.check_measured(overall.num_groups, args, skipped)
+    shapes = f"latents of shape {min(sizes)}" if len(sizes) == 1 else f"latents of {len(sizes)} sizes"
+    print(f"{overall.num_groups} images, {shapes}; standard errors from the spread between images\n")
+    print_table(overall.statistics()[0], channels.statistics())
+    print_factors(overall.statistics()[0], fields)
+    if skipped:
+        print(f"{len(skipped)} sidecars were left out, named above")
+    return 1 if skipped else 0
+
+
+def vae_identity(header: Header) -> dict:
+    """What all latents of one measurement must have in common."""
+    vae = {key: header.metadata.get(key) for key in ("encoder", "scaling_factor", "shift_factor")}
+    return {**vae, "channels": header.shapes["latent"][0]}
+
+
+def print_table(overall: Statistics, channels: list[Statistics]) -> None:
+    print(f"{'':12}{'mean':24}std")
+    for name, row in [("all", overall), *((f"channel {i}", row) for i, row in enumerate(channels))]:
+        print(f"{name:12}{row.mean!s:24}{row.std}")
+
+
+def print_factors(overall: Statistics, fields: dict[str, str]) -> None:
+    """Prints the two measured factors beside those in the header."""
+    print()
+    for key, what, measured in (
+        ("scaling_factor", "1/std", overall.inverse_std),
+        ("shift_factor", "mean", overall.mean),
+    ):
+        expected = fields.get(key)
+        beside = f"header {expected}, {measured.distance(float(expected))}" if expected else "not in the header"
+        print(f"{key:14}  {what:5} = {measured}; {beside}")
+
+
+run = partial(cli.run, main)  # the console script

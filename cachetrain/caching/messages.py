@@ -1,0 +1,18 @@
+"""Lines on stderr that do not break a progress bar, and how a failure of one file is worded."""
+
+import os
+import sys
+
+from tqdm import tqdm
+
+
+def print_line(message: str) -> None:
+    """Prints a line on stderr, above the progress bar if there is one."""
+    tqdm.write(message, file=sys.stderr)
+
+
+def failure_line(path: str | os.PathLike, reason: str | Exception) -> str:
+    """Returns `path: reason`, or the reason alone if it starts with the path, or with that of the file's caption or
+    sidecar."""
+    reason = getattr(reason, "strerror", None) or str(reason)
+    return reason if reason.startswith(os.path.splitext(path)[0]) else f"{path}: {reason}"

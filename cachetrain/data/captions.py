@@ -1,0 +1,61 @@
+"""The one rule for captions, in caching, training and samples.
+
+The caption of `a.jpg` is the text of `a.txt`, else of `a.caption`, else the file name up to its first underscore.
+Files are UTF-8, with or without a byte order mark; white space around the text does not count.
+"""
+
+import hashlib
+import os
+from typing import NamedTuple
+
+CAPTION_SUFFIXES = (".txt", ".caption")
+
+
+class Pair(NamedTuple):
+    """An image and the file that holds its caption (None: the caption comes from the image's file name)."""
+
+    image: str
+    caption_file: str | None
+
+
+class Caption(NamedTuple):
+    """A caption, with the size and time of its file as sidecar headers store them ("0" for the time of a name)."""
+
+    text: str
+    size: str
+    mtime_ns: str
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+def read_caption(pair: Pair) -> Caption:
+    """Reads the caption of an image whose caption file is known.
+
+    Raises:
+        OSError: the caption file cannot be read.
+        ValueError: the caption file is not UTF-8; the message names it.
+    """
+    if pair.caption_file is None:
+        return _caption_of_name(os.path.splitext(pair.image)[0])
+    with open(pair.caption_file, "rb") as file:
+        stat = os.fstat(file.fileno())
+        data = file.read()
+    try:
+        text = data.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{pair.caption_file}: not UTF-8 text ({error}); save it as UTF-8") from error
+    return Caption(text, str(stat.st_size), str(stat.st_mtime_ns))
+
+
+def find_caption(stem: str) -> Caption:
+    """Reads the caption of the image `stem`.*, which need not exist; looks for its caption file. Raises the same."""
+    path = next((stem + suffix for suffix in CAPTION_SUFFIXES if os.path.exists(stem + suffix)), None)
+    return _caption_of_name(stem) if path is None else read_caption(Pair(stem, path))
+
+
+def _caption_of_name(stem):
+    # `a man riding_(1)` -> `a man riding`
+    text = os.path.basename(stem).split("_")[0].strip()
+    return Caption(text, str(len(text.encode())), "0")
