@@ -300,5 +300,7 @@ def report_overfit(say, first_loss, loss, step):
     return 1
 
 
+console_script = partial(cli.run, main)  # cachetrain-train
+
 if __name__ == "__main__":
-    cli.run(main)
+    console_script()

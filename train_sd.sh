@@ -8,7 +8,7 @@ set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 MODEL=${MODEL:-stable-diffusion-v1-5/stable-diffusion-v1-5}
-DATADIR=${DATADIR:-/data}               # with the caches; several: "/data/a /data/b:2.5" (b visited 2.5 times)
+DATADIR=${DATADIR:-/data}               # with the caches; several: "/data/a /data/b:2.5" (b 2.5 times an epoch)
 IMGCACHE=${IMGCACHE:-.img_sdvae}        # made by cache/create_img_sdvae.py
 TXTCACHE=${TXTCACHE:-.txt_clipl}        # made by cache/create_clipl.py
 

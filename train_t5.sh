@@ -8,7 +8,7 @@ set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 MODEL=${MODEL:-models/t5_sd15}          # made by models/compose_t5_sd.py
-DATADIR=${DATADIR:-/data}               # with the caches; several: "/data/a /data/b:2.5" (b visited 2.5 times)
+DATADIR=${DATADIR:-/data}               # with the caches; several: "/data/a /data/b:2.5" (b 2.5 times an epoch)
 IMGCACHE=${IMGCACHE:-.img_sdxl}         # made by cache/create_img_sdxl.py
 TXTCACHE=${TXTCACHE:-.txt_t5cache}      # made by cache/create_t5cache_768.py
 

@@ -1,3 +1,1 @@
-"""The parts that the cache scripts and the trainer share."""
-
-__version__ = "0.1.0"
+"""The parts of cachetrain; the scripts around this package put them together."""

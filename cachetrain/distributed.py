@@ -99,8 +99,8 @@ def wrap(unet, world, fsdp):
         for block in [*unet.down_blocks, unet.mid_block, *unet.up_blocks]:
             if block is not None:
                 fully_shard(block, mesh=mesh)
-        # The root too: by default its weights stay gathered after a forward pass, and without a backward pass the next
-        # one would not see that Ema.applied() has changed them.
+        # The root too: by default its weights stay gathered after a forward pass, and without a backward pass the
+        # next one would not see that Ema.applied() has changed them.
         return fully_shard(unet, mesh=mesh, reshard_after_forward=True)
     if world.ranks == 1:
         return unet

@@ -21,10 +21,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cachetrain.diffusion.objective import alpha_sigma, min_snr_weights, squared_error, target_of
+from cachetrain.training.flags import GROUPS
 from cachetrain.training.logs import describe, diagnostics, health, machine
 from cachetrain.training.logs.metrics import Metrics, open_metrics
 from cachetrain.training.logs.statistics import Statistics
-from cachetrain.training.flags import GROUPS
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")

@@ -9,6 +9,8 @@ from cachetrain.data.captions import CAPTION_SUFFIXES
 from cachetrain.data.walk import IMAGE_SUFFIXES
 
 aspect_limit = cli.Number(float, 1, 16)
+resolution = cli.Number(int, 64, 2048, step=64)
+_SIDE = cli.Number(int, 8, 8192, step=8)
 
 
 def image_parser(doc: str, kind: str, model: str) -> argparse.ArgumentParser:
@@ -25,12 +27,10 @@ def image_parser(doc: str, kind: str, model: str) -> argparse.ArgumentParser:
         "--resolution",
         type=resolution,
         metavar="N",
-        help="side of the square in pixels, 64 to 2048 in steps of 64; below 256 for toy models; default: 512",
+        help="side of the square in pixels; below 256 for toy models; default: 512",
     )
-    size.add_argument(
-        "--target_width", type=int, metavar="W", help="width in pixels, with --target_height; both multiples of 8"
-    )
-    size.add_argument("--target_height", type=int, metavar="H", help="height in pixels, with --target_width")
+    size.add_argument("--target_width", type=_SIDE, metavar="W", help="width in pixels, with --target_height")
+    size.add_argument("--target_height", type=_SIDE, metavar="H", help="height in pixels, with --target_width")
     size.add_argument(
         "--bucket",
         action="store_true",
@@ -65,8 +65,6 @@ def check_image_args(parser: argparse.ArgumentParser, args: argparse.Namespace) 
         parser.error("give --resolution or --target_width and --target_height, not both")
     if args.target_width is not None:
         args.width, args.height = args.target_width, args.target_height
-        if min(args.width, args.height) < 8 or args.width % 8 or args.height % 8:
-            parser.error(f"{args.width}x{args.height}: width and height must be multiples of 8")
     else:
         args.width = args.height = 512 if args.resolution is None else args.resolution
     if args.aspect_limit is not None and not args.bucket:
@@ -149,14 +147,6 @@ def add_subset_arguments(parser: argparse.ArgumentParser, default: int | None, n
         help=f"look at this many, chosen at random; 0: all{note}",
     )
     parser.add_argument("--seed", type=cli.seed, default=0, help="random seed of that choice")
-
-
-def resolution(text: str) -> int:
-    """argparse type: the side of square images in pixels."""
-    value = int(text)
-    if value % 64 or not 64 <= value <= 2048:
-        raise argparse.ArgumentTypeError(f"{value}: expected 64 to 2048 in steps of 64")
-    return value
 
 
 def cache_suffix(text: str) -> str:

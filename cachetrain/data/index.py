@@ -133,8 +133,11 @@ class PairIndex:
         return self.one_text or self.stem(i) + self.text_suffix
 
     def _check_repeats(self):
-        if len(self.repeats) and not self.samples_per_epoch:
-            raise ValueError(f"all pairs have 0 repeats; check --train_data_dir DIR:REPEATS and {MULTIPLY}")
+        if len(self.repeats) and self.samples_per_epoch < 1:
+            raise ValueError(
+                f"an epoch of {len(self.repeats)} pairs has {self.samples_per_epoch:g} samples; check --repeats, "
+                f"--train_data_dir DIR:REPEATS and {MULTIPLY}"
+            )
 
     def _folders(self, directory):
         """Yields (the number in multiply.txt that counts there, paths without suffix that have both sidecars, sorted)

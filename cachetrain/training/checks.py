@@ -13,7 +13,7 @@ from cachetrain.checkpoints.save import FROZEN
 from cachetrain.log import warn
 from cachetrain.modeling import load, trainable
 from cachetrain.modeling.conditioning import check_unet
-from cachetrain.training.optim import state_bytes
+from cachetrain.training.optimizers import OPTIMIZERS
 
 
 def check_fit(index, config, args):
@@ -63,7 +63,8 @@ def check_start(run, resumed):
     num_all = sum(parameter.numel() for parameter in unet.parameters())
     num_trained = sum(parameter.numel() for parameter in unet.parameters() if parameter.requires_grad)
     size = 2 if args.precision == "bf16_pure" else 4
-    needed = num_all * (size + (4 if args.ema_decay else 0)) + num_trained * state_bytes(args.optimizer, size)
+    needed = num_all * (size + (4 if args.ema_decay else 0))
+    needed += num_trained * OPTIMIZERS[args.optimizer].state_bytes(size)
     once = _frozen_bytes(model_dir) if resumed.frozen is None else 0
     _check_space(Path(args.output_dir), needed + once, "a checkpoint")
     if args.ckpt_dir:
@@ -114,6 +115,7 @@ def memory_advice(args, error):
     advice = [f"--batch_size below {args.batch_size} (and --gradient_accum up by the same factor)"]
     advice += [] if args.gradient_checkpointing else ["--gradient_checkpointing"]
     advice += [] if args.cpu_offload or args.fsdp else ["--cpu_offload"]
-    advice += ["--optimizer lion, with one state in place of two"] if args.optimizer != "lion" else []
+    if OPTIMIZERS[args.optimizer].state_tensors > OPTIMIZERS["lion"].state_tensors:
+        advice.append("--optimizer lion, which keeps half the state of adamw")
     advice += [] if args.precision == "bf16_pure" else ["--precision bf16_pure"]
     return f"out of memory ({str(error).splitlines()[0]}); try " + ", ".join(advice)

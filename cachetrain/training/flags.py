@@ -23,7 +23,7 @@ from cachetrain.training.optimizers import OPTIMIZERS
 GROUPS = tuple(range(1, 16))  # of the logs
 MEANINGS = ("same", "rounding", "free", "silent")
 
-_VISITS = cli.Number(float, 0.001, 10_000)
+_REPEATS = cli.Number(float, 0.001, 10_000)
 _TIMESTEP = cli.Number(int, 0, 1000)
 _BELOW_1 = cli.Number(float, 0, 1, exclude=(1,))
 _STEPS, _STEPS_OR_0 = cli.StepCount(1), cli.StepCount(0)
@@ -55,20 +55,20 @@ def resume_meanings() -> dict[str, str]:
     return meanings | {"dir_weights": meanings["train_data_dir"]}  # made of it by options.parse_args
 
 
-def directory_and_weight(text: str) -> tuple[str, float]:
-    """("DIR", 2.5) of "DIR:2.5"; a directory whose own name looks like that is a directory.
+def directory_and_repeats(text: str) -> tuple[str, float]:
+    """("DIR", 2.5) of "DIR:2.5"; a directory that really has such a name is a directory.
 
     Raises:
-        argparse.ArgumentTypeError: the weight is out of range.
+        argparse.ArgumentTypeError: the number is out of range.
     """
-    path, colon, weight = text.rpartition(":")
+    path, colon, repeats = text.rpartition(":")
     if not colon or os.path.isdir(text):
         return text, 1.0
     try:
-        float(weight)
+        float(repeats)
     except ValueError:
         return text, 1.0
-    return path, _VISITS(weight)
+    return path, _REPEATS(repeats)
 
 
 class _Epochs(cli.Number):
@@ -90,10 +90,10 @@ def _flag(group, *names, resume="same", **settings):
 
 
 def _data_flags(group):
-    _flag(group, "--train_data_dir", nargs="+", required=True, type=directory_and_weight, metavar="DIR[:WEIGHT]",
+    _flag(group, "--train_data_dir", nargs="+", required=True, type=directory_and_repeats, metavar="DIR[:REPEATS]",
           resume="free",  # the pairs in it are compared
-          help="directories with cached images and captions, subfolders included; an epoch visits each pair of DIR "
-               "WEIGHT times, from 0.001 to 10000, or else once")
+          help="directories with cached images and captions, subfolders included; each pair of DIR comes up REPEATS "
+               "times in an epoch, from 0.001 to 10000; default: once")
     _flag(group, "--model", required=True, resume="free",
           help="pipeline directory, checkpoint or Hugging Face model id whose UNet is trained; a bare UNet without "
                "VAE and text encoder trains too, but cannot draw samples")
@@ -104,9 +104,9 @@ def _data_flags(group):
           help="file name suffix of the cached captions, as the text cache script wrote them")
     _flag(group, "--force_txtcache", metavar="FILE",
           help="use this one cached caption for every image, for training without captions")
-    _flag(group, "--repeats", type=_VISITS, default=1.0, resume="free",  # the visits are compared
-          help="how often an epoch visits each pair, times WEIGHT and the number in multiply.txt; with 1.5 half of "
-               "the pairs, drawn anew in each epoch, come up twice")
+    _flag(group, "--repeats", type=_REPEATS, default=1.0, resume="free",  # what it comes to is compared
+          help="how often each pair comes up in an epoch, times REPEATS of its DIR and the number in multiply.txt; "
+               "with 1.5 half of the pairs, drawn anew in each epoch, come up twice")
     _flag(group, "--vae_scaling_factor", type=cli.positive_float, metavar="X",
           help="multiplies the latents; give it only for caches that do not record the factor of their VAE")
     _flag(group, "--text_scaling_factor", type=cli.positive_float, default=1.0, metavar="X",

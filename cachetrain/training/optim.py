@@ -10,11 +10,6 @@ from cachetrain.distributed import local_parts
 from cachetrain.training.optimizers import OPTIMIZERS, check_optimizer
 
 
-def state_bytes(name: str, weight_bytes: int) -> float:
-    """Bytes of optimizer state for each trained parameter, whose weight takes 2 (bfloat16) or 4."""
-    return OPTIMIZERS[name].state_bytes(weight_bytes)
-
-
 def make_optimizer(
     name: str,
     parameters: Iterable[torch.nn.Parameter],

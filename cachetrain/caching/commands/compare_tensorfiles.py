@@ -42,7 +42,10 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser.add_argument("a", metavar="A", help="the reference: file or folder")
     parser.add_argument("b", metavar="B", help="what to compare with it: file or folder")
     parser.add_argument(
-        "--tolerance", type=float, default=0.0, help="largest relative L2 that is accepted; 0: values must be equal"
+        "--tolerance",
+        type=cli.not_negative,
+        default=0.0,
+        help="largest relative L2 that is accepted; 0: values must be equal",
     )
     parser.add_argument(
         "--cache_suffix",

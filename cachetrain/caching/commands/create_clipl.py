@@ -18,8 +18,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = arguments.text_parser(__doc__, "txt_clipl", "stable-diffusion-v1-5/stable-diffusion-v1-5")
     parser.add_argument(
         "--clip_skip",
-        type=int,
-        choices=range(5),
+        type=cli.Number(int, 0, 4),
+        metavar="N",
         default=0,
         help="0: the last hidden state; N: the N-th last layer, normalised (1 is the same as 0)",
     )

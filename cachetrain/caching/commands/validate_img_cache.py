@@ -36,7 +36,10 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     )
     arguments.add_subset_arguments(parser, 100)
     parser.add_argument(
-        "--min_psnr", type=float, metavar="DB", help="lowest PSNR in dB that is accepted; below it the exit code is 1"
+        "--min_psnr",
+        type=cli.not_negative,
+        metavar="DB",
+        help="lowest PSNR in dB that is accepted; below it the exit code is 1",
     )
     parser.add_argument(
         "--sheet",
