@@ -2,7 +2,7 @@
 
 import json
 import re
-import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from test_training import CLIP, digest, refused, run, trainer
 
 from cachetrain.training import setup
+from cachetrain.training.saves import saving
 from cachetrain.training.saves.saving import checkpoints
 
 FLOW = ["--objective", "flow"]
@@ -169,13 +170,16 @@ def test_saves_by_epoch_by_time_and_on_request_and_keeps_the_last(shapes, model_
     run(shapes, model_t5, tmp_path / "asked", "--max_steps", 2, "--batch_size", 8)
     assert steps_saved(tmp_path / "asked") == [1, 2] and not (tmp_path / "asked" / "trigger.checkpoint").exists()
 
-    def slow_forward(*args, **kwargs):
-        time.sleep(0.05)
+    clock = SimpleNamespace(now_s=1000.0)
+
+    def forward_of_25_seconds(*args, **kwargs):
+        clock.now_s += 25
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(trainer, "forward", slow_forward)
-    run(shapes, model_t5, tmp_path / "timed", "--max_steps", 3, "--batch_size", 8, "--save_every_minutes", 0.0005)
-    assert steps_saved(tmp_path / "timed") == [1, 2, 3]
+    monkeypatch.setattr(saving, "time", SimpleNamespace(monotonic=lambda: clock.now_s))
+    monkeypatch.setattr(trainer, "forward", forward_of_25_seconds)
+    run(shapes, model_t5, tmp_path / "timed", "--max_steps", 7, "--batch_size", 8, "--save_every_minutes", 1)
+    assert steps_saved(tmp_path / "timed") == [3, 6, 7]
 
 
 def steps_saved(output_dir):

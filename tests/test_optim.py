@@ -1,7 +1,9 @@
 """Optimizers against torch and their papers; bfloat16, resuming, CPU offload and loss scaling."""
 
 import copy
+import importlib
 import importlib.util
+import sys
 
 import pytest
 import torch
@@ -134,7 +136,7 @@ def test_weight_decay_is_decoupled(name):
 
 @pytest.mark.parametrize("name", ["adamw8", "prodigy"])
 def test_missing_package_is_named(name, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, PACKAGES[name], None)
+    monkeypatch.setitem(sys.modules, PACKAGES[name], None)
     with pytest.raises(ValueError, match=f"pip install {PACKAGES[name]}"):
         optimizer_of(name, parameters_of(torch.float32))
 
@@ -211,6 +213,19 @@ def test_cpu_offload_equals_the_optimizer_itself(name, dtype):
             run(optimizer, weights, [step])
         assert_equal(parameters, offloaded)
     assert_equal(offloaded, optimizers[1].cpu_parameters)
+
+
+@pytest.mark.parametrize("cpu_offload", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", KAHAN_OPTIMIZERS)
+def test_no_triton_kernel_takes_tensors_on_the_cpu_where_triton_is_installed(name, dtype, cpu_offload, monkeypatch):
+    """optimi's StableAdamW asks which kernels fit before it has the tensors, and hears: Triton's."""
+    parameters, others = parameters_of(dtype), parameters_of(dtype)
+    run(optimizer_of(name, parameters), parameters, range(3))
+    for module in ("adam", "lion", "stableadamw"):
+        monkeypatch.setattr(importlib.import_module(f"optimi.{module}"), "_default_to_triton", lambda _: True)
+    run(optimizer_of(name, others, cpu_offload=cpu_offload), others, range(3))
+    assert_equal(parameters, others)
 
 
 def test_cpu_offload_leaves_parameters_without_gradient():

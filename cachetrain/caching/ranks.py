@@ -5,7 +5,7 @@ import os
 import socket
 import time
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 _POLL_S = 0.2
 
@@ -25,7 +25,7 @@ def is_mine(path):
 
 
 @contextmanager
-def meeting(record):
+def meeting(record, part=None):
     """Around what rank 0 does with the account of the whole run; the only place where ranks meet.
 
     Every rank waits for the slowest before, and for rank 0 after: a launcher may end the others as soon as one of
@@ -33,6 +33,8 @@ def meeting(record):
 
     Args:
         record: what `json` can write.
+        part: a temporary file that belongs to it. It is touched while this rank waits, for hours perhaps: other runs
+            remove temporary files that nobody has written to for an hour.
 
     Yields:
         the records of all ranks in their order.
@@ -47,9 +49,9 @@ def meeting(record):
     from torch.distributed import DistError
 
     try:
-        store = _store()
+        store = _store(part)
         store.set(f"record/{me}", json.dumps(record))
-        _wait(store, [f"record/{other}" for other in range(size)])
+        _wait(store, [f"record/{other}" for other in range(size)], part)
         yield [json.loads(store.get(f"record/{other}")) for other in range(size)]
         if me == 0:
             store.set("done", "")
@@ -61,7 +63,7 @@ def meeting(record):
         raise OSError(f"the other ranks cannot be reached any more ({error}); what was encoded is kept") from error
 
 
-def _store():
+def _store(part):
     """The launcher's key-value store, or one that rank 0 serves. No process group: ranks never compute together."""
     from torch.distributed import PrefixStore, TCPStore
 
@@ -78,10 +80,18 @@ def _store():
         except OSError as error:
             if launched:
                 raise OSError(f"the launcher does not answer ({error}); what was encoded is kept") from error
-            time.sleep(_POLL_S)  # rank 0 is not that far yet
+            _sleep(part)  # rank 0 is not that far yet
     return PrefixStore("cachetrain", TCPStore(*address, is_master=serve, wait_for_workers=False))
 
 
-def _wait(store, keys):
+def _wait(store, keys, part=None):
     while not store.check(keys):
-        time.sleep(_POLL_S)
+        _sleep(part)
+
+
+def _sleep(part):
+    """Waits a little, and touches the file `part`, if any."""
+    time.sleep(_POLL_S)
+    if part:
+        with suppress(FileNotFoundError):  # rank 0 has read it
+            os.utime(part)
