@@ -1,4 +1,4 @@
-"""Real processes for the fault tests, at 20 ms instead of 6 s a start, and a disk that fails or dawdles on demand.
+"""Real processes for the fault tests, at 20 ms instead of 6 s a start, and a disk that fails or stops on demand.
 
 Run as a program it imports everything once, loads nothing, and forks a cache script per request. The child leads a
 process group of its own and runs the script as `python cache/create_x.py ...` would.
@@ -22,8 +22,12 @@ from contextlib import contextmanager
 from errno import ENOSPC
 from pathlib import Path
 
+from train_ranks import HANG_S
+
+from cachetrain.caching.writer import Writer
+from cachetrain.modeling import load
+
 REPO = Path(__file__).resolve().parent.parent
-TIMEOUT_S = 60
 
 
 def watching_open(before, after=lambda *_: None, real_open=open):
@@ -94,33 +98,85 @@ class FullDisk:
             )
 
 
+class Gate:
+    """A `before` for `watched_disk` that stops a process at one point of its work.
+
+    Occurrence number `number` of `operation`, and every later one, waits while the file `marker` exists; the first
+    to wait creates it. Other operations pass.
+    """
+
+    def __init__(self, operation, number, marker):
+        self.operation, self.left, self.marker = operation, number, marker
+        self.lock = threading.Lock()
+
+    def __call__(self, operation, path):
+        if operation != self.operation:
+            return
+        with self.lock:
+            self.left -= 1
+            if self.left == 0:
+                os.close(os.open(self.marker, os.O_WRONLY | os.O_CREAT))
+        while self.left <= 0 and os.path.exists(self.marker):
+            time.sleep(0.002)
+
+
+def watch_steps(before):
+    """Calls before(operation, None) at steps of a cache script's main thread.
+
+    Operations: "resolve", where it looks for the model, its first step; "load", where it starts to load the model
+    (all sidecars have been checked then, and none has been made); "collect", where it waits for the oldest batch that
+    is being written.
+    """
+    real_resolve, real_pick, real_collect = load.resolve_model, load.pick_device, Writer._collect
+
+    def watched_resolve(*args, **kwargs):
+        before("resolve", None)
+        return real_resolve(*args, **kwargs)
+
+    def watched_pick(*args, **kwargs):
+        before("load", None)
+        return real_pick(*args, **kwargs)
+
+    def watched_collect(writer):
+        before("collect", None)
+        real_collect(writer)
+
+    load.resolve_model, load.pick_device, Writer._collect = watched_resolve, watched_pick, watched_collect
+
+
 class Forks:
     """Starts scripts as children of one process that has imported everything."""
 
     def __init__(self, log_dir):
-        self.log_dir, self.count = log_dir, 0
+        self.log_dir, self.started = log_dir, []
         self.server = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPO
         )
 
     def close(self):
+        for fork in self.started:  # what a failed test left behind
+            fork.signal(signal.SIGKILL, group=True)
         self.server.stdin.close()
-        self.server.wait(TIMEOUT_S)
+        self.server.wait(HANG_S)
 
-    def start(self, script, *argv, slow_s=0.0, max_bytes=-1, **env):
+    def start(self, script, *argv, pauses=(), max_bytes=-1, **env):
         """Starts cache/<script>.py.
 
         Args:
-            slow_s: how long each operation on a file that is being written takes.
+            pauses: a list of (operation, number): where it stops until `resume`, see Gate. Operations: those of
+                `watched_disk` and `watch_steps`.
             max_bytes: of a file that it writes, by RLIMIT_FSIZE; -1: no limit.
             env: environment variables.
         """
-        self.count += 1
-        log = self.log_dir / f"{self.count}.log"
+        log = self.log_dir / f"{len(self.started)}.log"
         log.touch()  # it may be killed before it writes a word
         request = {"script": f"cache/{script}.py", "argv": [str(argument) for argument in argv], "log": str(log)}
-        request |= {"slow_s": slow_s, "max_bytes": max_bytes, "env": {key: str(value) for key, value in env.items()}}
-        return Fork(self, self.ask(request), log)
+        markers = [log.with_suffix(f".{operation}") for operation, _ in pauses]
+        request["gates"] = [(*pause, str(marker)) for pause, marker in zip(pauses, markers, strict=True)]
+        request["max_bytes"] = max_bytes
+        request["env"] = {key: str(value) for key, value in env.items()}
+        self.started.append(Fork(self, self.ask(request), log, markers))
+        return self.started[-1]
 
     def ask(self, request):
         self.server.stdin.write(json.dumps(request) + "\n")
@@ -131,8 +187,8 @@ class Forks:
 class Fork:
     """A started script; `pid` is its process and its group."""
 
-    def __init__(self, forks, pid, log):
-        self.forks, self.pid, self.log, self.code = forks, pid, log, None
+    def __init__(self, forks, pid, log, markers):
+        self.forks, self.pid, self.log, self.markers, self.code = forks, pid, log, markers, None
 
     def poll(self):
         """Exit code (negative: the signal that killed it), or None while it runs."""
@@ -140,17 +196,26 @@ class Fork:
             self.code = self.forks.ask({"poll": self.pid})
         return self.code
 
-    def until(self, condition, timeout_s=TIMEOUT_S):
-        """Waits until `condition()` or until the script has ended; kills it and raises TimeoutError if neither."""
-        deadline_s = time.monotonic() + timeout_s
+    def until(self, condition):
+        """Waits until `condition()` or until the script has ended; kills it and raises TimeoutError if it hangs."""
+        deadline_s = time.monotonic() + HANG_S
         while self.poll() is None and not condition():
             if time.monotonic() > deadline_s:
                 os.killpg(self.pid, signal.SIGKILL)
-                raise TimeoutError(f"still running after {timeout_s} s:\n{self.output}")
+                raise TimeoutError(f"still running after {HANG_S} s:\n{self.output}")
             time.sleep(0.002)
 
-    def wait(self, timeout_s=TIMEOUT_S):
-        self.until(lambda: False, timeout_s)
+    def until_paused(self):
+        """Waits until the script is where each of `pauses` stops it."""
+        self.until(lambda: all(marker.exists() for marker in self.markers))
+        assert self.poll() is None, f"ended before it came to its pause:\n{self.output}"
+
+    def resume(self):
+        for marker in self.markers:
+            marker.unlink()
+
+    def wait(self):
+        self.until(lambda: False)
         return self.code
 
     def signal(self, number, group=False):
@@ -192,7 +257,15 @@ def _run(request):
     os.environ.update(request["env"])
     resource.setrlimit(resource.RLIMIT_FSIZE, (request["max_bytes"], resource.RLIM_INFINITY))
     sys.argv = [request["script"], *request["argv"]]
-    with watched_disk(lambda *_: time.sleep(request["slow_s"])):
+    sys.stdout.reconfigure(line_buffering=True)  # what is printed shows at once
+    gates = [Gate(*gate) for gate in request["gates"]]
+
+    def before(operation, path):
+        for gate in gates:
+            gate(operation, path)
+
+    watch_steps(before)
+    with watched_disk(before):
         try:
             runpy.run_path(request["script"], run_name="__main__")
         except SystemExit as end:

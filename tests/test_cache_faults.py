@@ -1,7 +1,8 @@
 """The cache scripts under real faults: killed, stopped, out of space, several at once, launched as ranks.
 
 Whatever happens, what stands under a final name is whole and right, and running the same command again makes what is
-missing: equal, bit by bit, to what an undisturbed run makes.
+missing: equal, bit by bit, to what an undisturbed run makes. The clock does not decide where a signal falls: the
+script stops before a given operation and gets the signal there.
 """
 
 import os
@@ -11,9 +12,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import zlib
+from collections import Counter
 from io import BytesIO
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -23,6 +27,8 @@ from cache_forks import Forks, FullDisk, watched_disk
 from conftest import REPO, load_script
 from PIL import Image
 from safetensors.torch import load_file
+from torch.distributed import PrefixStore, TCPStore
+from train_ranks import HANG_S
 
 from cachetrain import cli
 from cachetrain.data import many_files
@@ -176,52 +182,73 @@ def test_crash_after_any_operation_of_a_write_leaves_the_old_sidecar_or_the_new(
         assert after >= 4  # opened, written in two halves, renamed
 
 
-def test_kill_at_random_moments_leaves_whole_sidecars_and_a_job_that_can_be_finished(job, tmp_path):
-    check_kills_at_random(job, tmp_path, kills=16, seed=0)
+def test_kill_in_any_operation_leaves_whole_sidecars_and_a_job_that_can_be_finished(job, tmp_path):
+    check_kills(job, tmp_path, kills=16, seed=0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 5))
-def test_kill_at_hundreds_of_random_moments(job, tmp_path, seed):
-    check_kills_at_random(job, tmp_path, kills=75, seed=seed)
+def test_kill_in_hundreds_of_operations(job, tmp_path, seed):
+    check_kills(job, tmp_path, kills=75, seed=seed)
 
 
-def check_kills_at_random(job, tmp_path, kills, seed):
+OPERATIONS = ("open", "write", "replace")  # of a sidecar; "write" is there twice
+
+
+def draw_operation(rng, num_missing):
+    """Returns (operation, number): one that a run comes to that has `num_missing` sidecars to make."""
+    operation = rng.choice(OPERATIONS)
+    return operation, rng.randint(1, num_missing * (2 if operation == "write" else 1))
+
+
+def check_kills(job, tmp_path, kills, seed):
+    """Kills runs in operations that `seed` chooses, several on the same folder, and has another finish the job."""
     rng = random.Random(seed)
-    killed = killed_while_writing = folder = 0
-    while killed < kills:
+    killed = Counter()
+    for number in count():
         exact = rng.random() < 0.7
-        root = job.copy(tmp_path / str(folder := folder + 1))
+        root = job.copy(tmp_path / str(number))
         argv = list(EXACT if exact else ("--batch_size", 4))
         if job.script == IMAGES[0]:
             argv += ["--num_workers", rng.choice([0, 2])]
         for _ in range(3):
-            run = job.start(root, *argv, slow_s=rng.choice([0, 0.003, 0.003, 0.003]))
-            wanted = len(job.sidecars(root)) + rng.choice([0, 0, 1, 2, 3, 5])
-            run.until(lambda root=root, wanted=wanted: len(job.sidecars(root)) >= wanted)
-            time.sleep(rng.choice([0.001, 0.01, 0.1]) * rng.random())
+            standing = len(job.sidecars(root))
+            operation, occurrence = draw_operation(rng, len(job.expected) - standing)
+            run = job.start(root, *argv, pauses=[(operation, occurrence)])
+            run.until_paused()
             run.signal(signal.SIGKILL, group=True)
-            assert run.wait() in (-signal.SIGKILL, 0), run.output
-            killed += run.code != 0
-            killed_while_writing += bool(leftovers(root))
+            assert run.wait() == -signal.SIGKILL, run.output
+            killed[operation] += 1
+            if operation == "replace":
+                assert len(job.sidecars(root)) == standing + occurrence - 1
+            if operation != "open":
+                assert leftovers(root)  # it was killed while it was writing
             job.check(root, exact)
         job.finish(root, *argv, exact=exact)
         shutil.rmtree(root)
-    assert killed_while_writing > killed / 3
+        if killed.total() >= kills:
+            break
+    assert min(killed[operation] for operation in OPERATIONS) >= 2
 
 
-@pytest.mark.slow
 def test_workers_end_when_the_main_process_is_killed(jobs, tmp_path):
     root = jobs[IMAGES].copy(tmp_path / "data")
-    run = jobs[IMAGES].start(root, *EXACT, "--num_workers", 2, slow_s=0.01)
-    run.until(lambda: jobs[IMAGES].sidecars(root))
+    run = jobs[IMAGES].start(root, *EXACT, "--num_workers", 2, pauses=[("replace", 3)])
+    run.until_paused()
+    assert len(processes(run.pid)) == 3
     run.signal(signal.SIGKILL)
     assert run.wait() == -signal.SIGKILL
-    deadline_s = time.monotonic() + 20
-    while time.monotonic() < deadline_s and processes(run.pid):
-        time.sleep(0.1)
-    assert processes(run.pid) == []
+    wait_until(lambda: not processes(run.pid))
     jobs[IMAGES].finish(root)
+
+
+def wait_until(condition):
+    """Returns the first true value of condition()."""
+    deadline_s = time.monotonic() + HANG_S
+    while not (value := condition()):
+        assert time.monotonic() < deadline_s, "it hangs"
+        time.sleep(0.002)
+    return value
 
 
 def processes(group):
@@ -244,7 +271,7 @@ STOPS = [(number, group) for number in (signal.SIGTERM, signal.SIGINT) for group
 
 def check_stopped(job, root, run, number, before):
     """Checks the farewell of a run that had found `before` sidecars and was stopped by signal `number`."""
-    assert run.wait(20) == 128 + number, run.output
+    assert run.wait() == 128 + number, run.output
     assert "Traceback" not in run.output and "ignored" not in run.output
     assert leftovers(root) == [] and processes(run.pid) == []
     last = run.output.splitlines()[-1]
@@ -260,9 +287,12 @@ def test_signal_while_encoding_ends_with_an_account_and_no_leftovers(job, tmp_pa
     root = job.copy(tmp_path / "data")
     for name in list(job.expected)[:5]:
         shutil.copy(job.undisturbed / name, root / name)
-    run = job.start(root, *EXACT, *(("--num_workers", 2) if job.script == IMAGES[0] else ()), slow_s=0.01)
-    run.until(lambda: len(job.sidecars(root)) >= 8)
+    workers = ("--num_workers", 2) if job.script == IMAGES[0] else ()
+    run = job.start(root, *EXACT, *workers, pauses=[("replace", 4)])
+    run.until_paused()
+    assert len(job.sidecars(root)) == 8
     run.signal(number, group)
+    run.resume()
     check_stopped(job, root, run, number, before=5)
     assert 8 <= len(job.sidecars(root)) < len(job.expected)
     if group:
@@ -271,52 +301,72 @@ def test_signal_while_encoding_ends_with_an_account_and_no_leftovers(job, tmp_pa
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_while_the_last_files_are_written_waits_for_them(job, three, number):
-    run = job.start(three, *EXACT, slow_s=0.15)
-    run.until(lambda: len(leftovers(three)) >= 3)
+    num_sidecars = 3 + (job.script == CAPTIONS[0])  # the null caption's
+    run = job.start(three, *EXACT, pauses=[("write", 1), ("collect", 1)])
+    run.until_paused()  # the main thread waits for the disk
+    run.until(lambda: len(leftovers(three)) == num_sidecars)  # all are opened, none is written
     run.signal(number)
+    run.until(lambda: not run.hears(number))  # it has come: a second one would end the run at once
+    assert run.poll() is None and job.sidecars(three) == []
+    run.resume()
     assert run.wait() == 128 + number
-    made = len(payloads(three, job.suffix))
-    assert made >= 3 and leftovers(three) == []
-    assert f"stopped; run again to continue. {job.suffix[1:]}: {made} encoded, 0 fresh" in run.output
+    assert len(payloads(three, job.suffix)) == num_sidecars and leftovers(three) == []
+    assert f"stopped; run again to continue. {job.suffix[1:]}: {num_sidecars} encoded, 0 fresh" in run.output
 
 
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
 def test_second_signal_does_not_wait_for_the_disk(job, three, first):
-    run = job.start(three, *EXACT, slow_s=20)
-    run.until(lambda: run.hears(signal.SIGTERM))
-    time.sleep(1)  # the disk hangs in the first operation: nothing shows that they are writing
+    run = job.start(three, *EXACT, pauses=[("open", 1)])
+    run.until_paused()
     run.signal(first)
-    time.sleep(0.3)
+    run.until(lambda: not run.hears(signal.SIGTERM))
     assert run.poll() is None
     run.signal(signal.SIGTERM)
-    assert run.wait(3) == -signal.SIGTERM
+    assert run.wait() == -signal.SIGTERM  # the disk still hangs
     assert job.sidecars(three) == []
 
 
-def test_signal_before_encoding_ends_at_once(job, tmp_path):
+@pytest.mark.parametrize("operation", ["resolve", "load"])
+def test_signal_before_encoding_ends_at_once(job, tmp_path, operation):
     root = job.copy(tmp_path / "data")
     for number, group in STOPS:
-        run = job.start(root, *EXACT)
-        run.until(lambda run=run: run.hears(signal.SIGTERM))
-        time.sleep(0.01)
+        run = job.start(root, *EXACT, pauses=[(operation, 1)])
+        run.until_paused()
         run.signal(number, group)
         check_stopped(job, root, run, number, before=0)
     assert job.sidecars(root) == []
 
 
+# Python imports a module of this name at its start; torch imports torch.nn when its libraries are loaded.
+STOP_IN_IMPORT = """
+import os, sys, time
+
+class Stop:
+    def find_spec(name, *_):
+        if name == "torch.nn":
+            os.close(os.open({marker!r}, os.O_WRONLY | os.O_CREAT))
+            while True:
+                time.sleep(0.01)
+
+sys.meta_path.insert(0, Stop)
+"""
+
+
 def test_signal_while_torch_is_imported_ends_at_once(model, source, tmp_path):
-    root, script = shutil.copytree(source, tmp_path / "data"), IMAGES[0]
+    root, script, marker = shutil.copytree(source, tmp_path / "data"), IMAGES[0], tmp_path / "paused"
+    (tmp_path / "startup").mkdir()
+    (tmp_path / "startup/sitecustomize.py").write_text(STOP_IN_IMPORT.format(marker=str(marker)))
+    path = [str(tmp_path / "startup"), *filter(None, [os.environ.get("PYTHONPATH")])]
     run = subprocess.Popen(
         [sys.executable, REPO / f"cache/{script}.py", "--data_root", root, "--model", model, "--num_workers", "0"],
         stderr=subprocess.PIPE,
         text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
     )
-    deadline_s = time.monotonic() + 30
-    while "libtorch_cpu" not in Path(f"/proc/{run.pid}/maps").read_text():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.01)
+    wait_until(lambda: marker.exists() or run.poll() is not None)
+    assert "libtorch_cpu" in Path(f"/proc/{run.pid}/maps").read_text()
     run.terminate()
-    errors = run.communicate(timeout=20)[1]
+    errors = run.communicate(timeout=HANG_S)[1]
     assert run.returncode == 143, errors
     assert "Traceback" not in errors and errors.endswith(f"{script}.py: terminated\n")
     assert not sidecars(root, IMAGES[1]) and leftovers(root) == []
@@ -324,36 +374,47 @@ def test_signal_while_torch_is_imported_ends_at_once(model, source, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
-def test_signals_at_hundred_random_moments(job, tmp_path, seed):
+def test_signals_at_a_hundred_points(job, tmp_path, seed):
     rng = random.Random(seed)
     for round_ in range(34):
         root = job.copy(tmp_path / str(round_))
         workers = rng.choice([0, 2])
-        run = job.start(root, *EXACT, *(("--num_workers", workers) if job.script == IMAGES[0] else ()), slow_s=0.003)
-        run.until(lambda run=run: run.hears(signal.SIGTERM))
-        time.sleep(rng.uniform(0.02, 0.6))
+        argv = [*EXACT, *(("--num_workers", workers) if job.script == IMAGES[0] else ())]
+        loading = rng.random() < 0.3
+        point = (rng.choice(["resolve", "load"]), 1) if loading else draw_operation(rng, len(job.expected))
+        run = job.start(root, *argv, pauses=[point])
+        run.until_paused()
         number, group = rng.choice(STOPS)
         # Workers that are just starting do not ignore SIGTERM yet; the main process then says so.
         run.signal(number, group and not (workers and number == signal.SIGTERM and not job.sidecars(root)))
-        assert run.wait(20) in (0, -number, 128 + number), run.output
-        if "stopped" in run.output:
-            check_stopped(job, root, run, number, before=0)
-        assert leftovers(root) == []
+        if not loading:
+            run.resume()
+        check_stopped(job, root, run, number, before=0)
         job.finish(root)
 
 
-def test_interrupted_check_does_not_wait_for_what_is_queued():
+def test_interrupted_check_does_not_wait_for_what_is_queued(monkeypatch):
+    ahead, threads, stopped = 2 * many_files._CHUNK, many_files._THREADS, threading.Event()
     checked = []
 
-    def slow_check(item):
-        checked.append(item)
-        time.sleep(0.001)
+    class Stop(threading.Event):
+        def set(self):
+            super().set()
+            stopped.set()
 
-    results = many_files.in_threads(slow_check, range(10**6))
-    next(results)
-    before = len(checked)
+    def check(item):
+        checked.append(item)
+        if item >= ahead:
+            assert stopped.wait(HANG_S)
+
+    monkeypatch.setattr(many_files, "Event", Stop)
+    monkeypatch.setattr(time, "thread_time", lambda: 0.0)  # each check waits, for a slow disk
+    results = many_files.in_threads(check, range(10**6))
+    for _ in range(many_files._CHUNK + 1):  # the first that comes from a thread
+        next(results)
+    wait_until(lambda: len(checked) == ahead + threads)  # each thread is in a check
     results.close()
-    assert len(checked) - before <= 2 * many_files._THREADS
+    assert len(checked) == ahead + threads
 
 
 # Out of space
@@ -482,21 +543,21 @@ def test_full_file_system_keeps_what_fits_and_the_next_run_finishes(job, tmpfs):
 
 
 def check_runs_at_once(jobs, root, crowd, rng):
-    """Runs a crowd on one folder, kills one of them, and checks what the others and the next runs do."""
+    """Runs a crowd on one folder, kills one of them, and checks what the others and the next runs do.
+
+    Each has stopped at an operation on a sidecar when the next one starts, and when one is killed.
+    """
     runs = []
-
-    def written():
-        return sum(len(job.sidecars(root)) for job in jobs.values())
-
     for kind in crowd:  # those that come later find the earlier ones writing
-        wanted = written() + rng.randrange(2, 8) if runs else 0
-        runs[-1:] and runs[-1].until(lambda wanted=wanted: written() >= wanted)
-        runs.append(jobs[kind].start(root, *EXACT, slow_s=0.005))
-    victim, wanted = rng.choice(runs), written() + rng.randrange(8)
-    victim.until(lambda: written() >= wanted)
+        runs.append(jobs[kind].start(root, *EXACT, pauses=[draw_operation(rng, 5)]))
+        runs[-1].until_paused()
+    victim = rng.choice(runs)
     victim.signal(signal.SIGKILL, group=True)
     for run in runs:
-        assert run.wait() == (-signal.SIGKILL if run is victim and run.code else 0), run.output
+        if run is not victim:
+            run.resume()
+    for run in runs:
+        assert run.wait() == (-signal.SIGKILL if run is victim else 0), run.output
         assert "failed" not in run.output
     for job in jobs.values():
         job.check(root)
@@ -521,27 +582,45 @@ def test_runs_at_once_many_times(jobs, tmp_path):
         shutil.rmtree(root)
 
 
-def test_list_of_upscaled_images_survives_a_run_beside_it_that_comes_hours_later(jobs, tmp_path):
-    root = jobs[IMAGES].copy(tmp_path / "data")
-    save_pictures(root, ["00.png"], size=(32, 32))
-    run = jobs[IMAGES].start(root, *EXACT, slow_s=0.03)
-    run.until(lambda: len(jobs[IMAGES].sidecars(root)) >= 14)
-    for path in root.glob(".cachetrain*.txt.tmp"):
-        os.utime(path, (0, 0))
-    assert jobs[CAPTIONS].start(root).wait() == 0
-    assert run.wait() == 0, run.output
-    assert (root / "_upscaled.img_sdxl.txt").read_text() == f"{root / '00.png'}\t32x32 -> 64x64\n"
-
-
 # Ranks
 
 
-def start_ranks(job, root, size, *argv, **options):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = {"WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [job.start(root, *EXACT, *argv, RANK=rank, **env, **options) for rank in range(size)]
+@pytest.fixture
+def port():
+    """A port that no other process is given while the test runs. It is bound here; a rank can still listen on it."""
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]
+
+
+def start_ranks(job, root, size, port, *argv, pauses=None):
+    """Starts one cache script as `size` ranks. pauses: {rank: where it stops, as in Forks.start}."""
+    env, pauses = {"WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}, pauses or {}
+    return [job.start(root, *EXACT, *argv, RANK=rank, pauses=pauses.get(rank, ()), **env) for rank in range(size)]
+
+
+def until_handed_in(ranks, port, *of):
+    """Waits until these ranks have handed in their account: they are at the meeting, where rank 0 serves a store."""
+    ranks[0].until(lambda: listening(port))
+    store = PrefixStore("cachetrain", TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False))
+    ranks[0].until(lambda: store.check([f"record/{rank}" for rank in of]))
+    assert [ranks[rank].poll() for rank in of] == [None] * len(of)
+
+
+def listening(port):
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+def share(rank, size, paths):
+    return [path for path in paths if zlib.crc32(os.fsencode(path)) % size == rank]
+
+
+def folder_for_all(tmp_path, names, size):
+    """A folder in which each of `size` ranks has two or more of the images `names`: it depends on the whole path."""
+    folders = [tmp_path / f"data{number}" for number in range(1000)]
+    return next(f for f in folders if all(len(share(r, size, [f / name for name in names])) > 1 for r in range(size)))
 
 
 @pytest.fixture
@@ -574,36 +653,59 @@ def check_merged(output, alone_output, root, alone_root):
     assert payloads(root, ".img_sdxl") == payloads(alone_root, ".img_sdxl")
 
 
-def test_ranks_share_the_files_and_give_one_account(jobs, mixed):
+def test_ranks_share_the_files_and_give_one_account(jobs, mixed, port):
     job, root, alone = jobs[IMAGES], mixed("ranks"), mixed("alone")
     single = job.start(alone, *EXACT, *BUCKETS)
-    ranks = start_ranks(job, root, 3, *BUCKETS)
+    ranks = start_ranks(job, root, 3, port, *BUCKETS)
     assert [rank.wait() for rank in (single, *ranks)] == [1, 1, 1, 1]
     check_merged(ranks[0].output, single.output, root, alone)
     assert all("encoded" not in rank.output and "Traceback" not in rank.output for rank in ranks[1:])
 
 
-def test_ranks_leave_when_rank_0_has_given_the_account(jobs, tmp_path):
-    save_pictures(tmp_path, [f"{index}.png" for index in range(4)], size=(32, 32))
-    ranks = start_ranks(jobs[IMAGES], tmp_path, 2, slow_s=0.15)
+def test_ranks_leave_when_rank_0_has_given_the_account(jobs, tmp_path, port):
+    names = [f"{'x' * length}.png" for length in range(1, 9)]
+    root = folder_for_all(tmp_path, names, size=2)
+    save_pictures(root, names, size=(32, 32))
+    num_sidecars = len(share(0, 2, [root / name for name in names]))
+    ranks = start_ranks(jobs[IMAGES], root, 2, port, pauses={0: [("replace", num_sidecars + 1)]})
+    ranks[0].until_paused()  # it is writing the list
+    until_handed_in(ranks, port, 1)
+    assert not (root / "_upscaled.img_sdxl.txt").exists()
+    ranks[0].resume()
     ranks[1].wait()
-    assert "4 encoded" in ranks[0].output and (tmp_path / "_upscaled.img_sdxl.txt").exists()
+    assert "8 encoded" in ranks[0].output and (root / "_upscaled.img_sdxl.txt").exists()
     assert [rank.wait() for rank in ranks] == [0, 0]
 
 
-def test_rank_that_waits_for_a_killed_one_hears_signals_and_the_next_run_finishes(job, tmp_path):
-    root = job.copy(tmp_path / "data")
-    images = [path.relative_to(root).with_suffix("") for path in root.rglob("*.png")]
-    others = [name for name in images if zlib.crc32(f"{root / name}.png".encode()) % 3 != 1]
-    ranks = start_ranks(job, root, 3, slow_s=0.03)
-    ranks[1].until(lambda: job.sidecars(root))
+def test_list_of_upscaled_images_of_a_rank_that_waits_for_hours_survives_a_run_beside_it(jobs, tmp_path, port):
+    names = [f"{'x' * length}.png" for length in range(1, 9)]
+    root = folder_for_all(tmp_path, names, size=2)
+    save_pictures(root, names, size=(32, 32))
+    ranks = start_ranks(jobs[IMAGES], root, 2, port, pauses={0: [("replace", 1)]})
+    ranks[0].until_paused()
+    [part] = wait_until(lambda: list(root.glob(".cachetrain*.txt.tmp")))
+    os.utime(part, (0, 0))  # hours pass
+    ranks[1].until(lambda: part.stat().st_mtime > 0)
+    assert jobs[CAPTIONS].start(root).wait() == 0
+    ranks[0].resume()
+    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].output
+    lines = (root / "_upscaled.img_sdxl.txt").read_text().splitlines()
+    assert sorted(lines) == [f"{root / name}\t32x32 -> 64x64" for name in names] and leftovers(root) == []
+
+
+def test_rank_that_waits_for_a_killed_one_hears_signals_and_the_next_run_finishes(job, tmp_path, port):
+    names = [path.relative_to(job.source) for path in job.source.rglob("*.png")]
+    root = job.copy(folder_for_all(tmp_path, names, size=3))
+    images = [root / name for name in names]
+    ranks = start_ranks(job, root, 3, port, pauses={1: [("replace", 1)]})
+    ranks[1].until_paused()
     ranks[1].signal(signal.SIGKILL)
-    ranks[0].until(lambda: all((root / f"{name}{job.suffix}").exists() for name in others))
-    time.sleep(1)
-    assert ranks[0].poll() is None and ranks[2].poll() is None
+    until_handed_in(ranks, port, 0, 2)
     for rank in ranks[::2]:
         rank.signal(signal.SIGTERM)
-    assert [rank.wait(10) for rank in ranks] == [143, -signal.SIGKILL, 143]
+    assert [rank.wait() for rank in ranks] == [143, -signal.SIGKILL, 143]
+    others = share(0, 3, images) + share(2, 3, images)
+    assert all(image.with_suffix(job.suffix).exists() for image in others)
     assert len(others) <= job.check(root) < len(job.expected)
     job.finish(root)
 
@@ -623,10 +725,10 @@ class Torchrun:
             start_new_session=True,
         )
 
-    def finish(self, timeout_s=120):
+    def finish(self):
         """Returns (exit code, output)."""
         try:
-            output = self.process.communicate(timeout=timeout_s)[0]
+            output = self.process.communicate(timeout=HANG_S)[0]
         except subprocess.TimeoutExpired:
             self.kill()
             raise
@@ -666,22 +768,36 @@ def test_torchrun_of_captions_gives_what_one_process_gives(jobs, model, tmp_path
 
 
 def test_torchrun_ends_when_a_rank_is_killed_and_one_process_finishes(jobs, model, tmp_path):
-    root = tmp_path / "data"
-    save_pictures(root, [f"{index:02}.png" for index in range(40)], size=(64, 64))
+    names = [f"{index:02}.png" for index in range(40)]
+    root = folder_for_all(tmp_path, names, size=2)
+    save_pictures(root, names, size=(64, 64))
+    stuck = share(1, 2, sorted(root.iterdir()))[-1]
+    stuck.unlink()
+    os.mkfifo(stuck)  # rank 1 will wait for what this image holds
     argv = ("--resolution", 256)
     launched = Torchrun(IMAGES, root, model, 2, *argv)
-    deadline_s = time.monotonic() + 60
-    while not jobs[IMAGES].sidecars(root) and time.monotonic() < deadline_s:
-        time.sleep(0.005)
+    pipe = wait_until(lambda: opened_by_reader(stuck) or launched.process.poll() is not None)
+    wait_until(lambda: jobs[IMAGES].sidecars(root))
     os.kill(launched.ranks()[1], signal.SIGKILL)
-    code, output = launched.finish(20)
+    code, output = launched.finish()
+    os.close(pipe)
     assert code not in (0, None), output
     standing = payloads(root, ".img_sdxl")
     assert 0 < len(standing) < 40
+    stuck.unlink()
+    save_pictures(root, [stuck.name], size=(64, 64))
     run = jobs[IMAGES].start(root, *EXACT, *argv)
     assert run.wait() == 0 and f": {40 - len(standing)} encoded, {len(standing)} fresh" in run.output
     finished = payloads(root, ".img_sdxl")
     assert len(finished) == 40 and standing.items() <= finished.items() and leftovers(root) == []
+
+
+def opened_by_reader(fifo):
+    """A descriptor of a named pipe's other end, once a process has opened it for reading; None before."""
+    try:
+        return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+    except OSError:
+        return None
 
 
 # Bad images and pickles

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 
@@ -423,11 +424,9 @@ def test_scan_finds_images_only_in_a_fixed_order(tmp_path):
 
 
 def test_temporary_files_of_dead_runs_are_removed_and_of_live_ones_kept(cache, root):
-    with subprocess.Popen([sys.executable, "-c", ""]) as dead:
-        pass
-    own = temporary_path(root / "a.img_sdxl")
+    own, me = temporary_path(root / "a.img_sdxl"), f"~{os.getpid()}~"
     gone, elsewhere, silent = (
-        root / own.name.replace(str(os.getpid()), str(dead.pid)),
+        root / own.name.replace(me, f"~{2**22 + 1}~"),  # Linux gives no number as high
         root / own.name.replace(os.uname().nodename, "another-machine"),
         root / own.name.replace(os.uname().nodename, "a-third-machine"),
     )
@@ -447,7 +446,9 @@ def test_dead_worker_ends_the_run_with_its_reason(cache, root, monkeypatch):
 
 
 def test_interrupt_leaves_only_whole_sidecars(model, tmp_path):
-    save_pictures(tmp_path, [f"{i:03}.png" for i in range(60)])
+    save_pictures(tmp_path, [f"{i:02}.png" for i in range(24)])
+    (tmp_path / "12.png").unlink()
+    os.mkfifo(tmp_path / "12.png")  # whoever decodes it waits for what it holds
     command = [sys.executable, REPO / "cache/create_img_sdxl.py", "--data_root", tmp_path, "--model", model]
     process = subprocess.Popen(
         [*command, "--batch_size", "1", "--resolution", "192"],
@@ -455,15 +456,18 @@ def test_interrupt_leaves_only_whole_sidecars(model, tmp_path):
         text=True,
         start_new_session=True,
     )
-    deadline = time.monotonic() + 60
-    while not sidecars(tmp_path, SUFFIX) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    pipe = None
+    while process.poll() is None and not (pipe and sidecars(tmp_path, SUFFIX)):
+        with suppress(OSError):  # nobody reads it yet
+            pipe = pipe or os.open(tmp_path / "12.png", os.O_WRONLY | os.O_NONBLOCK)
+        time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal's Ctrl-C: to the workers too
-    errors = process.communicate(timeout=30)[1]
+    os.close(pipe)
+    errors = process.communicate()[1]
     assert process.returncode == 130, errors
     assert "stopped; run again to continue" in errors and "Traceback" not in errors
     written = sidecars(tmp_path, SUFFIX)
-    assert 0 < len(written) < 60 and not list(tmp_path.glob(".*"))
+    assert 0 < len(written) <= 12 and not list(tmp_path.glob(".*"))
     for name in written:
         read_sidecar(tmp_path / f"{name}{SUFFIX}")
 
@@ -508,15 +512,13 @@ def test_repository_code_runs_only_with_custom(root, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["create_img_sdvae", "create_img_sdxl", "create_clipl", "create_t5cache_768"])
-def test_help_answers_at_once_and_without_torch(name):
+def test_help_answers_without_torch_or_numpy(name):
     code = (
         f"import runpy, sys; sys.argv = ['{name}.py', '--help']\n"
         f"try: runpy.run_path('cache/{name}.py', run_name='__main__')\n"
         "except SystemExit as end: assert not end.code\n"
         "assert not {'torch', 'diffusers', 'transformers', 'numpy'} & set(sys.modules)"
     )
-    started_s = time.perf_counter()
     result = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "--data_root" in result.stdout and "cache/" in result.stdout
-    assert time.perf_counter() - started_s < 0.5

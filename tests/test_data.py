@@ -11,8 +11,8 @@ from conftest import load_script
 from test_training import CLIP, T5, digest, refused, run
 
 from cachetrain.data import dataset, ram, rng
-from cachetrain.data.batching import Batches
-from cachetrain.data.dataset import CachedPairs, Visit
+from cachetrain.data.batching import BatchSampler
+from cachetrain.data.dataset import CachedPairs, SampleKey
 from cachetrain.data.index import PairIndex
 from cachetrain.data.loader import unpack
 from cachetrain.data.sidecar import read_sidecar
@@ -46,27 +46,27 @@ def copied(shapes, folder, names=slice(None), suffixes=T5):
 
 def test_weights_are_the_mean_number_of_visits_and_fractions_are_drawn_anew_in_each_epoch():
     weights = np.array([1, 2, 0, 0.5, 2.25] * 20, np.float32)
-    counts = np.array([np.bincount(rng.visits(0, epoch, weights)[0], minlength=100) for epoch in range(400)])
+    counts = np.array([np.bincount(rng.epoch_order(0, epoch, weights)[0], minlength=100) for epoch in range(400)])
     for i, weight in enumerate(weights):
         assert set(counts[:, i]) == {int(np.floor(weight)), int(np.ceil(weight))}
         spread = np.sqrt((weight % 1) * (1 - weight % 1) / 400)
         assert abs(counts[:, i].mean() - weight) <= 5 * spread
     assert len({row.tobytes() for row in counts}) == 400
-    samples, repeats = rng.visits(3, 7, weights)
+    samples, repeats = rng.epoch_order(3, 7, weights)
     assert len(set(zip(samples.tolist(), repeats.tolist(), strict=True))) == len(samples)
     assert all(repeats[samples == 1].tolist().count(n) == 1 for n in (0, 1))
-    plain, none = rng.visits(0, 0, np.ones(50, np.float32))
+    plain, none = rng.epoch_order(0, 0, np.ones(50, np.float32))
     assert (plain == rng.permutation(0, 0, 50)).all() and not none.any()
 
 
 def test_two_visits_of_one_epoch_have_noise_and_timesteps_of_their_own(shapes):
     pairs = CachedPairs(PairIndex([shapes], *T5), 0, None, 1.0)
-    first, second = pairs[Visit(0, 3, 0)], pairs[Visit(0, 3, 1)]
+    first, second = pairs[SampleKey(0, 3, 0)], pairs[SampleKey(0, 3, 1)]
     assert torch.equal(first["latents"], second["latents"])
     assert abs(np.corrcoef(first["noise"].flatten(), second["noise"].flatten())[0, 1]) < 0.3
     assert first["timesteps"] != second["timesteps"]
     fixed = CachedPairs(pairs.index, 0, None, 1.0, fixed=True)
-    again = fixed[Visit(9, 3, 1)]
+    again = fixed[SampleKey(9, 3, 1)]
     assert torch.equal(again["noise"], first["noise"]) and again["timesteps"] == first["timesteps"]
 
 
@@ -82,12 +82,12 @@ def test_folder_weights_multiply_txt_and_repeats_multiply_and_the_nearest_file_c
     args = options.parse_args("", argv)
     assert args.train_data_dir == [str(root), str(other)] and args.dir_weights == [1.0, 2.0]
     index = PairIndex(args.train_data_dir, *T5, args.dir_weights)
-    by_folder = {index.stem(i).rsplit("/", 1)[0].rsplit("/", 1)[1]: index.weights[i] for i in range(len(index))}
+    by_folder = {index.stem(i).rsplit("/", 1)[0].rsplit("/", 1)[1]: index.repeats[i] for i in range(len(index))}
     assert by_folder == {"a": 1.0, "often": 3.0, "deep": 3.0, "never": 0.0, "b:1": 2.0}
-    assert index.num_visits == 4 + 9 + 3 + 0 + 4
-    visited = Counter(visit.sample for batch in Batches(index, 5, 0, 40) for visit in batch)  # ten epochs
+    assert index.samples_per_epoch == 4 + 9 + 3 + 0 + 4
+    visited = Counter(visit.sample for batch in BatchSampler(index, 5, 0, 40) for visit in batch)  # ten epochs
     assert {index.stem(i).split("/")[-2] for i in visited} == {"a", "often", "deep", "b:1"}
-    for i, weight in enumerate(index.weights):
+    for i, weight in enumerate(index.repeats):
         assert abs(visited[i] - 10 * weight) <= weight  # the last of them may wait in a batch
     (root / "multiply.txt").write_text("often")
     with pytest.raises(ValueError, match=r"multiply\.txt: 'often'"):
@@ -100,8 +100,8 @@ def test_folder_weights_multiply_txt_and_repeats_multiply_and_the_nearest_file_c
 
 def test_ranks_share_each_batch_and_together_they_are_one_big_batch():
     index = Index([1, 2, 0.5] * 12, [0, 0, 1] * 12)
-    whole = list(Batches(index, 6, 5, 20))
-    parts = [list(Batches(index, 2, 5, 20, rank=rank, ranks=3)) for rank in range(3)]
+    whole = list(BatchSampler(index, 6, 5, 20))
+    parts = [list(BatchSampler(index, 2, 5, 20, rank=rank, ranks=3)) for rank in range(3)]
     for batch, *shares in zip(whole, *parts, strict=True):
         assert sorted(batch) == sorted(visit for share in shares for visit in share)
         assert all(len(share) == 2 for share in shares)
@@ -120,7 +120,7 @@ def test_a_size_that_never_fills_a_batch_is_named_and_what_waits_is_counted(shap
     out = capsys.readouterr().out
     assert "0.89 epochs of 27 visits to 27 pairs; 4x8x8: 88.9%; 4x8x12: 11.1%, NEVER FILLS A BATCH" in out
     # Six batches of 4 need all 24 of the common size, or wait: count by hand.
-    batches = Batches(PairIndex([shapes, wide], *T5), 4, 0, 6)
+    batches = BatchSampler(PairIndex([shapes, wide], *T5), 4, 0, 6)
     trained = {visit.sample for batch in batches for visit in batch}
     assert f"coverage: {len(trained)} of 27 pairs trained; waiting for a full batch:" in out
     assert sum(batches.waiting.values()) >= 1 and batches.seen.sum() == len(trained)
@@ -182,7 +182,7 @@ def test_subset_is_an_index_of_its_own(shapes):
     part = index.subset(np.array([3, 5, 11])).subset(np.array([2, 0]))
     assert [part.stem(i) for i in range(2)] == [index.stem(11), index.stem(3)]
     assert part.relative_name(1) == index.relative_name(3) and "/" not in part.relative_name(1)
-    assert len(part) == len(part.weights) == len(part.tokens) == 2 and part.num_visits == 2
+    assert len(part) == len(part.weights) == len(part.tokens) == 2 and part.samples_per_epoch == 2
     assert part.tokens[0] == len(read_sidecar(index.text_path(11))[0]["emb"])
 
 
@@ -191,7 +191,7 @@ def test_embeddings_in_bfloat16_are_those_of_float32_to_the_bit(shapes):
     exact = CachedPairs(index, 0, None, 1.0)
     half = CachedPairs(index, 0, None, 1.0, text_dtype=torch.bfloat16)
     for i in range(len(index)):
-        assert torch.equal(half[Visit(0, i)]["embedding"].float(), exact[Visit(0, i)]["embedding"])
+        assert torch.equal(half[SampleKey(0, i)]["embedding"].float(), exact[SampleKey(0, i)]["embedding"])
 
 
 def test_a_compiled_run_pads_every_batch_to_the_longest_text_of_all(shapes, model_t5):
@@ -212,6 +212,6 @@ def test_a_compiled_run_pads_every_batch_to_the_longest_text_of_all(shapes, mode
         index, _ = setup.open_index(args, World())
         index.tokens[7] = 35  # a longer text, in no batch of the four below
         loader, _ = setup.open_loader(args, setup.open_pairs(args, index, "flow"), torch.device("cpu"),
-                                      setup.make_plan(args, index.num_visits, 1), World())  # fmt: skip
+                                      setup.make_plan(args, index.samples_per_epoch, 1), World())  # fmt: skip
         found = {unpack(packed)["encoder_hidden_states"].shape[1] for packed in islice(loader, 4)}
         assert found <= lengths

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from test_training import T5, digest, run, trainer
 from train_ranks import Ranks
 
-from cachetrain.data.batching import Batches
+from cachetrain.data.batching import BatchSampler
 from cachetrain.data.index import PairIndex
 from cachetrain.data.sidecar import read_sidecar, write_sidecar
 from cachetrain.training import nonfinite, optim, setup
@@ -52,7 +52,7 @@ def quarantined(out):
 def pairs_of(data, step, accum=1, batch_size=2):
     """(index, numbers of its pairs in each micro-batch of a step)."""
     index = PairIndex([data], *T5)
-    batches = list(Batches(index, batch_size, 0, step * accum))[-accum:]
+    batches = list(BatchSampler(index, batch_size, 0, step * accum))[-accum:]
     return index, [[visit.sample for visit in batch] for batch in batches]
 
 
@@ -75,7 +75,7 @@ def poisoned_copy(data, tmp_path, what, value, sample):
 
 def add_to_loss(monkeypatch, values):
     """Adds values[n] to the last sample's loss in forward pass n, from 1: its gradients stay what they were."""
-    forward, calls = trainer.forward, count(1)
+    forward, calls = trainer.forward_pass, count(1)
 
     def bad(*args, **kwargs):
         loss, *rest = forward(*args, **kwargs)
@@ -240,7 +240,7 @@ def test_a_bad_sample_of_one_rank_is_skipped_by_all(flags, shapes, model_t5, tmp
 def test_metrics_are_of_the_finite_samples(shapes, model_t5, tmp_path, monkeypatch):
     """One window that is an epoch of 24 samples, of which one is bad."""
     data = poisoned_copy(shapes, tmp_path, "emb", INF, pairs_of(shapes, BAD, batch_size=6)[1][0][3])
-    seen, forward = [], trainer.forward
+    seen, forward = [], trainer.forward_pass
 
     def kept(*args, **kwargs):
         seen.append(forward(*args, **kwargs))

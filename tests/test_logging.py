@@ -19,10 +19,11 @@ from diffusers.models.attention_processor import Attention
 from PIL import Image, ImageSequence
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
+from train_ranks import HANG_S
 
 from cachetrain.diffusion.objective import alpha_sigma, min_snr_weights, squared_error, target_of
 from cachetrain.training.flags import GROUPS
-from cachetrain.training.logs import describe, diagnostics, health, machine
+from cachetrain.training.logs import describe, diagnostics, health, machine, statistics
 from cachetrain.training.logs.metrics import Metrics, open_metrics
 from cachetrain.training.logs.statistics import Statistics
 
@@ -108,11 +109,14 @@ def x0_of(objective, micro):
 
 
 @pytest.mark.parametrize("objective", ["epsilon", "v_prediction", "flow"])
-def test_window_tags_equal_a_computation_by_sample(objective, unet, tmp_path):
+def test_window_tags_equal_a_computation_by_sample(objective, unet, tmp_path, monkeypatch):
+    clock = SimpleNamespace(now_s=100.0)
+    monkeypatch.setattr(statistics, "time", SimpleNamespace(perf_counter=lambda: clock.now_s))
     stats = make_stats(unet, tmp_path, objective)
     micros = [micro_step(unet, random_batch(seed, objective), stats, objective) for seed in range(4)]
     stats.gradients(log_now=True)
     stats.wait_s += 1.0
+    clock.now_s += 4.0
     tags, histograms = stats.read(7, optimizer_of(0.25, 0.5))
 
     raw, loss = joined(micros, "raw"), joined(micros, "loss")
@@ -159,10 +163,11 @@ def test_window_tags_equal_a_computation_by_sample(objective, unet, tmp_path):
         assert tags[tag] == pytest.approx(float(value), rel=2e-4, abs=1e-6), tag
     counts, edges = histograms["06_Diffusion/timesteps"]
     np.testing.assert_array_equal(counts, np.histogram(timesteps, edges)[0])
-    assert tags["05_Performance/data_wait_fraction"] > 0.2
+    assert tags["05_Performance/data_wait_fraction"] == 0.25 and tags["05_Performance/images_per_second"] == 6
     rest = {tag.split("/")[0] for tag in tags.keys() - expected.keys()}
     assert rest == {"01_Training", "05_Performance", "11_Gradient_Stats", "14_System"}
     assert all(isinstance(value, float | int) for value in tags.values())
+    clock.now_s += 4.0
     assert stats.read(8, optimizer_of())[0].keys().isdisjoint(k for k in tags if k.startswith("02_"))  # afresh
 
 
@@ -784,7 +789,7 @@ def test_launcher_serves_the_runs_on_loopback_only(tmp_path):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         port = next(int(found[1]) for line in process.stdout if (found := re.search(r"//127.0.0.1:(\d+)/", line)))
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/data/runs", timeout=20) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/data/runs", timeout=HANG_S) as answer:
             assert json.load(answer) == ["run1"]
         listening = [line.split()[1] for path in ("/proc/net/tcp", "/proc/net/tcp6") for line in open(path)
                      if line.split()[3] == "0A"]  # fmt: skip
@@ -796,7 +801,7 @@ def test_launcher_serves_the_runs_on_loopback_only(tmp_path):
                 socket.create_connection((outside, port), timeout=2)
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(HANG_S)
 
 
 def test_launcher_says_what_is_missing(tmp_path):

@@ -2,7 +2,7 @@
 
 import json
 import re
-import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_training import CLIP, digest, refused, run, trainer
 
+from cachetrain.checkpoints import save
 from cachetrain.checkpoints.save import checkpoints
 from cachetrain.training import setup
 
@@ -143,7 +144,7 @@ def test_running_out_of_memory_says_what_to_lower_and_keeps_the_last_checkpoint(
             torch.empty(2**55)  # a real refusal of the allocator
         return real(*args, **kwargs)
 
-    real = trainer.forward
+    real = trainer.forward_pass
     monkeypatch.setattr(trainer, "forward", forward)
     message = refused(shapes, model_t5, tmp_path / "run", "--max_steps", 9, "--save_steps", 2)
     assert "out of memory" in message and "--batch_size below 2" in message and "--gradient_checkpointing" in message
@@ -159,7 +160,7 @@ def test_saves_by_epoch_by_time_and_on_request_and_keeps_the_last(shapes, model_
     run(shapes, model_t5, tmp_path / "last", *flags, "--save_steps", 1, "--keep_last", 2)
     assert steps_saved(tmp_path / "last") == [8, 9] and not list((tmp_path / "last").glob(".checkpoint*"))
 
-    real = trainer.forward
+    real = trainer.forward_pass
 
     def forward(*args, **kwargs):
         (tmp_path / "asked" / "trigger.checkpoint").touch()
@@ -169,13 +170,16 @@ def test_saves_by_epoch_by_time_and_on_request_and_keeps_the_last(shapes, model_
     run(shapes, model_t5, tmp_path / "asked", "--max_steps", 2, "--batch_size", 8)
     assert steps_saved(tmp_path / "asked") == [1, 2] and not (tmp_path / "asked" / "trigger.checkpoint").exists()
 
-    def slow_forward(*args, **kwargs):
-        time.sleep(0.05)
+    clock = SimpleNamespace(now_s=1000.0)
+
+    def forward_of_25_seconds(*args, **kwargs):
+        clock.now_s += 25
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(trainer, "forward", slow_forward)
-    run(shapes, model_t5, tmp_path / "timed", "--max_steps", 3, "--batch_size", 8, "--save_every_minutes", 0.0005)
-    assert steps_saved(tmp_path / "timed") == [1, 2, 3]
+    monkeypatch.setattr(save, "time", SimpleNamespace(monotonic=lambda: clock.now_s))
+    monkeypatch.setattr(trainer, "forward", forward_of_25_seconds)
+    run(shapes, model_t5, tmp_path / "timed", "--max_steps", 7, "--batch_size", 8, "--save_every_minutes", 1)
+    assert steps_saved(tmp_path / "timed") == [3, 6, 7]
 
 
 def steps_saved(output_dir):

@@ -3,10 +3,13 @@
 import os
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from train_ranks import HANG_S
 
+from cachetrain.data import many_files
 from cachetrain.data.many_files import PackedStrings, in_threads, random_subset
 
 
@@ -47,21 +50,21 @@ def test_in_threads_gives_every_result_with_its_item_in_order(function, count):
     assert list(in_threads(function, iter(range(count)))) == [(item, -item) for item in range(count)]
 
 
-@pytest.mark.parametrize(("function", "threads"), [(compute, 1), (wait, 8)])
-def test_in_threads_uses_threads_where_items_wait_and_none_where_they_compute(function, threads, monkeypatch):
-    names = set()
+@pytest.mark.parametrize(("busy_s", "threads"), [(0.9, 1), (0.1, 8)])
+def test_in_threads_uses_threads_where_items_wait_and_none_where_they_compute(busy_s, threads, monkeypatch):
+    """The first 64 items take a second, of which they compute for `busy_s`; later ones wait for each other."""
+    names, together, clock = set(), threading.Barrier(threads), SimpleNamespace(wall_s=10.0, busy_s=5.0)
+    times = {"perf_counter": lambda: clock.wall_s, "thread_time": lambda: clock.busy_s}
+    monkeypatch.setattr(many_files, "time", SimpleNamespace(**times))
 
     def noted(item):
+        if item < 64:
+            clock.wall_s, clock.busy_s = 11.0, 5.0 + busy_s
+            return
         names.add(threading.get_ident())
-        return function(item)
+        together.wait(HANG_S)
 
-    if function is compute:  # on a busy machine computing waits too, for a core
-        monkeypatch.setattr(time, "perf_counter", time.thread_time)
-    rest = in_threads(noted, range(2000))
-    for _ in range(64):  # on the calling thread, to see what they are like
-        next(rest)
-    names.clear()
-    list(rest)
+    list(in_threads(noted, range(64 + 2 * 8 * 64)))
     assert len(names) == threads
 
 

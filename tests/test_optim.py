@@ -1,6 +1,7 @@
 """Optimizers against torch and their papers, and the table of them; bfloat16, CPU offload and loss scaling."""
 
 import copy
+import importlib
 import importlib.util
 import subprocess
 import sys
@@ -214,6 +215,19 @@ def test_cpu_offload_equals_the_optimizer_itself(name, dtype):
             run(optimizer, weights, [step])
         assert_equal(parameters, offloaded)
     assert_equal(offloaded, optimizers[1].cpu_parameters)
+
+
+@pytest.mark.parametrize("cpu_offload", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", KAHAN_OPTIMIZERS)
+def test_no_triton_kernel_takes_tensors_on_the_cpu_where_triton_is_installed(name, dtype, cpu_offload, monkeypatch):
+    """optimi's StableAdamW asks which kernels fit before it has the tensors, and hears: Triton's."""
+    parameters, others = parameters_of(dtype), parameters_of(dtype)
+    run(optimizer_of(name, parameters), parameters, range(3))
+    for module in ("adam", "lion", "stableadamw"):
+        monkeypatch.setattr(importlib.import_module(f"optimi.{module}"), "_default_to_triton", lambda _: True)
+    run(optimizer_of(name, others, cpu_offload=cpu_offload), others, range(3))
+    assert_equal(parameters, others)
 
 
 def test_cpu_offload_leaves_parameters_without_gradient():

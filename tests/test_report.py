@@ -9,8 +9,10 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 from conftest import load_script
+from pages import until
 from PIL import Image
 from test_training import run
+from train_ranks import HANG_S
 
 from cachetrain.report import run as reading
 from cachetrain.report.findings import findings
@@ -249,7 +251,7 @@ def opened(browser, directories, tmp_path, width=1280, **options):
     target = tmp_path / "page.html"
     assert report.main([*map(str, directories), "--out", str(target)]) == 0
     page = browser.new_page(viewport={"width": width, "height": 800}, **options)
-    page.set_default_timeout(10_000)
+    page.set_default_timeout(1000 * HANG_S)
     requests, errors = [], []
     page.on("request", lambda sent: requests.append(sent.url))
     page.on("pageerror", lambda error: errors.append(str(error)))
@@ -284,6 +286,8 @@ def point(page, title, share):
 def pixels(page, places):
     """RGB of the middle of each picture with such an index among the samples, as the screen shows it."""
     pictures = page.locator(".strip img")
+    for i in places:
+        pictures.nth(i).evaluate("img => img.decode()")  # it may still show the picture before
     shots = [Image.open(io.BytesIO(pictures.nth(i).screenshot())).convert("RGB") for i in places]
     return [shot.getpixel((shot.width // 2, shot.height // 2)) for shot in shots]
 
@@ -317,8 +321,7 @@ def test_slider_shows_each_steps_pictures_and_play_runs_through_all(browser, run
             new MutationObserver(() => seen.push(step.textContent)).observe(step, { childList: true });
         }""")
         page.click("#play")
-        while page.evaluate("seen.length") < 5:
-            page.wait_for_timeout(100)
+        until(page, "seen.length >= 5")
         page.click("#play")
         assert page.evaluate("seen.slice(0, 5)") == ["step 100", "step 200", "step 300", "step 100", "step 200"]
         assert page.text_content("#play") == "Play"

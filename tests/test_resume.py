@@ -13,10 +13,9 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-import train_ranks
 from conftest import REPO, load_script
 from safetensors.torch import load_file
-from train_ranks import HANG_S, seen_by, watched_rank
+from train_ranks import HANG_S, Ranks, seen_by, watched_rank
 
 from cachetrain.checkpoints.resume import Resumed
 from cachetrain.checkpoints.save import checkpoint_path, checkpoints
@@ -60,7 +59,7 @@ class Runs:
 
     def train(self, out, *flags):
         """Trains in this process; returns the sample ids of each micro-batch."""
-        samples, forward = [], trainer.forward_pass
+        samples, forward = [], trainer.forward_pass_pass
 
         def watched(model, batch, **settings):
             if model.training:
@@ -75,11 +74,10 @@ class Runs:
         """Trains on ranks; returns a list of Rank, whose `seen` are the sample ids of each micro-batch.
 
         Args:
-            kill: (rank, moment of `watch`).
+            kill: (rank, moment of `watch_samples`).
         """
-        with mock.patch.object(train_ranks, "_rank", watched_rank):
-            folder = self.new()
-            results = train_ranks.Ranks(self.argv(out, *flags), ranks, folder, kill).finish()
+        folder = self.new()
+        results = Ranks(self.argv(out, *flags), ranks, folder, kill, target=watched_rank).finish()
         return [result._replace(seen=seen_by(folder, rank)) for rank, result in enumerate(results)]
 
     def interrupted(self, run, step):

@@ -1,4 +1,4 @@
-"""Samples while training: the rules of prompt files, samplers against diffusers, and what must not happen."""
+"""SampleImages while training: the rules of prompt files, samplers against diffusers, and what must not happen."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ from cachetrain.modeling.text_encoders import TextEncoder
 from cachetrain.sampling import samples as samples_module
 from cachetrain.sampling.prompts import PromptFile, Prompts, Sample, read_prompts, sample_seed, sample_size
 from cachetrain.sampling.render import render
-from cachetrain.sampling.samples import Samples
+from cachetrain.sampling.samples import SampleImages
 
 torch.set_num_threads(1)
 CLIP, T5 = (".img_sdxl", ".txt_clipl"), (".img_sdxl", ".txt_t5cache")
@@ -53,7 +53,7 @@ def make_samples(model, shapes, source, suffixes=T5, cfgs=(1.0, 4.0), index=None
     index = index or PairIndex([shapes], *suffixes)
     defaults = Prompts(cfgs=cfgs, num_inference_steps=2, generate_samples_every_n_steps=250)
     scheduler, info = load.load_scheduler(model / "scheduler"), data_info(index, text_scale=1.0)
-    return Samples(model, source, defaults, scheduler, info, lambda: index, torch.device("cpu"))
+    return SampleImages(model, source, defaults, scheduler, info, lambda: index, torch.device("cpu"))
 
 
 def written(path, **content):
@@ -264,7 +264,7 @@ def test_only_new_prompts_are_encoded_and_none_where_nothing_changed(shapes, mod
 
 
 def test_text_encoder_has_left_memory_when_training_starts(shapes, model_t5, tmp_path, monkeypatch):
-    encoders, alive, original, forward = [], [], load.load_text_encoder, trainer.forward
+    encoders, alive, original, forward = [], [], load.load_text_encoder, trainer.forward_pass
 
     def load_text_encoder(*args):
         encoder = original(*args)
@@ -363,7 +363,7 @@ def test_the_default_size_is_the_caches_commonest_and_the_json_says_when(shapes,
 def test_the_progress_animation_holds_the_last_fifty_small_strips_of_a_resumed_run_too(
     shapes, model_t5, unet, tmp_path, monkeypatch
 ):
-    """Step by step a brighter picture; the last ones are drawn by another Samples, as after a resume."""
+    """Step by step a brighter picture; the last ones are drawn by another SampleImages, as after a resume."""
     metrics = Recorder()
     for first, last in ((1, 40), (41, 60)):
         samples = make_samples(model_t5, shapes, ["a star"])

@@ -13,6 +13,7 @@ import pytest
 from conftest import REPO
 from safetensors.torch import load_file
 from test_training import digest, refused, run, trainer
+from train_ranks import HANG_S
 
 from cachetrain import atomic
 from cachetrain.checkpoints import save
@@ -33,7 +34,7 @@ class Gate:
             self.writing += 1
             self.most = max(self.most, self.writing)
             self.reached.set()
-            assert self.open.wait(20)
+            assert self.open.wait(HANG_S)
             real(*args)
             self.writing -= 1
 
@@ -46,7 +47,7 @@ def digest_of(unet):
 
 def test_training_goes_on_while_a_checkpoint_of_its_own_step_is_written(shapes, model_t5, tmp_path, monkeypatch):
     gate, asked, passes = Gate(monkeypatch), {}, []
-    real_save, real_forward = Saving.save, trainer.forward
+    real_save, real_forward = Saving.save, trainer.forward_pass
 
     def save(self, step, unet, *args):
         asked[step] = digest_of(unet)
@@ -55,7 +56,7 @@ def test_training_goes_on_while_a_checkpoint_of_its_own_step_is_written(shapes, 
     def forward(*args, **kwargs):
         passes.append(1)
         if len(passes) == 4:  # two steps after the save of the second
-            assert gate.reached.is_set() and not checkpoints(tmp_path / "run")
+            assert gate.reached.wait(HANG_S) and not checkpoints(tmp_path / "run")
             gate.open.set()
         return real_forward(*args, **kwargs)
 
@@ -87,7 +88,7 @@ def test_one_save_at_most_is_in_flight(shapes, model_t5, tmp_path, monkeypatch):
 
 
 def test_whatever_goes_wrong_in_a_save_is_said_at_the_next_step(shapes, model_t5, tmp_path, monkeypatch, capsys):
-    real_write, real_forward, said = Saving._write, trainer.forward, []
+    real_write, real_forward, said = Saving._write, trainer.forward_pass, []
 
     def write(self, step, *args):
         if step == 2:
@@ -198,21 +199,21 @@ def test_leftovers_of_killed_saves_are_removed_at_the_next_start(kept, shapes, m
 
 
 _HOLD = """
-import os, sys, time
+import os, sys
 from cachetrain.atomic import locked_directory
 with locked_directory(sys.argv[1]):
     if os.fork() == 0:  # as a loader's worker, which lives on for a while when its parent is killed
-        time.sleep(20)
+        sys.stdin.read()
         os._exit(0)
     print("held", flush=True)
-    time.sleep(20)
+    sys.stdin.read()
 """
 
 
 def test_second_process_on_an_output_dir_is_refused_until_the_first_is_dead(shapes, model_t5, tmp_path):
     out = tmp_path / "run"
-    first = subprocess.Popen([sys.executable, "-c", _HOLD, out], cwd=REPO, stdout=subprocess.PIPE, text=True,
-                             start_new_session=True)  # fmt: skip
+    first = subprocess.Popen([sys.executable, "-c", _HOLD, out], cwd=REPO, stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE, text=True, start_new_session=True)  # fmt: skip
     try:
         assert first.stdout.readline() == "held\n"
         (out / ".checkpoint-000001.stage").mkdir()  # what it is writing
@@ -223,6 +224,7 @@ def test_second_process_on_an_output_dir_is_refused_until_the_first_is_dead(shap
         assert first.wait() == -signal.SIGKILL
         run(shapes, model_t5, out, "--max_steps", 1, "--batch_size", 2)
         assert {path.name for path in out.glob(".*")} == {atomic.LOCK}
+        os.killpg(first.pid, 0)  # its child lived all the while
     finally:
         os.killpg(first.pid, signal.SIGKILL)
         first.wait()

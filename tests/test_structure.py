@@ -4,7 +4,6 @@ import ast
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 from conftest import REPO
@@ -66,21 +65,20 @@ def test_a_wrong_arrow_is_noticed(tmp_path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=str)
-def test_help_answers_in_half_a_second_without_torch(script):
+def test_help_answers_at_once_since_it_imports_no_heavy_package(script):
     code = (
         f"import runpy, sys; sys.argv = [{str(REPO / script)!r}, '--help']\n"
         f"sys.path.insert(0, {str((REPO / script).parent)!r})\n"
+        "before = set(sys.modules)\n"
         "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
-        "finally:\n    assert 'torch' not in sys.modules, 'torch was imported'\n"
+        "finally:\n    print('imported:', *{name.split('.')[0] for name in set(sys.modules) - before})\n"
     )
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
-        times.append(time.perf_counter() - start)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.startswith("usage:")
-    assert min(times) < 0.5
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage:")
+    imported = set(done.stdout.splitlines()[-1].removeprefix("imported:").split())
+    own = {"cachetrain", *(path.stem for path in (REPO / script).parent.glob("*.py"))}
+    assert imported - sys.stdlib_module_names - own <= {"numpy", "PIL", "tqdm"}
 
 
 @pytest.mark.parametrize("script", [s for s in SCRIPTS if "cachetrain" in (REPO / s).read_text()], ids=str)

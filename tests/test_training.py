@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from itertools import islice
 
 import numpy as np
@@ -20,10 +21,11 @@ from diffusers.training_utils import compute_snr
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from train_ranks import HANG_S
 
 from cachetrain.data import rng
-from cachetrain.data.batching import Batches, collate
-from cachetrain.data.dataset import CachedPairs, Visit
+from cachetrain.data.batching import BatchSampler, collate
+from cachetrain.data.dataset import CachedPairs, SampleKey
 from cachetrain.data.index import PairIndex
 from cachetrain.data.sidecar import read_sidecar, write_sidecar
 
@@ -68,7 +70,7 @@ def distance(weights, expected, start):
 def plain_loop(data, model, objective, steps, accum, batch_size, masked, gamma):
     """What the trainer must equal, written with diffusers and torch only (draws and order are given)."""
     index = PairIndex([data], *(T5 if masked else CLIP))
-    order = iter(Batches(index, batch_size, 0, steps * accum))
+    order = iter(BatchSampler(index, batch_size, 0, steps * accum))
     unet = UNet2DConditionModel.from_pretrained(model / "unet").train()
     ddpm = DDPMScheduler.from_pretrained(model / "scheduler", prediction_type=objective)
     scale = json.loads((model / "vae" / "config.json").read_text())["scaling_factor"]
@@ -152,7 +154,7 @@ def test_workers_samples_saves_and_logging_never_change_the_weights(shapes, mode
 def test_padding_never_changes_a_prediction(shapes, model_t5):
     unet = UNet2DConditionModel.from_pretrained(model_t5 / "unet").eval()
     index = PairIndex([shapes], *T5)
-    samples = [CachedPairs(index, 0, None, 1.0)[Visit(0, i)] for i in (0, 1)]
+    samples = [CachedPairs(index, 0, None, 1.0)[SampleKey(0, i)] for i in (0, 1)]
     samples[1]["embedding"] = samples[1]["embedding"][:5]  # lengths that differ a lot
     batch = collate(samples, masked=True)
     assert batch["encoder_hidden_states"].shape[1] % 8 == 0
@@ -174,7 +176,7 @@ def test_an_epoch_visits_every_sample_once_and_drops_none():
         def __len__(self):
             return 17
 
-    batches = list(islice(Batches(Index(), 4, 0, 40), 40))
+    batches = list(islice(BatchSampler(Index(), 4, 0, 40), 40))
     for batch in batches:
         assert len({Index.shape_ids[visit.sample] for visit in batch}) == 1
     visits = [key for batch in batches for key in batch]
@@ -202,8 +204,8 @@ def test_stratified_batches_spread_each_step_over_all_timesteps_whatever_its_mic
             return 50
 
     batch_size = 12 // accum
-    batches = list(Batches(Index(), batch_size, 0, 8 * accum, strata=accum))
-    plain = list(Batches(Index(), batch_size, 0, 8 * accum))
+    batches = list(BatchSampler(Index(), batch_size, 0, 8 * accum, strata=accum))
+    plain = list(BatchSampler(Index(), batch_size, 0, 8 * accum))
     assert [
         [key._replace(uniform=None) for key in batch] for batch in batches
     ] == plain  # the same samples in the same order
@@ -224,22 +226,25 @@ def test_timestep_range_offset_noise_and_sampling_change_only_what_they_say(shap
     middle = CachedPairs(index, 0, None, 1.0, timestep_sampling="logit_normal")
     offset = CachedPairs(index, 0, None, 1.0, offset_noise=0.1)
     for i in range(len(index)):
-        a = plain[Visit(0, i)]
-        assert ranged[Visit(0, i)]["timesteps"] == 200 + a["timesteps"] // 10
-        added = offset[Visit(0, i)]["noise"] - a["noise"]
+        a = plain[SampleKey(0, i)]
+        assert ranged[SampleKey(0, i)]["timesteps"] == 200 + a["timesteps"] // 10
+        added = offset[SampleKey(0, i)]["noise"] - a["noise"]
         assert added.std(dim=(1, 2)).max() < 1e-6 and added[:, 0, 0].abs().max() > 1e-4
         assert (
-            torch.equal(offset[Visit(0, i)]["latents"], a["latents"])
-            and offset[Visit(0, i)]["timesteps"] == a["timesteps"]
+            torch.equal(offset[SampleKey(0, i)]["latents"], a["latents"])
+            and offset[SampleKey(0, i)]["timesteps"] == a["timesteps"]
         )
-    offsets = torch.stack([offset[Visit(0, i)]["noise"] - plain[Visit(0, i)]["noise"] for i in range(len(index))])[
-        ..., 0, 0
-    ]
+    offsets = torch.stack(
+        [offset[SampleKey(0, i)]["noise"] - plain[SampleKey(0, i)]["noise"] for i in range(len(index))]
+    )[..., 0, 0]
     assert 0.05 < offsets.std() < 0.15
-    uniform, normal = (np.array([d[Visit(0, i)]["timesteps"] for i in range(len(index))]) for d in (plain, middle))
+    uniform, normal = (
+        np.array([d[SampleKey(0, i)]["timesteps"] for i in range(len(index))]) for d in (plain, middle)
+    )
     assert (uniform.argsort() == normal.argsort()).all() and normal.std() < uniform.std()
     assert (
-        plain[Visit(0, 0, uniform=0.25)]["timesteps"] == 250 and ranged[Visit(0, 0, uniform=0.25)]["timesteps"] == 225
+        plain[SampleKey(0, 0, uniform=0.25)]["timesteps"] == 250
+        and ranged[SampleKey(0, 0, uniform=0.25)]["timesteps"] == 225
     )
 
 
@@ -255,7 +260,7 @@ def test_cond_dropout_replaces_the_share_of_captions_asked_for(shapes):
     index = PairIndex([shapes], *T5)
     null = read_sidecar(shapes / "_null_caption.txt_t5cache")[0]["emb"].float()
     pairs = CachedPairs(index, 0, null, 1.0, cond_dropout=0.2)
-    samples = [pairs[Visit(epoch, i)] for epoch in range(25) for i in range(24)]
+    samples = [pairs[SampleKey(epoch, i)] for epoch in range(25) for i in range(24)]
     dropped = [sample for sample in samples if sample["dropped"]]
     assert 0.15 < len(dropped) / len(samples) < 0.25
     assert all(torch.equal(sample["embedding"], null) for sample in dropped)
@@ -266,14 +271,14 @@ def test_cond_dropout_replaces_the_share_of_captions_asked_for(shapes):
 def test_flip_uses_latent_flip_and_says_how_to_get_it(shapes, tmp_path):
     index = PairIndex([shapes], *T5)
     with pytest.raises(ValueError, match=r"cache with --flip"):
-        CachedPairs(index, 0, None, 1.0, flip_p=1.0)[Visit(0, 0)]
+        CachedPairs(index, 0, None, 1.0, flip_p=1.0)[SampleKey(0, 0)]
     data = tmp_path / "data"
     shutil.copytree(shapes, data)
     tensors, header = read_sidecar(index.image_path(0))
     flipped = {**tensors, "latent_flip": -tensors["latent"]}
     write_sidecar(data / (index.stem(0).split("/")[-1] + ".img_sdxl"), flipped, header.metadata)
     pairs = CachedPairs(PairIndex([data], *T5), 0, None, 2.0, shift_factor=0.5, flip_p=1.0)
-    torch.testing.assert_close(pairs[Visit(0, 0)]["latents"], (-tensors["latent"].float() - 0.5) * 2.0)
+    torch.testing.assert_close(pairs[SampleKey(0, 0)]["latents"], (-tensors["latent"].float() - 0.5) * 2.0)
 
 
 def test_logged_scalars_are_right_and_in_both_logs(shapes, model_t5, tmp_path):
@@ -283,7 +288,7 @@ def test_logged_scalars_are_right_and_in_both_logs(shapes, model_t5, tmp_path):
     index = PairIndex([shapes], *T5)
     scale = json.loads((model_t5 / "vae" / "config.json").read_text())["scaling_factor"]
     pairs = CachedPairs(index, 0, None, scale)
-    batch = collate([pairs[key] for key in next(iter(Batches(index, 4, 0, 1)))], masked=True)
+    batch = collate([pairs[key] for key in next(iter(BatchSampler(index, 4, 0, 1)))], masked=True)
     unet = UNet2DConditionModel.from_pretrained(model_t5 / "unet").train()
     ddpm = DDPMScheduler.from_pretrained(model_t5 / "scheduler")
     noisy = ddpm.add_noise(batch["latents"], batch["noise"], batch["timesteps"])
@@ -318,11 +323,11 @@ def test_log_steps_are_lines_where_no_progress_bar_is_seen(shapes, model_t5, tmp
     assert len(said) == len(lines) == 3
     for line, text in zip(lines, said, strict=True):
         speed = line["05_Performance/images_per_second"]
-        left_s = (4 - line["step"]) / line["05_Performance/steps_per_second"]
+        left = timedelta(seconds=round((4 - line["step"]) / line["05_Performance/steps_per_second"]))
         val = f"val/loss {line['val/loss']:.4g}, " if line["step"] == 4 else ""
         assert text == (
             f"step {line['step']} of 4: loss {line['01_Training/loss_raw']:.4g}, {val}lr 0.0001, "
-            f"grad_norm {line['01_Training/grad_norm']:.4g}, images/s {speed:.4g}, 0:00:{round(left_s):02d} left"
+            f"grad_norm {line['01_Training/grad_norm']:.4g}, images/s {speed:.4g}, {left} left"
         )
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     run(shapes, model_t5, tmp_path / "bar", *flags, "--log_groups")
@@ -509,7 +514,7 @@ def test_zero_terminal_snr_is_trained_and_saved_with_the_checkpoint(shapes, mode
 def test_bucketed_caches_of_one_folder_train_together_each_batch_of_one_size(shapes, model_t5, tmp_path):
     from PIL import Image
 
-    from cachetrain.data.batching import Batches
+    from cachetrain.data.batching import BatchSampler
     from cachetrain.data.index import PairIndex
 
     data = tmp_path / "data"
@@ -521,7 +526,7 @@ def test_bucketed_caches_of_one_folder_train_together_each_batch_of_one_size(sha
     assert load_script("cache/create_img_sdxl.py").main(list(map(str, argv))) == 0
     index = PairIndex([data], *T5)
     assert sorted(index.shapes) == [(4, 16, 32), (4, 24, 24), (4, 32, 16)]
-    for batch in Batches(index, 4, seed=0, num_batches=9):
+    for batch in BatchSampler(index, 4, seed=0, num_batches=9):
         assert len({index.shape_ids[i] for _, i, *_ in batch}) == 1
     lines, _ = run(data, model_t5, tmp_path / "run", "--max_steps", 6, "--batch_size", 4)
     assert len(lines) == 6 and all(line["01_Training/loss"] < 10 for line in lines)
@@ -596,6 +601,7 @@ def test_front_ends_differ_in_their_settings_only():
 def test_front_end_saves_the_running_run_when_asked_and_resumes_it(shapes, model_t5, tmp_path):
     out = tmp_path / "run"
     settings = {"DATADIR": shapes, "MODEL": model_t5, "BATCH": 2, "SCHED": "constant", "OUTPUT": out, "cwd": tmp_path}
+    settings |= {"SAVE_STEPS": 100_000}  # however far the run gets, it saves only when asked
 
     def asked():
         asking = front_end("t5", "checkpoint", **settings)
@@ -603,9 +609,9 @@ def test_front_end_saves_the_running_run_when_asked_and_resumes_it(shapes, model
 
     assert asked() == ("", 2)  # no such run
     running = front_end("t5", "--num_workers", "0", STEPS=100_000, **settings)
-    wait_for(lambda: (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text())
+    wait_for(running, lambda: (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text())
     assert asked() == (f"{out}: a checkpoint will be written after the current step\n", 0)
-    wait_for(lambda: list(out.glob("checkpoint-*")))
+    wait_for(running, lambda: list(out.glob("checkpoint-*")))
     running.terminate()
     said, _ = running.communicate()
     assert running.returncode == 143 and "--resume latest goes on" in said
@@ -619,10 +625,11 @@ def test_front_end_saves_the_running_run_when_asked_and_resumes_it(shapes, model
     assert f"goes on after step {last} of {saved[-1]}" in said and (out / f"checkpoint-{last + 2:06d}").exists()
 
 
-def wait_for(condition, timeout_s=120):
-    deadline_s = time.monotonic() + timeout_s
+def wait_for(process, condition):
+    """Waits until `condition()` is true, which it becomes while the process runs."""
+    deadline_s = time.monotonic() + HANG_S
     while not condition():
-        assert time.monotonic() < deadline_s
+        assert process.poll() is None and time.monotonic() < deadline_s
         time.sleep(0.05)
 
 
@@ -651,7 +658,7 @@ def test_folders_of_two_sizes_train_together_one_size_a_batch(shapes, model_t5, 
     assert load_script("cache/create_img_sdxl.py").main(list(map(str, argv))) == 0
     index = PairIndex([shapes, wide], *T5)
     assert index.shapes == [(4, 8, 8), (4, 8, 12)]
-    for keys in islice(Batches(index, 4, 0, 12), 12):
+    for keys in islice(BatchSampler(index, 4, 0, 12), 12):
         assert len({index.shape_ids[i] for _, i, *_ in keys}) == 1
     lines, _ = run(
         shapes, model_t5, tmp_path / "run", "--max_steps", 6, "--batch_size", 4, "--train_data_dir", shapes, wide

@@ -19,7 +19,7 @@ from cachetrain.checkpoints.save import Saving
 from cachetrain.data.loader import on_device, pack
 from cachetrain.distributed import World
 from cachetrain.modeling.precision import autocast_for
-from cachetrain.sampling.samples import Samples
+from cachetrain.sampling.samples import SampleImages
 from cachetrain.training import setup
 from cachetrain.training.logs.run_logs import Logs
 from cachetrain.training.validation import Validation
@@ -148,10 +148,10 @@ def reads(monkeypatch):
 
         monkeypatch.setattr(owner, name, allowed)
 
-    for owner, name in ((Logs, "write"), (Validation, "measure"), (Saving, "save"), (Samples, "draw"),
+    for owner, name in ((Logs, "write"), (Validation, "measure"), (Saving, "save"), (SampleImages, "draw"),
                         (resume, "run_state")):  # fmt: skip
         allow(owner, name)
-    forward, calls = trainer.forward, count()
+    forward, calls = trainer.forward_pass, count()
 
     def counted(*args, **kwargs):
         if reads.step == 0:
@@ -202,7 +202,7 @@ def test_host_reads_nothing_outside_log_steps_saves_and_samples(
 
 
 def test_a_read_in_the_step_is_noticed(reads, shapes, model_t5, tmp_path, monkeypatch):
-    forward = trainer.forward
+    forward = trainer.forward_pass
 
     def reading(*args, **kwargs):
         losses = forward(*args, **kwargs)
@@ -252,7 +252,7 @@ def step(unet, tokens, size=(8, 8), masked=True, batch_size=2, precision="fp32")
     }  # fmt: skip
     (batch,) = on_device([pack(batch)], torch.device("cpu"))
     autocast = autocast_for(torch.device("cpu"), precision)
-    loss, *_ = trainer.forward(unet, batch, "flow", None, autocast, torch.float32, None)
+    loss, *_ = trainer.forward_pass(unet, batch, "flow", None, autocast, torch.float32, None)
     loss.mean().backward()
     return loss.mean().item()
 

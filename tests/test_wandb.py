@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import struct
 import sys
 import time
@@ -14,6 +15,7 @@ import pytest
 import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_training import run, trainer
+from train_ranks import HANG_S
 from wandb.proto.wandb_internal_pb2 import Record
 
 from cachetrain.training import options
@@ -27,7 +29,9 @@ def stranger(tmp_path, monkeypatch):
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "1")
+    # What wandb waits for is on this machine.
+    for name in ("INIT_TIMEOUT", "FINISH_TIMEOUT", "X_SERVICE_WAIT"):
+        monkeypatch.setenv(f"WANDB_{name}", str(HANG_S))
     wandb.teardown()  # it reads the environment once
     yield
     wandb.teardown()
@@ -101,6 +105,8 @@ def test_a_resumed_run_mirrors_all_numbers_histograms_and_pictures_of_tensorboar
     flags += ["--sample_prompt", "a star", "--sample_cfgs", 1, 4]
     out = tmp_path / "run"
     run(shapes, model_t5, out, "--max_steps", 2, *flags)
+    [events] = (tmp_path / "tb" / "run").glob("*tfevents*")  # as if it had been opened just now
+    events.rename(events.with_name(re.sub(r"\d{10}", str(int(time.time()) + 2), events.name, count=1)))
     run(shapes, model_t5, out, "--max_steps", 4, *flags, "--resume", "latest")
     expected, found = logged(tmp_path / "tb" / "run"), mirrored(out)
     assert found.keys() == expected.keys()
@@ -122,14 +128,44 @@ def test_a_resumed_run_mirrors_all_numbers_histograms_and_pictures_of_tensorboar
     assert roots == [str(tmp_path / "tb" / "run")] * 2  # or wandb would look for it, for 10 s
 
 
+def test_a_run_resumed_in_the_second_of_its_last_event_file_waits_for_a_later_one(tmp_path, monkeypatch):
+    log_dir, started_s = tmp_path / "tb/run", []
+
+    class Clock:
+        now_s = 1000.25
+
+        def time(self):
+            return self.now_s
+
+        def sleep(self, seconds):
+            self.now_s += seconds
+
+    def init(**_):
+        started_s.append(int(clock.now_s))
+        return SimpleNamespace(define_metric=lambda *_, **__: None)
+
+    clock = Clock()
+    monkeypatch.setattr(wandb_mirror, "time", clock)
+    monkeypatch.setattr(wandb, "init", init)
+    log_dir.mkdir(parents=True)
+    (tmp_path / "run").mkdir()
+    for opened_s, expected in ((900, 1000), (1000, 1001), (1010, 1001), (1003, 1004)):
+        (log_dir / f"events.out.tfevents.{opened_s:010d}.host.1.0").touch()
+        assert wandb_mirror.start(arguments(tmp_path / "run"))
+        assert started_s[-1] == expected
+
+
+def arguments(out):
+    return SimpleNamespace(output_dir=str(out), logdir=str(out.parent / "tb"))
+
+
 def start_and_finish(out):
     """Returns {kind: record} of what wandb has kept of it."""
     out.mkdir()
-    wandb_mirror.finish(wandb_mirror.start(SimpleNamespace(output_dir=str(out))))
+    wandb_mirror.finish(wandb_mirror.start(arguments(out)))
     return {kind: record for _, kind, record in records(out)}
 
 
-@pytest.mark.timeout(60)
 def test_without_a_login_the_mirror_stays_here_and_nobody_is_asked(tmp_path, monkeypatch, capsys):
     terminal, keyboard = (os.fdopen(descriptor, mode) for descriptor, mode in zip(os.openpty(), "wr", strict=True))
     monkeypatch.setenv("TERM", "xterm")
@@ -144,10 +180,19 @@ def test_without_a_login_the_mirror_stays_here_and_nobody_is_asked(tmp_path, mon
 @pytest.mark.slow
 def test_without_a_server_the_mirror_stays_here(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WANDB_API_KEY", 40 * "a")
-    started_s = time.monotonic()
+    for name in ("INIT_TIMEOUT", "FINISH_TIMEOUT"):
+        monkeypatch.delenv(f"WANDB_{name}")
+    init, started = wandb.init, []
+
+    def noted(mode, settings, **options):
+        started.append((mode, settings.init_timeout, settings.finish_timeout))
+        settings.init_timeout = HANG_S if mode else 1  # wandb keeps to it, which is not tested here
+        return init(mode=mode, settings=settings, **options)
+
+    monkeypatch.setattr(wandb, "init", noted)
     assert start_and_finish(tmp_path / "run")["run"].project == "cachetrain"
     assert "the mirror is kept on this disk, `wandb sync` uploads it" in capsys.readouterr().err
-    assert time.monotonic() - started_s < 40
+    assert started == [(None, 30, 120), ("offline", 30, 120)]
 
 
 def test_the_environment_wins_and_an_error_marks_the_run_as_failed(tmp_path, monkeypatch):
@@ -168,7 +213,7 @@ def test_what_wandb_cannot_do_ends_no_run(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(wandb, "init", broken)
     (tmp_path / "run").mkdir()
-    assert wandb_mirror.start(SimpleNamespace(output_dir=str(tmp_path / "run"))) is None
+    assert wandb_mirror.start(arguments(tmp_path / "run")) is None
     wandb_mirror.finish(SimpleNamespace(finish=broken))
     assert capsys.readouterr().err.count("warning: --wandb: AttributeError") == 3
 

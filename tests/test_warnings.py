@@ -30,7 +30,7 @@ def bare(shapes, tmp_path_factory):
 
 def at_forward(monkeypatch, number, action):
     """Calls action(loss) after the forward pass of step `number`; what it returns is added to the loss."""
-    forward, calls = trainer.forward, count(1)
+    forward, calls = trainer.forward_pass, count(1)
 
     def acting(*args, **kwargs):
         loss, *rest = forward(*args, **kwargs)

@@ -1,6 +1,8 @@
 """sample.py --watch: the pictures that training would have drawn, of every checkpoint, while a run goes on."""
 
+import fcntl
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -12,7 +14,7 @@ import torch
 from conftest import REPO, load_script
 from PIL import Image, ImageChops
 
-from cachetrain.atomic import is_locked
+from cachetrain.atomic import LOCK, is_locked
 from cachetrain.sampling import watch
 
 torch.set_num_threads(1)
@@ -193,13 +195,20 @@ def test_a_checkpoint_that_appears_as_the_run_ends_is_drawn(run, monkeypatch):
     assert steps_drawn(run) == ["step-000002", "step-000004"]
 
 
-def test_a_look_at_the_lock_never_keeps_a_run_from_taking_it(tmp_path):
-    take = "import sys\nfrom cachetrain.atomic import locked_directory\n"
-    take += "for _ in range(3000):\n    with locked_directory(sys.argv[1]):\n        pass"
-    taker = subprocess.Popen([sys.executable, "-c", take, tmp_path])
-    while taker.poll() is None:
-        is_locked(tmp_path)
-    assert taker.returncode == 0
+def test_a_look_at_the_lock_never_keeps_a_run_from_taking_it(tmp_path, monkeypatch):
+    """A run takes the lock at the worst moment: between the look at it and the end of `is_locked`."""
+    lockf, taken = os.lockf, []
+
+    def look(*args):
+        found = lockf(*args)
+        take = "import sys\nfrom cachetrain.atomic import locked_directory\nwith locked_directory(sys.argv[1]): pass"
+        taken.append(subprocess.run([sys.executable, "-c", take, tmp_path], cwd=REPO).returncode)
+        return found
+
+    (tmp_path / LOCK).touch()
+    monkeypatch.setattr(os, "lockf", look)
+    monkeypatch.setattr(fcntl, "lockf", look)
+    assert not is_locked(tmp_path) and taken == [0]
 
 
 def test_what_cannot_be_watched_is_refused(run, tmp_path, capsys):
@@ -225,7 +234,8 @@ from cachetrain.training import samples
 def save_png(image, path, **_):
     image.save(path)
     print("writing", flush=True)
-    time.sleep(60)
+    while True:
+        time.sleep(0.1)
 samples.save_png = save_png
 script = load_script("sample.py")
 script.cli.run(script.main)

@@ -41,9 +41,10 @@ class Ranks:
         folder: where the ranks write what they say and saw.
         kill: (rank, moment of `observe`, or of what takes its place) at which that rank gets a SIGKILL.
         cwds: the directory in which each rank runs; default: this process's.
+        target: function that each process calls, with the arguments of `_rank`, which is the default.
     """
 
-    def __init__(self, argv, ranks, folder, kill=None, cwds=None):
+    def __init__(self, argv, ranks, folder, kill=None, cwds=None, target=None):
         folder.mkdir(exist_ok=True)
         port = free_port()
         forks = multiprocessing.get_context("forkserver")
@@ -67,7 +68,7 @@ class Ranks:
                 moment,
                 cwd,
             )
-            self.processes.append(forks.Process(target=_rank, args=arguments))
+            self.processes.append(forks.Process(target=target or _rank, args=arguments))
             self.processes[-1].start()
 
     def finish(self, timeout_s=HANG_S):
@@ -193,7 +194,7 @@ def observe(trainer, moment=None):
                 seen["averages"].append(_digest_of(unet))
 
     before(index, "read_header", header)
-    before(trainer, "forward", forward)
+    before(trainer, "forward_pass", forward)
     before(Saving, "save", save)
     before(Saving, "_bring_frozen_parts", lambda *_: at("save"))
     _watch_exchanges(distributed, seen)
@@ -224,7 +225,7 @@ def watch_samples(path, trainer, moment):
     """Writes a line with the sample ids of each micro-batch, which a kill leaves there.
 
     Args:
-        moment: at which the process kills itself: "forward" (the fourth, when all saves so far are complete) or "save"
+        moment: at which the process kills itself: "forward" (the fourth; all saves so far are complete) or "save"
             (all but the manifest is written).
     """
     from cachetrain.checkpoints import save
@@ -241,7 +242,7 @@ def watch_samples(path, trainer, moment):
                 join_saving()
                 kill()
 
-    before(trainer, "forward", forward)
+    before(trainer, "forward_pass", forward)
     if moment == "save":
         before(save, "write_manifest", kill)
     return {}

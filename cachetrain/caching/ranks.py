@@ -6,7 +6,7 @@ import socket
 import time
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 _POLL_S = 0.2
 
@@ -26,7 +26,7 @@ def is_mine(path: str | os.PathLike) -> bool:
 
 
 @contextmanager
-def gather_records(record: dict) -> Iterator[list[dict]]:
+def gather_records(record: dict, part: str | None = None) -> Iterator[list[dict]]:
     """Gathers one record from each rank; the body is what rank 0 then does with them.
 
     This is the only place where ranks wait for each other: before the body for the slowest rank, after it for rank 0,
@@ -35,6 +35,8 @@ def gather_records(record: dict) -> Iterator[list[dict]]:
 
     Args:
         record: of this rank; anything that `json` can write.
+        part: a temporary file of this rank that the record names. It is touched while the rank waits, which may take
+            hours: other runs remove temporary files that have not been written to for an hour.
 
     Yields:
         the records of all ranks, by rank.
@@ -49,9 +51,9 @@ def gather_records(record: dict) -> Iterator[list[dict]]:
     from torch.distributed import DistError
 
     try:
-        store = _store()
+        store = _store(part)
         store.set(f"record/{me}", json.dumps(record))
-        _wait(store, [f"record/{other}" for other in range(size)])
+        _wait(store, [f"record/{other}" for other in range(size)], part)
         yield [json.loads(store.get(f"record/{other}")) for other in range(size)]
         if me == 0:
             store.set("done", "")
@@ -63,7 +65,7 @@ def gather_records(record: dict) -> Iterator[list[dict]]:
         raise OSError(f"cannot reach the other ranks any more ({error}); what was encoded is kept") from error
 
 
-def _store():
+def _store(part):
     """The launcher's key-value store, or one that rank 0 serves. No process group: ranks never compute together."""
     from torch.distributed import PrefixStore, TCPStore
 
@@ -80,10 +82,18 @@ def _store():
         except OSError as error:
             if launched:
                 raise OSError(f"the launcher does not answer ({error}); what was encoded is kept") from error
-            time.sleep(_POLL_S)  # rank 0 does not serve it yet
+            _sleep(part)  # rank 0 does not serve it yet
     return PrefixStore("cachetrain", TCPStore(*address, is_master=serve, wait_for_workers=False))
 
 
-def _wait(store, keys):
+def _wait(store, keys, part=None):
     while not store.check(keys):
-        time.sleep(_POLL_S)
+        _sleep(part)
+
+
+def _sleep(part):
+    """Waits a little, and touches the file `part`, if any."""
+    time.sleep(_POLL_S)
+    if part:
+        with suppress(FileNotFoundError):  # rank 0 has read it
+            os.utime(part)

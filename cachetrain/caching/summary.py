@@ -112,15 +112,16 @@ class RunSummary:
         Returns:
             exit code, the same on all ranks: 1 if anything failed on any.
         """
+        part = self.upscaled.write_part() if ranks.rank() else None
         record = {
             "counts": self.counts,
             "times_s": self.times_s,
             "failures": self.failures,
             "images": self.coverage.images,
             "kept": self.coverage.kept,
-            "upscaled": self.upscaled.write_part() if ranks.rank() else None,
+            "upscaled": part,
         }
-        with ranks.gather_records(record) as records:
+        with ranks.gather_records(record, part) as records:
             for other in records[: ranks.rank()] + records[ranks.rank() + 1 :]:
                 self.counts.update(other["counts"])
                 self.times_s.update(other["times_s"])

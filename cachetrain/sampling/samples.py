@@ -16,14 +16,7 @@ from cachetrain.modeling.conditioning import Conditioning
 from cachetrain.modeling.text_encoders import encode_like_cache
 from cachetrain.modeling.vae import vae_reduction
 from cachetrain.sampling.prompts import PromptFile, Prompts, Sample, caption_of, prompts_of, sample_seed, sample_size
-from cachetrain.sampling.render import (
-    Drawing,
-    Renderer,
-    grid,
-    native_latent_size,
-    sample_name,
-    save_png,
-)
+from cachetrain.sampling.render import Drawing, Renderer, grid, native_latent_size, sample_name, save_png
 
 # What may go wrong while pictures are drawn in the middle of a run: files, disks, memory (CUDA's is a RuntimeError).
 FAILURES = (ValueError, OSError, RuntimeError, MemoryError)

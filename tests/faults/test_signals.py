@@ -1,21 +1,21 @@
 """SIGINT and SIGTERM at every stage of a run: it saves, leaves, and goes on to the weights it would have had."""
 
+import itertools
 import json
 import multiprocessing
 import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
+import threading
 import time
-from pathlib import Path
+from functools import partial
 
 import pytest
-from train_ranks import _IMPORTED, REPO, digest, open_trainer
+from train_ranks import _IMPORTED, HANG_S, REPO, digest, free_port, open_trainer
 
-TIMEOUT_S = 120
 STEPS = 20
 FLAGS = ["--max_steps", STEPS, "--batch_size", 2, "--lr", 1e-3, "--ema_decay", 0.9,
          "--cond_dropout", 0.2, "--val_split", 0.1, "--val_steps", 2, "--sample_steps", 2, "--sampler_steps", 1,
@@ -33,74 +33,82 @@ class Trainer:
 
     Args:
         folder: of the run's files: "run", what it says, and at which step the signal came.
-        stage: at which it gets the signal `number` for the first time, see `_signal_at`; with `group` all of its
-            process group get it.
-        env: environment variables; slow_s: how long the state takes to write.
+        stage: at which it gets the signal `number` for the first time once step `after` has been decided, see
+            `_signal_at`; with `group` all of its process group get it.
+        env: environment variables.
+        stuck: the thread that writes a checkpoint never comes to an end: it stops before it writes the state.
     """
 
-    def __init__(self, argv, folder, stage=None, number=signal.SIGTERM, group=False, env=None, slow_s=0):
+    def __init__(self, argv, folder, stage=None, number=signal.SIGTERM, group=False, after=1, env=None, stuck=False):
         folder.mkdir(exist_ok=True)
         forks = multiprocessing.get_context("forkserver")
         forks.set_forkserver_preload(
             [*_IMPORTED, "cachetrain.sampling.samples", "transformers.models.t5.modeling_t5"]
         )
         self.log, self.came = folder / f"{time.monotonic_ns()}.log", folder / "came"
+        self.stuck = folder / "stuck"
         self.came.unlink(missing_ok=True)
-        arguments = (list(map(str, argv)), self.log, self.came, stage, number, group, env or {}, slow_s)
+        arguments = (list(map(str, argv)), self.log, self.came, stage, number, group, after, env or {},
+                     self.stuck if stuck else None)  # fmt: skip
         self.process = forks.Process(target=_train, args=arguments)
         self.process.start()
 
-    def wait(self, timeout_s=TIMEOUT_S):
+    def wait(self):
         """Exit code; negative: the signal that killed it."""
-        self.process.join(timeout_s)
+        self.process.join(HANG_S)
         if self.process.exitcode is None:
             self.process.kill()
-            raise TimeoutError(f"still runs after {timeout_s} s:\n{self.log.read_text()}")
+            raise TimeoutError(f"still runs after {HANG_S} s:\n{self.log.read_text()}")
         return self.process.exitcode
 
-    def until(self, condition):
-        deadline_s = time.monotonic() + TIMEOUT_S
-        while not condition() and self.process.exitcode is None:
-            assert time.monotonic() < deadline_s, self.log.read_text()
+    def wait_until_stuck(self):
+        deadline_s = time.monotonic() + HANG_S
+        while not self.stuck.exists():
+            assert self.process.exitcode is None and time.monotonic() < deadline_s, self.log.read_text()
             time.sleep(0.005)
-
-    def hears(self):
-        """Whether it has its handlers."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return bool(int(status.split("SigCgt:")[1].split()[0], 16) >> (signal.SIGTERM - 1) & 1)
 
     @property
     def output(self):
         return self.log.read_text()
 
 
-def _train(argv, log, came, stage, number, group, env, slow_s):
+def _train(argv, log, came, stage, number, group, after, env, stuck):
     os.setpgid(0, 0)
     trainer = open_trainer(env, argv, log)
-    _signal_at(trainer, stage, came, lambda: (os.killpg if group else os.kill)(os.getpid(), number))
-    if slow_s:
+    _signal_at(trainer, stage, after, came, partial(_signal_group if group else os.kill, os.getpid(), number))
+    if stuck:
         from cachetrain.checkpoints import save
 
-        _before(save, "write_state", lambda: time.sleep(slow_s))
+        def stop():
+            stuck.touch()
+            threading.Event().wait()
+
+        _before(save, "write_state", stop)
     trainer.cli.run(trainer.main)
 
 
-def _signal_at(trainer, stage, came, send):
-    """Makes the process signal itself at a stage (after the first step, where that stage is in the loop), once.
+def _signal_group(group, number):
+    """From another process: a worker takes a SIGTERM of its parent for torch's, with which that ends its workers."""
+    subprocess.run(["bash", "-c", f"kill -{int(number)} -- -{group}"], start_new_session=True, check=True)
 
-    `came` gets the number of the last step for which it had been decided whether it is the last one.
+
+def _signal_at(trainer, stage, after, came, send):
+    """Makes the process signal itself at a stage, once.
+
+    A stage of the loop counts once it has been decided of step `after`, or a later one, whether it is the last one.
+    `came` gets the number of the last step of which that had been decided.
     """
     import torch
 
     from cachetrain.checkpoints.save import Saving
     from cachetrain.data import dataset
-    from cachetrain.sampling.samples import Samples
+    from cachetrain.sampling.samples import SampleImages
     from cachetrain.training import nonfinite, setup
     from cachetrain.training.logs.run_logs import Logs
     from cachetrain.training.validation import Validation
 
-    pid, decided = os.getpid(), []
-    due, open_unet = Saving.due, setup.open_unet
+    pid, decided, sent = os.getpid(), [], threading.Event()
+    due, open_unet, save = Saving.due, setup.open_unet, Saving.save
 
     def seen_due(save, step, stop):
         result = due(save, step, stop)
@@ -108,9 +116,18 @@ def _signal_at(trainer, stage, came, send):
         return result
 
     def at(reached):
-        if reached == stage and (reached in (*LOADING, *WORKERS) or decided) and not came.exists():
+        in_time = reached in (*LOADING, *WORKERS) or (decided and decided[-1] >= after)
+        if reached == stage and in_time and not came.exists():
             came.write_text(str(decided[-1] if decided else 0))
             send()
+        if reached == "writing" and in_time:
+            sent.set()
+
+    def awaited_save(saving, step, *args):
+        """Training goes on once the thread has signalled, so that the step is known."""
+        save(save, step, *args)
+        if stage == "writing" and step >= after:
+            assert sent.wait(HANG_S)
 
     def hooked(*args, **kwargs):
         at("loading")
@@ -118,14 +135,14 @@ def _signal_at(trainer, stage, came, send):
         unet.conv_out.bias.register_hook(lambda _: at("backward"))
         return unet, chosen
 
-    Saving.due, setup.open_unet = seen_due, hooked
+    Saving.due, Saving.save, setup.open_unet = seen_due, awaited_save, hooked
     _before(torch.utils.data._utils.worker, "_worker_loop", lambda: at("worker starts"))
     _before(dataset.CachedPairs, "_latents", lambda: at("read" if os.getpid() == pid else "worker works"))
-    _before(trainer, "forward", lambda: at("forward"))
+    _before(trainer, "forward_pass", lambda: at("forward"))
     _before(nonfinite, "step_if_finite", lambda: at("optimizer"))
     _before(Logs, "write", lambda: at("log"))
     _before(Validation, "measure", lambda: at("validation"))
-    _before(Samples, "draw", lambda: at("samples" if decided else "first samples"))
+    _before(SampleImages, "draw", lambda: at("samples" if decided else "first samples"))
     _before(Saving, "_write", lambda: at("writing"))
 
 
@@ -163,12 +180,11 @@ def newest(folder):
     return max((int(path.name.split("-")[1]) for path in (folder / "run").glob("checkpoint-*")), default=0)
 
 
-def assert_stopped(trainer, folder, code, slack=0):
+def assert_stopped(trainer, folder, code):
     """It ended after the step that was under way, which is saved, and said how to go on."""
     assert trainer.wait() == code, trainer.output
     stopped = re.findall(rf"stopped after step (\d+) of {STEPS}; --resume latest goes on", trainer.output)
-    came = int(trainer.came.read_text())
-    assert len(stopped) == 1 and came + 1 <= int(stopped[0]) <= came + 1 + slack, trainer.output
+    assert stopped == [str(int(trainer.came.read_text()) + 1)], trainer.output
     assert newest(folder) == int(stopped[0])
     assert "Traceback" not in trainer.output
 
@@ -208,9 +224,7 @@ def test_a_run_stopped_at_every_stage_ends_with_the_weights_of_an_undisturbed_on
         if stage == "loading":  # the directory is as good as new: what comes next is no resumed run
             assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
     for stage in STAGES:
-        # The thread that writes is not stopped by steps that are decided upon before it signals.
-        slack = 2 if stage == "writing" else 0
-        assert_stopped(start(tmp_path, stage=stage, number=number), tmp_path, 128 + number, slack)
+        assert_stopped(start(tmp_path, stage=stage, number=number), tmp_path, 128 + number)
     finish(start, tmp_path)
     assert last_state(tmp_path) == undisturbed
 
@@ -231,7 +245,8 @@ def test_a_worker_that_is_signalled_while_it_starts_works_on(number, start, undi
 
 def test_a_worker_that_is_killed_ends_the_run_and_does_not_hang_it(start, undisturbed, tmp_path):
     trainer = start(tmp_path, "--num_workers", 2, stage="worker works", number=signal.SIGKILL)
-    assert trainer.wait(60) in (1, 2) and "exited unexpectedly" in trainer.output
+    assert trainer.wait() in (1, 2) and trainer.came.exists()
+    assert re.search(r"DataLoader worker .*(exited unexpectedly|is killed by signal)", trainer.output)
     finish(start, tmp_path)
     assert last_state(tmp_path) == undisturbed
 
@@ -240,13 +255,12 @@ def test_a_worker_that_is_killed_ends_the_run_and_does_not_hang_it(start, undist
 def test_a_second_signal_leaves_at_once_and_nothing_half_written_is_trusted(numbers, start, undisturbed, tmp_path):
     assert_stopped(start(tmp_path, stage="forward"), tmp_path, 143)
     kept = newest(tmp_path)
-    trainer = start(tmp_path, stage="forward", number=numbers[0], slow_s=TIMEOUT_S)
-    trainer.until(lambda: list((tmp_path / "run").glob(".checkpoint*stage/unet_ema/*")))  # the last before the state
+    trainer = start(tmp_path, stage="forward", number=numbers[0], after=kept + 1, stuck=True)
+    trainer.wait_until_stuck()
+    assert trainer.came.exists()
     os.kill(trainer.process.pid, numbers[1])
-    sent_s = time.monotonic()
-    assert trainer.wait() == -numbers[1]
-    assert time.monotonic() - sent_s < 1
-    assert newest(tmp_path) == kept and list((tmp_path / "run").glob(".checkpoint*stage"))
+    assert trainer.wait() == -numbers[1]  # which never comes if it waits for the save
+    assert newest(tmp_path) == kept and list((tmp_path / "run").glob(".checkpoint*stage/unet_ema/*"))
     finish(start, tmp_path)
     assert last_state(tmp_path) == undisturbed
 
@@ -254,9 +268,7 @@ def test_a_second_signal_leaves_at_once_and_nothing_half_written_is_trusted(numb
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_signal_to_one_rank_stops_both_after_the_same_step(rank, start, tmp_path):
     def codes(run, *flags, **options):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         flags = ["--output_dir", tmp_path / run / "run", "--max_steps", 5, "--batch_size", 1, *flags]
         both = [start(tmp_path / f"rank{i}", *flags, env=env | {"RANK": str(i), "LOCAL_RANK": str(i)},
                       **(options if i == rank else {})) for i in (0, 1)]  # fmt: skip
@@ -270,39 +282,62 @@ def test_a_signal_to_one_rank_stops_both_after_the_same_step(rank, start, tmp_pa
 
 
 @pytest.mark.parametrize("signals", [5, pytest.param(100, marks=pytest.mark.slow)])
-def test_signals_at_random_times_change_nothing(signals, start, undisturbed, tmp_path):
-    chance, codes = random.Random(0), []
-    while len(codes) < signals:
-        folder = tmp_path / str(codes.count(0))
-        trainer = start(folder, "--num_workers", chance.choice([0, 2]))
-        trainer.until(trainer.hears)
-        time.sleep(chance.uniform(0, 2))
-        if trainer.process.exitcode is None:
-            number = chance.choice([signal.SIGTERM, signal.SIGINT])
-            os.killpg(trainer.process.pid, number)
-            assert trainer.wait() in (0, 128 + number, -number), trainer.output
-        assert "Traceback" not in trainer.output
+def test_signals_at_random_steps_and_stages_change_nothing(signals, start, undisturbed, tmp_path):
+    draw, codes = random.Random(0), []
+    while len(codes) < signals or codes[-1]:
+        folder, number = tmp_path / str(codes.count(0)), draw.choice([signal.SIGTERM, signal.SIGINT])
+        before = newest(folder)
+        if before < STEPS - 1:
+            stage, after = draw.choice(["loading", *STAGES]), draw.randrange(before + 1, STEPS)
+        else:  # of the last step it is decided right before the optimizer takes it
+            stage, after = draw.choice(STAGES[STAGES.index("optimizer") :]), STEPS
+        if len(codes) >= signals:
+            stage = None  # the last run ends
+        workers = 0 if stage == "read" else draw.choice([0, 2])  # which read in place of the process itself
+        trainer = start(folder, "--num_workers", workers, stage=stage, number=number, group=True, after=after)
         codes.append(trainer.wait())
-        if codes[-1] == 0:
+        assert "Traceback" not in trainer.output
+        assert trainer.came.exists() == (stage is not None)
+        if stage == "loading":
+            assert codes[-1] == 128 + number and newest(folder) == before, trainer.output
+            continue
+        stopped = min(int(trainer.came.read_text()) + 1, STEPS) if stage else STEPS
+        assert codes[-1] == (128 + number if stopped < STEPS else 0) and newest(folder) == stopped, trainer.output
+        if stopped == STEPS:
             assert last_state(folder) == undisturbed
     print(f"{codes.count(0)} runs, {len(codes) - codes.count(0)} stops")
-    if codes[-1]:
-        finish(start, folder)
-        assert last_state(folder) == undisturbed
+
+
+PAUSED = """
+import runpy, sys
+
+def pause(event, args, seen=[]):
+    # In each step the trainer looks for this file, and removes it if it is there.
+    if event == "os.remove" and str(args[0]).endswith("trigger.checkpoint"):
+        seen.append(event)
+        if len(seen) == 3:
+            print("paused", flush=True)
+            sys.stdin.readline()
+
+sys.addaudithook(pause)
+sys.argv = sys.argv[1:]
+sys.path[0] = sys.argv[0].rpartition("/")[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 def test_the_program_itself_stops_and_goes_on(shapes, model_t5, start, undisturbed, tmp_path):
-    """As a person starts it, in a fresh interpreter."""
+    """As a person starts it, in a fresh interpreter, but for a pause in its third step, in which the signal comes."""
     argv = [REPO / "train_from_cached.py", *argv_of(shapes, model_t5, tmp_path, "--num_workers", 2)]
-    with subprocess.Popen([sys.executable, *map(str, argv)], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}) as program:  # fmt: skip
-        lines = tmp_path / "run" / "metrics.jsonl"
-        while program.poll() is None and not (lines.exists() and lines.read_text().count("\n") > 2):
-            time.sleep(0.005)
+    with subprocess.Popen(
+        [sys.executable, "-c", PAUSED, *map(str, argv)], cwd=tmp_path, text=True, stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    ) as program:  # fmt: skip
+        said = list(itertools.takewhile(lambda line: line != "paused\n", program.stdout))
+        assert program.poll() is None, "".join(said)
         program.send_signal(signal.SIGTERM)
-        output, errors = program.communicate(timeout=TIMEOUT_S)
-    assert program.returncode == 143 and "Traceback" not in errors
-    stopped = re.search(rf"stopped after step (\d+) of {STEPS}; --resume latest goes on\n$", output)
-    assert newest(tmp_path) == int(stopped[1]) >= 3
+        output, _ = program.communicate("go on\n", timeout=HANG_S)
+    assert program.returncode == 143 and "Traceback" not in output
+    assert output.endswith(f"stopped after step 4 of {STEPS}; --resume latest goes on\n") and newest(tmp_path) == 4
     finish(start, tmp_path)
     assert last_state(tmp_path) == undisturbed

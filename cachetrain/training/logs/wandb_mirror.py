@@ -2,7 +2,9 @@
 
 import io
 import os
+import re
 import sys
+import time
 import uuid
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +14,7 @@ from cachetrain.log import warn
 
 ID = "wandb_id"  # file of a run's output_dir: a resumed run goes on in the same wandb run
 _START_S, _END_S = 30, 120  # how long wandb may wait for its server at the start and at the end of a run
+_MAX_AHEAD_S = 5  # an event file of a later second than now: the clock has been set back
 
 
 def start(args):
@@ -66,6 +69,7 @@ def _start(args, mode):
         return os.environ.get(f"WANDB_{name}", default)
 
     output_dir = Path(args.output_dir)
+    _wait_for_a_new_second(Path(args.logdir) / output_dir.name)
     if not (output_dir / ID).exists():
         atomic_write(output_dir / ID, uuid.uuid4().hex[:8].encode())
     settings = wandb.Settings(
@@ -86,6 +90,18 @@ def _start(args, mode):
         )
     run.define_metric("*", step_metric="global_step")  # x is the optimizer step, as in TensorBoard
     return run
+
+
+def _wait_for_a_new_second(log_dir):
+    """Waits while an event file in `log_dir` has the current second in its name, or one of the next few.
+
+    wandb mirrors every event file whose name has the second of wandb's start or a later one. That of an earlier run,
+    stopped within the same second, would be mirrored again: all of its values would be there twice.
+    """
+    names = os.listdir(log_dir) if log_dir.is_dir() else []
+    opened_s = {int(match[1]) for name in names if (match := re.search(r"tfevents\.(\d+)\.", name))}
+    while any(0 <= second - int(time.time()) < _MAX_AHEAD_S for second in opened_s):
+        time.sleep(0.01)
 
 
 @contextmanager
