@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from conftest import REPO, load_script
+from helpers import REPO, load_script
 from PIL import Image
 
 TINY = REPO / "models" / "tiny"

@@ -1,12 +1,11 @@
 """Fixtures and helpers that all tests share. Everything here runs on the CPU and offline."""
 
-import importlib.util
 import os
 import shutil
 import tempfile
-from pathlib import Path
 
 import pytest
+from helpers import TINY, run_script
 
 # Set before torch or transformers are imported. One thread: the models are tiny and the machine may be shared.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -14,18 +13,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Where diffusers copies a directory's own pipeline code before it runs it.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="cachetrain-test-modules-")
 
-REPO = Path(__file__).resolve().parent.parent
 CHROMIUM_ARGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
                  "--disable-sync", "--no-first-run"]  # fmt: skip
-
-
-def load_script(relative):
-    """Imports a script by its path in the repository ("cache/create_clipl.py"); scripts are not a package."""
-    path = REPO / relative
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="session")
@@ -43,15 +32,12 @@ def browser():
         browser.close()
 
 
-TINY = REPO / "models" / "tiny"
-
-
 @pytest.fixture(scope="session")
 def model_t5(tmp_path_factory):
     """The tiny T5 flavour, composed: a pipeline directory with a fresh UNet, objective epsilon."""
     out = tmp_path_factory.mktemp("models") / "t5"
     parts = ["--unet", TINY / "unet", "--vae", TINY / "vae", "--t5", TINY / "t5", "--out", out]
-    assert load_script("models/compose_t5_sd.py").main(list(map(str, parts))) == 0
+    assert run_script("models/compose_t5_sd.py", *parts) == 0
     return out
 
 
@@ -60,7 +46,7 @@ def model_sd(tmp_path_factory):
     """The tiny vanilla flavour, composed."""
     out = tmp_path_factory.mktemp("models") / "sd"
     parts = ["--unet", TINY / "unet", "--vae", TINY / "vae", "--clip", TINY / "clip", "--out", out]
-    assert load_script("models/compose_sd.py").main(list(map(str, parts))) == 0
+    assert run_script("models/compose_sd.py", *parts) == 0
     return out
 
 
@@ -68,12 +54,12 @@ def model_sd(tmp_path_factory):
 def shapes(tmp_path_factory, model_t5, model_sd):
     """24 drawn images with .img_sdxl, .txt_t5cache and .txt_clipl sidecars. Copy it before changing anything."""
     out = tmp_path_factory.mktemp("data") / "shapes"
-    assert load_script("dataset_scripts/draw_shapes.py").main(["--out", str(out), "--num_images", "24"]) == 0
+    assert run_script("dataset_scripts/draw_shapes.py", "--out", out, "--num_images", 24) == 0
     size = ["--target_width", "64", "--target_height", "64", "--num_workers", "0"]
     for script, model, extra in (
         ("cache/create_img_sdxl.py", model_t5, size),
         ("cache/create_t5cache_768.py", model_t5, []),
         ("cache/create_clipl.py", model_sd, []),
     ):
-        assert load_script(script).main(["--data_root", str(out), "--model", str(model), *extra]) == 0
+        assert run_script(script, "--data_root", out, "--model", model, *extra) == 0
     return out

@@ -6,7 +6,7 @@ import sys
 import tomllib
 
 import pytest
-from conftest import REPO
+from helpers import REPO
 
 ENTRY_POINTS = {
     name: target

@@ -24,7 +24,7 @@ import pytest
 import torch
 from cache_fixtures import make_pipeline, picture, save_pictures, sidecars
 from cache_forks import Forks, FullDisk, watched_disk
-from conftest import REPO, load_script
+from helpers import REPO, load_script
 from PIL import Image
 from safetensors.torch import load_file
 from torch.distributed import PrefixStore, TCPStore

@@ -25,8 +25,8 @@ from cache_fixtures import (
     sidecars,
     touch,
 )
-from conftest import REPO
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
+from helpers import REPO
 from PIL import Image, ImageOps
 from safetensors.torch import save_file
 from skimage import data as photographs

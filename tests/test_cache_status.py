@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from cache_fixtures import make_pipeline, picture, run_script, save_pictures, sidecars, touch
-from conftest import REPO
+from helpers import REPO
 from PIL import Image
 from safetensors.torch import save_file
 

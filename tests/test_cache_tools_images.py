@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from cache_fixtures import TINY, picture, run_script, save_pictures
-from conftest import load_script
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
+from helpers import load_script
 from PIL import Image, ImageOps
 from safetensors.torch import save_file
 from skimage.metrics import peak_signal_noise_ratio

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from urllib.parse import quote
 
 import pytest
-from conftest import REPO, load_script
+from helpers import REPO, load_script
 from pages import drawn, until
 from PIL import Image, ImageDraw, PngImagePlugin
 from train_ranks import HANG_S

@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import load_script
 from diffusers import DDIMScheduler, UNet2DConditionModel
+from helpers import load_script
 from safetensors.torch import load_file
 
 from cachetrain.checkpoints.info import checkpoint_info

@@ -7,30 +7,31 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from conftest import load_script
+from helpers import load_script, open_pairs
 from test_training import CLIP, T5, digest, refused, run
 
 from cachetrain.data import dataset, ram, rng
 from cachetrain.data.batching import BatchSampler
-from cachetrain.data.dataset import CachedPairs, SampleKey
+from cachetrain.data.dataset import SampleKey
 from cachetrain.data.index import PairIndex
 from cachetrain.data.loader import unpack
 from cachetrain.data.sidecar import read_sidecar
 from cachetrain.distributed import World
-from cachetrain.training import options, setup
+from cachetrain.training import options
+from cachetrain.training import run as opening
 
 REQUIRED = ["--model", "x", "--output_dir", "x"]
 
 
 class Index:
-    """As much of a PairIndex as Batches needs."""
+    """As much of a PairIndex as BatchSampler needs."""
 
-    def __init__(self, weights, shape_ids=None):
-        self.weights = np.array(weights, np.float32)
-        self.shape_ids = np.zeros(len(weights), int) if shape_ids is None else np.array(shape_ids)
+    def __init__(self, repeats, shape_ids=None):
+        self.repeats = np.array(repeats, np.float32)
+        self.shape_ids = np.zeros(len(repeats), int) if shape_ids is None else np.array(shape_ids)
 
     def __len__(self):
-        return len(self.weights)
+        return len(self.repeats)
 
 
 def copied(shapes, folder, names=slice(None), suffixes=T5):
@@ -60,12 +61,12 @@ def test_weights_are_the_mean_number_of_visits_and_fractions_are_drawn_anew_in_e
 
 
 def test_two_visits_of_one_epoch_have_noise_and_timesteps_of_their_own(shapes):
-    pairs = CachedPairs(PairIndex([shapes], *T5), 0, None, 1.0)
+    pairs = open_pairs(PairIndex([shapes], *T5))
     first, second = pairs[SampleKey(0, 3, 0)], pairs[SampleKey(0, 3, 1)]
     assert torch.equal(first["latents"], second["latents"])
     assert abs(np.corrcoef(first["noise"].flatten(), second["noise"].flatten())[0, 1]) < 0.3
     assert first["timesteps"] != second["timesteps"]
-    fixed = CachedPairs(pairs.index, 0, None, 1.0, fixed=True)
+    fixed = open_pairs(pairs.index, fixed=True)
     again = fixed[SampleKey(9, 3, 1)]
     assert torch.equal(again["noise"], first["noise"]) and again["timesteps"] == first["timesteps"]
 
@@ -85,16 +86,16 @@ def test_folder_weights_multiply_txt_and_repeats_multiply_and_the_nearest_file_c
     by_folder = {index.stem(i).rsplit("/", 1)[0].rsplit("/", 1)[1]: index.repeats[i] for i in range(len(index))}
     assert by_folder == {"a": 1.0, "often": 3.0, "deep": 3.0, "never": 0.0, "b:1": 2.0}
     assert index.samples_per_epoch == 4 + 9 + 3 + 0 + 4
-    visited = Counter(visit.sample for batch in BatchSampler(index, 5, 0, 40) for visit in batch)  # ten epochs
-    assert {index.stem(i).split("/")[-2] for i in visited} == {"a", "often", "deep", "b:1"}
-    for i, weight in enumerate(index.repeats):
-        assert abs(visited[i] - 10 * weight) <= weight  # the last of them may wait in a batch
+    counts = Counter(key.sample for batch in BatchSampler(index, 5, 0, 40) for key in batch)  # ten epochs
+    assert {index.stem(i).split("/")[-2] for i in counts} == {"a", "often", "deep", "b:1"}
+    for i, repeats in enumerate(index.repeats):
+        assert abs(counts[i] - 10 * repeats) <= repeats  # the last of them may wait in a batch
     (root / "multiply.txt").write_text("often")
     with pytest.raises(ValueError, match=r"multiply\.txt: 'often'"):
         PairIndex([root], *T5)
     (root / "multiply.txt").write_text("0")
     (root / "often" / "multiply.txt").unlink()
-    with pytest.raises(ValueError, match="weight 0"):
+    with pytest.raises(ValueError, match="an epoch of 10 pairs has 0 samples"):
         PairIndex([root], *T5)
 
 
@@ -103,7 +104,7 @@ def test_ranks_share_each_batch_and_together_they_are_one_big_batch():
     whole = list(BatchSampler(index, 6, 5, 20))
     parts = [list(BatchSampler(index, 2, 5, 20, rank=rank, ranks=3)) for rank in range(3)]
     for batch, *shares in zip(whole, *parts, strict=True):
-        assert sorted(batch) == sorted(visit for share in shares for visit in share)
+        assert sorted(batch) == sorted(key for share in shares for key in share)
         assert all(len(share) == 2 for share in shares)
 
 
@@ -118,12 +119,12 @@ def test_a_size_that_never_fills_a_batch_is_named_and_what_waits_is_counted(shap
     flags = ["--max_steps", 6, "--batch_size", 4, "--train_data_dir", shapes, wide]
     run(shapes, model_t5, tmp_path / "run", *flags)
     out = capsys.readouterr().out
-    assert "0.89 epochs of 27 visits to 27 pairs; 4x8x8: 88.9%; 4x8x12: 11.1%, NEVER FILLS A BATCH" in out
+    assert "0.89 epochs of 27 samples, from 27 pairs; 4x8x8: 88.9%; 4x8x12: 11.1%, NEVER FILLS A BATCH" in out
     # Six batches of 4 need all 24 of the common size, or wait: count by hand.
     batches = BatchSampler(PairIndex([shapes, wide], *T5), 4, 0, 6)
-    trained = {visit.sample for batch in batches for visit in batch}
+    trained = {key.sample for batch in batches for key in batch}
     assert f"coverage: {len(trained)} of 27 pairs trained; waiting for a full batch:" in out
-    assert sum(batches.waiting.values()) >= 1 and batches.seen.sum() == len(trained)
+    assert sum(batches.waiting.values()) >= 1 and batches.trained.sum() == len(trained)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -132,8 +133,8 @@ def test_caches_in_memory_train_the_same_weights_and_files_are_read_once(
 ):
     flags = ["--max_steps", 5, "--batch_size", 8, "--lr", 1e-3, "--cond_dropout", 0.2]
     _, from_files = run(shapes, model_t5, tmp_path / "files", *flags)
-    monkeypatch.setattr(dataset.Files, "image", None)  # nothing may read a file any more
-    monkeypatch.setattr(dataset.Files, "text", None)
+    monkeypatch.setattr(dataset.Sidecars, "image", None)  # nothing may read a file any more
+    monkeypatch.setattr(dataset.Sidecars, "text", None)
     _, from_memory = run(shapes, model_t5, tmp_path / "memory", *flags, "--cache_in_ram", "--num_workers", workers)
     assert digest(from_files) == digest(from_memory)
 
@@ -182,16 +183,18 @@ def test_subset_is_an_index_of_its_own(shapes):
     part = index.subset(np.array([3, 5, 11])).subset(np.array([2, 0]))
     assert [part.stem(i) for i in range(2)] == [index.stem(11), index.stem(3)]
     assert part.relative_name(1) == index.relative_name(3) and "/" not in part.relative_name(1)
-    assert len(part) == len(part.weights) == len(part.tokens) == 2 and part.samples_per_epoch == 2
+    assert len(part) == len(part.repeats) == len(part.tokens) == 2 and part.samples_per_epoch == 2
     assert part.tokens[0] == len(read_sidecar(index.text_path(11))[0]["emb"])
 
 
 def test_embeddings_in_bfloat16_are_those_of_float32_to_the_bit(shapes):
     index = PairIndex([shapes], *T5)
-    exact = CachedPairs(index, 0, None, 1.0)
-    half = CachedPairs(index, 0, None, 1.0, text_dtype=torch.bfloat16)
+    exact = open_pairs(index)
+    half = open_pairs(index, dtype=torch.bfloat16)
     for i in range(len(index)):
-        assert torch.equal(half[SampleKey(0, i)]["embedding"].float(), exact[SampleKey(0, i)]["embedding"])
+        assert torch.equal(
+            half[SampleKey(0, i)]["condition"]["emb"].float(), exact[SampleKey(0, i)]["condition"]["emb"]
+        )
 
 
 def test_a_compiled_run_pads_every_batch_to_the_longest_text_of_all(shapes, model_t5):
@@ -209,9 +212,9 @@ def test_a_compiled_run_pads_every_batch_to_the_longest_text_of_all(shapes, mode
     ]
     for flags, lengths in (([], {16, 8}), (["--compile"], {40})):
         args = options.parse_args("", [*map(str, argv), "--num_workers", "0", *flags])
-        index, _ = setup.open_index(args, World())
-        index.tokens[7] = 35  # a longer text, in no batch of the four below
-        loader, _ = setup.open_loader(args, setup.open_pairs(args, index, "flow"), torch.device("cpu"),
-                                      setup.make_plan(args, index.samples_per_epoch, 1), World())  # fmt: skip
-        found = {unpack(packed)["encoder_hidden_states"].shape[1] for packed in islice(loader, 4)}
+        run = opening.open_run(args, World())
+        run.index.tokens[7] = 35  # a longer text, in no batch of the four below
+        loader, _ = opening.open_loader(run, opening.open_pairs(run))
+        batches = (unpack(packed)["conditioning"] for packed in islice(loader, 4))
+        found = {batch["encoder_hidden_states"].shape[1] for batch in batches}
         assert found <= lengths

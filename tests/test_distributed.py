@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPO, load_script
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from helpers import REPO, load_script
 from PIL import Image
 from safetensors.torch import load_file
 from train_ranks import HANG_S, Ranks, digest

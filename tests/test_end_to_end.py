@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPO, TINY
+from helpers import REPO, TINY
 
 STEPS = 700
 # A minute of training places and colours shapes; which shape it is takes the quickstart's five.

@@ -7,9 +7,9 @@ import shutil
 import pytest
 import torch
 import yaml
-from conftest import TINY, load_script
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+from helpers import TINY, load_script
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel

@@ -5,7 +5,7 @@ import re
 from functools import cache
 
 import pytest
-from conftest import REPO, load_script
+from helpers import REPO, load_script
 
 from cachetrain import cli
 from cachetrain.training import flags

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import load_script
+from helpers import load_script
 
 RECORD = Path(__file__).with_name("golden.json")
 MODE = os.environ.get("GOLDEN", "")

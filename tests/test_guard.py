@@ -16,7 +16,8 @@ from train_ranks import Ranks
 from cachetrain.data.batching import BatchSampler
 from cachetrain.data.index import PairIndex
 from cachetrain.data.sidecar import read_sidecar, write_sidecar
-from cachetrain.training import nonfinite, optim, setup
+from cachetrain.training import nonfinite
+from cachetrain.training import run as opening
 from cachetrain.training.nonfinite import QUARANTINE, NonfiniteSteps
 
 STEPS, BAD = 4, 2
@@ -78,15 +79,16 @@ def add_to_loss(monkeypatch, values):
     forward, calls = trainer.forward_pass, count(1)
 
     def bad(*args, **kwargs):
-        loss, *rest = forward(*args, **kwargs)
-        return loss + torch.tensor([0.0] * (len(loss) - 1) + [values.get(next(calls), 0.0)]), *rest
+        result = forward(*args, **kwargs)
+        more = torch.tensor([0.0] * (len(result.loss) - 1) + [values.get(next(calls), 0.0)])
+        return result._replace(loss=result.loss + more)
 
-    monkeypatch.setattr(trainer, "forward", bad)
+    monkeypatch.setattr(trainer, "forward_pass", bad)
 
 
 def add_to_gradient(monkeypatch, values):
     """Adds values[n] to one element of one parameter's gradient in backward pass n, from 1."""
-    open_unet, calls = setup.open_unet, count(1)
+    open_unet, calls = opening.open_unet, count(1)
 
     def bad(gradient):
         gradient = gradient.clone()
@@ -98,7 +100,7 @@ def add_to_gradient(monkeypatch, values):
         unet.mid_block.attentions[0].proj_in.weight.register_hook(bad)
         return unet, chosen
 
-    monkeypatch.setattr(setup, "open_unet", hooked)
+    monkeypatch.setattr(opening, "open_unet", hooked)
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +198,7 @@ def test_float16_overflow_is_skipped_as_a_matter_of_course(
     optimizer, shapes, model_t5, tmp_path, monkeypatch, capsys
 ):
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60, backoff_factor=2.0**-50)
-    monkeypatch.setattr(optim, "loss_scaler", lambda *_: scaler)
+    monkeypatch.setattr(opening, "loss_scaler", lambda *_: scaler)
     flags = ["--precision", "fp16", "--optimizer", optimizer, "--batch_size", 1, "--max_nonfinite", 1]
     run(shapes, model_t5, tmp_path / "run", "--max_steps", 2, "--save_steps", 1, *COMMON, *flags)
     for name in ("unet", "unet_ema"):
@@ -246,7 +248,7 @@ def test_metrics_are_of_the_finite_samples(shapes, model_t5, tmp_path, monkeypat
         seen.append(forward(*args, **kwargs))
         return seen[-1]
 
-    monkeypatch.setattr(trainer, "forward", kept)
+    monkeypatch.setattr(trainer, "forward_pass", kept)
     flags = [
         "--max_steps",
         STEPS,
@@ -263,7 +265,7 @@ def test_metrics_are_of_the_finite_samples(shapes, model_t5, tmp_path, monkeypat
     assert first["step"] == 1 and None not in {*first.values(), *last.values()}
     loss, raw = (torch.cat([parts[i].detach() for parts in seen]) for i in (0, 1))
     assert loss.isfinite().sum() == 23
-    for tag, values in (("loss", loss), ("loss_snr", loss), ("loss_raw", raw)):
+    for tag, values in (("loss", loss), ("loss_raw", raw)):
         assert last[f"01_Training/{tag}"] == pytest.approx(values[6:][values[6:].isfinite()].mean().item(), rel=1e-5)
     assert last["03_Epoch_Summary/loss"] == pytest.approx(loss[loss.isfinite()].mean().item(), rel=1e-5)
     assert last["03_Epoch_Summary/images"] == 23

@@ -7,15 +7,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, load_script
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from helpers import TINY, load_script
 from PIL import Image
 from safetensors.torch import load_file
 from test_training import CLIP, digest, refused, run, trainer
 
 from cachetrain.checkpoints import save
 from cachetrain.checkpoints.save import checkpoints
-from cachetrain.training import setup
+from cachetrain.training import checks
 
 FLOW = ["--objective", "flow"]
 
@@ -145,12 +145,12 @@ def test_running_out_of_memory_says_what_to_lower_and_keeps_the_last_checkpoint(
         return real(*args, **kwargs)
 
     real = trainer.forward_pass
-    monkeypatch.setattr(trainer, "forward", forward)
+    monkeypatch.setattr(trainer, "forward_pass", forward)
     message = refused(shapes, model_t5, tmp_path / "run", "--max_steps", 9, "--save_steps", 2)
     assert "out of memory" in message and "--batch_size below 2" in message and "--gradient_checkpointing" in message
     assert str(tmp_path / "run" / "checkpoint-000002") in message
     UNet2DConditionModel.from_pretrained(tmp_path / "run" / "checkpoint-000002" / "unet")
-    assert not setup.is_out_of_memory(RuntimeError("shapes cannot be multiplied"))
+    assert not checks.is_out_of_memory(RuntimeError("shapes cannot be multiplied"))
 
 
 def test_saves_by_epoch_by_time_and_on_request_and_keeps_the_last(shapes, model_t5, tmp_path, monkeypatch):
@@ -166,7 +166,7 @@ def test_saves_by_epoch_by_time_and_on_request_and_keeps_the_last(shapes, model_
         (tmp_path / "asked" / "trigger.checkpoint").touch()
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(trainer, "forward", forward)
+    monkeypatch.setattr(trainer, "forward_pass", forward)
     run(shapes, model_t5, tmp_path / "asked", "--max_steps", 2, "--batch_size", 8)
     assert steps_saved(tmp_path / "asked") == [1, 2] and not (tmp_path / "asked" / "trigger.checkpoint").exists()
 
@@ -177,7 +177,7 @@ def test_saves_by_epoch_by_time_and_on_request_and_keeps_the_last(shapes, model_
         return real(*args, **kwargs)
 
     monkeypatch.setattr(save, "time", SimpleNamespace(monotonic=lambda: clock.now_s))
-    monkeypatch.setattr(trainer, "forward", forward_of_25_seconds)
+    monkeypatch.setattr(trainer, "forward_pass", forward_of_25_seconds)
     run(shapes, model_t5, tmp_path / "timed", "--max_steps", 7, "--batch_size", 8, "--save_every_minutes", 1)
     assert steps_saved(tmp_path / "timed") == [3, 6, 7]
 

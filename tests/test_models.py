@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, load_script
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from helpers import TINY, load_script, render
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import T5EncoderModel, T5Tokenizer
@@ -18,7 +18,7 @@ from cachetrain.diffusion.noise_schedulers import make_scheduler, sampler_for
 from cachetrain.modeling import load
 from cachetrain.modeling.t5_pipeline import pad_embeddings
 from cachetrain.modeling.text_encoders import TextEncoder, encode_like_cache
-from cachetrain.sampling.render import grid, render, sample_name, save_png
+from cachetrain.sampling.render import grid, sample_name, save_png
 
 torch.set_num_threads(1)
 PROMPTS = ["a small red circle on the left on a blue background", "a star"]
@@ -47,7 +47,7 @@ def test_our_samples_of_the_vanilla_flavour_equal_diffusers_pipeline(cfg, model_
     null, *embeddings = [text.encode_ids(text.tokenize([prompt])[0])[0] for prompt in ["", *PROMPTS]]
     unet, vae = load.load_unet(model_sd / "unet").eval(), load.load_vae(model_sd / "vae")
     scheduler = sampler_for(load.load_scheduler(model_sd / "scheduler"))
-    images = render(unet, vae, scheduler, embeddings, null, cfg, [3, 4], (8, 8), 5, masked=False)
+    images = render(unet, vae, scheduler, embeddings, null, cfg, [3, 4], 5, "txt_clipl")
     assert np.abs(pixels(images) - pixels(expected)).max() <= 1
 
 
@@ -63,7 +63,7 @@ def test_our_samples_of_the_t5_flavour_equal_its_pipeline_whatever_the_batch(mod
     text = TextEncoder(model_t5)
     null, *embeddings = [text.encode_ids(text.tokenize([p])[0])[0] for p in ["a green cross", *PROMPTS]]
     unet, vae = load.load_unet(model_t5 / "unet").eval(), load.load_vae(model_t5 / "vae")
-    images = render(unet, vae, pipe.scheduler, embeddings, null, 3.0, [0, 1], (8, 8), 5, masked=True)
+    images = render(unet, vae, pipe.scheduler, embeddings, null, 3.0, [0, 1], 5, "txt_t5cache")
     assert np.abs(pixels(images) - pixels(expected)).max() <= 1
     different = pipe(PROMPTS[0], latents=noise([0]), num_inference_steps=5, guidance_scale=3.0).images[0]
     assert np.abs(pixels([different]) - pixels(expected[:1])).max() > 1  # the negative prompt counts
@@ -326,7 +326,7 @@ def test_prompts_for_a_unet_with_its_own_projection_are_encoded_raw(narrow_unet,
     expected, mask = raw_embeddings(tmp_path / "own", PROMPTS[:1])
     for settings in ({"max_length": 256, "raw": True}, {}):
         (embedding,) = encode_like_cache(tmp_path / "own", "txt_t5cache", settings, PROMPTS[:1])
-        torch.testing.assert_close(embedding, expected[0][mask[0]])
+        torch.testing.assert_close(embedding["emb"], expected[0][mask[0]])
     with pytest.raises(ValueError, match=r"own/projection: no such directory.* --raw"):
         encode_like_cache(tmp_path / "own", "txt_t5cache", {"raw": False}, PROMPTS)
 

@@ -11,7 +11,7 @@ import tomllib
 from itertools import pairwise
 
 import pytest
-from conftest import REPO, load_script
+from helpers import REPO, load_script
 
 README = REPO / "README.md"
 MAX_README_LINES = 180

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from conftest import load_script
+from helpers import load_script
 from pages import until
 from PIL import Image
 from test_training import run

@@ -4,13 +4,12 @@ import json
 import shutil
 import weakref
 from contextlib import nullcontext
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import load_script
 from diffusers import DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, StableDiffusionPipeline
+from helpers import load_script, render
 from PIL import Image
 from test_training import run, trainer
 
@@ -24,7 +23,6 @@ from cachetrain.modeling.t5_pipeline import denoise
 from cachetrain.modeling.text_encoders import TextEncoder
 from cachetrain.sampling import samples as samples_module
 from cachetrain.sampling.prompts import PromptFile, Prompts, Sample, read_prompts, sample_seed, sample_size
-from cachetrain.sampling.render import render
 from cachetrain.sampling.samples import SampleImages
 
 torch.set_num_threads(1)
@@ -53,7 +51,9 @@ def make_samples(model, shapes, source, suffixes=T5, cfgs=(1.0, 4.0), index=None
     index = index or PairIndex([shapes], *suffixes)
     defaults = Prompts(cfgs=cfgs, num_inference_steps=2, generate_samples_every_n_steps=250)
     scheduler, info = load.load_scheduler(model / "scheduler"), data_info(index, text_scale=1.0)
-    return SampleImages(model, source, defaults, scheduler, info, lambda: index, torch.device("cpu"))
+    return SampleImages(
+        model, source, defaults, scheduler, info, device=torch.device("cpu"), open_index=lambda: index
+    )
 
 
 def written(path, **content):
@@ -83,18 +83,15 @@ def test_every_sampler_leads_a_perfect_model_to_the_image(objective, zero_snr, n
         sigma = sigmas[low] + (sigmas[low + 1] - sigmas[low]) * (t - low)
         return 1 / (1 + sigma**2).sqrt(), sigma / (1 + sigma**2).sqrt()
 
-    class Oracle:
-        dtype = torch.float32
+    def oracle(x, t):
+        alpha, sigma = (torch.as_tensor(value).float() for value in alpha_sigma(float(t)))
+        return target_of(objective, x0, (x - alpha * x0) / sigma, alpha, sigma)
 
-        def __call__(self, x, t, **_):
-            alpha, sigma = (torch.as_tensor(value).float() for value in alpha_sigma(float(t)))
-            return SimpleNamespace(sample=target_of(objective, x0, (x - alpha * x0) / sigma, alpha, sigma))
-
-    text, sampler = torch.zeros(2, 8, 4), sampler_for(trained, name)
+    sampler = sampler_for(trained, name)
     for _ in range(2):  # a sampler is used again and again
         generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
         latents = torch.stack([torch.randn(4, 8, 8, generator=generator) for generator in generators])
-        latents = denoise(Oracle(), sampler, latents, text, text, 1.0, 20, None, generators)
+        latents = denoise(oracle, sampler, latents, 1.0, 20, generators)
         assert (latents - x0).abs().max() < 0.15  # DDIM ends at the noise of timestep 1, not at none
 
 
@@ -123,7 +120,7 @@ def test_samples_of_other_samplers_equal_diffusers_pipeline_in_any_batch(name, c
     null, *embeddings = [text.encode_ids(text.tokenize([prompt])[0])[0] for prompt in ["", *prompts]]
     unet, vae = load.load_unet(model_sd / "unet").eval(), load.load_vae(model_sd / "vae")
     sampler = sampler_for(load.load_scheduler(model_sd / "scheduler"), name)
-    images = render(unet, vae, sampler, embeddings, null, 3.0, seeds, (8, 8), 6, masked=False)
+    images = render(unet, vae, sampler, embeddings, null, 3.0, seeds, 6, "txt_clipl")
     for image, other in zip(images, expected, strict=True):
         assert np.abs(np.asarray(image).astype(int) - np.asarray(other)).max() <= 1
 
@@ -236,7 +233,7 @@ def test_all_guidance_scales_start_from_the_same_noise(shapes, model_t5, unet, t
     from cachetrain.sampling import render
 
     seen = []
-    monkeypatch.setattr(render, "denoise", lambda unet, scheduler, latents, *rest: seen.append(latents) or latents)
+    monkeypatch.setattr(render, "denoise", lambda predict, sampler, latents, *rest: seen.append(latents) or latents)
     make_samples(model_t5, shapes, ["a", "b"], cfgs=(1.0, 4.0, 7.0)).draw(unet, tmp_path, None, 1, nullcontext)
     assert len(seen) == 3 and torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
     assert not torch.equal(seen[0][0], seen[0][1])
@@ -245,9 +242,9 @@ def test_all_guidance_scales_start_from_the_same_noise(shapes, model_t5, unet, t
 def test_only_new_prompts_are_encoded_and_none_where_nothing_changed(shapes, model_t5, unet, tmp_path, monkeypatch):
     encoded, original = [], samples_module.encode_like_cache
 
-    def encode(model_dir, kind, settings, captions, device, dtype):
+    def encode(model_dir, kind, settings, captions, *, device, dtype):
         encoded.append((captions, str(device)))
-        return original(model_dir, kind, settings, captions, device, dtype)
+        return original(model_dir, kind, settings, captions, device=device, dtype=dtype)
 
     monkeypatch.setattr(samples_module, "encode_like_cache", encode)
     path = written(tmp_path / "p.json", samples=[{"prompt": "a star"}], num_inference_steps=1)
@@ -276,7 +273,7 @@ def test_text_encoder_has_left_memory_when_training_starts(shapes, model_t5, tmp
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(load, "load_text_encoder", load_text_encoder)
-    monkeypatch.setattr(trainer, "forward", first_forward)
+    monkeypatch.setattr(trainer, "forward_pass", first_forward)
     run(shapes, model_t5, tmp_path / "run", "--max_steps", 1, "--batch_size", 2, "--sample_prompt", "a star",
         "--sampler_steps", 1)  # fmt: skip
     assert alive == [[None]]  # without waiting for the garbage collector
@@ -298,13 +295,13 @@ def test_without_prompts_captions_of_the_last_batch_are_drawn_from_their_caches(
 ):
     (tmp_path / "p.txt").write_text("\n")
     samples = make_samples(model_t5, shapes, tmp_path / "p.txt", cfgs=(1.0,))
-    index, seen, original = samples.open_index(), [], samples_module.render_drawings
-    monkeypatch.setattr(samples_module, "render_drawings", lambda *args: seen.extend(args[3]) or original(*args))
+    index, seen, original = samples.open_index(), [], samples_module.Renderer.draw
+    monkeypatch.setattr(samples_module.Renderer, "draw", lambda *args: seen.extend(args[1]) or original(*args))
     metrics = Recorder()
     samples.draw(unet, tmp_path / "out", metrics, 7, nullcontext, torch.tensor([5, 3, 8, 1, 2]))
     assert [drawing.prompt for drawing in seen] == [open(index.stem(i) + ".txt").read().strip() for i in (5, 3, 8, 1)]
     for drawing, i in zip(seen, (5, 3, 8, 1), strict=True):
-        assert torch.equal(drawing.embedding, read_sidecar(index.text_path(i))[0]["emb"].float())
+        assert torch.equal(drawing.condition["emb"], read_sidecar(index.text_path(i))[0]["emb"].float())
     assert ("12_Generated_Samples/03 caption of the last batch", 7) in metrics.images
     names = [f"{slot:02d}-caption-of-the-last-batch_cfg1.png" for slot in range(4)]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
@@ -370,7 +367,7 @@ def test_the_progress_animation_holds_the_last_fifty_small_strips_of_a_resumed_r
         samples.animate(tmp_path, metrics, first)  # nothing is drawn yet
         for step in range(first, last + 1):
             image = Image.new("RGB", (512, 512), (4 * step, 0, 0))
-            monkeypatch.setattr(samples, "_render", lambda *args, image=image: [[image] * 2])
+            monkeypatch.setattr(samples, "images", lambda *_, image=image: ((0, cfg, image) for cfg in (1.0, 4.0)))
             samples.draw(unet, tmp_path / f"step-{step:06d}", metrics, step, nullcontext)
     shutil.copytree(tmp_path / "step-000060", tmp_path / "step-000070")  # of a part that the resume has given up
     samples.animate(tmp_path, metrics, 60)

@@ -10,7 +10,7 @@ import sys
 import threading
 
 import pytest
-from conftest import REPO
+from helpers import REPO
 from safetensors.torch import load_file
 from test_training import digest, refused, run, trainer
 from train_ranks import HANG_S
@@ -61,7 +61,7 @@ def test_training_goes_on_while_a_checkpoint_of_its_own_step_is_written(shapes, 
         return real_forward(*args, **kwargs)
 
     monkeypatch.setattr(Saving, "save", save)
-    monkeypatch.setattr(trainer, "forward", forward)
+    monkeypatch.setattr(trainer, "forward_pass", forward)
     flags = ["--max_steps", 5, "--save_steps", 2, "--batch_size", 2, "--lr", 1e-2, "--ema_decay", 0.5]
     run(shapes, model_t5, tmp_path / "run", *flags)
     assert list(asked) == [2, 4, 5] and len(set(asked.values())) == 3
@@ -103,7 +103,7 @@ def test_whatever_goes_wrong_in_a_save_is_said_at_the_next_step(shapes, model_t5
         return real_forward(*args, **kwargs)
 
     monkeypatch.setattr(Saving, "_write", write)
-    monkeypatch.setattr(trainer, "forward", forward)
+    monkeypatch.setattr(trainer, "forward_pass", forward)
     run(shapes, model_t5, tmp_path / "run", "--max_steps", 6, "--save_steps", 2, "--batch_size", 2)
     # Saved behind the second step, failed during the third at the latest, said before the fourth.
     assert "saving step 2 failed: MemoryError: no room for a copy" in said[2] + said[3]

@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from conftest import TINY
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
+from helpers import TINY
 
 from cachetrain.modeling import load, trainable
 

@@ -14,10 +14,10 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, load_script
 from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_snr
+from helpers import REPO, load_script, open_pairs
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -25,9 +25,10 @@ from train_ranks import HANG_S
 
 from cachetrain.data import rng
 from cachetrain.data.batching import BatchSampler, collate
-from cachetrain.data.dataset import CachedPairs, SampleKey
+from cachetrain.data.dataset import SampleKey
 from cachetrain.data.index import PairIndex
 from cachetrain.data.sidecar import read_sidecar, write_sidecar
+from cachetrain.modeling.conditioning import Conditioning
 
 torch.set_num_threads(1)
 trainer = load_script("train_from_cached.py")
@@ -154,24 +155,25 @@ def test_workers_samples_saves_and_logging_never_change_the_weights(shapes, mode
 def test_padding_never_changes_a_prediction(shapes, model_t5):
     unet = UNet2DConditionModel.from_pretrained(model_t5 / "unet").eval()
     index = PairIndex([shapes], *T5)
-    samples = [CachedPairs(index, 0, None, 1.0)[SampleKey(0, i)] for i in (0, 1)]
-    samples[1]["embedding"] = samples[1]["embedding"][:5]  # lengths that differ a lot
-    batch = collate(samples, masked=True)
-    assert batch["encoder_hidden_states"].shape[1] % 8 == 0
-    hidden = batch["encoder_hidden_states"].clone()
-    hidden[~batch["encoder_attention_mask"]] = 100.0  # whatever padding holds must not matter
+    samples = [open_pairs(index)[SampleKey(0, i)] for i in (0, 1)]
+    samples[1]["condition"]["emb"] = samples[1]["condition"]["emb"][:5]  # lengths that differ a lot
+    batch = collate(samples, Conditioning("txt_t5cache"))
+    hidden, mask = (batch["conditioning"][f"encoder_{name}"] for name in ("hidden_states", "attention_mask"))
+    assert hidden.shape[1] % 8 == 0
+    hidden = hidden.clone()
+    hidden[~mask] = 100.0  # whatever padding holds must not matter
     t = torch.tensor([500, 500])
     with torch.no_grad():
-        together = unet(batch["latents"], t, hidden, encoder_attention_mask=batch["encoder_attention_mask"]).sample
+        together = unet(batch["latents"], t, hidden, encoder_attention_mask=mask).sample
         for row, sample in enumerate(samples):
-            alone = unet(sample["latents"][None], t[:1], sample["embedding"][None]).sample
+            alone = unet(sample["latents"][None], t[:1], sample["condition"]["emb"][None]).sample
             torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-4)
 
 
 def test_an_epoch_visits_every_sample_once_and_drops_none():
     class Index:
         shape_ids = np.array([0] * 10 + [1] * 7)
-        weights = np.ones(17, np.float32)
+        repeats = np.ones(17, np.float32)
 
         def __len__(self):
             return 17
@@ -198,7 +200,7 @@ def test_batch_order_is_the_seeds_permutation_and_changes_with_the_epoch():
 def test_stratified_batches_spread_each_step_over_all_timesteps_whatever_its_micro_batches(accum):
     class Index:
         shape_ids = np.zeros(50, np.uint16)
-        weights = np.ones(50, np.float32)
+        repeats = np.ones(50, np.float32)
 
         def __len__(self):
             return 50
@@ -221,10 +223,10 @@ def test_stratified_batches_spread_each_step_over_all_timesteps_whatever_its_mic
 
 def test_timestep_range_offset_noise_and_sampling_change_only_what_they_say(shapes):
     index = PairIndex([shapes], *T5)
-    plain = CachedPairs(index, 0, None, 1.0)
-    ranged = CachedPairs(index, 0, None, 1.0, timestep_range=(200, 300))
-    middle = CachedPairs(index, 0, None, 1.0, timestep_sampling="logit_normal")
-    offset = CachedPairs(index, 0, None, 1.0, offset_noise=0.1)
+    plain = open_pairs(index)
+    ranged = open_pairs(index, timestep_range=(200, 300))
+    middle = open_pairs(index, timestep_sampling="logit_normal")
+    offset = open_pairs(index, offset_noise=0.1)
     for i in range(len(index)):
         a = plain[SampleKey(0, i)]
         assert ranged[SampleKey(0, i)]["timesteps"] == 200 + a["timesteps"] // 10
@@ -259,25 +261,25 @@ def test_draws_of_a_sample_are_its_own_and_standard_normal():
 def test_cond_dropout_replaces_the_share_of_captions_asked_for(shapes):
     index = PairIndex([shapes], *T5)
     null = read_sidecar(shapes / "_null_caption.txt_t5cache")[0]["emb"].float()
-    pairs = CachedPairs(index, 0, null, 1.0, cond_dropout=0.2)
+    pairs = open_pairs(index, null=null, cond_dropout=0.2)
     samples = [pairs[SampleKey(epoch, i)] for epoch in range(25) for i in range(24)]
     dropped = [sample for sample in samples if sample["dropped"]]
     assert 0.15 < len(dropped) / len(samples) < 0.25
-    assert all(torch.equal(sample["embedding"], null) for sample in dropped)
+    assert all(torch.equal(sample["condition"]["emb"], null) for sample in dropped)
     kept = next(sample for sample in samples if not sample["dropped"])
-    assert torch.equal(kept["embedding"], read_sidecar(index.text_path(kept["sample"]))[0]["emb"].float())
+    assert torch.equal(kept["condition"]["emb"], read_sidecar(index.text_path(kept["sample"]))[0]["emb"].float())
 
 
 def test_flip_uses_latent_flip_and_says_how_to_get_it(shapes, tmp_path):
     index = PairIndex([shapes], *T5)
     with pytest.raises(ValueError, match=r"cache with --flip"):
-        CachedPairs(index, 0, None, 1.0, flip_p=1.0)[SampleKey(0, 0)]
+        open_pairs(index, flip_p=1.0)[SampleKey(0, 0)]
     data = tmp_path / "data"
     shutil.copytree(shapes, data)
     tensors, header = read_sidecar(index.image_path(0))
     flipped = {**tensors, "latent_flip": -tensors["latent"]}
     write_sidecar(data / (index.stem(0).split("/")[-1] + ".img_sdxl"), flipped, header.metadata)
-    pairs = CachedPairs(PairIndex([data], *T5), 0, None, 2.0, shift_factor=0.5, flip_p=1.0)
+    pairs = open_pairs(PairIndex([data], *T5), 2.0, 0.5, flip_p=1.0)
     torch.testing.assert_close(pairs[SampleKey(0, 0)]["latents"], (-tensors["latent"].float() - 0.5) * 2.0)
 
 
@@ -287,12 +289,12 @@ def test_logged_scalars_are_right_and_in_both_logs(shapes, model_t5, tmp_path):
     # Step 1 by hand: loss of the untrained UNet, gradients from autograd.
     index = PairIndex([shapes], *T5)
     scale = json.loads((model_t5 / "vae" / "config.json").read_text())["scaling_factor"]
-    pairs = CachedPairs(index, 0, None, scale)
-    batch = collate([pairs[key] for key in next(iter(BatchSampler(index, 4, 0, 1)))], masked=True)
+    pairs = open_pairs(index, scale)
+    batch = collate([pairs[key] for key in next(iter(BatchSampler(index, 4, 0, 1)))], pairs.conditioning)
     unet = UNet2DConditionModel.from_pretrained(model_t5 / "unet").train()
     ddpm = DDPMScheduler.from_pretrained(model_t5 / "scheduler")
     noisy = ddpm.add_noise(batch["latents"], batch["noise"], batch["timesteps"])
-    hidden, mask = batch["encoder_hidden_states"], batch["encoder_attention_mask"]
+    hidden, mask = (batch["conditioning"][f"encoder_{name}"] for name in ("hidden_states", "attention_mask"))
     error = (unet(noisy, batch["timesteps"], hidden, encoder_attention_mask=mask).sample - batch["noise"]).square()
     snr = compute_snr(ddpm, batch["timesteps"])
     loss = (error.mean((1, 2, 3)) * snr.clamp(max=5) / snr).mean()
@@ -302,7 +304,7 @@ def test_logged_scalars_are_right_and_in_both_logs(shapes, model_t5, tmp_path):
     ])  # fmt: skip
     norm = torch.cat([p.grad.flatten() for p in unet.parameters()]).norm()
     first = lines[0]
-    assert first["01_Training/loss"] == first["01_Training/loss_snr"] == pytest.approx(loss.item(), rel=1e-4)
+    assert first["01_Training/loss"] == pytest.approx(loss.item(), rel=1e-4)
     assert first["01_Training/loss_raw"] == pytest.approx(error.mean().item(), rel=1e-4)
     assert first["01_Training/qk_grads_av"] == pytest.approx(qk.abs().mean().item(), rel=1e-3)
     assert first["01_Training/grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
@@ -614,7 +616,7 @@ def test_front_end_saves_the_running_run_when_asked_and_resumes_it(shapes, model
     wait_for(running, lambda: list(out.glob("checkpoint-*")))
     running.terminate()
     said, _ = running.communicate()
-    assert running.returncode == 143 and "--resume latest goes on" in said
+    assert running.returncode == 143 and "--resume latest continues the run" in said
     saved = sorted(out.glob("checkpoint-*"))
     assert len(saved) == 2
     assert asked() == ("", 2)  # the run has ended
@@ -622,7 +624,7 @@ def test_front_end_saves_the_running_run_when_asked_and_resumes_it(shapes, model
     goes_on = front_end("t5", "resume", "--num_workers", "0", STEPS=last + 2, **settings)
     said, errors = goes_on.communicate()
     assert goes_on.returncode == 0, errors
-    assert f"goes on after step {last} of {saved[-1]}" in said and (out / f"checkpoint-{last + 2:06d}").exists()
+    assert f"resumes after step {last} of {saved[-1]}" in said and (out / f"checkpoint-{last + 2:06d}").exists()
 
 
 def wait_for(process, condition):
@@ -641,12 +643,12 @@ def wait_for(process, condition):
 def test_widths_that_do_not_fit_are_refused_before_the_unet_is_loaded(
     setting, value, message, shapes, model_t5, tmp_path, monkeypatch
 ):
-    from cachetrain.training import setup
+    from cachetrain.training import checks
 
     model = shutil.copytree(model_t5, tmp_path / "model")
     config = json.loads((model / "unet" / "config.json").read_text())
     (model / "unet" / "config.json").write_text(json.dumps(config | {setting: value}))
-    monkeypatch.setattr(setup.load, "load_unet", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(checks.load, "load_unet", lambda *_: pytest.fail("loaded"))
     assert message in refused(shapes, model, tmp_path / "run")
     assert not (tmp_path / "run" / "args.json").exists()
 

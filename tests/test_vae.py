@@ -5,8 +5,8 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
 from diffusers import AsymmetricAutoencoderKL, AutoencoderDC, AutoencoderKL, AutoencoderTiny
+from helpers import TINY
 
 from cachetrain.diffusion.noise_schedulers import make_scheduler, sampler_for
 from cachetrain.modeling import load, t5_pipeline

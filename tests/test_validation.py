@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from helpers import bare_run, open_pairs
 from safetensors.torch import load_file
 
 from cachetrain.data import rng
-from cachetrain.data.dataset import CachedPairs
 from cachetrain.data.index import PairIndex
-from cachetrain.data.split import check_apart, split_index
+from cachetrain.data.split import check_apart, split_index, split_positions
 from cachetrain.modeling import load
-from cachetrain.training.validation import QUANTILES, FixedBatches, Validation, split_positions
+from cachetrain.training.validation import QUANTILES, FixedBatches, Validation
 
 torch.set_num_threads(1)
 T5 = [".img_sdxl", ".txt_t5cache"]
@@ -34,16 +34,23 @@ def losses_of(model):
 
     def losses(unet, batch):
         noisy = ddpm.add_noise(batch["latents"], batch["noise"], batch["timesteps"])
-        text, mask = batch["encoder_hidden_states"], batch["encoder_attention_mask"]
-        output = unet(noisy, batch["timesteps"], text, encoder_attention_mask=mask).sample
+        output = unet(noisy, batch["timesteps"], **batch["conditioning"]).sample
         raw = (output - batch["noise"]).square().mean((1, 2, 3))
-        return 2 * raw, raw
+        return SimpleNamespace(loss=2 * raw, squared_error=raw)
 
     return losses
 
 
+def constant(batch, value):
+    """What a forward pass with this loss for every sample would give."""
+    losses = torch.full((len(batch["samples"]),), value)
+    return SimpleNamespace(loss=losses, squared_error=losses)
+
+
 def validation(index, world=ALONE, weighted=True, num_workers=0):
-    return Validation(CachedPairs(index, 0, None, 1.0), 5, 10, weighted, CPU, world, num_workers)
+    args = {"use_snr": weighted, "batch_size": 5, "num_workers": num_workers}
+    run = bare_run(args=args, plan={"validation_steps": 10}, device=CPU, world=world)
+    return Validation(run, open_pairs(index))
 
 
 @pytest.fixture
@@ -177,7 +184,7 @@ def test_ema_weights_are_measured_beside_the_raw_ones(index, unet, model_t5):
 def test_a_plateau_is_announced_once_on_the_first_rank(index, unet, capsys):
     def measure(series, one):
         for step, value in enumerate(series):
-            one.measure(unet, lambda _, batch, value=value: (torch.full((len(batch["samples"]),), value),) * 2, step)
+            one.measure(unet, lambda _, batch, value=value: constant(batch, value), step)
         return capsys.readouterr().err.count("not improved in 5 validations")
 
     assert measure([5, 4, 4, 4, 4, 4, 3, 3.5, 3.5, 3.5, 3.5], validation(index)) == 0

@@ -9,18 +9,17 @@ from itertools import count
 
 import pytest
 import torch
-from conftest import load_script
 from diffusers import UNet2DConditionModel
+from helpers import bare_run, load_script
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cachetrain.checkpoints import resume
 from cachetrain.checkpoints.save import Saving
 from cachetrain.data.loader import on_device, pack
 from cachetrain.distributed import World
 from cachetrain.modeling.precision import autocast_for
 from cachetrain.sampling.samples import SampleImages
-from cachetrain.training import setup
+from cachetrain.training import run as opening
 from cachetrain.training.logs.run_logs import Logs
 from cachetrain.training.validation import Validation
 
@@ -149,7 +148,7 @@ def reads(monkeypatch):
         monkeypatch.setattr(owner, name, allowed)
 
     for owner, name in ((Logs, "write"), (Validation, "measure"), (Saving, "save"), (SampleImages, "draw"),
-                        (resume, "run_state")):  # fmt: skip
+                        (opening, "run_state")):  # fmt: skip
         allow(owner, name)
     forward, calls = trainer.forward_pass, count()
 
@@ -160,7 +159,7 @@ def reads(monkeypatch):
             reads.step = 1 + next(calls) // ACCUM
         return forward(*args, **kwargs)
 
-    monkeypatch.setattr(trainer, "forward", counted)
+    monkeypatch.setattr(trainer, "forward_pass", counted)
     yield reads
     reads.off()
 
@@ -198,7 +197,7 @@ def test_host_reads_nothing_outside_log_steps_saves_and_samples(
         assert reads.found == []
     else:  # the host asks once a step, in one place
         assert [step for step, what, _ in reads.found if what == "item"] == list(range(1, MAX_STEPS + 1))
-        assert all("cachetrain/training/guard.py:" in frames[-1] for *_, frames in reads.found)
+        assert all("cachetrain/training/nonfinite.py:" in frames[-1] for *_, frames in reads.found)
 
 
 def test_a_read_in_the_step_is_noticed(reads, shapes, model_t5, tmp_path, monkeypatch):
@@ -209,7 +208,7 @@ def test_a_read_in_the_step_is_noticed(reads, shapes, model_t5, tmp_path, monkey
         assert losses[0].mean().item() > 0
         return losses
 
-    monkeypatch.setattr(trainer, "forward", reading)
+    monkeypatch.setattr(trainer, "forward_pass", reading)
     train(shapes, model_t5, tmp_path / "run", "fp32", "adamw")
     assert {step for step, *_ in reads.found} == set(range(1, MAX_STEPS + 1))
     assert {what for _, what, _ in reads.found} >= {"item", "aten::_local_scalar_dense"}
@@ -237,8 +236,7 @@ def open_unet(data, model, suffix, *flags):
     """The UNet as the trainer opens it with --compile."""
     argv = ["--train_data_dir", data, "--model", model, "--output_dir", "x", "--txtcache_suffix", suffix, "--compile"]
     args = trainer.parse_args([*map(str, argv), "--precision", "fp32", *flags])
-    index, _ = setup.open_index(args, World())
-    return setup.open_unet(args, model, len(index.shapes), torch.device("cpu"))[0]
+    return opening.open_unet(opening.open_run(args, World()))[0]
 
 
 def step(unet, tokens, size=(8, 8), masked=True, batch_size=2, precision="fp32"):
@@ -247,14 +245,17 @@ def step(unet, tokens, size=(8, 8), masked=True, batch_size=2, precision="fp32")
     latents, noise = torch.randn(2, batch_size, 4, *size)
     batch = {
         "latents": latents, "noise": noise, "timesteps": 1000 * torch.rand(batch_size),
-        "encoder_hidden_states": torch.randn(batch_size, tokens, 64),
-        "encoder_attention_mask": torch.arange(tokens).expand(batch_size, -1) < tokens - 3 if masked else None,
+        "conditioning": {
+            "encoder_hidden_states": torch.randn(batch_size, tokens, 64),
+            "encoder_attention_mask": torch.arange(tokens).expand(batch_size, -1) < tokens - 3 if masked else None,
+        },
     }  # fmt: skip
     (batch,) = on_device([pack(batch)], torch.device("cpu"))
     autocast = autocast_for(torch.device("cpu"), precision)
-    loss, *_ = trainer.forward_pass(unet, batch, "flow", None, autocast, torch.float32, None)
-    loss.mean().backward()
-    return loss.mean().item()
+    run = bare_run(objective="flow", alphas_cumprod=None, autocast=autocast, args={"use_snr": False})
+    loss = trainer.forward_pass(unet, batch, run, torch.float32).loss.mean()
+    loss.backward()
+    return loss.item()
 
 
 @pytest.mark.parametrize("flags", [[], ["--gradient_checkpointing"]])

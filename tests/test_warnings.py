@@ -36,7 +36,7 @@ def at_forward(monkeypatch, number, action):
         loss, *rest = forward(*args, **kwargs)
         return loss + (action() or 0.0) if next(calls) == number else loss, *rest
 
-    monkeypatch.setattr(trainer, "forward", acting)
+    monkeypatch.setattr(trainer, "forward_pass", acting)
 
 
 def lines_of(out):

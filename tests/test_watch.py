@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import REPO, load_script
+from helpers import REPO, load_script
 from PIL import Image, ImageChops
 
 from cachetrain.atomic import LOCK, is_locked
@@ -229,7 +229,7 @@ def test_ctrl_c_ends_it_with_code_130_and_no_half_directory(run):
     code = f"""
 import sys, time
 sys.path.insert(0, {str(REPO / "tests")!r})
-from conftest import load_script
+from helpers import load_script
 from cachetrain.training import samples
 def save_png(image, path, **_):
     image.save(path)

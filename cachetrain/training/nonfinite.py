@@ -20,7 +20,7 @@ def backward_seed(loss: torch.Tensor) -> torch.Tensor:
 def step_if_finite(
     optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, finite: torch.Tensor
 ) -> bool | torch.Tensor:
-    """Steps, unless the gradients are not finite: weights and moments then stay as they are, bit by bit.
+    """Steps, unless the gradients are not finite: weights and moments then stay bit-for-bit as they are.
 
     An optimizer that can skip on the device (optimizers.Implementation.skips_on_device) is told there. For any other
     the host waits for the device here, once a step: to copy what the step would change, and back, would take longer.

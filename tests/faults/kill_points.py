@@ -50,7 +50,8 @@ def watch_and_kill(path, trainer, point):
     """
     from cachetrain.checkpoints.resume import Resumed
     from cachetrain.checkpoints.save import Saving
-    from cachetrain.training import nonfinite, setup
+    from cachetrain.training import nonfinite
+    from cachetrain.training import run as opening
     from cachetrain.training.logs.run_logs import Logs
 
     # How often a worker looks whether its parent lives. By default 5 s, for which the test would have to wait.
@@ -93,8 +94,8 @@ def watch_and_kill(path, trainer, point):
 
     decided = 0
     train_ranks.watch_samples(path, trainer, None)
-    train_ranks.before(setup, "open_index", lambda *_: at("open_index"))
-    train_ranks.before(setup, "open_unet", lambda *_: at("open_unet"))
+    train_ranks.before(opening, "open_index", lambda *_: at("open_index"))
+    train_ranks.before(opening, "open_unet", lambda *_: at("open_unet"))
     train_ranks.before(Resumed, "restore", restore)
     train_ranks.before(Logs, "__init__", lambda *_: at("logs"))
     train_ranks.before(Saving, "due", due)

@@ -9,12 +9,12 @@ import os
 import shutil
 from errno import ENOSPC
 from pathlib import Path
-from types import SimpleNamespace
 
 import safetensors.torch
 import torch
 from cache_forks import watching_open
 from diffusers import UNet2DConditionModel
+from helpers import bare_run
 
 from cachetrain.atomic import remove_leftovers
 from cachetrain.checkpoints import save, state
@@ -38,15 +38,15 @@ class Run:
 
     def __init__(self, model, folder, keep_last=2):
         self.output_dir, self.ckpt_dir, self.model = folder / "run", folder / "web", model
-        args = SimpleNamespace(output_dir=self.output_dir, save_on_epoch=False, keep_last=keep_last,
-                               save_every_minutes=None, ckpt_dir=self.ckpt_dir)  # fmt: skip
+        args = {"save_on_epoch": False, "keep_last": keep_last, "save_every_minutes": None, "ckpt_dir": self.ckpt_dir}
+        run = bare_run(args=args, output_dir=self.output_dir, plan=None, world=World(), model_dir=model,
+                       noise_scheduler=make_scheduler("epsilon"))  # fmt: skip
         self.output_dir.mkdir(parents=True, exist_ok=True)
         (self.output_dir / "args.json").write_text("{}\n")
         remove_leftovers(self.output_dir)  # as the trainer does when it starts
         newest = save.checkpoints(self.output_dir)[-1:]
         info = {"objective": "epsilon", "text": {"settings": {}}}
-        self.saving = save.Saving(args, None, World(), model, make_scheduler("epsilon"), info,
-                                    frozen=newest[0] if newest else None)  # fmt: skip
+        self.saving = save.Saving(run, info, frozen=newest[0] if newest else None)
         self.unet = _tiny_unet(model)
 
     def save(self, step):

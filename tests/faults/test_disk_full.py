@@ -19,7 +19,7 @@ from cachetrain import cli
 from cachetrain.atomic import staged_directory
 from cachetrain.checkpoints.manifest import damages
 from cachetrain.checkpoints.save import Saving, checkpoints, step_of
-from cachetrain.training import setup
+from cachetrain.training import checks
 from cachetrain.training.logs.metrics import Metrics
 
 GIB = 2**30
@@ -219,8 +219,8 @@ def pretend_free(monkeypatch, free):
 def test_run_without_room_for_a_checkpoint_is_refused_before_anything_is_loaded(
     shapes, model_t5, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(setup, "_frozen_bytes", lambda _: 3 * GIB)
-    monkeypatch.setattr(setup.load, "load_unet", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(checks, "_frozen_bytes", lambda _: 3 * GIB)
+    monkeypatch.setattr(checks.load, "load_unet", lambda *_: pytest.fail("loaded"))
     pretend_free(monkeypatch, 2.5 * GIB)
     message = refused(shapes, model_t5, tmp_path / "run")
     assert f"{tmp_path / 'run'}: a checkpoint takes 3.0 GiB, 2.5 GiB are free" in message

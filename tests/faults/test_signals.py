@@ -103,12 +103,13 @@ def _signal_at(trainer, stage, after, came, send):
     from cachetrain.checkpoints.save import Saving
     from cachetrain.data import dataset
     from cachetrain.sampling.samples import SampleImages
-    from cachetrain.training import nonfinite, setup
+    from cachetrain.training import nonfinite
+    from cachetrain.training import run as opening
     from cachetrain.training.logs.run_logs import Logs
     from cachetrain.training.validation import Validation
 
     pid, decided, sent = os.getpid(), [], threading.Event()
-    due, open_unet, save = Saving.due, setup.open_unet, Saving.save
+    due, open_unet, save = Saving.due, opening.open_unet, Saving.save
 
     def seen_due(save, step, stop):
         result = due(save, step, stop)
@@ -125,7 +126,7 @@ def _signal_at(trainer, stage, after, came, send):
 
     def awaited_save(saving, step, *args):
         """Training goes on once the thread has signalled, so that the step is known."""
-        save(save, step, *args)
+        save(saving, step, *args)
         if stage == "writing" and step >= after:
             assert sent.wait(HANG_S)
 
@@ -135,7 +136,7 @@ def _signal_at(trainer, stage, after, came, send):
         unet.conv_out.bias.register_hook(lambda _: at("backward"))
         return unet, chosen
 
-    Saving.due, Saving.save, setup.open_unet = seen_due, awaited_save, hooked
+    Saving.due, Saving.save, opening.open_unet = seen_due, awaited_save, hooked
     _before(torch.utils.data._utils.worker, "_worker_loop", lambda: at("worker starts"))
     _before(dataset.CachedPairs, "_latents", lambda: at("read" if os.getpid() == pid else "worker works"))
     _before(trainer, "forward_pass", lambda: at("forward"))
@@ -183,7 +184,7 @@ def newest(folder):
 def assert_stopped(trainer, folder, code):
     """It ended after the step that was under way, which is saved, and said how to go on."""
     assert trainer.wait() == code, trainer.output
-    stopped = re.findall(rf"stopped after step (\d+) of {STEPS}; --resume latest goes on", trainer.output)
+    stopped = re.findall(rf"stopped after step (\d+) of {STEPS}; --resume latest continues the run", trainer.output)
     assert stopped == [str(int(trainer.came.read_text()) + 1)], trainer.output
     assert newest(folder) == int(stopped[0])
     assert "Traceback" not in trainer.output
@@ -338,6 +339,9 @@ def test_the_program_itself_stops_and_goes_on(shapes, model_t5, start, undisturb
         program.send_signal(signal.SIGTERM)
         output, _ = program.communicate("go on\n", timeout=HANG_S)
     assert program.returncode == 143 and "Traceback" not in output
-    assert output.endswith(f"stopped after step 4 of {STEPS}; --resume latest goes on\n") and newest(tmp_path) == 4
+    assert (
+        output.endswith(f"stopped after step 4 of {STEPS}; --resume latest continues the run\n")
+        and newest(tmp_path) == 4
+    )
     finish(start, tmp_path)
     assert last_state(tmp_path) == undisturbed
