@@ -477,7 +477,7 @@ def test_interrupt_leaves_only_whole_sidecars(model, tmp_path):
     [
         (("--resolution", "500"), "steps of 64"),
         (("--target_width", "64"), "go together"),
-        (("--target_width", "64", "--target_height", "60"), "multiples of 8"),
+        (("--target_width", "64", "--target_height", "60"), "from 8 to 8192 in steps of 8, got 60"),
         (("--resolution", "64", "--target_width", "64", "--target_height", "64"), "not both"),
         (("--cache_suffix", ".txt"), "expected a suffix"),
         (("--batch_size", "0"), "expected a whole number from 1, got 0"),

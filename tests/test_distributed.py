@@ -259,7 +259,7 @@ def test_ranks_end_with_code_2_before_training_where_one_process_would(launcher,
     (held / "args.json").write_text("of another run")
     cases = {
         "held": (["--output_dir", held], "already holds a run"),
-        "flag": (["--lr", "-1"], "--lr: invalid"),
+        "flag": (["--lr", "-1"], "--lr: expected"),
         "prompts": (["--sample_prompts", tmp_path / "none.txt"], "none.txt"),
     }
     for name, (flags, message) in cases.items():

@@ -1,6 +1,7 @@
 """Flags of all scripts: no senseless number parses, help shows the range. What the trainer's mean for a resume."""
 
 import argparse
+import importlib
 import re
 from functools import cache
 
@@ -154,7 +155,7 @@ def test_old_spellings_are_accepted():
         assert vars(trainer(new)) == vars(trainer(old)) != vars(trainer())
     assert (trainer("--sample_every 7").sample_steps, trainer("--num_inference_steps 9").sampler_steps) == (7, 9)
     draw = ["--model", "m", "--prompt", "a star", "--out", "o"]
-    parse = load_script("sample.py").parse_args
+    parse = importlib.import_module("cachetrain.sampling.command").parse_args
     assert parse([*draw, "--num_inference_steps", "3"]) == parse([*draw, "--sampler_steps", "3"])
 
 

@@ -59,7 +59,7 @@ class Runs:
 
     def train(self, out, *flags):
         """Trains in this process; returns the sample ids of each micro-batch."""
-        samples, forward = [], trainer.forward_pass_pass
+        samples, forward = [], trainer.forward_pass
 
         def watched(model, batch, **settings):
             if model.training:

@@ -33,8 +33,8 @@ def at_forward(monkeypatch, number, action):
     forward, calls = trainer.forward_pass, count(1)
 
     def acting(*args, **kwargs):
-        loss, *rest = forward(*args, **kwargs)
-        return loss + (action() or 0.0) if next(calls) == number else loss, *rest
+        result = forward(*args, **kwargs)
+        return result._replace(loss=result.loss + (action() or 0.0)) if next(calls) == number else result
 
     monkeypatch.setattr(trainer, "forward_pass", acting)
 

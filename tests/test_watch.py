@@ -230,7 +230,7 @@ def test_ctrl_c_ends_it_with_code_130_and_no_half_directory(run):
 import sys, time
 sys.path.insert(0, {str(REPO / "tests")!r})
 from helpers import load_script
-from cachetrain.training import samples
+from cachetrain.sampling import samples
 def save_png(image, path, **_):
     image.save(path)
     print("writing", flush=True)

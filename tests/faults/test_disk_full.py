@@ -238,7 +238,7 @@ def test_room_that_is_asked_for_is_what_a_checkpoint_takes(flags, shapes, model_
     assert "are free" in refused(shapes, model_t5, tmp_path / "refused", *flags)
     pretend_free(monkeypatch, 1.05 * size)
     run(shapes, model_t5, tmp_path / "tight", "--max_steps", 2, "--save_steps", 1, "--batch_size", 2, *flags)
-    assert "are planned; 0.0 GiB are free: --keep_last, or a higher --save_steps" in capsys.readouterr().err
+    assert "are planned; 0.0 GiB are free: use --keep_last or a higher --save_steps" in capsys.readouterr().err
 
 
 def test_room_is_asked_for_where_the_single_files_go(shapes, model_t5, tmp_path, monkeypatch):

@@ -75,7 +75,9 @@ class Trainer:
 def _train(argv, log, came, stage, number, group, after, env, stuck):
     os.setpgid(0, 0)
     trainer = open_trainer(env, argv, log)
-    _signal_at(trainer, stage, after, came, partial(_signal_group if group else os.kill, os.getpid(), number))
+    signal_group = partial(_signal_group, os.getpid(), number)
+    # The process that has reached the stage, which may be a worker.
+    _signal_at(trainer, stage, after, came, signal_group if group else lambda: os.kill(os.getpid(), number))
     if stuck:
         from cachetrain.checkpoints import save
 

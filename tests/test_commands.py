@@ -1,4 +1,4 @@
-"""The executables in cache/ and the console scripts of the installed package run the same commands."""
+"""The executables of the tree and the console scripts of the installed package run the same commands."""
 
 import importlib
 import subprocess
@@ -8,27 +8,33 @@ import tomllib
 import pytest
 from helpers import REPO
 
-ENTRY_POINTS = {
-    name: target
-    for name, target in tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["scripts"].items()
+ENTRY_POINTS = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["scripts"]
+EXECUTABLES = {
+    "cachetrain-train": "train_from_cached.py",
+    "cachetrain-sample": "sample.py",
+    "cachetrain-report": "report.py",
+} | {
+    name: f"cache/{target.split(':')[0].rpartition('.')[2]}.py"
+    for name, target in ENTRY_POINTS.items()
     if ".caching.commands." in target
 }
 
 
-def test_each_executable_in_cache_has_a_console_script():
-    modules = {target.split(":")[0].rpartition(".")[2] for target in ENTRY_POINTS.values()}
-    assert modules == {path.stem for path in (REPO / "cache").glob("*.py")}
-    assert all(name.startswith("cachetrain-cache-") for name in ENTRY_POINTS)
+def test_each_console_script_has_its_executable_and_each_in_cache_its_console_script():
+    assert EXECUTABLES.keys() == ENTRY_POINTS.keys()
+    assert {path for path in EXECUTABLES.values() if path.startswith("cache/")} == {
+        f"cache/{path.name}" for path in (REPO / "cache").glob("*.py")
+    }
 
 
 @pytest.mark.parametrize("name", ENTRY_POINTS)
 def test_console_script_prints_the_help_of_its_executable_without_torch(name):
     module, function = ENTRY_POINTS[name].split(":")
-    stem = module.rpartition(".")[2]
+    executable = REPO / EXECUTABLES[name]
     code = f"""if True:
         import sys
         from {module} import {function}
-        sys.argv = ["{stem}.py", *sys.argv[1:]]
+        sys.argv = ["{executable.name}", *sys.argv[1:]]
         try:
             {function}()
         finally:
@@ -36,8 +42,7 @@ def test_console_script_prints_the_help_of_its_executable_without_torch(name):
     """
     installed = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, cwd=REPO)
     assert installed.returncode == 0, installed.stderr
-    executable = subprocess.run([REPO / "cache" / f"{stem}.py", "--help"], capture_output=True, text=True)
-    assert installed.stdout == executable.stdout
+    assert installed.stdout == subprocess.run([executable, "--help"], capture_output=True, text=True).stdout
     assert importlib.import_module(module).__doc__.strip() in installed.stdout
 
 
