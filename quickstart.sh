@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Runs everything on a tiny model: from captioned images to pictures that follow their prompts.
+# Runs the whole workflow on a tiny model, from captioned images to samples that follow their prompts.
 #   ./quickstart.sh                  with T5: shapes data set, caches, training, samples, report, score
 #   ./quickstart.sh --sd             with CLIP instead of T5
 #   ./quickstart.sh --data_root DIR  your own captioned images, at 64x64: caches, short training, samples, report
-# Writes everything to quickstart/. A second call skips what is done; delete a part to have it made again.
+# Writes everything to quickstart/. A second call skips finished stages; to repeat a stage, delete its output.
 set -euo pipefail
 
 FLAVOUR=t5
@@ -30,7 +30,7 @@ OUTPUT=$WORK/output/$RUN
 STEPS=3200
 [ "$FLAVOUR" = t5 ] || STEPS=2800
 VAL_SPLIT=0.02
-[ -z "$OWN_DATA" ] || { STEPS=600 && VAL_SPLIT=0; } # a folder may be too small to hold anything out
+[ -z "$OWN_DATA" ] || { STEPS=600 && VAL_SPLIT=0; } # a small folder has no pairs to spare
 
 stage() { # stage TITLE COMMAND...: runs the command and prints how long it took
     local start=$SECONDS
@@ -45,7 +45,7 @@ install() {
 }
 
 compose() {
-    [ ! -d "$MODEL" ] || { echo "$MODEL is there already"; return; }
+    [ ! -d "$MODEL" ] || { echo "$MODEL already exists"; return; }
     local parts=(--unet models/tiny/unet --vae models/tiny/vae --objective flow --out "$MODEL")
     if [ "$FLAVOUR" = t5 ]; then
         models/compose_t5_sd.py "${parts[@]}" --t5 models/tiny/t5
@@ -60,20 +60,20 @@ draw_data() {
 }
 
 make_caches() {
-    # With suffixes of their own, so that caches of real models in the same folder are kept.
+    # Separate suffixes, so that caches of real models in the same folder are not replaced.
     encode cache/create_img_sdxl.py --data_root "$DATA" --model "$MODEL" --target_width 64 --target_height 64 \
         --batch_size 64 --cache_suffix "$IMGCACHE"
     local script=create_clipl.py
     [ "$FLAVOUR" = sd ] || script=create_t5cache_768.py
     encode "cache/$script" --data_root "$DATA" --model "$MODEL" --batch_size 64 --cache_suffix "$TXTCACHE"
-    [ -z "$OWN_DATA" ] || own_prompts >"$WORK/sample_prompts_$RUN.txt"
+    [ -z "$OWN_DATA" ] || first_captions >"$WORK/sample_prompts_$RUN.txt"
 }
 
-encode() { # goes on after exit code 1: some images or captions failed and were named, the rest is cached
+encode() { # accepts exit code 1: some images or captions failed and were listed, all others are cached
     "$@" || [ $? = 1 ]
 }
 
-own_prompts() { # the first captions of the folder
+first_captions() { # prints the captions of the first cached images
     python - "$DATA" "$IMGCACHE" <<'EOF'
 import sys
 from itertools import islice
@@ -89,24 +89,24 @@ EOF
 }
 
 train() {
-    local last go_on=()
+    local last resume=()
     last=$OUTPUT/checkpoint-$(printf %06d "$STEPS")
-    [ ! -d "$last" ] || { echo "$last is there already"; return; }
+    [ ! -d "$last" ] || { echo "$last already exists"; return; }
     if [ -e "$OUTPUT/args.json" ]; then
-        go_on=(resume) # the run was interrupted
+        resume=(resume) # the run was interrupted
     else
-        rm -rf "$WORK/tensorboard/$RUN" # left by a run that was deleted
+        rm -rf "$WORK/tensorboard/$RUN" # left over from a deleted run
     fi
     rm -rf "$WORK/samples_$RUN" "$WORK/samples_$RUN.png"
     MODEL=$MODEL DATADIR=$DATA OUTPUT=$OUTPUT LOGDIR=$WORK/tensorboard IMGCACHE=$IMGCACHE TXTCACHE=$TXTCACHE \
         BATCH=16 STEPS=$STEPS OPTIMIZER=adamw LR=2e-3 SCHED=cosine GAMMA=0 DROPOUT=0.1 EMA=0.99 \
         PRECISION=$PRECISION SAMPLE_PROMPTS=$WORK/sample_prompts_$RUN.txt SAMPLE_STEPS=$((STEPS / 4)) \
-        SAVE_STEPS=$((STEPS / 2)) VAL_SPLIT=$VAL_SPLIT "./train_$FLAVOUR.sh" "${go_on[@]}" --betas 0.9 0.99 \
+        SAVE_STEPS=$((STEPS / 2)) VAL_SPLIT=$VAL_SPLIT "./train_$FLAVOUR.sh" "${resume[@]}" --betas 0.9 0.99 \
         --warmup_steps 100 --lr_decay_steps "$STEPS" --sample_cfgs 1 3 7 --cache_in_ram --log_groups {1..15}
 }
 
 draw_samples() {
-    [ ! -f "$WORK/samples_$RUN.png" ] || { echo "$WORK/samples_$RUN.png is there already"; return; }
+    [ ! -f "$WORK/samples_$RUN.png" ] || { echo "$WORK/samples_$RUN.png already exists"; return; }
     local prompts=$WORK/prompts.txt
     [ -z "$OWN_DATA" ] || prompts=$WORK/sample_prompts_$RUN.txt
     ./sample.py --model "$OUTPUT/checkpoint-$(printf %06d "$STEPS")" --prompts "$prompts" --cfgs 3 --batch_size 60 \
@@ -122,8 +122,8 @@ if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     PRECISION=bf16
 else
     PRECISION=fp32
-    export OMP_NUM_THREADS=1 # the tiny model is fastest on one thread; the data loader uses the other core
-    # Keep freed memory in the process: returning it and asking for it again takes 8% of such a short step.
+    export OMP_NUM_THREADS=1 # the tiny model is fastest on one thread; the data loader uses another core
+    # Keep freed memory in the process: returning and requesting it again takes 8% of such short steps.
     export MALLOC_TRIM_THRESHOLD_=1073741824 MALLOC_MMAP_THRESHOLD_=33554432
 fi
 IMGCACHE=.img_tiny

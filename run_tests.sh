@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Command 2: the tests. Makes .venv if it is missing, installs the test extras, lints, runs pytest ("$@" goes to it).
+# Runs the linter and the tests. Creates .venv and installs the test dependencies first. Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -9,7 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 .venv/bin/ruff format --check .
 
 default=(-m "not slow and not gpu")
-# Up to four files at a time, in their order; the tests themselves run on one thread. -n 0: one after the other, for --pdb.
+# Runs up to four test files in parallel, in order. Each test uses one thread. For --pdb, pass -n 0.
 parallel=(-n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder)
 for argument in "$@"; do [ "$argument" != -m ] || default=(); done
 exec .venv/bin/python -m pytest "${parallel[@]}" "${default[@]}" "$@"

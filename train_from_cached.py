@@ -5,8 +5,9 @@
         --imgcache_suffix .img_sdxl --txtcache_suffix .txt_t5cache --batch_size 64 --lr 1e-5 --max_steps 10000
     torchrun --nproc_per_node 8 train_from_cached.py ...
 
-Reads only sidecars: no VAE, no text encoder and no pixels in the loop. train_sd.sh and train_t5.sh are its front
-ends. `step` is one optimizer update; the loss is the mean over batch_size x gradient_accum x ranks samples.
+Reads only cache files: training needs no VAE, no text encoder and no images. train_sd.sh and train_t5.sh run this
+script with common settings. A step is one optimizer update; its loss is the mean over batch_size x gradient_accum x
+ranks samples.
 """
 
 import json
@@ -26,127 +27,131 @@ except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`") from None
 
 if TYPE_CHECKING:
+    from argparse import Namespace
+
     from torch import Tensor
 
-# --overfit has shown that training works once the loss has come down to this share of the first step's.
+# --overfit succeeds once the loss falls below this share of the loss at step 1.
 OVERFIT_SHARE = 0.1
 
 
-def parse_args(argv=None):
+def parse_args(argv: list[str] | None = None) -> "Namespace":
     return options.parse_args(__doc__, argv)
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     output_dir = Path(args.output_dir)
 
     from cachetrain.checkpoints.resume import Resumed
     from cachetrain.checkpoints.save import checkpoints
     from cachetrain.distributed import World
-    from cachetrain.log import recorded
+    from cachetrain.log import record_warnings
     from cachetrain.modeling import load
     from cachetrain.training import checks
 
-    with recorded() as record, ExitStack() as closing:
+    with record_warnings() as warning_log, ExitStack() as cleanup:
         world = World(load.pick_device(args.device))
-        closing.callback(world.close)
+        cleanup.callback(world.close)
         try:
-            found = open_output_dir(args, output_dir, closing) if world.main else None
-            found = world.gather(found)[0]  # rank 0 has made or found it, or has refused it and is gone
-            return train(args, Resumed(*found), world, closing, record)
+            checkpoint = open_output_dir(args, output_dir, cleanup) if world.main else None
+            checkpoint = world.gather(checkpoint)[0]  # the other ranks wait until rank 0 has opened the directory
+            return train(args, Resumed(*checkpoint), world, cleanup, warning_log)
         except (RuntimeError, MemoryError) as error:
-            closing.close()  # what is being saved is complete then
-            kept = [str(path) for path in checkpoints(output_dir)[-1:]] or ["none yet"]
+            cleanup.close()  # completes a save in progress
+            newest = checkpoints(output_dir)[-1:]
+            last_checkpoint = f"last checkpoint: {newest[0] if newest else 'none yet'}"
             if checks.is_out_of_memory(error):
-                raise ValueError(f"{checks.memory_advice(args, error)}; last checkpoint: {kept[0]}") from error
-            if world.lost(error):
+                raise ValueError(f"{checks.memory_advice(args, error)}; {last_checkpoint}") from error
+            if world.is_peer_failure(error):
                 raise OSError(
-                    f"rank {world.rank}: another rank has ended, its own output says why; last checkpoint: {kept[0]}"
+                    f"rank {world.rank}: another rank has ended; see the output of that rank; {last_checkpoint}"
                 ) from error
             raise
 
 
-def train(args, resumed, world, closing, record):
+def train(args, resumed, world, cleanup, warning_log) -> int:
     """Runs the training; returns the exit code.
 
     Args:
-        resumed: Resumed, the checkpoint to resume from, if any.
+        args: parsed command line.
+        resumed: Resumed, the checkpoint to resume from, or the beginning of a run.
         world: World, the ranks.
-        closing: ExitStack of what is to be closed, come what may.
-        record: Record of warnings.
+        cleanup: ExitStack, closed after the training, also after an error.
+        warning_log: WarningLog.
     """
     from tqdm import tqdm
 
     from cachetrain.checkpoints.resume import settings_of
     from cachetrain.checkpoints.save import Saving
     from cachetrain.data.loader import on_device
-    from cachetrain.distributed import gradients_stay
+    from cachetrain.distributed import gradient_sync
+    from cachetrain.log import info
     from cachetrain.training import checks, flags
-    from cachetrain.training import run as opening
+    from cachetrain.training import run as setup
     from cachetrain.training.logs.run_logs import Logs
     from cachetrain.training.nonfinite import NonfiniteSteps, backward_seed, step_if_finite
     from cachetrain.training.optim import clip_gradients
-    from cachetrain.training.plan import leftover
+    from cachetrain.training.plan import data_coverage
 
-    # What is trained, on what, and what trains it.
-    say = partial(print, flush=True) if world.main else lambda _: None
-    run = opening.open_run(args, world)
+    # Settings, model, optimizer and data.
+    run = setup.open_run(args, world)
     max_steps, settings = run.plan.max_steps, settings_of(args, run.plan, run.index, run.noise_scheduler, world)
     notes = checks.check_model(run) + resumed.check(settings, args.resume_anyway, flags.resume_meanings())
     if resumed.step >= max_steps:
-        say(f"{resumed.path}: the run is complete; a higher --max_steps continues it")
+        info(f"{resumed.path}: the run is complete; to continue it, use a higher --max_steps")
         return 0
     checks.check_start(run, resumed)
-    train_state, chosen = opening.open_train_state(run, resumed)
+    train_state, trained_table = setup.open_train_state(run, resumed)
     unet, model, trained, optimizer, scaler, ema = train_state
-    pairs, num_seen = opening.open_pairs(run), resumed.state.get("visits", 0)
-    loader, batch_sampler = opening.open_loader(run, pairs, resumed.step, num_seen)
+    pairs, num_seen = setup.open_pairs(run), resumed.state.get("visits", 0)  # samples trained on so far
+    loader, batch_sampler = setup.open_loader(run, pairs, resumed.step, num_seen)
 
-    # What is seen of it.
-    samples = opening.open_samples(run) if world.main else None
-    validation = opening.open_validation(run)
+    # Samples, validation, logs and checkpoints.
+    samples = setup.open_samples(run) if world.main else None
+    validation = setup.open_validation(run)
     if world.main:
         archive_settings(args, run.output_dir)
-        record.start(run.output_dir / "warnings.jsonl", resumed.step)
+        warning_log.start(run.output_dir / "warnings.jsonl", resumed.step)
     logs = Logs(run, unet, pairs, scaler, resumed.step if args.resume else None)
     stats, metrics = logs.statistics, logs.metrics
-    closing.callback(logs.close)
+    cleanup.callback(logs.close)
     nonfinite = NonfiniteSteps(run.index, run.output_dir, world, args.max_nonfinite, scaler.is_enabled())
     saving = Saving(run, run.data_info(), metrics.flush, resumed.frozen)
-    closing.callback(saving.wait)
-    opening.restore_logs(resumed, stats, validation)
-    say("\n".join([str(chosen), *notes, *run.describe(resumed)]))
+    cleanup.callback(saving.wait)
+    setup.restore_logs(resumed, stats, validation)
+    info("\n".join([str(trained_table), *notes, *run.describe(resumed)]))
 
     forward = partial(forward_pass, run=run, dtype=trained[0].dtype)
-    draw = partial(draw_if_due, run, samples, unet, ema, metrics)
+    draw = partial(draw_if_due, run=run, samples=samples, unet=unet, ema=ema, metrics=metrics)
     if not resumed.path:
         draw(0, ())
     started, first_loss = time.perf_counter(), None
     batches = on_device(loader, run.device)
-    signals = closing.enter_context(cli.deferred_signals())  # from here on they end the run after its step
+    signals = cleanup.enter_context(cli.deferred_signals())  # a signal now ends the run after the current step
     steps = range(resumed.step + 1, max_steps + 1)
-    hidden = None if world.main else True  # None: hidden where there is no terminal
+    hidden = None if world.main else True  # None: hidden unless stderr is a terminal
     progress = tqdm(steps, desc="train", total=max_steps, unit="step", initial=resumed.step, disable=hidden)
     for step in progress:
-        record.step = step
+        warning_log.step = step
         saving.report()
         for group in optimizer.param_groups:
             group["lr"] = run.learning_rate(step)
 
         for micro_step in range(1, args.gradient_accum + 1):
-            waiting = time.perf_counter()
+            wait_start = time.perf_counter()
             batch = next(batches)
-            stats.wait_s += time.perf_counter() - waiting
-            with gradients_stay(model, micro_step == args.gradient_accum):
+            stats.wait_s += time.perf_counter() - wait_start
+            with gradient_sync(model, enabled=micro_step == args.gradient_accum):
                 result = forward(model, batch)
-                mean = result.loss.mean() / args.gradient_accum
-                scaler.scale(mean).backward(backward_seed(mean))
+                loss = result.loss.mean() / args.gradient_accum
+                scaler.scale(loss).backward(backward_seed(loss))
             stats.add(batch, result)
             nonfinite.add(batch["samples"], result.loss.detach())
 
         save_now, stop = saving.due(step, bool(signals))
         validate_now = validation is not None and validation.due(step, max_steps)
-        log_now = logs.due(step) or save_now or validate_now  # what is saved was seen to be finite
+        log_now = logs.due(step) or save_now or validate_now  # before a save, to check that all steps were finite
         scaler.unscale_(optimizer)
         grad_norm = stats.gradients(log_now)
         if args.gradient_clip:
@@ -164,16 +169,16 @@ def train(args, resumed, world, closing, record):
         if log_now:
             measured = validation.measure(unet, forward, step, ema) if validate_now else {}
             tags = logs.write(step, optimizer, measured)
-            hopeless = nonfinite.read(stats.num_not_finite)
-            save_now = save_now or hopeless
-            logs.show(progress, say, step, tags)
+            diverged = nonfinite.read(stats.num_not_finite)
+            save_now = save_now or diverged
+            logs.show(progress, step, tags)
         draw(step, batch["samples"])
         if save_now:
             if samples:
                 samples.animate(run.output_dir / "samples", metrics, step)
             num_trained = num_seen + (step - resumed.step) * run.plan.effective_batch
             saving.save(step, unet, ema, train_state.to_save(step, num_trained, settings, stats, validation))
-            if hopeless:
+            if diverged:
                 raise ValueError(f"{nonfinite.advice()}; the last good weights are in {saving.finish()}")
             if stop:
                 break
@@ -186,23 +191,24 @@ def train(args, resumed, world, closing, record):
     saved = saving.finish()
 
     elapsed_s = time.perf_counter() - started
-    say(f"{step - resumed.step} steps in {elapsed_s:.0f} s" + (f"; last checkpoint: {saved}" if saved else ""))
+    info(f"{step - resumed.step} steps in {elapsed_s:.0f} s" + (f"; last checkpoint: {saved}" if saved else ""))
     if stop and step < max_steps:
-        return report_stop(say, record, (signals or [signal.SIGTERM])[0], step, max_steps)
+        return report_stop(warning_log, (signals or [signal.SIGTERM])[0], step, max_steps)
     if args.overfit:
-        return report_overfit(say, first_loss, stats.loss_raw, step)
-    say(leftover(run.index, batch_sampler))
+        return report_overfit(first_loss, stats.loss_raw, step)
+    info(data_coverage(run.index, batch_sampler))
     return 0
 
 
 class ForwardResult(NamedTuple):
-    """What a forward pass gives for a batch.
+    """Result of a forward pass.
 
     Attributes:
-        loss: float32 [B], what is optimised.
-        squared_error: float32 [B], the plain one.
-        prediction, target: [B, C, h, w], detached.
-        alpha, sigma: float32 [B, 1, 1, 1]; the UNet has seen alpha * latents + sigma * noise.
+        loss: float32 [B], the loss of each sample, weighted with --use_snr.
+        squared_error: float32 [B], the loss without weights.
+        prediction: [B, C, h, w], detached.
+        target: [B, C, h, w].
+        alpha, sigma: float32 [B, 1, 1, 1]; the UNet's input is alpha * latents + sigma * noise.
     """
 
     loss: "Tensor"
@@ -213,12 +219,14 @@ class ForwardResult(NamedTuple):
     sigma: "Tensor"
 
 
-def forward_pass(model, batch, run, dtype):
-    """One forward pass; returns a ForwardResult.
+def forward_pass(model, batch: dict, run, dtype) -> ForwardResult:
+    """Runs the UNet on a batch and computes the loss of each sample.
 
     Args:
-        batch: as batching.collate makes it, on the device.
-        dtype: of the model's weights.
+        model: UNet2DConditionModel or its distributed wrapper.
+        batch: dict of data.batching.collate, on the device.
+        run: Run.
+        dtype: dtype of the model's weights.
     """
     from cachetrain.diffusion.objective import alpha_sigma, min_snr_weights, squared_error, target_of
     from cachetrain.modeling.conditioning import predict
@@ -235,30 +243,43 @@ def forward_pass(model, batch, run, dtype):
     return ForwardResult(loss, error, prediction.detach(), target, alpha, sigma)
 
 
-def draw_if_due(run, samples, unet, ema, metrics, step, last_samples):
-    """Draws the run's sample prompts after a step if it is time to; of sharded models all ranks take part.
+def draw_if_due(step, last_samples, *, run, samples, unet, ema, metrics) -> None:
+    """Draws the sample prompts if they are due after `step`. With --fsdp, called by all ranks.
 
     Args:
+        step: optimizer steps done.
+        last_samples: numbers of the pairs in the last batch.
+        run: Run.
         samples: SampleImages on rank 0, or None.
-        last_samples: positions of the last batch's pairs.
+        unet: UNet2DConditionModel, not its distributed wrapper.
+        ema: Ema, to draw with the averaged weights, or None.
+        metrics: Metrics.
     """
-    from cachetrain.distributed import full_unet
+    from cachetrain.distributed import gather_unet
 
     due = samples is not None and samples.due(step, run.plan.max_steps)
     if not (run.world.any(due) if run.args.fsdp else due):
         return
     with ema.applied() if ema else nullcontext():
-        complete = full_unet(unet, run.world)
+        full_unet = gather_unet(unet, run.world)
         if run.world.main:
             directory = run.output_dir / "samples" / f"step-{step:06d}"
-            samples.draw(complete, directory, metrics, step, run.autocast, last_samples)
+            samples.draw(full_unet, directory, metrics, step, run.autocast, last_samples)
 
 
-def open_output_dir(args, output_dir, closing):
-    """Makes the run's directory, or finds in it what is to be resumed; one that another run writes to is refused.
+def open_output_dir(args: "Namespace", output_dir: Path, cleanup: ExitStack) -> tuple[Path | None, bool]:
+    """Creates and locks the run's directory, and finds the checkpoint to resume from.
+
+    Args:
+        args: parsed command line.
+        output_dir: directory of the run.
+        cleanup: releases the lock.
 
     Returns:
-        what resume.find_checkpoint does; (None, False) for a new run.
+        the result of resume.find_checkpoint; (None, False) for a new run.
+
+    Raises:
+        ValueError: the directory holds another run, another process writes to it, or --resume finds nothing intact.
     """
     from cachetrain.atomic import locked_directory, remove_leftovers
     from cachetrain.checkpoints.resume import find_checkpoint
@@ -267,35 +288,39 @@ def open_output_dir(args, output_dir, closing):
         raise ValueError(
             f"{output_dir}: already holds a run; choose another --output_dir, or resume it with --resume latest"
         )
-    closing.enter_context(locked_directory(output_dir))
+    cleanup.enter_context(locked_directory(output_dir))
     remove_leftovers(output_dir)
     remove_leftovers(output_dir / "samples")
     return find_checkpoint(args.resume, output_dir) if args.resume else (None, False)
 
 
-def archive_settings(args, output_dir):
-    """Keeps the settings with the run: args.json and the wrapper script."""
+def archive_settings(args: "Namespace", output_dir: Path) -> None:
+    """Writes the run's settings to its directory: args.json, and a copy of the file that --copy_config names."""
     atomic_write(output_dir / "args.json", (json.dumps(vars(args), indent=2) + "\n").encode())
     if args.copy_config:
         shutil.copy(args.copy_config, output_dir)
 
 
-def report_stop(say, record, number, step, max_steps):
-    """Says which signal ended the run; returns the exit code, 128 + its number."""
-    record.add(f"the run ended: {signal.Signals(number).name} after step {step} of {max_steps}")
-    say(f"stopped after step {step} of {max_steps}; --resume latest continues the run")
-    return 128 + number
+def report_stop(warning_log, signal_number: int, step: int, max_steps: int) -> int:
+    """Reports the signal that ended the run; returns the exit code, 128 + the number of the signal."""
+    from cachetrain.log import info
+
+    warning_log.add(f"the run ended: {signal.Signals(signal_number).name} after step {step} of {max_steps}")
+    info(f"stopped after step {step} of {max_steps}; --resume latest continues the run")
+    return 128 + signal_number
 
 
-def report_overfit(say, first_loss, loss, step):
-    """Says whether the samples were learned by heart; returns the exit code."""
-    share = f"the loss on fixed noise went from {first_loss:.4f} to {loss:.4f} in {step} steps"
+def report_overfit(first_loss: float, loss: float, step: int) -> int:
+    """Reports the result of --overfit; returns the exit code."""
+    from cachetrain.log import info
+
+    result = f"the loss on fixed noise went from {first_loss:.4f} to {loss:.4f} in {step} steps"
     if loss < OVERFIT_SHARE * first_loss:
-        say(f"overfit: {share}: this script, these caches and this model train")
+        info(f"overfit succeeded: {result}; script, caches and model train")
         return 0
-    say(
-        f"overfit: {share}, not below a tenth: give it more --max_steps or a higher --lr; if that does not help, "
-        "something in caches, model or flags keeps it from training"
+    info(
+        f"overfit failed: {result}, not below a tenth of the first; raise --max_steps or --lr, and if that does not "
+        "help, check the caches, the model and the flags"
     )
     return 1
 

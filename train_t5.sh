@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Trains the flagship (SDXL VAE + T5 + SD1.5 UNet) from its caches.
-# This file is the configuration: copy it beside itself, edit the copy, run the copy. The run keeps a copy, too.
-# An environment variable overrides the value here, a flag overrides both: LR=2e-5 ./train_t5.sh --seed 1
-#   ./train_t5.sh checkpoint    saves the running run after its current step
+# Trains Stable Diffusion 1.5's UNet with SDXL's VAE and T5, from caches.
+# This file is the configuration of a run: copy it within this directory, then edit and run the copy. A copy of it is
+# also kept in the output directory.
+# Environment variables override the values below, and flags override both: LR=2e-5 ./train_t5.sh --seed 1
+#   ./train_t5.sh checkpoint    makes the running process save a checkpoint after its current step
 #   ./train_t5.sh resume        resumes the run from its newest intact checkpoint
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 MODEL=${MODEL:-models/t5_sd15}          # made by models/compose_t5_sd.py
-DATADIR=${DATADIR:-/data}               # with the caches; several: "/data/a /data/b:2.5" (b 2.5 times an epoch)
+DATADIR=${DATADIR:-/data}               # directories with caches: "/data/a /data/b:2.5" (b 2.5 times an epoch)
 IMGCACHE=${IMGCACHE:-.img_sdxl}         # made by cache/create_img_sdxl.py
 TXTCACHE=${TXTCACHE:-.txt_t5cache}      # made by cache/create_t5cache_768.py
 
@@ -19,8 +20,8 @@ OPTIMIZER=${OPTIMIZER:-lion}            # adamw, lion, stableadamw, adamw8, prod
 LR=${LR:-1e-5}                          # peak; lion needs 3 to 10 times less than adamw, prodigy needs 1
 SCHED=${SCHED:-cosine}                  # constant(_with_warmup), linear, cosine(_with_min_lr), polynomial, rex
 GAMMA=${GAMMA:-5}                       # Min-SNR gamma; 0: off
-OBJECTIVE=${OBJECTIVE:-}                # epsilon, v_prediction, flow; empty: as the model was trained
-DROPOUT=${DROPOUT:-0.04}                # share of captions replaced by the empty one, for guidance
+OBJECTIVE=${OBJECTIVE:-}                # epsilon, v_prediction, flow; empty: that of the model
+DROPOUT=${DROPOUT:-0.04}                # share of captions replaced by the empty caption, for guidance
 EMA=${EMA:-0}                           # decay of the moving average of the weights, like 0.9999; 0: off
 PRECISION=${PRECISION:-bf16}            # bf16, bf16_pure, fp32, fp16
 
@@ -40,7 +41,7 @@ PYTHON=python3
 if [ "${1:-}" = checkpoint ]; then
     is_locked='import sys; from cachetrain.atomic import is_locked; sys.exit(not is_locked(sys.argv[1]))'
     if [ ! -e "$OUTPUT/args.json" ] || ! "$PYTHON" -c "$is_locked" "$OUTPUT"; then
-        echo "$OUTPUT: no run is going on there" >&2
+        echo "$OUTPUT: no run in progress; check OUTPUT and NAME" >&2
         exit 2
     fi
     touch "$OUTPUT/trigger.checkpoint"

@@ -1,8 +1,7 @@
-"""Several processes that train one model: torchrun, or any launcher that sets RANK and WORLD_SIZE."""
+"""Training with several processes (ranks), started by torchrun or any launcher that sets RANK and WORLD_SIZE."""
 
 import os
-import sys
-import time
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
@@ -12,23 +11,31 @@ from torch.distributed.tensor import DTensor
 
 
 class World:
-    """The ranks of a run; one process is a world of one.
+    """The ranks of a run. Without a launcher there is one rank and nothing is communicated.
 
     Attributes:
-        rank, ranks: this process's number, and how many there are.
-        main: whether this is rank 0, the only one that writes.
+        rank: number of this process, from 0.
+        ranks: number of processes.
+        main: whether this is rank 0, the only rank that writes files.
+        device: torch.device of this rank.
+        ddp: the DistributedDataParallel that `wrap` made, or None.
     """
 
-    def __init__(self, device=None):
-        """Joins the ranks. `device`: this rank's torch.device; "cuda" is the one of LOCAL_RANK.
+    def __init__(self, device: torch.device | None = None):
+        """Joins the process group.
+
+        Args:
+            device: default: the CPU. "cuda" without a number becomes the GPU numbered LOCAL_RANK.
 
         Raises:
-            ValueError: the launcher's variables are not all there.
-            OSError: the ranks do not find each other.
+            ValueError: an environment variable of the launcher is missing.
+            OSError: the ranks cannot connect to each other.
         """
-        self.rank, self.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = int(os.environ.get("RANK", 0))
+        self.ranks = int(os.environ.get("WORLD_SIZE", 1))
         self.main = self.rank == 0
         self.device = device or torch.device("cpu")
+        self.ddp = None
         if self.ranks == 1:
             return
         cuda = self.device.type == "cuda"
@@ -37,61 +44,70 @@ class World:
                 self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
         try:
-            # gloo beside nccl: what is on the host is agreed upon there, without waiting for the device.
+            # gloo beside nccl: CPU tensors are reduced without waiting for the device.
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
         except dist.DistError as error:
-            raise OSError(f"the ranks do not find each other: {_first_line(error)}; start all {self.ranks} of them, "
-                          "with a free --master_port") from error  # fmt: skip
+            raise OSError(
+                f"rank {self.rank} cannot connect to the other ranks: {_first_line(error)}; start all {self.ranks} "
+                "ranks, with a free --master_port"
+            ) from error
 
-    def sum(self, tensor):
-        """The tensor, summed over the ranks; every rank gets the same."""
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sums a tensor over the ranks; every rank gets the result."""
         if self.ranks > 1:
             tensor = tensor.clone()
             dist.all_reduce(tensor)
         return tensor
 
-    def sum_array(self, array):
-        """`sum` of a numpy array of unsigned integers, in its dtype."""
+    def sum_array(self, array: np.ndarray) -> np.ndarray:
+        """Sums an array of unsigned integers over the ranks, as int32; the result has the array's dtype."""
         return self.sum(torch.from_numpy(array.astype(np.int32))).numpy().astype(array.dtype)
 
-    def gather(self, thing):
-        """What each rank gives, as a list in their order: anything that can be pickled among ourselves."""
+    def gather(self, value: object) -> list:
+        """Returns the values of all ranks, in rank order; values must be picklable."""
         if self.ranks == 1:
-            return [thing]
-        things = [None] * self.ranks
-        dist.all_gather_object(things, thing)
-        return things
+            return [value]
+        values = [None] * self.ranks
+        dist.all_gather_object(values, value)
+        return values
 
-    def any(self, *flags):
-        """Whether each flag is true on any rank: a bool for one, else a list. Nobody waits for a device."""
+    def any(self, *flags: bool) -> bool | list[bool]:
+        """Whether each flag is true on any rank: a bool for one flag, else a list. Does not wait for the device."""
         if self.ranks > 1:
-            flags = self.sum(torch.tensor(flags, dtype=torch.int32)).bool().tolist()  # between the hosts
+            flags = self.sum(torch.tensor(flags, dtype=torch.int32)).bool().tolist()  # CPU tensor: gloo
         return flags[0] if len(flags) == 1 else list(flags)
 
-    def barrier(self):
+    def barrier(self) -> None:
+        """Waits for all ranks, on the host."""
         if self.ranks > 1:
-            dist.all_reduce(torch.zeros(()))  # gloo, on the host
+            dist.all_reduce(torch.zeros(()))  # CPU tensor: gloo
 
-    def lost(self, error):
-        """Whether an exception says that another rank has ended: what it shared with this one broke."""
+    def is_peer_failure(self, error: Exception) -> bool:
+        """Whether an exception was raised because another rank has ended."""
         return self.ranks > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error))
 
-    def close(self):
-        if self.ranks > 1:
-            if sys.exception():
-                # gloo's thread may have to let go of a tensor yet, for which it needs Python's lock. When DDP is
-                # taken apart, torch waits for that thread with the lock held: for ever, if it has not had it before.
-                time.sleep(0.5)
-            dist.destroy_process_group()
+    def close(self) -> None:
+        """Leaves the process group."""
+        if self.ranks == 1:
+            return
+        if self.ddp is not None:
+            # Destroying the last reference to the process group joins gloo's thread, which may need the GIL to free a
+            # tensor. Python releases the GIL while it waits; DDP's reducer does not, and would deadlock.
+            del self.ddp.reducer, self.ddp.logger
+            self.ddp = None
+        dist.destroy_process_group()
 
 
-def wrap(unet, world, fsdp):
-    """Returns what the loop calls: the UNet itself, in DDP, or sharded in place by fully_shard.
+def wrap(unet: torch.nn.Module, world: World, fsdp: bool) -> torch.nn.Module:
+    """Prepares the UNet for the ranks: unchanged on one rank, else wrapped in DDP or sharded in place by fully_shard.
 
-    Gradients become means over the ranks. DDP gives every rank the weights of rank 0; fully_shard cuts the weights
-    that each rank has loaded, down block, mid block and up block each for itself.
+    Gradients become means over the ranks. DDP copies the weights of rank 0 to every rank; fully_shard splits the
+    weights that each rank has loaded, one group per down, mid and up block.
+
+    Returns:
+        the module that the training loop calls.
     """
-    world.barrier()  # a rank that was refused is missed here, on the host, and not by the device
+    world.barrier()  # a rank that ended with an error is noticed here, on the host, not in a GPU collective
     if fsdp:
         from torch.distributed.fsdp import fully_shard
 
@@ -99,40 +115,41 @@ def wrap(unet, world, fsdp):
         for block in [*unet.down_blocks, unet.mid_block, *unet.up_blocks]:
             if block is not None:
                 fully_shard(block, mesh=mesh)
-        # The root too: by default its weights stay gathered after a forward pass, and without a backward pass the
-        # next one would not see that Ema.applied() has changed them.
+        # By default the root's weights stay gathered after a forward pass. Without a backward pass in between, the
+        # next forward pass would then not see the weights that Ema.applied() has put in.
         return fully_shard(unet, mesh=mesh, reshard_after_forward=True)
     if world.ranks == 1:
         return unet
     from torch.nn.parallel import DistributedDataParallel
 
     devices = [world.device] if world.device.type == "cuda" else None
-    return DistributedDataParallel(unet, device_ids=devices, gradient_as_bucket_view=True)
+    world.ddp = DistributedDataParallel(unet, device_ids=devices, gradient_as_bucket_view=True)
+    return world.ddp
 
 
 @contextmanager
-def gradients_stay(model, last):
-    """Around a micro-batch: gradients are exchanged only in the `last` one of a step."""
+def gradient_sync(model: torch.nn.Module, enabled: bool) -> Iterator[None]:
+    """Reduces the gradients of a backward pass over the ranks only where `enabled`, for gradient accumulation."""
     if hasattr(model, "set_requires_gradient_sync"):
-        model.set_requires_gradient_sync(last)
-    with nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync():
+        model.set_requires_gradient_sync(enabled)
+    with nullcontext() if enabled or not hasattr(model, "no_sync") else model.no_sync():
         yield
 
 
-def local_parts(tensors):
-    """This rank's parts of sharded tensors (fully_shard), sharing their memory; other tensors as they are."""
+def local_shards(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """This rank's shards of sharded tensors (fully_shard), sharing their memory; other tensors unchanged."""
     return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
 
 
-def full_unet(unet, world):
-    """The UNet with all its weights, on rank 0; None on the others. All ranks take part.
+def gather_unet(unet: torch.nn.Module, world: World) -> torch.nn.Module | None:
+    """Returns the UNet with all its weights on rank 0, None on the other ranks. Called by all ranks.
 
-    It is the UNet itself, or a copy of a sharded one in CPU memory.
+    A UNet that is not sharded is returned itself, a sharded one as a copy in CPU memory.
     """
     state = unet.state_dict()
     if not any(isinstance(tensor, DTensor) for tensor in state.values()):
         return unet if world.main else None
-    weights = on_host(state, world)
+    weights = copy_to_host(state, world)
     if not world.main:
         return None
     with torch.device("meta"):
@@ -142,15 +159,15 @@ def full_unet(unet, world):
 
 
 @torch.no_grad()
-def on_host(tensors, world):
-    """Copies of {name: tensor} in CPU memory, contiguous and unsharded; on rank 0, {} elsewhere. All take part.
+def copy_to_host(tensors: dict[str, torch.Tensor], world: World) -> dict[str, torch.Tensor]:
+    """Copies {name: tensor} to CPU memory, contiguous and unsharded; {} on ranks other than 0. Called by all ranks.
 
     The host waits for the device here.
     """
     copies = {}
     for name, tensor in tensors.items():
         if isinstance(tensor, DTensor):
-            tensor = tensor.full_tensor()  # one after the other: no device holds them all
+            tensor = tensor.full_tensor()  # one at a time, so that no device holds all of them
         if world.main:
             copies[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
     return copies

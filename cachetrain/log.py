@@ -1,4 +1,4 @@
-"""Warnings: said on stderr at once, and kept with their steps in a run's `warnings.jsonl`. Imports no torch."""
+"""Messages to the user: info() on stdout; warn() on stderr and in the run's warnings.jsonl. Imports no torch."""
 
 import json
 import os
@@ -6,70 +6,91 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from errno import ENOSPC
+from pathlib import Path
+from typing import BinaryIO
 
-_record = None  # of the run that goes on in this process, if any
+_warning_log = None  # the WarningLog of the run in this process, if any
 
 
-def warn(message):
-    """Says what does not end the run, and keeps it where one is recorded; from any thread."""
-    if os.environ.get("RANK", "0") == "0":  # the ranks of a run all come to say the same
+def info(message: str) -> None:
+    """Prints a message on stdout at once, on rank 0 only."""
+    if _is_rank_0():
+        print(message, flush=True)
+
+
+def warn(message: str) -> None:
+    """Prints a warning on stderr and adds it to the run's WarningLog, on rank 0 only; from any thread."""
+    if _is_rank_0():  # all ranks of a run reach the same warnings
         print(f"warning: {message}", file=sys.stderr)
-        if _record is not None:
-            _record.add(message)
+        if _warning_log is not None:
+            _warning_log.add(message)
+
+
+def _is_rank_0():
+    return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
-def recorded():
-    """Yields the Record that gets all warnings meanwhile, and the exception that ends the run."""
-    global _record
-    record = _record = Record()
+def record_warnings() -> Iterator["WarningLog"]:
+    """Yields a WarningLog that records every warning, and the exception that ends the block, if any."""
+    global _warning_log
+    log = _warning_log = WarningLog()
     try:
-        yield record
+        yield log
     except BaseException as error:
-        said = isinstance(error, ValueError | OSError)  # others say little without their name
-        record.add(f"the run ended: {error if said else traceback.format_exception_only(error)[-1].strip()}")
+        # The messages of other exceptions, such as KeyError, mean little without the name of the exception.
+        is_plain = isinstance(error, ValueError | OSError)
+        log.add(f"the run ended: {error if is_plain else traceback.format_exception_only(error)[-1].strip()}")
         raise
     finally:
-        _record = None
+        _warning_log = None
 
 
-class Record:
-    """Appends lines {"step", "time", "message"} to a file, from any thread. A disk that refuses them is no error.
+class WarningLog:
+    """Appends lines {"step", "time", "message"} to a file, from any thread. Lines that cannot be written are lost.
 
     Attributes:
-        step: of the lines to come.
+        step: step number of the next lines.
     """
 
     def __init__(self):
-        self.step, self._path, self._early, self._lock = 0, None, [], threading.Lock()
+        self.step = 0
+        self._path = None
+        self._pending = []  # lines added before `start`
+        self._lock = threading.Lock()
 
-    def start(self, path, step):
-        """Opens the file once the run is sure to start; what has been said before is said at its first step."""
+    def start(self, path: Path, step: int) -> None:
+        """Starts writing to `path`; lines added before are written first, with the step number `step`.
+
+        Until then no file is created: a run that is refused leaves none.
+        """
         with self._lock:
-            self._path, self.step = path, step
-            for line in self._early:
+            self._path = path
+            self.step = step
+            for line in self._pending:
                 self._write(line)
 
-    def add(self, message):
+    def add(self, message: str) -> None:
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "message": message}
         with self._lock:
             if self._path is None:
-                self._early.append(line)
+                self._pending.append(line)
             else:
                 self._write(line)
 
     def _write(self, line):
         with suppress(OSError), open(self._path, "ab", buffering=0) as file:
-            append_whole(file, json.dumps({"step": self.step, **line}).encode() + b"\n")
+            append_line(file, json.dumps({"step": self.step, **line}).encode() + b"\n")
 
 
-def append_whole(file, line):
-    """Appends `line` to an unbuffered file, or nothing.
+def append_line(file: BinaryIO, line: bytes) -> None:
+    """Appends a line to an unbuffered file, either all of it or nothing.
 
     Raises:
-        OSError: there is no room for all of it.
+        OSError: the disk has no room for the whole line.
     """
     end = file.seek(0, os.SEEK_END)
     try:

@@ -5,10 +5,12 @@
     ./dataset_scripts/compare_imgdirs.py output/baseline output/min_snr --serve   # for many or large images
     ./dataset_scripts/compare_imgdirs.py a/samples/step-000500 b/samples/step-000500 --png sheet.png
 
-A directory that holds a samples/ directory (the output of a training run) stands for that one. Links that lead out
-of a directory are left out. Needs Pillow only.
-Exit code: 0 done, 1 nothing to compare or not written, 2 wrong arguments.
+For the output directory of a training run, its samples/ directory is compared. Symbolic links to files outside a
+directory are skipped. The script needs only Pillow.
+Exit code: 0 done, 1 nothing to compare or output not written, 2 wrong arguments.
 """
+
+from __future__ import annotations
 
 import argparse
 import base64
@@ -19,6 +21,7 @@ import os
 import re
 import sys
 import unicodedata
+from collections.abc import Callable, Iterator, Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -29,32 +32,34 @@ try:
 except ModuleNotFoundError:
     sys.exit("compare_imgdirs.py needs Pillow: python3 -m pip install Pillow")
 
-# No SVG: it can carry scripts.
+# No SVG, which can contain scripts.
 IMAGE_TYPES = {f".{name}": f"image/{name}" for name in ("avif", "bmp", "gif", "jpeg", "png", "webp")}
 IMAGE_TYPES[".jpg"] = "image/jpeg"
 TEMPLATE = Path(__file__).with_suffix(".html")
 LARGE_PAGE_BYTES = 100 * 2**20
-MAX_PAGE_BYTES = 350 * 2**20  # as base64 just below the longest string Chromium holds (512 Mi characters)
+MAX_PAGE_BYTES = 350 * 2**20  # in base64, just below Chromium's longest string (512 Mi characters)
 LOOPBACK = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:[0-9]+)?")
 MAX_SHEET_PIXELS = 100_000_000
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises on bad files
 PAPER, INK, MUTED, EMPTY = "#ffffff", "#1d1c1a", "#79746c", "#f0eeea"
 
+Row = tuple[str, list[int]]  # relative path of an image, and the indices of the directories that have this image
 
-def natural_key(path):
-    """Sorts step-9 before step-10, folder by folder; the path itself breaks ties, so the order never varies."""
+
+def natural_key(path: str) -> tuple:
+    """Sort key that puts step-9 before step-10, folder by folder; the path breaks ties, so the order is fixed."""
     parts = [re.split(r"([0-9]+)", part.casefold()) for part in path.split("/")]
     return [[int(p) if i % 2 else p for i, p in enumerate(part)] for part in parts], path
 
 
-def samples_root(directory):
-    """Returns the resolved directory that is compared: `directory`, or the samples/ in it."""
+def samples_root(directory: str) -> Path:
+    """Returns the resolved directory to compare: the samples/ directory in `directory`, else `directory`."""
     samples = Path(directory) / "samples"
     return (samples if samples.is_dir() else Path(directory)).resolve()
 
 
-def column_labels(directories):
-    """Returns short unique names: the endings all share are dropped, parents are added where names collide."""
+def column_labels(directories: Sequence[str]) -> list[str]:
+    """Returns short unique names: common endings are dropped, and parents are added if names would be equal."""
     parts = [Path(os.path.abspath(d).removesuffix("/samples") or "/").parts for d in directories]
     while len({p[-1] for p in parts}) == 1 and len(set(parts)) > 1:
         parts = [p[:-1] for p in parts]
@@ -65,8 +70,8 @@ def column_labels(directories):
     return [label + f" ({labels[:i].count(label) + 1})" * (label in labels[:i]) for i, label in enumerate(labels)]
 
 
-def resolve_inside(root, relative):
-    """Returns the image file `relative` under the resolved `root`, or None if it is none or leads outside."""
+def resolve_inside(root: Path, relative: str | Path) -> Path | None:
+    """Returns the image file `relative` under the resolved `root`; None if it is not an image or lies outside."""
     try:
         path = (root / relative).resolve()
         inside = path.is_relative_to(root) and path.suffix.lower() in IMAGE_TYPES and path.is_file()
@@ -75,8 +80,8 @@ def resolve_inside(root, relative):
     return path if inside else None
 
 
-def scan_images(root):
-    """Yields the relative paths of the images under `root`; hidden names and links that lead outside are left out."""
+def scan_images(root: Path) -> Iterator[str]:
+    """Yields the relative paths of the images under `root`; hidden names and links to the outside are skipped."""
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         for name in names:
@@ -87,11 +92,12 @@ def scan_images(root):
                 yield path.relative_to(root).as_posix()
 
 
-def match_images(roots):
-    """Pairs images by relative path, in linear time.
+def match_images(roots: Sequence[Path]) -> tuple[list[Row], list[Row]]:
+    """Matches images by relative path, in linear time.
 
-    Returns (rows, missing), lists of (path, indices of the roots that have it) in natural order: `rows` are in two
-    roots or more, `missing` lack at least one root (a path can be in both lists).
+    Returns:
+        (rows, missing), both in natural order: `rows` are images in two roots or more, `missing` are images that at
+        least one root lacks. An image can be in both lists.
     """
     found = {}
     for column, root in enumerate(roots):
@@ -101,8 +107,8 @@ def match_images(roots):
     return [row for row in ordered if len(row[1]) > 1], [row for row in ordered if len(row[1]) < len(roots)]
 
 
-def read_text(file):
-    """Returns the text metadata of an image (path or file object) as dict[str, str]; empty if it has none."""
+def read_text(file) -> dict[str, str]:
+    """Returns the text metadata of an image, given as path or file object; empty if there is none."""
     try:
         with Image.open(file) as image:
             return {key: value for key, value in image.info.items() if isinstance(value, str)}
@@ -110,22 +116,24 @@ def read_text(file):
         return {}
 
 
-def embedded_side(root, column, path):
-    """Returns {"src": data URI, "text": metadata} of an image."""
+def embedded_side(root: Path, column: int, path: str) -> dict:
+    """Returns {"src": data URI, "text": metadata} for an image."""
     data = (root / path).read_bytes()
     source = f"data:{IMAGE_TYPES[Path(path).suffix.lower()]};base64,{base64.b64encode(data).decode()}"
     return {"src": source, "text": read_text(io.BytesIO(data))}
 
 
-def served_side(root, column, path):
-    """Returns {"src": address on our server}; the page asks for metadata when the image is shown."""
+def served_side(root: Path, column: int, path: str) -> dict:
+    """Returns {"src": address on the server}; the page requests the metadata when the image is shown."""
     return {"src": f"image/{column}/{quote(os.fsencode(path))}"}
 
 
-def page_chunks(roots, labels, rows, missing, make_side):
-    """Yields the text of the HTML page, one row at a time, so that a large page is never held twice."""
+def page_chunks(
+    roots: Sequence[Path], labels: list[str], rows: list[Row], missing: list[Row], make_side: Callable
+) -> Iterator[str]:
+    """Yields the HTML page row by row, so that a large page need not fit into memory."""
 
-    def script_json(value):  # "<" could end or nest the script element that holds the data
+    def script_json(value):  # "<" could end the script element that holds the data, or open another one
         return json.dumps(value).replace("<", "\\u003c")
 
     head, tail = TEMPLATE.read_text(encoding="utf-8").split("__COMPARE_DATA__")
@@ -136,21 +144,22 @@ def page_chunks(roots, labels, rows, missing, make_side):
     yield f"]}}{tail}"
 
 
-def make_server(roots, labels, port=0):
-    """Returns an HTTP server on 127.0.0.1 that streams the page and the images of `roots`; port 0: any free one."""
+def make_server(roots: Sequence[Path], labels: list[str], port: int = 0) -> ThreadingHTTPServer:
+    """Returns an HTTP server on 127.0.0.1 for the page and the images under `roots`; port 0: any free port."""
     server = ThreadingHTTPServer(("127.0.0.1", port), CompareHandler)
-    server.roots, server.labels = roots, labels
+    server.roots = roots
+    server.labels = labels
     return server
 
 
 class CompareHandler(BaseHTTPRequestHandler):
-    """Answers GET and HEAD of /, /image/COLUMN/PATH and /text/COLUMN/PATH; everything else is 404."""
+    """Handles GET and HEAD for /, /image/COLUMN/PATH and /text/COLUMN/PATH; other paths give 404."""
 
     def do_GET(self):
-        if not LOOPBACK.fullmatch(self.headers.get("Host", "")):  # DNS rebinding: a foreign name that leads here
+        if not LOOPBACK.fullmatch(self.headers.get("Host", "")):  # against DNS rebinding
             return self.send_error(HTTPStatus.FORBIDDEN, "Only for 127.0.0.1 and localhost")
         path, roots = self.path.partition("?")[0], self.server.roots
-        if path == "/":  # scanned again on every reload, so a run in progress can be watched
+        if path == "/":  # scanned again on every reload, to show new samples of a run in progress
             chunks = page_chunks(roots, self.server.labels, *match_images(roots), served_side)
             return self.send_body("text/html; charset=utf-8", "".join(chunks).encode())
         if not (file := self.requested_file(path)):
@@ -161,8 +170,8 @@ class CompareHandler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
-    def requested_file(self, path):
-        """Returns the image that /image/COLUMN/PATH or /text/COLUMN/PATH names, or None."""
+    def requested_file(self, path: str) -> Path | None:
+        """Returns the image for /image/COLUMN/PATH or /text/COLUMN/PATH, or None."""
         match = re.fullmatch(r"/(?:image|text)/([0-9]{1,4})/(.+)", path)
         if not match or int(match[1]) >= len(self.server.roots):
             return None
@@ -182,15 +191,18 @@ class CompareHandler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
-            with contextlib.suppress(ConnectionError):  # the browser moved on
+            with contextlib.suppress(ConnectionError):  # the browser closed the connection
                 self.wfile.write(body)
 
     def log_message(self, *args):
         pass
 
 
-def thumbnail(path, cell):
-    """Returns RGB of at most cell x cell (small images grow by a whole factor, unsmoothed), or "unreadable"."""
+def thumbnail(path: Path, cell: int) -> Image.Image | str:
+    """Returns an RGB image of at most cell x cell pixels, or "unreadable".
+
+    Small images are enlarged by a whole factor, without smoothing.
+    """
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image).convert("RGBA")
@@ -203,26 +215,32 @@ def thumbnail(path, cell):
     return ImageOps.scale(image, cell // max(image.size), Image.Resampling.NEAREST)
 
 
-def draw_text(draw, position, text, width, color, size=12):
-    """Writes one line of at most `width` pixels in the letters Pillow's font has: ASCII, others become "?"."""
+def draw_text(
+    draw: ImageDraw.ImageDraw, position: tuple[int, int], text: str, width: int, color: str, size: int = 12
+) -> None:
+    """Draws a line of at most `width` pixels. Pillow's default font has only ASCII; other characters become "?"."""
     text = "".join(c for c in unicodedata.normalize("NFKD", text[:width]) if not unicodedata.combining(c))
-    text = re.sub(r"[^ -~]", "?", " ".join(text.split()))[: width // size * 5]  # letters are wider than size / 5
+    text = re.sub(r"[^ -~]", "?", " ".join(text.split()))[: width // size * 5]  # characters are wider than size / 5
     font = ImageFont.load_default(size)
     while len(text) > 3 and font.getlength(text) > width:
         text = text.removesuffix("...")[:-1] + "..."
     draw.text(position, text, color, font)
 
 
-def contact_sheet(roots, labels, rows, cell=256):
-    """Draws rows = pairs under their path and prompt, columns = directories; returns an RGB image.
+def contact_sheet(roots: Sequence[Path], labels: list[str], rows: list[Row], cell: int = 256) -> Image.Image:
+    """Draws a row per image, under its path and prompt, with a column per directory; returns an RGB image.
 
-    Raises ValueError where the sheet would have more than MAX_SHEET_PIXELS.
+    Raises:
+        ValueError: the sheet would have more than MAX_SHEET_PIXELS.
     """
     gap, header, caption = 12, 44, 36
     pitch = caption + cell + gap
     width, height = gap + (cell + gap) * len(roots), header + pitch * len(rows)
     if width * height > MAX_SHEET_PIXELS:
-        raise ValueError(f"{len(rows)} rows are too much for one sheet; compare one step (RUN/samples/step-000500)")
+        raise ValueError(
+            f"{len(rows)} rows are too many for one PNG; compare the directories of one step "
+            "(RUN/samples/step-000500)"
+        )
     sheet = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(sheet)
     lefts = range(gap, width - gap, cell + gap)
@@ -242,13 +260,17 @@ def contact_sheet(roots, labels, rows, cell=256):
     return sheet
 
 
-def write_page(path, roots, labels, rows, missing):
-    """Writes the page with all images embedded; refuses a size that no browser opens."""
+def write_page(path: Path, roots: Sequence[Path], labels: list[str], rows: list[Row], missing: list[Row]) -> None:
+    """Writes the page with all images embedded.
+
+    Raises:
+        ValueError: the page would be too large for browsers.
+    """
     total = sum((roots[column] / image).stat().st_size for image, columns in rows for column in columns)
     if total > MAX_PAGE_BYTES:
         raise ValueError(f"{total / 2**20:.0f} MiB of images are too much for one page; use --serve")
     if total > LARGE_PAGE_BYTES:
-        print(f"warning: {total / 2**20:.0f} MiB of images make a slow page; --serve is better", file=sys.stderr)
+        print(f"warning: a page with {total / 2**20:.0f} MiB of images is slow; better use --serve", file=sys.stderr)
     with path.open("w", encoding="utf-8") as file:
         file.writelines(page_chunks(roots, labels, rows, missing, embedded_side))
 
@@ -262,7 +284,7 @@ def parse_args(argv=None):
         type=Path,
         default=Path("compare.html"),
         metavar="FILE",
-        help="page to write, with all images inside (default: compare.html)",
+        help="HTML page to write, with all images embedded (default: compare.html)",
     )
     output.add_argument(
         "--serve",
@@ -270,10 +292,10 @@ def parse_args(argv=None):
         nargs="?",
         const=0,
         metavar="PORT",
-        help="serve the page on 127.0.0.1 instead, for many or large images; PORT is 0 to 65535, by default 0: any "
-        "free one",
+        help="serve the page on 127.0.0.1 instead, for many or large images (PORT from 0 to 65535; default: 0, any "
+        "free port)",
     )
-    output.add_argument("--png", type=Path, metavar="FILE", help="write one large PNG instead, a row per image")
+    output.add_argument("--png", type=Path, metavar="FILE", help="write one large PNG instead, with a row per image")
     args = parser.parse_args(argv)
     for directory in args.directories:
         if not Path(directory).is_dir():
@@ -284,7 +306,7 @@ def parse_args(argv=None):
 
 
 def port(text):
-    """An argparse type. The other scripts share theirs; this one needs nothing but Pillow."""
+    """An argparse type; cachetrain.cli has the same, but this script must not need cachetrain."""
     if text.isdecimal() and int(text) <= 65535:
         return int(text)
     raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 65535, got {text}")
@@ -305,14 +327,14 @@ def main(argv=None):
     try:
         if args.serve is not None:
             with make_server(roots, labels, args.serve) as server, contextlib.suppress(KeyboardInterrupt):
-                print(f"http://127.0.0.1:{server.server_port}/ (Ctrl-C ends it)", flush=True)
+                print(f"http://127.0.0.1:{server.server_port}/ (stop with Ctrl-C)", flush=True)
                 server.serve_forever()
         elif args.png:
             contact_sheet(roots, labels, rows).save(args.png, "PNG")
-            print(f"written: {args.png}")
+            print(f"wrote {args.png}")
         else:
             write_page(args.out, roots, labels, rows, missing)
-            print(f"written: {args.out}")
+            print(f"wrote {args.out}")
     except (OSError, OverflowError, ValueError) as error:  # OverflowError: a port above 65535
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,15 +1,14 @@
 #!/usr/bin/env python3
-"""Draws a small world of captioned shapes: a data set whose prompts a program can check.
+"""Draws a data set of captioned shapes; score_shapes.py checks whether a model's pictures follow such captions.
 
     ./dataset_scripts/draw_shapes.py --out shapes --num_images 3000 --prompts shapes_prompts.txt
 
-Writes 00000.png and 00000.txt ("a small red circle on the left on a blue background"), and so on. Six
-shapes, eight colors, five places and two sizes give 3,360 captions. Six (shape, color) pairs are never drawn:
-a model that renders them has understood its prompt and not only remembered a picture.
-`score_shapes.py` judges.
+Writes 00000.png and 00000.txt ("a small red circle on the left on a blue background"), and so on. Six shapes, eight
+colors, five places and two sizes give 3,360 captions. Six pairs of shape and color are held out and never drawn: a
+model that draws them has learned to combine words, not only to memorise pictures.
 
-Image i depends on the seed and i alone, so a longer data set begins with the shorter one, and a second run
-draws only what is missing.
+Image i depends only on i and the seed. A larger data set therefore starts with the same images as a smaller one, and a
+second run draws only missing images.
 """
 
 import hashlib
@@ -18,6 +17,7 @@ import json
 import math
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,7 @@ except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`") from None
 
 IMAGE_SIZE = 64
-SUPERSAMPLE = 4  # Pillow draws without antialiasing; drawing larger and averaging gives it
+SUPERSAMPLE = 4  # antialiasing, which Pillow lacks: draw larger, then average
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 COLORS = {
@@ -81,17 +81,17 @@ class Scene:
     background: str
 
     @property
-    def held_out(self):
-        """Whether the data set leaves out this scene's (shape, color) pair."""
+    def held_out(self) -> bool:
+        """Whether this scene's (shape, color) pair is held out of the data set."""
         return (self.shape, self.color) in HELD_OUT
 
     @property
-    def caption(self):
-        """The scene in words; `parse_caption` is the inverse."""
+    def caption(self) -> str:
+        """The scene's caption; `parse_caption` is the inverse."""
         return f"a {self.size} {self.color} {self.shape} {self.place} on a {self.background} background"
 
 
-def parse_caption(caption):
+def parse_caption(caption: str) -> Scene:
     """Returns the Scene that a caption describes.
 
     Raises:
@@ -100,14 +100,14 @@ def parse_caption(caption):
     match = CAPTION.fullmatch(caption.strip())
     if not match or match["color"] == match["background"]:
         raise ValueError(
-            f"{caption!r} is not a caption of this world; expected something like "
+            f"{caption!r} is not a caption of this data set; expected a caption like "
             '"a small red circle on the left on a blue background", with two different colors'
         )
     return Scene(**match.groupdict())
 
 
-def all_scenes():
-    """Returns the 3,360 scenes, trained and held out, in a fixed order."""
+def all_scenes() -> list[Scene]:
+    """Returns all 3,360 scenes, including the held-out ones, in a fixed order."""
     fields = itertools.product(SIZES, COLORS, SHAPES, PLACES, COLORS)
     return [Scene(*values) for values in fields if values[1] != values[4]]
 
@@ -116,8 +116,8 @@ TRAINED_SCENES = tuple(scene for scene in all_scenes() if not scene.held_out)
 HELD_OUT_SCENES = tuple(scene for scene in all_scenes() if scene.held_out)
 
 
-def regular_polygon(radii, num_points):
-    """Returns num_points (x, y) on a circle, the first straight up; radii alternate."""
+def regular_polygon(radii: Sequence[float], num_points: int) -> list[tuple[float, float]]:
+    """Returns num_points points (x, y) at equal angles around 0, the first straight up, at alternating `radii`."""
     angles = [2 * math.pi * i / num_points for i in range(num_points)]
     return [(r * math.sin(a), -r * math.cos(a)) for a, r in zip(angles, itertools.cycle(radii), strict=False)]
 
@@ -135,16 +135,19 @@ OUTLINES = {  # in units of the radius, centered on 0
 }  # fmt: skip
 
 
-def shape_mask(shape, center, radius, image_size=IMAGE_SIZE):
-    """Renders the coverage of one shape.
+def shape_mask(
+    shape: str, center: tuple[float, float], radius: float, image_size: int = IMAGE_SIZE
+) -> Image.Image:
+    """Renders the mask of a shape.
 
     Args:
         shape: one of SHAPES.
-        center, radius: (x, y) and a number, as fractions of the image.
+        center: (x, y), as fractions of the image.
+        radius: as a fraction of the image.
         image_size: width and height in pixels.
 
     Returns:
-        `L` image, 255 inside, 0 outside, between on the edge.
+        mode L, 255 inside, 0 outside, antialiased at the edge.
     """
     scale = image_size * SUPERSAMPLE
     x, y, radius = center[0] * scale, center[1] * scale, radius * scale
@@ -160,8 +163,8 @@ def shape_mask(shape, center, radius, image_size=IMAGE_SIZE):
     return mask.resize((image_size, image_size), Image.Resampling.BOX)
 
 
-def draw(scene, rng):
-    """Draws a scene as a 64x64 RGB image; `rng`, a numpy Generator, jitters place and size a little."""
+def draw(scene: Scene, rng: np.random.Generator) -> Image.Image:
+    """Draws a scene as a 64x64 RGB image; `rng` jitters place and size slightly."""
     center = np.array(PLACES[scene.place]) + rng.uniform(-PLACE_JITTER, PLACE_JITTER, size=2)
     radius = SIZES[scene.size] * (1 + rng.uniform(-SIZE_JITTER, SIZE_JITTER))
     image = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), COLORS[scene.background])
@@ -169,15 +172,15 @@ def draw(scene, rng):
     return image
 
 
-def nth_image(seed, index):
-    """Returns (Scene, RGB image) number `index` of the data set `seed`: a pure function of both."""
+def nth_image(seed: int, index: int) -> tuple[Scene, Image.Image]:
+    """Returns scene and RGB image number `index` of the data set with this seed, a pure function of both."""
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0, index)))
     scene = TRAINED_SCENES[rng.integers(len(TRAINED_SCENES))]
     return scene, draw(scene, rng)
 
 
-def evaluation_prompts(num_prompts, seed):
-    """Returns captions to sample from: trained and held-out pairs in turn, none twice."""
+def evaluation_prompts(num_prompts: int, seed: int) -> list[str]:
+    """Returns distinct captions to evaluate a model with, alternating between trained and held-out pairs."""
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(1,)))
     half = (num_prompts + 1) // 2
     trained = rng.choice(len(TRAINED_SCENES), half, replace=False)
@@ -187,28 +190,29 @@ def evaluation_prompts(num_prompts, seed):
     return [scene.caption for scene in scenes[:num_prompts]]
 
 
-def world_id():
-    """Returns a short hash of all that a picture depends on besides its number."""
+def world_id() -> str:
+    """Returns a short hash of all constants that affect the pictures."""
     world = (SHAPES, COLORS, PLACES, SIZES, PLACE_JITTER, SIZE_JITTER, sorted(HELD_OUT))
     return hashlib.sha256(repr(world).encode()).hexdigest()[:12]
 
 
-def check_settings(out, settings):
-    """Records the settings of the data set in `out`, or compares them with those recorded there.
+def check_settings(out: Path, settings: dict) -> None:
+    """Writes the settings to `out`/shapes.json, or compares them with the ones already there.
 
     Raises:
-        ValueError: `out` holds a data set drawn with other settings.
+        ValueError: `out` contains a data set drawn with other settings.
     """
     path = out / "shapes.json"
     if path.exists() and (found := json.loads(path.read_text())) != settings:
         raise ValueError(
-            f"{path}: the images here were drawn with {found}, not {settings}; choose another --out or delete this"
+            f"{path}: the images here were drawn with {found}, not {settings}; choose another --out, or delete the "
+            "directory"
         )
     path.write_text(json.dumps(settings) + "\n")
 
 
-def draw_dataset(out, num_images, seed):
-    """Writes the images and captions that `out` lacks; returns how many were drawn."""
+def draw_dataset(out: Path, num_images: int, seed: int) -> int:
+    """Writes the images and captions that are missing in `out`; returns how many were drawn."""
     from tqdm import tqdm
 
     out.mkdir(parents=True, exist_ok=True)
@@ -218,38 +222,36 @@ def draw_dataset(out, num_images, seed):
     for index in tqdm(missing, desc="draw", unit="image", disable=None):
         scene, image = nth_image(seed, index)
         image.save(out / f"{index:05d}.png")
-        # The caption comes last: an image that has one is complete.
+        # Written last, so that an image with a caption is complete.
         (out / f"{index:05d}.txt").write_text(scene.caption + "\n")
     return len(missing)
 
 
 def parse_args(argv=None):
-    """Parses the command line."""
     parser = cli.parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="directory for the images and captions")
     parser.add_argument("--num_images", type=cli.count, default=3000, help="number of images in the data set")
-    parser.add_argument("--seed", type=cli.seed, default=0, help="another seed draws another data set")
+    parser.add_argument("--seed", type=cli.seed, default=0, help="random seed; each seed gives another data set")
     parser.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="also write prompts to evaluate a model with, one on each line"
+        "--prompts", type=Path, metavar="FILE", help="also write prompts to evaluate a model with, one per line"
     )
     parser.add_argument(
         "--num_prompts",
         type=cli.Number(int, 1, 2 * len(HELD_OUT_SCENES)),
         default=120,
-        help="number of --prompts; half of them ask for shapes in colours that were held out",
+        help="number of prompts; half of them ask for held-out pairs of shape and color",
     )
     return parser.parse_args(argv)
 
 
 def main(argv=None):
-    """Draws the data set and the prompts; returns the exit code."""
     args = parse_args(argv)
     try:
         num_drawn = draw_dataset(args.out, args.num_images, args.seed)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{args.out}: {num_drawn} images drawn, {args.num_images - num_drawn} were there already")
+    print(f"{args.out}: {num_drawn} images drawn, {args.num_images - num_drawn} existed already")
     if args.prompts:
         args.prompts.parent.mkdir(parents=True, exist_ok=True)
         prompts = evaluation_prompts(args.num_prompts, args.seed)

@@ -1,17 +1,18 @@
 #!/usr/bin/env python3
-"""Reads generated pictures of shapes and tells how many do what their prompts say.
+"""Scores generated pictures of shapes: how many follow their prompts.
 
     ./dataset_scripts/score_shapes.py output/samples/step-002800
 
-Each PNG brings its prompt in its text chunk `prompt`, else in a .txt beside it. Five attributes are read from the
-pixels and compared with the prompt: background, color, shape, place, size. A picture counts when all five are
-right. Pictures without a prompt of this world (a grid, say) are left out and counted.
+A PNG's prompt is read from its text chunk `prompt`, else from a .txt file beside it. Five attributes are read from the
+pixels and compared with the prompt: background, color, shape, place and size. A picture counts as right if all five are
+right. PNGs without a caption of draw_shapes.py as prompt (a grid, for example) are left out; their number is printed.
 
-On pictures that draw_shapes.py drew this ruler reads 100%, with the captions shuffled 0%.
+The score of pictures drawn by draw_shapes.py is 100%, and 0% with shuffled captions.
 """
 
 import json
 import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -19,7 +20,7 @@ from pathlib import Path
 try:
     import numpy as np
 
-    # One world for drawing and for judging. A script's own folder is first in sys.path, so this finds its neighbour.
+    # The script's folder comes first in sys.path, so draw_shapes.py beside this script is found.
     from draw_shapes import COLORS, IMAGE_SIZE, PLACES, SHAPES, SIZES, Scene, parse_caption, shape_mask
     from PIL import Image
 
@@ -29,50 +30,50 @@ except ModuleNotFoundError as error:
 
 ATTRIBUTES = ("background", "color", "shape", "place", "size")
 BORDER = 2  # pixels along the edge that count as background
-MIN_CONTRAST = 60  # RGB distance below which nothing stands out from the background
-MIN_IOU = 0.6  # a mask that overlaps no template this well has no shape
+MIN_CONTRAST = 60  # minimum RGB distance between shape and background
+MIN_IOU = 0.6  # minimum overlap of a mask with a shape's template
 TEMPLATE_SIZE = 32
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """One picture: its prompt, whether its pair was held out, and which attributes are right."""
+    """Score of one picture: prompt, whether the prompt's pair was held out, and which attributes are right."""
 
     path: str
     prompt: str
     held_out: bool
-    right: dict
+    right: dict[str, bool]
 
     @property
-    def followed(self):
+    def followed(self) -> bool:
         """Whether all five attributes are right."""
         return all(self.right.values())
 
 
-def nearest_colors(pixels):
-    """Returns, for RGB [N, 3], the number of the nearest palette color of each, int [N]."""
+def nearest_colors(pixels: np.ndarray) -> np.ndarray:
+    """Returns, for RGB [N, 3], the index of the nearest color in COLORS for each pixel, int [N]."""
     palette = np.array(list(COLORS.values()), dtype=np.float64)
     return np.linalg.norm(pixels[:, None] - palette, axis=-1).argmin(axis=1)
 
 
-def color_name(rgb):
-    """Returns the name of the palette color nearest to one RGB triple."""
+def color_name(rgb: np.ndarray) -> str:
+    """Returns the name of the color in COLORS that is nearest to an RGB triple."""
     return list(COLORS)[nearest_colors(rgb[None])[0]]
 
 
-def split_foreground(pixels):
+def split_foreground(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
     """Separates a shape from its plain background.
 
     Args:
-        pixels: float [H, W, 3] in 0 to 255.
+        pixels: float [H, W, 3], from 0 to 255.
 
     Returns:
-        (background RGB, foreground RGB, coverage): coverage is float [H, W] in [0, 1]. Foreground and coverage are
-        None where nothing stands out.
+        (background RGB, foreground RGB, coverage float [H, W] in [0, 1]). Foreground and coverage are None if nothing
+        stands out from the background.
     """
     inner = np.zeros(pixels.shape[:2], bool)
     inner[BORDER:-BORDER, BORDER:-BORDER] = True
-    # A large shape may touch an edge; the most frequent palette color of the border is still the background's.
+    # A large shape may touch an edge, but the most frequent color of the border is still the background's.
     border = pixels[~inner]
     colors = nearest_colors(border)
     background = np.median(border[colors == np.bincount(colors).argmax()], axis=0)
@@ -80,14 +81,14 @@ def split_foreground(pixels):
     contrast = np.percentile(distance, 99)  # the smallest shape covers 2.5% of the picture
     if contrast < MIN_CONTRAST:
         return background, None, None
-    foreground = np.median(pixels[distance > 0.7 * contrast], axis=0)  # without the blended edge
+    foreground = np.median(pixels[distance > 0.7 * contrast], axis=0)  # without the antialiased edge
     direction = foreground - background
     coverage = (pixels - background) @ direction / (direction @ direction)
     return background, foreground, coverage.clip(0, 1)
 
 
-def crop_to_box(coverage):
-    """Returns (crop scaled to [32, 32], box) of what is covered; box is (left, top, right, bottom) in pixels."""
+def crop_to_box(coverage: np.ndarray) -> tuple[np.ndarray, tuple[int, int, int, int]]:
+    """Crops to the bounding box of the shape; returns (crop scaled to [32, 32], (left, top, right, bottom) in pixels)."""
     rows, columns = np.nonzero(coverage > 0.5)
     box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
     image = Image.fromarray(coverage.astype(np.float32))
@@ -96,8 +97,8 @@ def crop_to_box(coverage):
 
 
 @cache
-def template(shape):
-    """Returns (coverage [32, 32], area, offset of the box's center (x, y)), for a radius of 1."""
+def template(shape: str) -> tuple[np.ndarray, float, list[float]]:
+    """Returns (coverage [32, 32], area, offset (x, y) of the bounding box's center) of a shape with radius 1."""
     radius, image_size = 0.4, 4 * IMAGE_SIZE
     mask = np.asarray(shape_mask(shape, (0.5, 0.5), radius, image_size)) / 255.0
     crop, (left, top, right, bottom) = crop_to_box(mask)
@@ -106,43 +107,47 @@ def template(shape):
     return crop, (mask > 0.5).sum() / scale**2, [(c - image_size / 2) / scale for c in center]
 
 
-def soft_iou(a, b):
+def soft_iou(a: np.ndarray, b: np.ndarray) -> float:
     """Intersection over union of two coverages in [0, 1]."""
     return np.minimum(a, b).sum() / np.maximum(a, b).sum()
 
 
-def read_scene(image):
-    """Returns the five attributes a picture shows, as a dict; None where it shows none that can be named."""
+def read_scene(image: Image.Image) -> dict[str, str | None]:
+    """Returns the five attributes read from a picture; None for attributes that cannot be recognised."""
     image = image.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
     background, foreground, coverage = split_foreground(np.asarray(image, dtype=np.float64))
-    seen = dict.fromkeys(ATTRIBUTES) | {"background": color_name(background)}
+    attributes = dict.fromkeys(ATTRIBUTES) | {"background": color_name(background)}
     if coverage is None:
-        return seen
+        return attributes
     crop, (left, top, right, bottom) = crop_to_box(coverage)
     overlap = {shape: soft_iou(crop, template(shape)[0]) for shape in SHAPES}
     shape = max(overlap, key=overlap.get)
     _, area, offset = template(shape)
-    # From the area and not the box: a star whose points are blurred away is no smaller for it.
+    # From the area, not the bounding box, because the points of a star may be blurred away.
     radius = ((coverage > 0.5).sum() / area) ** 0.5
     center = [((left + right) / 2 - offset[0] * radius), ((top + bottom) / 2 - offset[1] * radius)]
     center, radius = np.divide(center, IMAGE_SIZE), radius / IMAGE_SIZE
-    seen["color"] = color_name(foreground)
-    seen["shape"] = shape if overlap[shape] > MIN_IOU else None
-    seen["place"] = min(PLACES, key=lambda place: np.linalg.norm(center - PLACES[place]))
-    seen["size"] = min(SIZES, key=lambda size: abs(radius - SIZES[size]))
-    return seen
+    attributes["color"] = color_name(foreground)
+    attributes["shape"] = shape if overlap[shape] > MIN_IOU else None
+    attributes["place"] = min(PLACES, key=lambda place: np.linalg.norm(center - PLACES[place]))
+    attributes["size"] = min(SIZES, key=lambda size: abs(radius - SIZES[size]))
+    return attributes
 
 
-def judge(path, image, prompt):
-    """Compares a picture with its prompt; raises ValueError if that is no caption of this world."""
-    wanted: Scene = parse_caption(prompt)
-    seen = read_scene(image)
-    right = {attribute: seen[attribute] == getattr(wanted, attribute) for attribute in ATTRIBUTES}
-    return Judgement(str(path), prompt, wanted.held_out, right)
+def judge(path: Path, image: Image.Image, prompt: str) -> Judgement:
+    """Compares a picture with its prompt.
+
+    Raises:
+        ValueError: the prompt is not a caption of draw_shapes.py.
+    """
+    expected: Scene = parse_caption(prompt)
+    found = read_scene(image)
+    right = {attribute: found[attribute] == getattr(expected, attribute) for attribute in ATTRIBUTES}
+    return Judgement(str(path), prompt, expected.held_out, right)
 
 
-def judge_folder(folder):
-    """Judges the PNGs under `folder`; returns (judgements, paths left out for want of a prompt of this world)."""
+def judge_folder(folder: Path) -> tuple[list[Judgement], list[Path]]:
+    """Judges the PNGs under `folder`; returns (judgements, paths without a caption of draw_shapes.py as prompt)."""
     judgements, left_out = [], []
     for path in sorted(folder.rglob("*.png")):
         caption = path.with_suffix(".txt")
@@ -155,13 +160,13 @@ def judge_folder(folder):
     return judgements, left_out
 
 
-def percent(flags):
-    """Returns the share of true flags in percent, or None of no flags."""
+def percent(flags: Sequence[bool]) -> float | None:
+    """Returns the percentage of true flags; None if there are no flags."""
     return 100 * sum(flags) / len(flags) if flags else None
 
 
-def summarize(judgements):
-    """Returns {"trained": {...}, "held_out": {...}}: num_images, and percent per attribute and of `all` five."""
+def summarize(judgements: Iterable[Judgement]) -> dict[str, dict]:
+    """Returns {"trained": {...}, "held_out": {...}}: num_images, and the percentage right per attribute and of `all`."""
     groups = {"trained": [], "held_out": []}
     for judgement in judgements:
         groups["held_out" if judgement.held_out else "trained"].append(judgement)
@@ -175,13 +180,13 @@ def summarize(judgements):
     }
 
 
-def format_percent(value):
-    """`97%`, or `n/a` without pictures."""
+def format_percent(value: float | None) -> str:
+    """Formats a percentage as `97%`, None as `n/a`."""
     return "n/a" if value is None else f"{value:.0f}%"
 
 
-def print_report(summary):
-    """Prints one row per attribute; the last line is the result."""
+def print_report(summary: dict[str, dict]) -> None:
+    """Prints a row per attribute, and the result in the last line."""
     trained, held_out = summary["trained"], summary["held_out"]
     print(f"{'':<12}{'trained':>10}{'held out':>10}")
     print(f"{'images':<12}{trained['num_images']:>10}{held_out['num_images']:>10}")
@@ -194,38 +199,40 @@ def print_report(summary):
 
 
 def parse_args(argv=None):
-    """Parses the command line."""
     parser = cli.parser(__doc__)
     parser.add_argument("folder", type=Path, help="directory of pictures, subdirectories included")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result and every judgement here")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the scores of all pictures to this file")
     percent = cli.Number(float, 0, 100)
     parser.add_argument(
         "--min_trained",
         type=percent,
         default=0,
         metavar="PERCENT",
-        help="make the exit code 1 if fewer pictures are right, of shapes in colours that were trained",
+        help="exit with code 1 if fewer pictures of trained pairs of shape and color are right",
     )
     parser.add_argument(
         "--min_held_out",
         type=percent,
         default=0,
         metavar="PERCENT",
-        help="the same, of shapes in colours that were held out",
+        help="exit with code 1 if fewer pictures of held-out pairs of shape and color are right",
     )
     return parser.parse_args(argv)
 
 
 def main(argv=None):
-    """Scores a folder; returns 0, 1 where a bound was missed, or 2 where there was nothing to score."""
+    """Scores a folder; returns 0, 1 if the score is below a minimum, or 2 if there was nothing to score."""
     args = parse_args(argv)
     judgements, left_out = judge_folder(args.folder)
     if left_out:
-        print(f"left out {len(left_out)} pictures without a prompt of this world, as {left_out[0]}", file=sys.stderr)
+        print(
+            f"left out {len(left_out)} pictures without a caption of draw_shapes.py as prompt, such as {left_out[0]}",
+            file=sys.stderr,
+        )
     if not judgements:
         print(
-            f"error: {args.folder}: found no PNG with a prompt of this world; expected a text chunk `prompt` or a "
-            ".txt beside it, as sample.py and draw_shapes.py write them",
+            f"error: {args.folder}: found no PNG with a caption of draw_shapes.py as prompt; expected the prompt in a "
+            "text chunk `prompt`, as written by sample.py, or in a .txt file beside the PNG",
             file=sys.stderr,
         )
         return 2
@@ -234,8 +241,8 @@ def main(argv=None):
         details = [asdict(judgement) for judgement in judgements]
         args.json.write_text(json.dumps({**summary, "images": details}, indent=1) + "\n")
     print_report(summary)
-    bounds = (("trained", args.min_trained), ("held_out", args.min_held_out))
-    return int(any((summary[name]["all"] or 0) < bound for name, bound in bounds))
+    minimums = (("trained", args.min_trained), ("held_out", args.min_held_out))
+    return int(any((summary[name]["all"] or 0) < minimum for name, minimum in minimums))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Composes a vanilla Stable Diffusion pipeline from parts: UNet + VAE + CLIP text tower.
+"""Composes a Stable Diffusion pipeline from parts: UNet + VAE + CLIP text encoder.
 
     ./models/compose_sd.py --unet stable-diffusion-v1-5/stable-diffusion-v1-5 --fresh_unet \\
         --vae stabilityai/sdxl-vae --clip stable-diffusion-v1-5/stable-diffusion-v1-5 --out sd15_scratch
 
-Each part is a Hugging Face model id, a pipeline directory, or the directory of the part alone, as safetensors.
+Each part is a Hugging Face model id, a pipeline directory, or a directory with only that part, in safetensors format.
 """
 
 try:
@@ -16,15 +16,16 @@ except ModuleNotFoundError as error:
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     cli.add_compose_arguments(parser)
-    parser.add_argument("--clip", required=True, help="where the CLIP text encoder and its tokenizer come from")
+    parser.add_argument("--clip", required=True, help="source of the CLIP text encoder and its tokenizer")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    from cachetrain.modeling.compose import compose_sd
+    from cachetrain.modeling.compose import Target, compose_sd
 
-    compose_sd(args.unet, args.vae, args.clip, args.out, args.objective, args.fresh_unet, args.seed, args.overwrite)
+    target = Target(args.out, args.objective, args.fresh_unet, args.seed, args.overwrite)
+    compose_sd(args.unet, args.vae, args.clip, target)
     print(f"wrote {args.out}")
     return 0
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Writes a checkpoint as one .safetensors in the original Stable Diffusion key layout, for web UIs.
+"""Writes a checkpoint as one .safetensors file in the original Stable Diffusion key layout, for web UIs.
 
     ./models/export_single_file.py --model output/run1/checkpoint-010000 --out run1-010000.safetensors --dtype fp16
 
-EMA weights are used where the checkpoint has them. The .yaml written beside the file tells UIs what its keys cannot:
-keep the two together. What else a user of the file has to know is printed, and kept in its metadata.
+EMA weights are used if the checkpoint has them. Keep the .yaml file that is written beside the .safetensors file: UIs
+read from it what the keys cannot express. Further notes for users of the file are printed and stored in its metadata.
 """
 
 try:
@@ -20,9 +20,9 @@ def parse_args(argv=None):
         "--out", required=True, metavar="FILE", help=".safetensors file to write; replaced if it exists"
     )
     parser.add_argument(
-        "--dtype", choices=("fp32", "bf16", "fp16"), help="convert all weights to it; default: as they are stored"
+        "--dtype", choices=("fp32", "bf16", "fp16"), help="dtype of all weights in the file; default: as stored"
     )
-    parser.add_argument("--raw_weights", action="store_true", help="do not use the EMA weights")
+    parser.add_argument("--raw_weights", action="store_true", help="use the trained weights instead of the EMA weights")
     return parser.parse_args(argv)
 
 

@@ -1,17 +1,19 @@
 #!/usr/bin/env python3
-"""Makes models/tiny again from nothing: the embedded default, small enough to train on one CPU core in minutes.
+"""Recreates models/tiny from scratch: the models of the quickstart, which train on one CPU core in minutes.
 
     ./models/make_tiny.py --stage all --out models/tiny
 
-Four parts, for 64x64 pictures of the world that dataset_scripts/draw_shapes.py draws:
+Four parts, for the 64x64 pictures that dataset_scripts/draw_shapes.py draws:
 
     vae/    AutoencoderKL with 4 latent channels, trained by train_tiny_vae.py: half an hour on a CPU core
-    t5/     text_encoder/ and tokenizer/: random and frozen, never trained
-    clip/   text_encoder/ and tokenizer/: trained to make its words readable for cross-attention
+    t5/     text_encoder/ and tokenizer/: random weights, never trained
+    clip/   text_encoder/ and tokenizer/: trained to make the words readable for cross-attention
     unet/   config.json only: every run starts from fresh weights
 
-Only pictures and captions of the data set are used here: what it holds out stays held out.
+Only pictures and captions from the data set are used, so the held-out pairs of shape and colour stay unseen.
 """
+
+from __future__ import annotations
 
 import itertools
 import json
@@ -20,18 +22,22 @@ import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 try:
     from cachetrain import cli
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`") from None
 
+if TYPE_CHECKING:
+    import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 DRAW_SHAPES = ROOT / "dataset_scripts" / "draw_shapes.py"
 TRAIN_TINY_VAE = ROOT / "models" / "train_tiny_vae.py"
 STAGES = ("unet", "t5", "clip", "vae")
 SEED = 0
-WIDTH = 64  # of both text encoders, and so the UNet's cross_attention_dim
+WIDTH = 64  # hidden size of both text encoders, and so the UNet's cross_attention_dim
 WORDS = (
     "a small large circle square triangle star cross ring red green blue yellow cyan pink white black "
     "on the left right at top bottom in middle background"
@@ -41,15 +47,15 @@ IMAGES_TO_DRAW = 12000
 CLIP_STEPS, CLIP_BATCH, CLIP_LR = 1500, 32, 2e-3
 
 
-def draw_data(folder):
+def draw_data(folder: str) -> list[str]:
     """Draws the training pictures and their captions into `folder`; returns the captions."""
     settings = ["--num_images", str(IMAGES_TO_DRAW), "--seed", str(SEED + 1)]
     subprocess.run([sys.executable, str(DRAW_SHAPES), "--out", folder, *settings], check=True)
     return [path.read_text().strip() for path in sorted(Path(folder).glob("*.txt"))]
 
 
-def make_unet(out, device):
-    """Writes the UNet's config.json, shared by both flavours; 1.1 million parameters, 8x8 latents."""
+def make_unet(out: Path, device: str) -> None:
+    """Writes the UNet's config.json, used with T5 and with CLIP; 1.1 million parameters, 8x8 latents."""
     from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel(
@@ -65,10 +71,11 @@ def make_unet(out, device):
     unet.save_config(out / "unet")
 
 
-def write_t5_tokenizer(folder):
-    """Writes a sentencepiece unigram model with one piece per word, letters for the rest, <unk> for what is left.
+def write_t5_tokenizer(folder: Path) -> int:
+    """Writes a sentencepiece unigram model with one piece per word; other words fall back to letters, then <unk>.
 
-    The ModelProto is written directly: sentencepiece's trainer prunes so regular a corpus down to its letters.
+    The ModelProto is written directly, because sentencepiece's trainer reduces such a regular corpus to letters.
+    Returns the vocabulary size.
     """
     from sentencepiece import sentencepiece_model_pb2 as sentencepiece_model
 
@@ -81,7 +88,7 @@ def write_t5_tokenizer(folder):
     pieces = [("<pad>", 0.0, kinds.CONTROL), ("</s>", 0.0, kinds.CONTROL), ("<unk>", 0.0, kinds.UNKNOWN)]
     pieces += [(f"▁{word}", -1.0, kinds.NORMAL) for word in WORDS]
     letters = [chr(code) for first in "aA" for code in range(ord(first), ord(first) + 26)]
-    # A log probability below any word's: letters are used only where no word fits.
+    # Less likely than any word, so that letters are used only where no word matches.
     pieces += [(letter, -10.0, kinds.NORMAL) for letter in ["▁", *letters, *PUNCTUATION]]
     for piece, score, kind in pieces:
         model.pieces.add(piece=piece, score=score, type=kind)
@@ -93,8 +100,8 @@ def write_t5_tokenizer(folder):
     return len(pieces)
 
 
-def make_t5(out, device):
-    """Writes a random frozen T5 encoder and its tokenizer."""
+def make_t5(out: Path, device: str) -> None:
+    """Writes a T5 encoder with random weights, and its tokenizer."""
     import torch
     from transformers import T5Config, T5EncoderModel
 
@@ -112,14 +119,14 @@ def make_t5(out, device):
     )
     encoder = T5EncoderModel(config)
     for name, parameter in encoder.named_parameters():
-        # With T5's own init the order of words hardly shows: a shape and its background swap their colors.
+        # T5's default init barely encodes word order, so a shape and its background would swap colors.
         if "relative_attention_bias" in name:
             torch.nn.init.normal_(parameter, std=3.0)
     encoder.bfloat16().save_pretrained(out / "t5" / "text_encoder")
 
 
-def merge_pair(symbols, pair):
-    """Returns the symbols with each occurrence of the pair joined, from the left."""
+def merge_pair(symbols: list[str], pair: tuple[str, str]) -> list[str]:
+    """Returns the symbols with each occurrence of the pair joined, from left to right."""
     merged = []
     for symbol in symbols:
         if merged and (merged[-1], symbol) == pair:
@@ -129,10 +136,10 @@ def merge_pair(symbols, pair):
     return merged
 
 
-def learn_merges(words):
+def learn_merges(words: tuple[str, ...] | list[str]) -> list[tuple[str, str]]:
     """Learns byte pair merges (Sennrich et al. 2016) until every word is one token.
 
-    The tokenizers library has a trainer too; it breaks ties in another order at each run.
+    The trainer of the tokenizers library is not used because it breaks ties differently in each run.
     """
     words = [[*word[:-1], f"{word[-1]}</w>"] for word in words]
     merges = []
@@ -143,8 +150,8 @@ def learn_merges(words):
     return merges
 
 
-def write_clip_tokenizer(folder):
-    """Writes CLIP's byte-level BPE: merges that make each word of this world one token, bytes for the rest.
+def write_clip_tokenizer(folder: Path) -> int:
+    """Writes CLIP's byte-level BPE: merges that make each word in WORDS one token; other words fall back to bytes.
 
     Returns the vocabulary size; the last two ids are <|startoftext|> and <|endoftext|>.
     """
@@ -163,8 +170,8 @@ def write_clip_tokenizer(folder):
     return len(vocab)
 
 
-def caption_labels(captions):
-    """Returns int64 [N, 5]: size, color, shape, place and background of each caption, as word numbers."""
+def caption_labels(captions: list[str]) -> torch.Tensor:
+    """Returns int64 [N, 5]: size, color, shape, place and background of each caption, as indices into WORDS."""
     import torch
 
     # a SIZE COLOR SHAPE on the PLACE on a BACKGROUND background
@@ -172,8 +179,9 @@ def caption_labels(captions):
     return torch.tensor([[WORDS.index(word) for word in row] for row in rows])
 
 
-def clip_reader(hidden_size, num_attributes):
-    """Returns the throw-away head: a learned query per attribute over the 77 tokens, then a word's logits."""
+def clip_reader(hidden_size: int, num_attributes: int) -> torch.nn.Module:
+    """Returns the head used only for training: attends to the 77 tokens with a learned query per attribute, then
+    predicts the word."""
     import torch
 
     class Reader(torch.nn.Module):
@@ -190,11 +198,12 @@ def clip_reader(hidden_size, num_attributes):
     return Reader()
 
 
-def make_clip(out, device):
-    """Writes a CLIP text tower whose tokens say what the caption says, and its tokenizer.
+def make_clip(out: Path, device: str) -> None:
+    """Writes a CLIP text encoder, trained so that the caption's attributes can be read from its tokens, and its tokenizer.
 
-    A frozen random tower is not enough: a young UNet cannot find the shape in it. All 77 tokens are read,
-    padding included, as Stable Diffusion reads them; the layer before the last too, for --clip_skip.
+    A random text encoder is not enough: a UNet early in training cannot read the shape from its output. The training
+    head reads all 77 tokens, padding included, as Stable Diffusion does, and also the second-to-last layer, for
+    --clip_skip.
     """
     import torch
     import torch.nn.functional as F
@@ -237,12 +246,12 @@ def make_clip(out, device):
         optimizer.step()
         schedule.step()
     print(f"clip: loss {loss.item():.4f}")
-    # In float32: StableDiffusionPipeline does not convert between a bfloat16 tower and a float32 UNet.
+    # float32, because StableDiffusionPipeline does not convert between a bfloat16 text encoder and a float32 UNet.
     tower.save_pretrained(out / "clip" / "text_encoder")
 
 
-def make_vae(out, device):
-    """Draws the training pictures and trains the VAE on them; the device is the script's own choice."""
+def make_vae(out: Path, device: str) -> None:
+    """Draws the training pictures and trains the VAE on them; train_tiny_vae.py picks the device."""
     with tempfile.TemporaryDirectory() as folder:
         draw_data(folder)
         command = [TRAIN_TINY_VAE, "--data_root", folder, "--out", out / "vae"]
@@ -250,19 +259,21 @@ def make_vae(out, device):
 
 
 def parse_args(argv=None):
-    """Parses the command line."""
     parser = cli.parser(__doc__)
     parser.add_argument("--stage", choices=(*STAGES, "all"), default="all", help="part to make")
-    parser.add_argument("--out", type=Path, default=ROOT / "models" / "tiny", help="directory for the parts")
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--out", type=Path, help="directory for the parts; default: models/tiny in this repository"
+    )
+    args = parser.parse_args(argv)
+    args.out = args.out or ROOT / "models" / "tiny"
+    return args
 
 
 def main(argv=None):
-    """Makes one stage or all; returns the exit code."""
     args = parse_args(argv)
     import torch
 
-    torch.set_num_threads(1)  # tensors this small only wait for more threads
+    torch.set_num_threads(1)  # for tensors this small, more threads are slower
     device = "cuda" if torch.cuda.is_available() else "cpu"
     makers = {"unet": make_unet, "t5": make_t5, "clip": make_clip, "vae": make_vae}
     for stage in STAGES if args.stage == "all" else (args.stage,):
@@ -272,4 +283,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

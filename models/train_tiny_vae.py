@@ -1,28 +1,35 @@
 #!/usr/bin/env python3
-"""Trains a tiny VAE on small pictures of one thing on a plain background.
+"""Trains a tiny VAE on small pictures of a single shape on a plain background.
 
     ./dataset_scripts/draw_shapes.py --out shapes --num_images 12000 --seed 1
     ./models/train_tiny_vae.py --data_root shapes --out models/tiny/vae
 
-Half an hour on one CPU core; the VAE is written at every evaluation, so that a usable one exists early. These two
-commands made models/tiny/vae as it is.
+Takes half an hour on one CPU core. The VAE is saved at every evaluation, so a usable one exists early. models/tiny/vae
+was made with these two commands.
 """
 
+from __future__ import annotations
+
+import argparse
 import copy
-import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 try:
     from cachetrain import cli
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`") from None
 
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AutoencoderKL
+
 NUM_VALIDATION = 128
-KL_WEIGHT = 5e-4  # per latent element, beside the mean squared error of a pixel in [-1, 1]
+KL_WEIGHT = 5e-4  # weight of the mean KL per latent element, relative to the mean squared error of pixels in [-1, 1]
 
 
-def load_images(data_root):
-    """Returns the PNGs of a folder as uint8 [N, 3, H, W], in the order of their names."""
+def load_images(data_root: Path) -> torch.Tensor:
+    """Returns the PNGs in a folder as uint8 [N, 3, H, W], sorted by name."""
     import numpy as np
     import torch
     from PIL import Image
@@ -31,8 +38,8 @@ def load_images(data_root):
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 
-def new_vae():
-    """Returns a fresh AutoencoderKL: 8x smaller latents with 4 channels, 945 thousand parameters."""
+def new_vae() -> AutoencoderKL:
+    """Returns a fresh AutoencoderKL: 4 latent channels, 8x downsampling, 945 thousand parameters."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -47,13 +54,13 @@ def new_vae():
     )
 
 
-def to_float(images):
+def to_float(images: torch.Tensor) -> torch.Tensor:
     """Converts uint8 [B, 3, H, W] to float32 in [-1, 1]."""
     return images.float() / 127.5 - 1
 
 
-def with_smooth_field(batch):
-    """Replaces the first picture by random smooth colors, so that pictures of another world do not fall apart."""
+def with_smooth_field(batch: torch.Tensor) -> torch.Tensor:
+    """Replaces the first picture by a random smooth color field, so that the VAE copes with other kinds of pictures."""
     import torch
     import torch.nn.functional as F
 
@@ -62,11 +69,12 @@ def with_smooth_field(batch):
     return torch.cat([field, batch[1:]]).contiguous(memory_format=torch.channels_last)
 
 
-def vae_loss(vae, images):
-    """Squared error, and a KL term that lets the latents carry as much noise as the pictures do not notice.
+def vae_loss(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
+    """Weighted squared error plus a KL term, which adds as much noise to the latents as reconstruction tolerates.
 
-    Plain squared error stalls near 23 dB with the shapes washed out: they are a few percent of the pixels. So theirs
-    weigh five times as much, and those near them too, or notches and holes fill up.
+    Plain squared error stalls near 23 dB with the shapes washed out, because shapes cover only a few percent of the
+    pixels. Pixels of a shape therefore weigh five times as much; pixels near a shape do too, or else notches and holes
+    fill up.
     """
     import torch
     import torch.nn.functional as F
@@ -81,10 +89,14 @@ def vae_loss(vae, images):
     return torch.mean(weights * (reconstructions - images) ** 2) + KL_WEIGHT * kl
 
 
-def save_vae(vae, images, out):
-    """Writes the VAE in bfloat16 with the scaling_factor that gives its latents unit variance.
+def save_vae(vae: AutoencoderKL, images: torch.Tensor, out: Path) -> float:
+    """Saves the VAE in bfloat16, with the scaling_factor that gives latents of `images` unit variance.
 
-    Returns the PSNR in dB of the reconstructions of `images`, float32 [N, 3, 64, 64] in [-1, 1].
+    Args:
+        images: float32 [N, 3, 64, 64] in [-1, 1].
+
+    Returns:
+        PSNR of the reconstructions, in dB.
     """
     import torch
 
@@ -97,8 +109,8 @@ def save_vae(vae, images, out):
     return (-10 * mse.log10()).mean().item()
 
 
-def train(images, args, device):
-    """Trains on uint8 [N, 3, H, W] but the first 128, which measure it, and writes the VAE to args.out."""
+def train(images: torch.Tensor, args: argparse.Namespace, device: str) -> None:
+    """Trains the VAE and saves it to args.out; the first 128 images, uint8 [N, 3, H, W], are for validation."""
     import torch
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
     from tqdm import trange
@@ -131,10 +143,9 @@ def train(images, args, device):
 
 
 def parse_args(argv=None):
-    """Parses the command line."""
     parser = cli.parser(__doc__)
     parser.add_argument("--data_root", type=Path, required=True, help="directory of 64x64 PNGs")
-    parser.add_argument("--out", type=Path, required=True, help="directory for the VAE, in diffusers' format")
+    parser.add_argument("--out", type=Path, required=True, help="directory for the VAE, in diffusers format")
     parser.add_argument("--max_steps", type=cli.positive_int, default=6000, help="optimizer steps")
     parser.add_argument("--batch_size", type=cli.positive_int, default=8, help="images per step")
     parser.add_argument(
@@ -144,24 +155,25 @@ def parse_args(argv=None):
         "--eval_every",
         type=cli.positive_int,
         default=250,
-        help="optimizer steps between evaluations, which also save",
+        help="optimizer steps between evaluations; each evaluation also saves the VAE",
     )
     parser.add_argument("--seed", type=cli.seed, default=0, help="random seed of weights and data order")
     args = parser.parse_args(argv)
     if len(list(args.data_root.glob("*.png"))) <= NUM_VALIDATION:
-        parser.error(f"--data_root {args.data_root}: expected more than {NUM_VALIDATION} PNGs; run draw_shapes.py")
+        parser.error(
+            f"--data_root {args.data_root}: expected more than {NUM_VALIDATION} PNGs; run dataset_scripts/draw_shapes.py"
+        )
     return args
 
 
 def main(argv=None):
-    """Trains the VAE; returns the exit code."""
     args = parse_args(argv)
     import torch
 
-    torch.set_num_threads(1)  # tensors this small only wait for more threads
+    torch.set_num_threads(1)  # for tensors this small, more threads are slower
     train(load_images(args.data_root), args, "cuda" if torch.cuda.is_available() else "cpu")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

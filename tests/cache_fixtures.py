@@ -5,10 +5,8 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from helpers import REPO, load_script
+from helpers import TINY
 from PIL import Image
-
-TINY = REPO / "models" / "tiny"
 
 # A pipeline as model repositories bring along: its code leaves a trace when it is executed.
 CUSTOM_PIPELINE = """
@@ -69,11 +67,6 @@ def save_pictures(folder, names, size=(72, 64)):
     for seed, name in enumerate(names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture(*size, seed)).save(folder / name)
-
-
-def run_script(name, *argv):
-    """Runs cache/<name>.py's main with these arguments; returns its exit code."""
-    return load_script(f"cache/{name}.py").main([str(argument) for argument in argv])
 
 
 def sidecars(root, suffix):

@@ -22,12 +22,10 @@ from contextlib import contextmanager
 from errno import ENOSPC
 from pathlib import Path
 
-from train_ranks import HANG_S
+from helpers import HANG_S, REPO
 
 from cachetrain.caching.writer import Writer
 from cachetrain.modeling import load
-
-REPO = Path(__file__).resolve().parent.parent
 
 
 def watching_open(before, after=lambda *_: None, real_open=open):

@@ -1,18 +1,34 @@
-"""What several test files need: running a script, opening cached samples, drawing, a Run without its trainer."""
+"""What several test files need: arguments of a script, running it, reading what it left, cached samples, drawing."""
 
+import functools
+import hashlib
 import importlib.util
+import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 REPO = Path(__file__).resolve().parent.parent
 TINY = REPO / "models" / "tiny"
-# Suffixes of the image and text caches of both flavours, and their kinds.
+# All scripts by their paths in the repository, those of benchmarks apart.
+SCRIPTS, BENCHMARKS = (
+    sorted(path.relative_to(REPO).as_posix() for folder in folders for path in (REPO / folder).glob("*.py"))
+    for folders in ((".", "cache", "models", "dataset_scripts"), ("benchmarks",))
+)
+# Suffixes of the image and text caches of both flavours.
 T5, CLIP = (".img_sdxl", ".txt_t5cache"), (".img_sdxl", ".txt_clipl")
-KINDS = {".txt_t5cache": "txt_t5cache", ".txt_clipl": "txt_clipl"}
+WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name
+# Of a cache script: latents wider than those of the fixture `shapes`.
+WIDE = ("--target_width", 96, "--target_height", 64, "--num_workers", 0)
+HANG_S = 300  # a test that waits for longer hangs; so long that no loaded machine gets there
 
 
+# Scripts
+
+
+@functools.cache
 def load_script(relative):
-    """Imports a script by its path in the repository ("cache/create_clipl.py"); scripts are not a package."""
+    """Imports a script by its path in the repository ("cache/create_clipl.py"), once; scripts are not a package."""
     path = REPO / relative
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
@@ -23,6 +39,110 @@ def load_script(relative):
 def run_script(relative, *argv):
     """Runs a script's main in this process with `argv`, of anything that has a str(); returns its exit code."""
     return load_script(relative).main(list(map(str, argv)))
+
+
+def trainer_argv(data, model, out, *flags, suffixes=T5):
+    """Arguments of a small run on the CPU, list of str; `flags` come last and win.
+
+    Args:
+        data: directory of caches, or a list of them.
+        out: output_dir. TensorBoard's files go to "tb" beside it.
+    """
+    directories = data if isinstance(data, list | tuple) else [data]
+    argv = ["--train_data_dir", *directories, "--model", model, "--output_dir", out, "--logdir", out.parent / "tb"]
+    argv += ["--imgcache_suffix", suffixes[0], "--txtcache_suffix", suffixes[1], "--precision", "fp32"]
+    argv += ["--num_workers", 0, "--log_step", 1, "--device", "cpu"]
+    return list(map(str, [*argv, *flags]))
+
+
+def train(data, model, out, *flags, suffixes=T5):
+    """Runs the trainer in this process on `trainer_argv`; returns (metrics lines, final UNet weights)."""
+    argv = trainer_argv(data, model, out, *flags, suffixes=suffixes)
+    assert run_script("train_from_cached.py", *argv) == 0
+    steps = int(argv[-argv[::-1].index("--max_steps")])  # what follows the last one
+    return json_lines(out / "metrics.jsonl"), weights_of(out / f"checkpoint-{steps:06d}" / "unet")
+
+
+def refused(data, model, out, *flags, suffixes=T5):
+    """The message with which the trainer refuses to start."""
+    try:
+        train(data, model, out, "--max_steps", 1, "--batch_size", 2, *flags, suffixes=suffixes)
+    except ValueError as error:
+        return str(error)
+    raise AssertionError("it was not refused")
+
+
+def wait_until(condition, alive=lambda: True):
+    """Returns the first true value of condition(), which comes while alive() is true."""
+    deadline_s = time.monotonic() + HANG_S
+    while not (value := condition()):
+        assert alive(), "it has ended"
+        assert time.monotonic() < deadline_s, "it hangs"
+        time.sleep(0.002)
+    return value
+
+
+# What they left
+
+
+def json_lines(path):
+    """The values in the lines of a file; NaN and Infinity, which are not JSON, are refused."""
+
+    def constant(name):
+        raise AssertionError(f"{path}: {name} is not JSON")
+
+    return [json.loads(line, parse_constant=constant) for line in path.read_text().splitlines()]
+
+
+def weights_of(folder):
+    """{name: tensor} of a model that diffusers has saved."""
+    from safetensors.torch import load_file
+
+    return load_file(folder / WEIGHTS)
+
+
+def digest(tensors):
+    """A hash of {name: tensor}."""
+    import torch
+
+    parts = hashlib.sha256()
+    for name in sorted(tensors):
+        data = tensors[name].detach().contiguous().view(-1).view(torch.uint8)
+        parts.update(name.encode() + data.numpy().tobytes())
+    return parts.hexdigest()
+
+
+def distance(weights, expected, start):
+    """How far two trained UNets are apart, as a share of how far training moved them.
+
+    Adam divides by the gradient's size, so that single elements with gradients near 0 amplify rounding; the whole
+    does not.
+    """
+    apart = sum((weights[name] - tensor).square().sum() for name, tensor in expected.items())
+    moved = sum((start[name] - tensor).square().sum() for name, tensor in expected.items())
+    return (apart / moved).sqrt().item()
+
+
+def read_events(log_dir):
+    """TensorBoard's reader of an event directory, which has read all of every kind."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    kinds = ("images", "scalars", "histograms", "tensors")
+    return EventAccumulator(str(log_dir), size_guidance=dict.fromkeys(kinds, 0)).Reload()
+
+
+def without_headers(source, folder):
+    """Copies T5 caches without their metadata, as other programs write them; returns the folder."""
+    from safetensors.torch import load_file, save_file
+
+    folder.mkdir(exist_ok=True)
+    for path in source.glob("*.*"):
+        if path.suffix in T5:
+            save_file(load_file(path), folder / path.name)
+    return folder
+
+
+# Parts of a run
 
 
 def open_pairs(index, scale=1.0, shift=0.0, null=None, dtype=None, sidecars=None, **draws):

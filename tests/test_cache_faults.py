@@ -24,11 +24,10 @@ import pytest
 import torch
 from cache_fixtures import make_pipeline, picture, save_pictures, sidecars
 from cache_forks import Forks, FullDisk, watched_disk
-from helpers import REPO, load_script
+from helpers import HANG_S, REPO, run_script, wait_until
 from PIL import Image
 from safetensors.torch import load_file
 from torch.distributed import PrefixStore, TCPStore
-from train_ranks import HANG_S
 
 from cachetrain import cli
 from cachetrain.data import many_files
@@ -242,15 +241,6 @@ def test_workers_end_when_the_main_process_is_killed(jobs, tmp_path):
     jobs[IMAGES].finish(root)
 
 
-def wait_until(condition):
-    """Returns the first true value of condition()."""
-    deadline_s = time.monotonic() + HANG_S
-    while not (value := condition()):
-        assert time.monotonic() < deadline_s, "it hangs"
-        time.sleep(0.002)
-    return value
-
-
 def processes(group):
     """Ids of the living processes of a group."""
     found = []
@@ -423,10 +413,9 @@ def test_interrupted_check_does_not_wait_for_what_is_queued(monkeypatch):
 def run_in_process(kind, root, model, *argv):
     """Runs a cache script here, through what its command line goes through; returns its exit code."""
     size = ("--resolution", 64, "--num_workers", 0) if kind is IMAGES else ()
-    main = load_script(f"cache/{kind[0]}.py").main
     arguments = ["--data_root", root, "--model", model, *size, *EXACT, *argv]
     with pytest.raises(SystemExit) as end:
-        cli.run(lambda: main([str(argument) for argument in arguments]))
+        cli.run(lambda: run_script(f"cache/{kind[0]}.py", *arguments))
     return end.value.code
 
 

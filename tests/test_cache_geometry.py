@@ -4,8 +4,9 @@ from collections import Counter
 
 import pytest
 import torch
-from cache_fixtures import changed, picture, run_script, save_pictures, sidecars
+from cache_fixtures import changed, picture, save_pictures, sidecars
 from diffusers import AsymmetricAutoencoderKL, AutoencoderDC, AutoencoderKL, AutoencoderKLCogVideoX, AutoencoderTiny
+from helpers import run_script
 from PIL import Image, ImageOps
 
 from cachetrain.caching import buckets
@@ -41,8 +42,8 @@ def cache(model_sd, root):
     def run(*argv):
         size = () if "--resolution" in argv else ("--resolution", 192)
         return run_script(
-            "create_img_sdxl", "--data_root", root, "--model", model_sd, "--num_workers", 0, *size, *argv
-        )  # fmt: skip
+            "cache/create_img_sdxl.py", "--data_root", root, "--model", model_sd, "--num_workers", 0, *size, *argv
+        )
 
     return run
 
@@ -193,25 +194,36 @@ def deep():
 
 def asymmetric():
     return AsymmetricAutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2, down_block_out_channels=(8, 8), norm_num_groups=4,
-        up_block_types=("UpDecoderBlock2D",) * 2, up_block_out_channels=(8, 8), scaling_factor=0.5,
-    )  # fmt: skip
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        down_block_out_channels=(8, 8),
+        norm_num_groups=4,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        up_block_out_channels=(8, 8),
+        scaling_factor=0.5,
+    )
 
 
 def taesd():
-    return AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4,
-                           num_encoder_blocks=(1,) * 4, num_decoder_blocks=(1,) * 4)  # fmt: skip
+    return AutoencoderTiny(
+        encoder_block_out_channels=(8,) * 4,
+        decoder_block_out_channels=(8,) * 4,
+        num_encoder_blocks=(1,) * 4,
+        num_decoder_blocks=(1,) * 4,
+    )
 
 
 # name -> (VAE, latent shape at 192 x 128, scaling_factor, shift_factor)
 AUTOENCODERS = {
     "16 channels, 4-fold, shifted": (
-        lambda: kl(latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609), (16, 32, 48), 1.5305, 0.0609,
+        lambda: kl(latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609),
+        (16, 32, 48),
+        1.5305,
+        0.0609,
     ),
     "AutoencoderDC, 32-fold": (deep, (4, 4, 6), 0.41407, 0),
     "AsymmetricAutoencoderKL": (asymmetric, (4, 64, 96), 0.5, 0),
     "AutoencoderTiny": (taesd, (4, 16, 24), 1, 0),
-}  # fmt: skip
+}
 
 
 @torch.no_grad()
@@ -222,7 +234,7 @@ def test_autoencoder_named_in_the_config_is_used_with_its_own_shape_and_scale(ro
     vae = make().eval()
     vae.save_pretrained(tmp_path / "vae")
     argv = ["--data_root", root, "--model", tmp_path / "vae", "--vae", "--num_workers", 0]
-    assert run_script("create_img_sdxl", *argv, "--target_width", 192, "--target_height", 128) == 0
+    assert run_script("cache/create_img_sdxl.py", *argv, "--target_width", 192, "--target_height", 128) == 0
     tensors, header = read_sidecar(root / f"wide{SUFFIX}")
     expected = vae.encode(fitted(root / "wide.png", (192, 128)), return_dict=False)[0]
     expected = expected.mean if hasattr(expected, "mean") and not isinstance(expected, torch.Tensor) else expected
@@ -236,18 +248,23 @@ def test_autoencoder_named_in_the_config_is_used_with_its_own_shape_and_scale(ro
     ("make", "argv", "message"),
     [
         (lambda: kl(latents_mean=[0.1] * 4, latents_std=[2.0] * 4), (), "latents_mean"),
-        (lambda: AutoencoderKLCogVideoX(block_out_channels=(8,) * 4, norm_num_groups=4, layers_per_block=1), (),
-         "encodes video"),
+        (
+            lambda: AutoencoderKLCogVideoX(block_out_channels=(8,) * 4, norm_num_groups=4, layers_per_block=1),
+            (),
+            "encodes video",
+        ),
         (deep, ("--target_width", 192, "--target_height", 72), "multiples of 32"),
         (taesd, ("--store_posterior",), "no posterior"),
     ],
-)  # fmt: skip
+)
 def test_autoencoder_that_would_train_wrong_is_refused(root, tmp_path, make, argv, message):
     make().save_pretrained(tmp_path / "vae")
     before = sidecars(root, SUFFIX)
     size = () if "--target_width" in argv else ("--resolution", 192)
     with pytest.raises(ValueError, match=message):
-        run_script("create_img_sdxl", "--data_root", root, "--model", tmp_path / "vae", "--vae", *size, *argv)
+        run_script(
+            "cache/create_img_sdxl.py", "--data_root", root, "--model", tmp_path / "vae", "--vae", *size, *argv
+        )
     assert changed(before, sidecars(root, SUFFIX)) == []
 
 
@@ -262,5 +279,5 @@ def test_autoencoder_that_would_train_wrong_is_refused(root, tmp_path, make, arg
 )
 def test_senseless_bucket_options_are_refused(root, argv, message, capsys):
     with pytest.raises(SystemExit) as stop:
-        run_script("create_img_sdxl", "--data_root", root, *argv)
+        run_script("cache/create_img_sdxl.py", "--data_root", root, *argv)
     assert stop.value.code == 2 and message in capsys.readouterr().err

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cache_fixtures import make_pipeline, picture, run_script, save_pictures, sidecars, touch
-from helpers import REPO
+from cache_fixtures import make_pipeline, picture, save_pictures, sidecars, touch
+from helpers import REPO, run_script
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -42,8 +42,8 @@ def cached(models, tmp_path_factory):
     for name, caption in CAPTIONS.items():
         (root / name).write_text(caption)
     cache_images(root, models["t5"])
-    assert run_script("create_t5cache_768", "--data_root", root, "--model", models["t5"]) == 0
-    assert run_script("create_clipl", "--data_root", root, "--model", models["clip"]) == 0
+    assert run_script("cache/create_t5cache_768.py", "--data_root", root, "--model", models["t5"]) == 0
+    assert run_script("cache/create_clipl.py", "--data_root", root, "--model", models["clip"]) == 0
     return root
 
 
@@ -58,7 +58,7 @@ def status(root, capsys):
 
     def run(*argv, roots=(root,)):
         capsys.readouterr()
-        code = run_script("cache_status", *(word for one in roots for word in ("--data_root", one)), *argv)
+        code = run_script("cache/cache_status.py", *(word for one in roots for word in ("--data_root", one)), *argv)
         return code, capsys.readouterr().out
 
     return run
@@ -66,7 +66,7 @@ def status(root, capsys):
 
 def cache_images(root, model, *argv, size=("--resolution", 64)):
     argv = ("--data_root", root, "--model", model, "--num_workers", 0, *size, *argv)
-    assert run_script("create_img_sdxl", *argv) == 0
+    assert run_script("cache/create_img_sdxl.py", *argv) == 0
 
 
 def table(output):
@@ -268,17 +268,21 @@ def run_printed(output, suffix):
     section = output[output.index("to do") :].split(f"\n  {suffix}\n")[1]
     script, *argv = shlex.split(re.search(r"^    \$ (.*)$", section, re.MULTILINE)[1])
     assert (REPO / script).is_file()
-    return run_script(Path(script).stem, *argv, *(("--num_workers", 0) if "img" in script else ()))
+    return run_script(script, *argv, *(("--num_workers", 0) if "img" in script else ()))
 
 
 @pytest.mark.parametrize(
     ("script", "flavour", "argv"),
     [
-        ("create_img_sdxl", "t5", ["--bucket", "--resolution", 64, "--aspect_limit", 3]),
-        ("create_img_sdxl", "t5", ["--target_width", 72, "--target_height", 64, "--store_posterior"]),
-        ("create_img_sdvae", "clip", ["--flip", "--dtype", "bf16", "--resolution", 64, "--cache_suffix", ".mine"]),
-        ("create_clipl", "clip", ["--clip_skip", 1, "--store_dtype", "fp32", "--cache_suffix", ".clip1"]),
-        ("create_t5cache_768", "t5", ["--raw", "--max_length", 7]),
+        ("cache/create_img_sdxl.py", "t5", ["--bucket", "--resolution", 64, "--aspect_limit", 3]),
+        ("cache/create_img_sdxl.py", "t5", ["--target_width", 72, "--target_height", 64, "--store_posterior"]),
+        (
+            "cache/create_img_sdvae.py",
+            "clip",
+            ["--flip", "--dtype", "bf16", "--resolution", 64, "--cache_suffix", ".mine"],
+        ),
+        ("cache/create_clipl.py", "clip", ["--clip_skip", 1, "--store_dtype", "fp32", "--cache_suffix", ".clip1"]),
+        ("cache/create_t5cache_768.py", "t5", ["--raw", "--max_length", 7]),
     ],
 )
 def test_printed_command_makes_exactly_what_is_missing(tmp_path, models, status, script, flavour, argv):
@@ -290,10 +294,7 @@ def test_printed_command_makes_exactly_what_is_missing(tmp_path, models, status,
     (root / f"b{suffix}").unlink()
     before = sidecars(root, suffix)
     code, output = status(roots=(root,))
-    assert code == 1 and table(output)[suffix] == {
-        "fresh": 2,
-        "missing": 1,
-    }
+    assert code == 1 and table(output)[suffix] == {"fresh": 2, "missing": 1}
     assert run_printed(output, suffix) == 0
     after = sidecars(root, suffix)
     assert {name for name in after if after[name] != before.get(name)} == {"b"}
@@ -443,7 +444,7 @@ def answered(root, answer, meanwhile=lambda: None):
 
 def test_prune_deletes_nothing_without_a_yes(status, root, orphans, capsys):
     before = everything(root)
-    assert run_script("cache_status", "--data_root", root, "--prune") == 1  # pytest's stdin is no terminal
+    assert run_script("cache/cache_status.py", "--data_root", root, "--prune") == 1  # pytest's stdin is no terminal
     assert "--yes" in capsys.readouterr().err
     assert answered(root, "\n") == 1
     assert everything(root) == before

@@ -4,16 +4,9 @@ import json
 
 import pytest
 import torch
-from cache_fixtures import (
-    changed,
-    make_custom_pipeline,
-    make_pipeline,
-    run_script,
-    save_pictures,
-    sidecars,
-    touch,
-)
+from cache_fixtures import changed, make_custom_pipeline, make_pipeline, save_pictures, sidecars, touch
 from diffusers import StableDiffusionPipeline
+from helpers import run_script
 from PIL import Image
 from skimage import data as photographs
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
@@ -65,12 +58,12 @@ def root(tmp_path):
 
 @pytest.fixture
 def clip_cache(clip_model, root):
-    return lambda *argv: run_script("create_clipl", "--data_root", root, "--model", clip_model, *argv)
+    return lambda *argv: run_script("cache/create_clipl.py", "--data_root", root, "--model", clip_model, *argv)
 
 
 @pytest.fixture
 def t5_cache(t5_model, root):
-    return lambda *argv: run_script("create_t5cache_768", "--data_root", root, "--model", t5_model, *argv)
+    return lambda *argv: run_script("cache/create_t5cache_768.py", "--data_root", root, "--model", t5_model, *argv)
 
 
 def emb(path):
@@ -289,7 +282,7 @@ def test_changed_clip_setting_encodes_all_again(clip_cache, first, second, capsy
 
 def test_changed_projection_encodes_all_t5_again(root, tmp_path, capsys):
     model = make_pipeline(tmp_path / "t5", "t5")
-    run = ["create_t5cache_768", "--data_root", root, "--model", model]
+    run = ["cache/create_t5cache_768.py", "--data_root", root, "--model", model]
     assert run_script(*run) == 0
     torch.manual_seed(1)
     T5Projection(64, 48).save_pretrained(model / "projection")
@@ -300,7 +293,7 @@ def test_changed_projection_encodes_all_t5_again(root, tmp_path, capsys):
 
 def test_null_caption_is_one_per_data_root_and_made_again_when_gone(clip_model, root, tmp_path):
     save_pictures(tmp_path / "second", ["sub/x.png"], size=(8, 8))
-    run = ["create_clipl", "--data_root", root, "--data_root", tmp_path / "second", "--model", clip_model]
+    run = ["cache/create_clipl.py", "--data_root", root, "--data_root", tmp_path / "second", "--model", clip_model]
     assert run_script(*run) == 0
     null = root / "_null_caption.txt_clipl"
     assert torch.equal(emb(null), emb(tmp_path / "second" / "_null_caption.txt_clipl"))
@@ -322,25 +315,25 @@ def test_caption_that_is_no_utf8_is_named_and_the_rest_is_cached(t5_cache, root,
 
 
 def test_wrong_kind_of_encoder_is_refused(root, clip_model, t5_model):
-    for script, model in (("create_clipl", t5_model), ("create_t5cache_768", clip_model)):
-        flags = ["--raw"] if script == "create_t5cache_768" else []
+    for script, model in (("cache/create_clipl.py", t5_model), ("cache/create_t5cache_768.py", clip_model)):
+        flags = ["--raw"] if script == "cache/create_t5cache_768.py" else []
         with pytest.raises(ValueError, match="its text encoder is"):
             run_script(script, "--data_root", root, "--model", model, *flags)
     with pytest.raises(ValueError, match="--raw"):
-        run_script("create_t5cache_768", "--data_root", root, "--model", clip_model)
+        run_script("cache/create_t5cache_768.py", "--data_root", root, "--model", clip_model)
 
 
 def test_clip_skip_beyond_the_tower_is_refused(root, tmp_path):
     shallow = make_pipeline(tmp_path / "clip", "clip")  # 3 layers
     with pytest.raises(ValueError, match="only 3 layers"):
-        run_script("create_clipl", "--data_root", root, "--model", shallow, "--clip_skip", 4)
+        run_script("cache/create_clipl.py", "--data_root", root, "--model", shallow, "--clip_skip", 4)
 
 
 @torch.no_grad()
 def test_repository_code_encodes_only_with_custom(root, tmp_path):
     canary = tmp_path / "canary"
     model = make_custom_pipeline(tmp_path / "model", canary)
-    run = ["create_t5cache_768", "--data_root", root, "--model", model, "--store_dtype", "fp32"]
+    run = ["cache/create_t5cache_768.py", "--data_root", root, "--model", model, "--store_dtype", "fp32"]
     assert run_script(*run, "--raw") == 0 and not canary.exists()
     plain = {name: emb(root / f"{name}{T5}") for name in CAPTIONS}
     assert run_script(*run, "--custom") == 0 and canary.exists()

@@ -7,9 +7,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from cache_fixtures import TINY, picture, run_script, save_pictures
+from cache_fixtures import picture, save_pictures
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
-from helpers import load_script
+from helpers import TINY, run_script
 from PIL import Image, ImageOps
 from safetensors.torch import save_file
 from skimage.metrics import peak_signal_noise_ratio
@@ -44,7 +44,7 @@ def another_vae(tmp_path_factory, vae):
 def cached(tmp_path_factory):
     """Six drawn shapes, two of them in a sub-folder, with .img_sdxl sidecars that hold latent and latent_flip."""
     root = tmp_path_factory.mktemp("data") / "shapes"
-    assert load_script("dataset_scripts/draw_shapes.py").main(["--out", str(root), "--num_images", "6"]) == 0
+    assert run_script("dataset_scripts/draw_shapes.py", "--out", root, "--num_images", 6) == 0
     (root / "sub").mkdir()
     for name in NAMES[4:]:
         (root / f"{name}.png").rename(root / f"sub/{name}.png")
@@ -58,7 +58,7 @@ def root(cached, tmp_path):
     return shutil.copytree(cached, tmp_path / "root")
 
 
-def cache(root, *argv, resolution=("--resolution", 64), script="create_img_sdxl"):
+def cache(root, *argv, resolution=("--resolution", 64), script="cache/create_img_sdxl.py"):
     assert run_script(script, "--data_root", root, *VAE, "--num_workers", 0, *resolution, *argv) == 0
 
 
@@ -102,7 +102,7 @@ def holds(sheet, pixels):
 
 
 def test_previews_are_the_decoded_latents_in_the_sub_folders_of_their_sidecars(cached, vae, tmp_path, capsys):
-    assert run_script("show_vae_latent", *VAE, cached, "--out", tmp_path / "out") == 0
+    assert run_script("cache/show_vae_latent.py", *VAE, cached, "--out", tmp_path / "out") == 0
     sidecars = [*(f"{name}.img_sdxl" for name in NAMES[:4]), *(f"sub/{name}.img_sdxl" for name in NAMES[4:])]
     assert files_of(tmp_path / "out") == [f"{name}.png" for name in sidecars]
     for name in sidecars:
@@ -112,7 +112,7 @@ def test_previews_are_the_decoded_latents_in_the_sub_folders_of_their_sidecars(c
 
 
 def test_flip_shows_the_latent_of_the_mirrored_image(cached, vae, tmp_path):
-    assert run_script("show_vae_latent", *VAE, cached / "00001.img_sdxl", "--out", tmp_path, "--flip") == 0
+    assert run_script("cache/show_vae_latent.py", *VAE, cached / "00001.img_sdxl", "--out", tmp_path, "--flip") == 0
     assert files_of(tmp_path) == ["00001.img_sdxl.flip.png"]
     assert_same_picture(tmp_path / "00001.img_sdxl.flip.png", decoded(vae, cached / "00001.img_sdxl", "latent_flip"))
     mirrored = np.asarray(Image.open(cached / "00001.png").convert("RGB"))[:, ::-1]
@@ -124,15 +124,15 @@ def test_sidecars_of_one_name_get_a_picture_each(tmp_path, monkeypatch, capsys):
     for folder in ("one/data", "two/data"):
         save_pictures(tmp_path / folder, ["a.png"], (64, 64))
         cache(tmp_path / folder)
-    cache(tmp_path / "one/data", script="create_img_sdvae")
+    cache(tmp_path / "one/data", script="cache/create_img_sdvae.py")
     monkeypatch.chdir(tmp_path)
     paths = [tmp_path / "one/data", tmp_path / "two/data", "one/data/a.img_sdxl"]
-    assert run_script("show_vae_latent", *VAE, *paths, "--out", tmp_path / "out") == 0
+    assert run_script("cache/show_vae_latent.py", *VAE, *paths, "--out", tmp_path / "out") == 0
     assert "3 of 3 latents decoded" in capsys.readouterr().out  # the one that is named twice counts once
     expected = ["one/data/a.img_sdvae.png", "one/data/a.img_sdxl.png", "two/data/a.img_sdxl.png"]
     assert files_of(tmp_path / "out") == expected
     only = ("--cache_suffix", ".img_sdvae")
-    assert run_script("show_vae_latent", *VAE, *paths[:2], "--out", tmp_path / "only", *only) == 0
+    assert run_script("cache/show_vae_latent.py", *VAE, *paths[:2], "--out", tmp_path / "only", *only) == 0
     assert files_of(tmp_path / "only") == expected[:1]
 
 
@@ -143,7 +143,7 @@ def test_latents_of_different_sizes_are_shown_in_files_and_on_the_sheet(vae, tmp
         Image.fromarray(picture(*size, seed)).save(tmp_path / name / "a.png")
         cache(tmp_path / name, resolution=("--target_width", size[0], "--target_height", size[1]))
     folders = [tmp_path / name for name in sizes]
-    run = ["show_vae_latent", *VAE, *folders, "--batch_size", 2]
+    run = ["cache/show_vae_latent.py", *VAE, *folders, "--batch_size", 2]
     assert run_script(*run, "--out", tmp_path / "out") == 0
     assert run_script(*run, "--sheet", tmp_path / "sheet.png") == 0
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
@@ -155,7 +155,7 @@ def test_latents_of_different_sizes_are_shown_in_files_and_on_the_sheet(vae, tmp
 
 def test_sheet_reduces_large_pictures(tmp_path):
     save_file({"latent": torch.zeros(4, 64, 48)}, tmp_path / "large.img_sdxl")
-    assert run_script("show_vae_latent", *VAE, tmp_path, "--sheet", tmp_path / "sheet.png") == 0
+    assert run_script("cache/show_vae_latent.py", *VAE, tmp_path, "--sheet", tmp_path / "sheet.png") == 0
     assert Image.open(tmp_path / "sheet.png").width == 256 * 48 // 64 + 12
 
 
@@ -164,10 +164,10 @@ def test_sheet_shows_36_by_default_and_a_random_choice_keeps_its_order(tmp_path,
     for index in range(40):
         write_sidecar(tmp_path / f"{index:02}.img_sdxl", {"latent": latent}, {"kind": "img_sdxl"})
     sheet = tmp_path / "sheet.png"
-    assert run_script("show_vae_latent", *VAE, tmp_path, "--sheet", sheet) == 0
+    assert run_script("cache/show_vae_latent.py", *VAE, tmp_path, "--sheet", sheet) == 0
     assert "36 of 40" in capsys.readouterr().out
     assert Image.open(sheet).width == 6 * (128 + 6) + 6  # columns of 64 pixels shown twice as large
-    assert run_script("show_vae_latent", *VAE, tmp_path, "--out", tmp_path / "out", "--num_images", 3) == 0
+    assert run_script("cache/show_vae_latent.py", *VAE, tmp_path, "--out", tmp_path / "out", "--num_images", 3) == 0
     assert "3 of 40" in capsys.readouterr().out
 
 
@@ -184,7 +184,7 @@ def test_sheet_gives_long_names_their_own_lines():
 
 
 def test_a_cache_of_another_vae_is_warned_of_in_one_line(cached, another_vae, tmp_path, capsys):
-    run = ["show_vae_latent", "--model", another_vae, "--vae", cached, "--out", tmp_path]
+    run = ["cache/show_vae_latent.py", "--model", another_vae, "--vae", cached, "--out", tmp_path]
     assert run_script(*run) == 0
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1 and "another VAE" in errors[0] and str(MODEL) in errors[0]
@@ -197,14 +197,14 @@ def test_fingerprint_of_a_custom_pipeline_is_not_compared(root, tmp_path, capsys
         tensors, header = read_sidecar(root / "00000.img_sdxl")
         header.metadata.update(encoder="other", settings=json.dumps(settings))
         write_sidecar(tmp_path / folder / "a.img_sdxl", tensors, header.metadata)
-        assert run_script("show_vae_latent", *VAE, tmp_path / folder, "--out", tmp_path / "out") == 0
+        assert run_script("cache/show_vae_latent.py", *VAE, tmp_path / folder, "--out", tmp_path / "out") == 0
         assert ("another VAE" in capsys.readouterr().err) == (folder == "two")
 
 
 def test_foreign_sidecars_are_decoded_without_a_warning(root, vae, tmp_path, capsys):
     latent = read_sidecar(root / "00000.img_sdxl")[0]["latent"]
     save_file({"latent": latent}, tmp_path / "foreign.img_sdxl", {"format": "pt", "settings": "not ours"})
-    assert run_script("show_vae_latent", *VAE, tmp_path / "foreign.img_sdxl", "--out", tmp_path / "out") == 0
+    assert run_script("cache/show_vae_latent.py", *VAE, tmp_path / "foreign.img_sdxl", "--out", tmp_path / "out") == 0
     assert_same_picture(tmp_path / "out/foreign.img_sdxl.png", decoded(vae, root / "00000.img_sdxl"))
     assert "warning" not in capsys.readouterr().err
 
@@ -224,12 +224,26 @@ def test_other_autoencoders_decode(tmp_path):
         vae.save_pretrained(tmp_path / f"vae{index}")
         latent = torch.randn(vae.config.latent_channels, 8, 16, generator=torch.Generator().manual_seed(0))
         save_file({"latent": latent}, tmp_path / f"{index}.img_sdxl")
-        run = ["show_vae_latent", "--model", tmp_path / f"vae{index}", "--vae", tmp_path / f"{index}.img_sdxl"]
+        run = [
+            "cache/show_vae_latent.py",
+            "--model",
+            tmp_path / f"vae{index}",
+            "--vae",
+            tmp_path / f"{index}.img_sdxl",
+        ]
         assert run_script(*run, "--out", tmp_path) == 0
         sample = vae.decode(latent[None]).sample[0].clamp(-1, 1).numpy().transpose(1, 2, 0)
         assert_same_picture(tmp_path / f"{index}.img_sdxl.png", np.rint((sample + 1) * 127.5).astype(np.uint8))
         Image.fromarray(picture(64, 64)).save(tmp_path / "a.png")
-        run = ["validate_vae", "--model", tmp_path / f"vae{index}", "--vae", tmp_path / "a.png", "--resolution", 64]
+        run = [
+            "cache/validate_vae.py",
+            "--model",
+            tmp_path / f"vae{index}",
+            "--vae",
+            tmp_path / "a.png",
+            "--resolution",
+            64,
+        ]
         assert run_script(*run) == 0
 
 
@@ -243,7 +257,7 @@ def test_sidecars_that_cannot_be_decoded_are_named_and_the_rest_is_done(root, tm
     tamper(root / "00002.img_sdxl", lambda latent: torch.zeros(16, 8, 8))
     tamper(root / "00003.img_sdxl", lambda latent: torch.full_like(latent, float("nan")))
     save_file({"emb": torch.zeros(3, 8)}, root / "sub/00004.img_sdxl")
-    assert run_script("show_vae_latent", *VAE, root, "--out", tmp_path / "out") == 1
+    assert run_script("cache/show_vae_latent.py", *VAE, root, "--out", tmp_path / "out") == 1
     assert files_of(tmp_path / "out") == ["sub/00005.img_sdxl.png"]
     output = capsys.readouterr()
     lines = sorted(output.err.splitlines())
@@ -252,14 +266,14 @@ def test_sidecars_that_cannot_be_decoded_are_named_and_the_rest_is_done(root, tm
     for name, reason in zip(NAMES, reasons, strict=False):
         (line,) = (line for line in lines if name in line)
         assert re.search(reason, line) and line.count(f"{name}.img_sdxl") == 1
-    assert run_script("show_vae_latent", *VAE, root / "00000.img_sdxl", "--sheet", tmp_path / "x.png") == 1
-    assert run_script("validate_img_cache", *VAE, "--data_root", root) == 1
+    assert run_script("cache/show_vae_latent.py", *VAE, root / "00000.img_sdxl", "--sheet", tmp_path / "x.png") == 1
+    assert run_script("cache/validate_img_cache.py", *VAE, "--data_root", root) == 1
     assert "1 images of 6 cached, 0 stale, 5 failed" in capsys.readouterr().out
 
 
 def test_missing_latent_flip_names_the_command_that_makes_it(root, tmp_path, capsys):
     cache(root, "--overwrite")
-    assert run_script("show_vae_latent", *VAE, root, "--out", tmp_path, "--flip") == 1
+    assert run_script("cache/show_vae_latent.py", *VAE, root, "--out", tmp_path, "--flip") == 1
     assert "00000.img_sdxl: has no latent_flip, only latent; run the image cache script with --flip" in (
         capsys.readouterr().err
     )
@@ -268,11 +282,11 @@ def test_missing_latent_flip_names_the_command_that_makes_it(root, tmp_path, cap
 @pytest.mark.parametrize(
     ("script", "argv", "message"),
     [
-        ("show_vae_latent", ("x",), "one of the arguments --out --sheet is required"),
-        ("show_vae_latent", ("x", "--sheet", "a.jpg"), "ends with .png"),
-        ("show_vae_latent", ("x", "--out", "a", "--num_images", "-1"), "a whole number from 0, got -1"),
-        ("validate_vae", ("x", "--resolution", "72"), "steps of 64"),
-        ("validate_vae", ("x", "--resolution", "4096"), "64 to 2048"),
+        ("cache/show_vae_latent.py", ("x",), "one of the arguments --out --sheet is required"),
+        ("cache/show_vae_latent.py", ("x", "--sheet", "a.jpg"), "ends with .png"),
+        ("cache/show_vae_latent.py", ("x", "--out", "a", "--num_images", "-1"), "a whole number from 0, got -1"),
+        ("cache/validate_vae.py", ("x", "--resolution", "72"), "steps of 64"),
+        ("cache/validate_vae.py", ("x", "--resolution", "4096"), "64 to 2048"),
     ],
 )
 def test_senseless_options_are_refused(script, argv, message, capsys):
@@ -282,11 +296,14 @@ def test_senseless_options_are_refused(script, argv, message, capsys):
 
 
 def test_folders_without_what_is_looked_for_are_an_error(tmp_path):
-    for argv in (["show_vae_latent", tmp_path, "--out", tmp_path], ["validate_img_cache", "--data_root", tmp_path]):
+    for argv in (
+        ["cache/show_vae_latent.py", tmp_path, "--out", tmp_path],
+        ["cache/validate_img_cache.py", "--data_root", tmp_path],
+    ):
         with pytest.raises(ValueError, match=r"\.img_sdvae or \.img_sdxl under .*run an image cache script first"):
             run_script(*argv, *VAE)
     with pytest.raises(ValueError, match="no images under"):
-        run_script("validate_vae", *VAE, tmp_path)
+        run_script("cache/validate_vae.py", *VAE, tmp_path)
 
 
 # A cache against its images
@@ -303,7 +320,7 @@ def test_psnr_is_scikit_images():
 
 
 def test_good_cache_has_the_psnr_of_its_vae(cached, vae, capsys):
-    assert run_script("validate_img_cache", *VAE, "--data_root", cached, "--min_psnr", 30) == 0
+    assert run_script("cache/validate_img_cache.py", *VAE, "--data_root", cached, "--min_psnr", 30) == 0
     output = capsys.readouterr().out
     expected = {}
     for name in NAMES:
@@ -329,7 +346,7 @@ def test_good_cache_has_the_psnr_of_its_vae(cached, vae, capsys):
 )
 def test_changed_latent_is_the_worst_and_below_the_limit(root, change, capsys):
     tamper(root / "sub/00004.img_sdxl", change)
-    assert run_script("validate_img_cache", *VAE, "--data_root", root, "--min_psnr", 30) == 1
+    assert run_script("cache/validate_img_cache.py", *VAE, "--data_root", root, "--min_psnr", 30) == 1
     output = capsys.readouterr().out
     values = table(output)
     assert next(iter(values)) == "00004" and values["00004"] < 26 and min(list(values.values())[1:]) > 30
@@ -341,7 +358,9 @@ def test_latents_of_each_others_images_are_found_and_shown(root, vae, tmp_path, 
     tamper(root / "00000.img_sdxl", lambda _: second)
     tamper(root / "00001.img_sdxl", lambda _: first)
     sheet = tmp_path / "sheet.png"
-    assert run_script("validate_img_cache", *VAE, "--data_root", root, "--min_psnr", 30, "--sheet", sheet) == 1
+    assert (
+        run_script("cache/validate_img_cache.py", *VAE, "--data_root", root, "--min_psnr", 30, "--sheet", sheet) == 1
+    )
     values = table(capsys.readouterr().out)
     assert (
         set(list(values)[:2]) == {"00000", "00001"} and sorted(values.values())[1] < 20 < sorted(values.values())[2]
@@ -357,7 +376,7 @@ def test_latents_of_each_others_images_are_found_and_shown(root, vae, tmp_path, 
 
 
 def test_wrong_vae_is_below_the_limit_everywhere_and_warned_of(cached, another_vae, capsys):
-    argv = ["validate_img_cache", "--model", another_vae, "--vae", "--data_root", cached, "--min_psnr", 30]
+    argv = ["cache/validate_img_cache.py", "--model", another_vae, "--vae", "--data_root", cached, "--min_psnr", 30]
     assert run_script(*argv) == 1
     output = capsys.readouterr()
     assert max(table(output.out).values()) < 26 and "6 of 6 below 30 dB" in output.out
@@ -366,9 +385,10 @@ def test_wrong_vae_is_below_the_limit_everywhere_and_warned_of(cached, another_v
 
 def test_vae_of_another_reduction_is_named_for_each_sidecar(cached, tmp_path, capsys):
     blocks = ("DownEncoderBlock2D",) * 3, ("UpDecoderBlock2D",) * 3
-    AutoencoderKL(down_block_types=blocks[0], up_block_types=blocks[1], block_out_channels=(8, 8, 8),
-                  norm_num_groups=4).save_pretrained(tmp_path / "vae")  # fmt: skip
-    argv = ["validate_img_cache", "--model", tmp_path / "vae", "--vae", "--data_root", cached]
+    AutoencoderKL(
+        down_block_types=blocks[0], up_block_types=blocks[1], block_out_channels=(8, 8, 8), norm_num_groups=4
+    ).save_pretrained(tmp_path / "vae")
+    argv = ["cache/validate_img_cache.py", "--model", tmp_path / "vae", "--vae", "--data_root", cached]
     assert run_script(*argv) == 1
     output = capsys.readouterr()
     assert output.err.count("decodes to 32x32 pixels, was made from 64x64") == 6
@@ -385,7 +405,7 @@ def test_geometry_is_repeated_from_the_header(cached, tmp_path, capsys):
         drawn.rotate(90).save(tmp_path / folder / "a.jpg", quality=95, exif=exif)
         cache(tmp_path / folder, resolution=("--target_width", size[0], "--target_height", size[1]))
     argv = ["--data_root", tmp_path / "wide", "--data_root", tmp_path / "tall", "--sheet", tmp_path / "sheet.png"]
-    assert run_script("validate_img_cache", *VAE, *argv, "--min_psnr", 25) == 0
+    assert run_script("cache/validate_img_cache.py", *VAE, *argv, "--min_psnr", 25) == 0
     assert "over 2 images of 2 cached" in capsys.readouterr().out
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
     for size in ((192, 128), (128, 192)):
@@ -396,7 +416,7 @@ def test_geometry_is_repeated_from_the_header(cached, tmp_path, capsys):
 
 def test_changed_source_is_named_as_stale_and_not_compared(root, capsys):
     shutil.copy(root / "00001.png", root / "00000.png")
-    assert run_script("validate_img_cache", *VAE, "--data_root", root, "--min_psnr", 30) == 0
+    assert run_script("cache/validate_img_cache.py", *VAE, "--data_root", root, "--min_psnr", 30) == 0
     output = capsys.readouterr().out
     assert re.search(r"00000\.img_sdxl: stale.*run the cache script again", output)
     assert "00000" not in table(output) and "over 5 images of 6 cached, 1 stale, 0 failed" in output
@@ -406,13 +426,13 @@ def test_foreign_sidecar_is_compared_with_the_centre_crop_of_its_size(root, caps
     for name in NAMES[:2]:
         save_file({"latent": read_sidecar(root / f"{name}.img_sdxl")[0]["latent"]}, root / f"{name}.img_sdxl")
     shutil.copy(root / "00002.png", root / "00001.png")
-    assert run_script("validate_img_cache", *VAE, "--data_root", root, "--min_psnr", 30) == 1
+    assert run_script("cache/validate_img_cache.py", *VAE, "--data_root", root, "--min_psnr", 30) == 1
     values = table(capsys.readouterr().out)
     assert values["00000"] > 30 and values["00001"] < 20
 
 
 def test_num_images_compares_a_random_subset(cached, capsys):
-    argv = ["validate_img_cache", *VAE, "--data_root", cached, "--num_images", 2]
+    argv = ["cache/validate_img_cache.py", *VAE, "--data_root", cached, "--num_images", 2]
     subsets = set()
     for seed in range(8):
         assert run_script(*argv, "--seed", seed) == 0
@@ -426,7 +446,7 @@ def test_num_images_compares_a_random_subset(cached, capsys):
 def test_every_image_below_the_limit_is_named(tmp_path, capsys):
     save_pictures(tmp_path, [f"{index:02}.png" for index in range(12)], (64, 64))
     cache(tmp_path)
-    argv = ["validate_img_cache", *VAE, "--data_root", tmp_path]
+    argv = ["cache/validate_img_cache.py", *VAE, "--data_root", tmp_path]
     assert run_script(*argv) == 0 and len(table(capsys.readouterr().out)) == 10
     assert run_script(*argv, "--min_psnr", 99) == 1 and len(table(capsys.readouterr().out)) == 12
 
@@ -439,7 +459,7 @@ def test_validate_vae_measures_the_round_trip_and_shows_it(vae, tmp_path, capsys
     save_pictures(tmp_path / "photos", ["a.png", "sub/b.png"], (160, 140))
     Image.fromarray(picture(150, 200, 5)).save(tmp_path / "c.png")
     argv = [tmp_path / "c.png", tmp_path / "photos", "--resolution", 128, "--out", tmp_path / "out.png"]
-    assert run_script("validate_vae", *VAE, *argv) == 0
+    assert run_script("cache/validate_vae.py", *VAE, *argv) == 0
     output = capsys.readouterr().out
     sheet, expected = np.asarray(Image.open(tmp_path / "out.png")), {}
     for path in (tmp_path / "c.png", tmp_path / "photos/a.png", tmp_path / "photos/sub/b.png"):
@@ -460,7 +480,7 @@ def test_validate_vae_names_what_is_no_image_and_does_the_rest(tmp_path, capsys)
     save_pictures(tmp_path, ["a.png"], (64, 64))
     (tmp_path / "text.jpg").write_text("not an image")
     argv = [tmp_path / "absent.png", tmp_path, "--resolution", 64, "--batch_size", 1]
-    assert run_script("validate_vae", *VAE, *argv) == 1
+    assert run_script("cache/validate_vae.py", *VAE, *argv) == 1
     output = capsys.readouterr()
     assert "over 1 images" in output.out and len(output.err.splitlines()) == 2
     assert "absent.png: No such file" in output.err
@@ -468,7 +488,7 @@ def test_validate_vae_names_what_is_no_image_and_does_the_rest(tmp_path, capsys)
 
 
 def test_validate_vae_takes_a_random_subset_of_a_folder(cached, capsys):
-    argv = ["validate_vae", *VAE, cached, "--resolution", 64, "--num_images", 2]
+    argv = ["cache/validate_vae.py", *VAE, cached, "--resolution", 64, "--num_images", 2]
     subsets = set()
     for seed in range(8):
         assert run_script(*argv, "--seed", seed) == 0
@@ -481,5 +501,5 @@ def test_pipelines_are_taken_as_well_as_bare_vaes(cached, tmp_path, capsys):
     shutil.copytree(MODEL, tmp_path / "vae")
     config = json.loads((tmp_path / "vae/config.json").read_text())
     (tmp_path / "vae/config.json").write_text(json.dumps(config | {"_diffusers_version": "0"}))
-    assert run_script("show_vae_latent", "--model", tmp_path, cached, "--out", tmp_path / "out") == 0
+    assert run_script("cache/show_vae_latent.py", "--model", tmp_path, cached, "--out", tmp_path / "out") == 0
     assert len(files_of(tmp_path / "out")) == 6 and "warning" not in capsys.readouterr().err

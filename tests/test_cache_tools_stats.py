@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from cache_fixtures import run_script
+from helpers import run_script
 from safetensors.torch import save_file
 
 from cachetrain.caching.inspect import differences
@@ -105,7 +105,7 @@ def test_estimate_is_printed_to_two_digits_of_its_error():
 def test_vae_scaling_equals_numpy_on_all_latents(tmp_path, capsys, dtype):
     scale = 1e5 if dtype == torch.float32 else 1  # values that need float32
     stored = write_latents(tmp_path / "sub", (scale * image for image in images(40)), dtype)
-    assert run_script("calculate_vae_scaling", tmp_path) == 0
+    assert run_script("cache/calculate_vae_scaling.py", tmp_path) == 0
     output = capsys.readouterr().out
     values = np.concatenate([latent.reshape(4, -1) for latent in stored], axis=1)
     factor, error = measured(output, "scaling_factor  1/std")
@@ -122,7 +122,7 @@ def test_vae_scaling_equals_numpy_on_all_latents(tmp_path, capsys, dtype):
 
 def test_vae_scaling_tells_the_distance_from_the_header_in_standard_errors(tmp_path, capsys):
     stored = write_latents(tmp_path, images(40), shift_factor="-2.5")
-    assert run_script("calculate_vae_scaling", tmp_path) == 0
+    assert run_script("cache/calculate_vae_scaling.py", tmp_path) == 0
     output = capsys.readouterr().out
     for label, header, sign in (("scaling_factor  1/std", 0.13025, "above"), ("shift_factor    mean", -2.5, "above")):
         value, error = measured(output, label)
@@ -132,13 +132,13 @@ def test_vae_scaling_tells_the_distance_from_the_header_in_standard_errors(tmp_p
         assert float(distance[1]) == pytest.approx(abs(value - header) / error, rel=0.06)
     for i, latent in enumerate(stored):
         save_file({"latent": torch.tensor(latent)}, tmp_path / f"{i:03d}.img_sdxl")
-    assert run_script("calculate_vae_scaling", tmp_path) == 0
+    assert run_script("cache/calculate_vae_scaling.py", tmp_path) == 0
     assert capsys.readouterr().out.count("; not in the header") == 2
 
 
 def test_vae_scaling_of_one_image_has_no_standard_error(tmp_path, capsys):
     write_latents(tmp_path, images(1))
-    assert run_script("calculate_vae_scaling", tmp_path / "000.img_sdxl") == 0
+    assert run_script("cache/calculate_vae_scaling.py", tmp_path / "000.img_sdxl") == 0
     output = capsys.readouterr().out
     assert np.isnan(measured(output, "scaling_factor  1/std")[1])
     assert "distance in standard errors n/a" in output
@@ -149,7 +149,7 @@ def test_vae_scaling_of_one_image_has_no_standard_error(tmp_path, capsys):
 def test_vae_scaling_refuses_constant_latents(tmp_path, value):
     write_latents(tmp_path, [np.full((4, 5, 7), value)] * 3)
     with pytest.raises(ValueError, match="std is 0"):
-        run_script("calculate_vae_scaling", tmp_path)
+        run_script("cache/calculate_vae_scaling.py", tmp_path)
 
 
 def test_vae_scaling_names_what_it_leaves_out_and_measures_the_rest(tmp_path, capsys):
@@ -159,7 +159,7 @@ def test_vae_scaling_names_what_it_leaves_out_and_measures_the_rest(tmp_path, ca
     stored = write_latents(tmp_path, arrays)
     flip_a_byte(tmp_path / "005.img_sdxl")
     write_sidecar(tmp_path / "006.img_sdxl", {"emb": torch.ones(2, 3)}, VAE)
-    assert run_script("calculate_vae_scaling", tmp_path) == 1
+    assert run_script("cache/calculate_vae_scaling.py", tmp_path) == 1
     out, err = capsys.readouterr()
     assert [re.search(r"00\d\.img_sdxl", line)[0][:3] for line in err.splitlines()] == ["003", "004", "005", "006"]
     assert "1 of " in err.splitlines()[0] and "not finite" in err.splitlines()[0]
@@ -173,15 +173,15 @@ def test_vae_scaling_refuses_latents_of_two_vaes_and_names_a_file_of_each(tmp_pa
     write_latents(tmp_path, images(2))
     write_latents(tmp_path, images(2), suffix=".img_sdvae", encoder="f" * 64)
     with pytest.raises(ValueError, match=r"000\.img_sdvae and .*000\.img_sdxl differ in encoder"):
-        run_script("calculate_vae_scaling", tmp_path)
-    assert run_script("calculate_vae_scaling", tmp_path, "--cache_suffix", ".img_sdvae") == 0
+        run_script("cache/calculate_vae_scaling.py", tmp_path)
+    assert run_script("cache/calculate_vae_scaling.py", tmp_path, "--cache_suffix", ".img_sdvae") == 0
 
 
 def test_vae_scaling_measures_a_random_subset(tmp_path, capsys):
     write_latents(tmp_path, images(30))
 
     def output(seed):
-        assert run_script("calculate_vae_scaling", tmp_path, "--num_images", 7, "--seed", seed) == 0
+        assert run_script("cache/calculate_vae_scaling.py", tmp_path, "--num_images", 7, "--seed", seed) == 0
         return capsys.readouterr().out
 
     first = output(0)
@@ -191,9 +191,9 @@ def test_vae_scaling_measures_a_random_subset(tmp_path, capsys):
 
 def test_vae_scaling_of_nothing_says_what_to_do(tmp_path):
     with pytest.raises(ValueError, match="run the cache scripts first"):
-        run_script("calculate_vae_scaling", tmp_path)
+        run_script("cache/calculate_vae_scaling.py", tmp_path)
     with pytest.raises(ValueError, match="no such file"):
-        run_script("calculate_vae_scaling", tmp_path / "missing")
+        run_script("cache/calculate_vae_scaling.py", tmp_path / "missing")
 
 
 # ---- check_text_cache_std.py ----
@@ -202,11 +202,12 @@ def test_vae_scaling_of_nothing_says_what_to_do(tmp_path):
 def test_text_std_equals_numpy_on_all_tokens_without_the_null_caption(tmp_path, capsys):
     lengths = [5, 9, 3, 12, 7] * 6
     stored = np.concatenate(write_captions(tmp_path, lengths))
-    write_sidecar(tmp_path / "000.txt_t5cache", {"emb": torch.tensor(stored[:5]).to(torch.bfloat16)},
-                  TEXT | {"truncated": "1"})  # fmt: skip
+    write_sidecar(
+        tmp_path / "000.txt_t5cache", {"emb": torch.tensor(stored[:5]).to(torch.bfloat16)}, TEXT | {"truncated": "1"}
+    )
     null = torch.tensor([[10.0, -10.0, 10.0, -10.0, 10.0, -10.0]])
     write_sidecar(tmp_path / "_null_caption.txt_t5cache", {"emb": null}, TEXT)
-    assert run_script("check_text_cache_std", tmp_path) == 0
+    assert run_script("cache/check_text_cache_std.py", tmp_path) == 0
     output = capsys.readouterr().out
     assert output.startswith("30 captions of 3 to 12 tokens of width 6, 1 truncated\n")
     for label, value in (
@@ -223,13 +224,13 @@ def test_text_std_equals_numpy_on_all_tokens_without_the_null_caption(tmp_path, 
 
 
 def test_text_std_of_a_real_cache_is_measured_and_clip_keeps_its_scale(shapes, capsys):
-    assert run_script("check_text_cache_std", shapes, "--cache_suffix", ".txt_clipl") == 0
+    assert run_script("cache/check_text_cache_std.py", shapes, "--cache_suffix", ".txt_clipl") == 0
     output = capsys.readouterr().out
     assert output.startswith("24 captions of 77 to 77 tokens") and "leave --text_scaling_factor at 1" in output
-    assert run_script("check_text_cache_std", shapes, "--cache_suffix", ".txt_t5cache") == 0
+    assert run_script("cache/check_text_cache_std.py", shapes, "--cache_suffix", ".txt_t5cache") == 0
     assert "--text_scaling_factor" in capsys.readouterr().out
     with pytest.raises(ValueError, match="mixed caches"):
-        run_script("check_text_cache_std", shapes)
+        run_script("cache/check_text_cache_std.py", shapes)
 
 
 def test_text_std_names_damaged_captions_and_a_damaged_null(tmp_path, capsys):
@@ -239,7 +240,7 @@ def test_text_std_names_damaged_captions_and_a_damaged_null(tmp_path, capsys):
     write_sidecar(tmp_path / "001.txt_t5cache", {"emb": emb}, TEXT)
     write_sidecar(tmp_path / "_null_caption.txt_t5cache", {"emb": emb[:1]}, TEXT)
     flip_a_byte(tmp_path / "_null_caption.txt_t5cache")
-    assert run_script("check_text_cache_std", tmp_path) == 1
+    assert run_script("cache/check_text_cache_std.py", tmp_path) == 1
     out, err = capsys.readouterr()
     assert out.startswith("2 captions of 4 to 6 tokens")
     assert "001.txt_t5cache: 1 of 18 values" in err and "_null_caption.txt_t5cache" in err
@@ -247,14 +248,14 @@ def test_text_std_names_damaged_captions_and_a_damaged_null(tmp_path, capsys):
 
 def test_text_std_refuses_constant_embeddings_and_says_na_for_one(tmp_path, capsys):
     write_captions(tmp_path, [4])
-    assert run_script("check_text_cache_std", tmp_path) == 0
+    assert run_script("cache/check_text_cache_std.py", tmp_path) == 0
     assert np.isnan(measured(capsys.readouterr().out, "1/std")[1])
     save_file({"emb": torch.randn(3, 6)}, tmp_path / "000.txt_t5cache")
-    assert run_script("check_text_cache_std", tmp_path) == 0
+    assert run_script("cache/check_text_cache_std.py", tmp_path) == 0
     assert "0 truncated, 1 whose header does not say" in capsys.readouterr().out
     write_sidecar(tmp_path / "000.txt_t5cache", {"emb": torch.ones(4, 6)}, TEXT)
     with pytest.raises(ValueError, match="std is 0"):
-        run_script("check_text_cache_std", tmp_path)
+        run_script("cache/check_text_cache_std.py", tmp_path)
 
 
 # ---- compare_tensorfiles.py ----
@@ -275,7 +276,7 @@ def test_compare_files_equals_torch(tmp_path, capsys, dtypes):
     relative = ((a.double() - b.double()).norm() / a.double().norm()).item()
     for tolerance, code in ((0, 1), (relative * 0.999, 1), (relative * 1.001, 0)):
         command = (tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--tolerance", tolerance)
-        assert run_script("compare_tensorfiles", *command) == code
+        assert run_script("cache/compare_tensorfiles.py", *command) == code
     output = capsys.readouterr().out
     cosine, relative_l2 = map(float, compared(output, "latent"))
     expected = torch.nn.functional.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0)
@@ -296,7 +297,7 @@ def test_compare_files_shows_the_header_fields_that_differ(tmp_path, capsys):
     latent = {"latent": torch.ones(4, 2, 2)}
     write_sidecar(tmp_path / "a.img_sdxl", latent, VAE | {"model": "one"})
     write_sidecar(tmp_path / "b.img_sdxl", latent, VAE | {"model": "two", "width": "64"})
-    assert run_script("compare_tensorfiles", tmp_path / "a.img_sdxl", tmp_path / "b.img_sdxl") == 0
+    assert run_script("cache/compare_tensorfiles.py", tmp_path / "a.img_sdxl", tmp_path / "b.img_sdxl") == 0
     output = capsys.readouterr().out
     assert compared(output, "latent") == ("1.00000000", "0")
     assert "header model: one against two\n" in output and "header width: None against 64\n" in output
@@ -326,7 +327,7 @@ def test_compare_files_shows_the_header_fields_that_differ(tmp_path, capsys):
 def test_compare_files_exit_code_says_whether_they_are_equal(tmp_path, capsys, a, b, code, said):
     for name, tensors in (("a", a), ("b", b)):
         save_file({key: torch.tensor(value) for key, value in tensors.items()}, tmp_path / f"{name}.safetensors")
-    assert run_script("compare_tensorfiles", tmp_path / "a.safetensors", tmp_path / "b.safetensors") == code
+    assert run_script("cache/compare_tensorfiles.py", tmp_path / "a.safetensors", tmp_path / "b.safetensors") == code
     assert said in capsys.readouterr().out
 
 
@@ -339,7 +340,7 @@ def trees(tmp_path, number=12):
 
 def test_compare_equal_trees_exits_with_0(tmp_path, capsys):
     a, b = trees(tmp_path)
-    assert run_script("compare_tensorfiles", a, b) == 0
+    assert run_script("cache/compare_tensorfiles.py", a, b) == 0
     output = capsys.readouterr().out
     assert output.startswith("12 pairs: 12 identical, 0 within tolerance, 0 different") and "worst" not in output
 
@@ -354,7 +355,7 @@ def test_compare_trees_counts_each_state_and_lists_the_worst(tmp_path, capsys):
     (b / "sub" / "007.img_sdxl").unlink()
     (a / "sub" / "008.img_sdxl").unlink()
     (a / "sub" / "009.img_sdxl").unlink()
-    assert run_script("compare_tensorfiles", a, b, "--tolerance", 0.01) == 1
+    assert run_script("cache/compare_tensorfiles.py", a, b, "--tolerance", 0.01) == 1
     out, err = capsys.readouterr()
     lines = [line.strip() for line in out.splitlines()]
     assert lines[-1] == (
@@ -380,26 +381,26 @@ def test_compare_trees_exits_with_1_for_each_state_alone(tmp_path, state):
     else:
         shape = list(images(2))[1].shape if state == "different" else (4, 1, 1)
         write_sidecar(target, {"latent": torch.full(shape, 3.0)}, VAE)
-    assert run_script("compare_tensorfiles", a, b, "--tolerance", 0.01) == 1
+    assert run_script("cache/compare_tensorfiles.py", a, b, "--tolerance", 0.01) == 1
 
 
 def test_compare_trees_can_be_restricted_to_a_suffix(tmp_path, capsys):
     a, b = trees(tmp_path, 3)
     write_captions(a, [3])
-    assert run_script("compare_tensorfiles", a, b) == 1
-    assert run_script("compare_tensorfiles", a, b, "--cache_suffix", ".img_sdxl") == 0
+    assert run_script("cache/compare_tensorfiles.py", a, b) == 1
+    assert run_script("cache/compare_tensorfiles.py", a, b, "--cache_suffix", ".img_sdxl") == 0
     with pytest.raises(ValueError, match="pass --cache_suffix"):
-        run_script("compare_tensorfiles", a, b, "--cache_suffix", ".img_sdvae")
+        run_script("cache/compare_tensorfiles.py", a, b, "--cache_suffix", ".img_sdvae")
 
 
 def test_compare_refuses_a_file_against_a_folder_and_names_a_damaged_file(tmp_path, capsys):
     a, b = trees(tmp_path, 1)
     files = [side / "sub" / "000.img_sdxl" for side in (a, b)]
     with pytest.raises(ValueError, match="two files or two folders"):
-        run_script("compare_tensorfiles", a, files[1])
+        run_script("cache/compare_tensorfiles.py", a, files[1])
     flip_a_byte(files[1])
-    assert run_script("compare_tensorfiles", *files) == 1
+    assert run_script("cache/compare_tensorfiles.py", *files) == 1
     assert str(files[1]) in capsys.readouterr().err
     files[0].write_bytes(files[0].read_bytes()[:-3])
-    assert run_script("compare_tensorfiles", *files) == 1
+    assert run_script("cache/compare_tensorfiles.py", *files) == 1
     assert str(files[0]) in capsys.readouterr().err

@@ -13,13 +13,12 @@ from contextlib import contextmanager
 from urllib.parse import quote
 
 import pytest
-from helpers import REPO, load_script
-from pages import drawn, until
+from helpers import HANG_S, REPO, load_script, run_script
+from pages import drawn, opened_page, until
 from PIL import Image, ImageDraw, PngImagePlugin
-from train_ranks import HANG_S
 
-SCRIPT = REPO / "dataset_scripts" / "compare_imgdirs.py"
-compare = load_script("dataset_scripts/compare_imgdirs.py")
+SCRIPT = "dataset_scripts/compare_imgdirs.py"
+compare = load_script(SCRIPT)
 
 RED, BLUE, GREEN = (200, 30, 30), (30, 60, 210), (20, 150, 60)
 
@@ -124,12 +123,14 @@ def test_column_labels_are_short_and_unique(directories, labels):
 # ---- command line
 
 
-def run_script(*args, cwd):
-    return subprocess.run([sys.executable, SCRIPT, *args], cwd=cwd, capture_output=True, text=True, timeout=HANG_S)
+def run_program(*args, cwd):
+    return subprocess.run(
+        [sys.executable, REPO / SCRIPT, *args], cwd=cwd, capture_output=True, text=True, timeout=HANG_S
+    )
 
 
 def test_script_writes_compare_html_and_reports_counts(runs, tmp_path):
-    done = run_script(*runs, cwd=tmp_path)
+    done = run_program(*runs, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "6 common images, 1 missing somewhere" in done.stdout
     assert (tmp_path / "compare.html").stat().st_size > 10_000
@@ -137,7 +138,7 @@ def test_script_writes_compare_html_and_reports_counts(runs, tmp_path):
 
 def test_script_without_common_images_says_what_each_directory_has(runs, tmp_path):
     save_png(tmp_path / "other" / "elsewhere.png", RED)
-    done = run_script(runs[0], tmp_path / "other", cwd=tmp_path)
+    done = run_program(runs[0], tmp_path / "other", cwd=tmp_path)
     assert done.returncode == 1
     assert "step-000050/00-a-red-circle_cfg4.png" in done.stderr and "elsewhere.png" in done.stderr
     assert not (tmp_path / "compare.html").exists()
@@ -145,17 +146,17 @@ def test_script_without_common_images_says_what_each_directory_has(runs, tmp_pat
 
 @pytest.mark.parametrize("arguments", [["nowhere", "."], ["."], [".", ".", "--png", "a.png", "--serve"]])
 def test_wrong_arguments_exit_2(arguments, tmp_path):
-    done = run_script(*arguments, cwd=tmp_path)
+    done = run_program(*arguments, cwd=tmp_path)
     assert done.returncode == 2 and "error:" in done.stderr
 
 
 def test_large_pages_warn_and_too_large_ones_are_refused(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(compare, "LARGE_PAGE_BYTES", 100)
-    assert compare.main([*map(str, runs)]) == 0
+    assert run_script(SCRIPT, *runs) == 0
     assert "--serve is better" in capsys.readouterr().err
     monkeypatch.setattr(compare, "MAX_PAGE_BYTES", 100)
-    assert compare.main([*map(str, runs), "--out", "refused.html"]) == 1
+    assert run_script(SCRIPT, *runs, "--out", "refused.html") == 1
     assert "use --serve" in capsys.readouterr().err and not (tmp_path / "refused.html").exists()
 
 
@@ -200,11 +201,11 @@ def test_contact_sheet_text_falls_back_to_letters_the_font_has():
 
 def test_contact_sheet_is_written_as_png_and_a_huge_one_is_refused(runs, tmp_path, monkeypatch, capsys):
     target = tmp_path / "sheet.png"
-    assert compare.main([*map(str, runs), "--png", str(target)]) == 0
+    assert run_script(SCRIPT, *runs, "--png", target) == 0
     with Image.open(target) as sheet:
         assert (sheet.format, sheet.width) == ("PNG", 12 + 2 * 268)
     monkeypatch.setattr(compare, "MAX_SHEET_PIXELS", 1000)
-    assert compare.main([*map(str, runs), "--png", str(target)]) == 1
+    assert run_script(SCRIPT, *runs, "--png", target) == 1
     assert "compare one step" in capsys.readouterr().err
 
 
@@ -315,19 +316,10 @@ HOSTILE = "</script><script>document.title='hit'</script><img src=x onerror=\"do
 def opened(browser, directories, tmp_path, **options):
     """Writes the page, opens it from disk and yields (page, addresses that it asked for)."""
     target = tmp_path / "page.html"
-    assert compare.main([*map(str, directories), "--out", str(target)]) == 0
-    page = browser.new_page(viewport={"width": 1000, "height": 800}, **options)
-    page.set_default_timeout(1000 * HANG_S)
-    requests, errors = [], []
-    page.on("request", lambda sent: requests.append(sent.url))
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    try:
-        page.goto(target.as_uri())
-        page.wait_for_selector(".frame img")
-        yield page, requests
-    finally:
-        page.close()
-    assert not errors
+    assert run_script(SCRIPT, *directories, "--out", target) == 0
+    options["viewport"] = {"width": 1000, "height": 800}
+    with opened_page(browser, target.as_uri(), ".frame img", **options) as opening:
+        yield opening
 
 
 def pixel(page, x, y, selector=".frame"):

@@ -1,14 +1,12 @@
 """What the UNet is told besides its latents lives in one module: a made-up third kind of text cache, of a sequence
 and a vector, needs a row in its table and nothing else."""
 
-import json
 import shutil
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
-from helpers import load_script
-from safetensors.torch import load_file
+from helpers import train, weights_of
 
 from cachetrain.checkpoints.info import checkpoint_info
 from cachetrain.data.batching import collate
@@ -89,7 +87,7 @@ def test_sidecar_without_one_of_the_tensors_is_refused_by_name(row, data, tmp_pa
 
 
 def test_unknown_kind_is_refused_by_name(data):
-    with pytest.raises(ValueError, match=f"text caches of kind '{KIND}'; this version trains with txt_clipl"):
+    with pytest.raises(ValueError, match=f"text caches of kind '{KIND}' are not supported; expected one of txt_clipl"):
         PairIndex([data], ".img_sdxl", SUFFIX)
 
 
@@ -174,26 +172,12 @@ def test_pictures_are_those_of_a_loop_by_hand(cfg, row, data, model):
 @pytest.mark.parametrize("in_ram", [(), ("--cache_in_ram",)], ids=["from disk", "in memory"])
 def test_a_run_trains_validates_logs_and_saves_with_the_new_kind(in_ram, row, data, model, tmp_path):
     out = tmp_path / "run"
-    argv = ["--model", model, "--train_data_dir", data, "--txtcache_suffix", SUFFIX, "--output_dir", out]
-    argv += [
-        "--logdir",
-        tmp_path / "tb",
-        "--device",
-        "cpu",
-        "--precision",
-        "fp32",
-        "--batch_size",
-        4,
-        "--max_steps",
-        4,
-    ]
-    argv += ["--num_workers", 0, "--lr", 1e-2, "--log_step", 1, "--diagnostic_steps", 2, "--cond_dropout", 0.3]
-    argv += ["--val_split", 0.2, "--ema_decay", 0.9, *in_ram]
-    assert load_script("train_from_cached.py").main(list(map(str, argv))) == 0
-    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    flags = ["--batch_size", 4, "--max_steps", 4, "--lr", 1e-2, "--diagnostic_steps", 2, "--cond_dropout", 0.3]
+    flags += ["--val_split", 0.2, "--ema_decay", 0.9, *in_ram]
+    lines, after = train(data, model, out, *flags, suffixes=(".img_sdxl", SUFFIX))
+    last = lines[-1]
     assert last["val/loss"] > 0 and last["07_Noise_Analysis/embedding_norm"] > 0
-    checkpoint = out / "checkpoint-000004"
-    assert checkpoint_info(checkpoint)["text"]["kind"] == KIND
-    before, after = (load_file(path / "unet" / "diffusion_pytorch_model.safetensors") for path in (model, checkpoint))
+    assert checkpoint_info(out / "checkpoint-000004")["text"]["kind"] == KIND
+    before = weights_of(model / "unet")
     embedding = "add_embedding.linear_1.weight"  # of the pooled vector and the time ids: it has learned
     assert not torch.equal(before[embedding], after[embedding])

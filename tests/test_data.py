@@ -7,8 +7,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from helpers import load_script, open_pairs
-from test_training import CLIP, T5, digest, refused, run
+from helpers import CLIP, T5, WIDE, digest, open_pairs, refused, run_script, train
 
 from cachetrain.data import dataset, ram, rng
 from cachetrain.data.batching import BatchSampler
@@ -113,11 +112,10 @@ def test_a_size_that_never_fills_a_batch_is_named_and_what_waits_is_counted(shap
     for path in shapes.glob("*.png"):
         if (wide / f"{path.stem}.img_sdxl").exists():
             shutil.copy(path, wide)
-    argv = ["--data_root", wide, "--model", model_t5, "--target_width", 96, "--target_height", 64, "--num_workers", 0]
-    assert load_script("cache/create_img_sdxl.py").main(list(map(str, argv))) == 0
+    assert run_script("cache/create_img_sdxl.py", "--data_root", wide, "--model", model_t5, *WIDE) == 0
     capsys.readouterr()
     flags = ["--max_steps", 6, "--batch_size", 4, "--train_data_dir", shapes, wide]
-    run(shapes, model_t5, tmp_path / "run", *flags)
+    train(shapes, model_t5, tmp_path / "run", *flags)
     out = capsys.readouterr().out
     assert "0.89 epochs of 27 samples, from 27 pairs; 4x8x8: 88.9%; 4x8x12: 11.1%, NEVER FILLS A BATCH" in out
     # Six batches of 4 need all 24 of the common size, or wait: count by hand.
@@ -132,10 +130,10 @@ def test_caches_in_memory_train_the_same_weights_and_files_are_read_once(
     workers, shapes, model_t5, tmp_path, monkeypatch
 ):
     flags = ["--max_steps", 5, "--batch_size", 8, "--lr", 1e-3, "--cond_dropout", 0.2]
-    _, from_files = run(shapes, model_t5, tmp_path / "files", *flags)
+    _, from_files = train(shapes, model_t5, tmp_path / "files", *flags)
     monkeypatch.setattr(dataset.Sidecars, "image", None)  # nothing may read a file any more
     monkeypatch.setattr(dataset.Sidecars, "text", None)
-    _, from_memory = run(shapes, model_t5, tmp_path / "memory", *flags, "--cache_in_ram", "--num_workers", workers)
+    _, from_memory = train(shapes, model_t5, tmp_path / "memory", *flags, "--cache_in_ram", "--num_workers", workers)
     assert digest(from_files) == digest(from_memory)
 
 
@@ -169,11 +167,11 @@ def test_one_text_for_all_images_needs_no_other_text_and_is_what_is_trained_on(i
     text = shutil.copy(sorted(shapes.glob("[0-9]*.txt_t5cache"))[3], tmp_path / "one.txt_t5cache")
     flags = ["--max_steps", 3, "--batch_size", 4, "--lr", 1e-3]
     forced = ["--force_txtcache", text, *(["--cache_in_ram"] if in_ram else [])]
-    lines, one = run(folder, model_t5, tmp_path / "a", *flags, *forced)
+    lines, one = train(folder, model_t5, tmp_path / "a", *flags, *forced)
     assert "02_Loss_Components/loss_raw_dropped" not in lines[-1]  # no caption is dropped
     for path in shapes.glob("[0-9]*.txt_t5cache"):
         shutil.copy(text, folder / path.name)
-    _, same = run(folder, model_t5, tmp_path / "b", *flags, "--cond_dropout", 0)
+    _, same = train(folder, model_t5, tmp_path / "b", *flags, "--cond_dropout", 0)
     assert digest(one) == digest(same)
     assert "no pairs" in refused(tmp_path / "d", model_t5, tmp_path / "c", suffixes=CLIP)
 

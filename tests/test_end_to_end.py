@@ -19,9 +19,11 @@ def script(name, *argv, **environment):
     """Runs a script as a user would, with this Python first in PATH; returns its output."""
     path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
     done = subprocess.run(
-        [REPO / name, *map(str, argv)], capture_output=True, text=True,
+        [REPO / name, *map(str, argv)],
+        capture_output=True,
+        text=True,
         env=os.environ | {"PATH": path, "VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1"} | environment,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 

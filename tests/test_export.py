@@ -9,7 +9,7 @@ import torch
 import yaml
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
-from helpers import TINY, load_script
+from helpers import TINY, run_script, weights_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -18,19 +18,26 @@ from cachetrain.checkpoints import original_layout
 from cachetrain.checkpoints.export import check_exportable, export_single_file
 from cachetrain.checkpoints.original_layout import text_names, unet_names, vae_names, vae_shape
 from cachetrain.diffusion.noise_schedulers import make_scheduler
-from cachetrain.modeling.compose import compose_sd, compose_t5
+from cachetrain.modeling.compose import ProjectionOptions, Target, compose_sd, compose_t5
 
 torch.set_num_threads(1)
 SD15_UNET = {
-    "sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8, "layers_per_block": 2,
+    "sample_size": 64,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+    "layers_per_block": 2,
     "block_out_channels": (320, 640, 1280, 1280),
     "down_block_types": (*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"),
     "up_block_types": ("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
-}  # fmt: skip
+}
 SD15_VAE = {
-    "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4, "sample_size": 512,
-    "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
-}  # fmt: skip
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "sample_size": 512,
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +53,7 @@ def parts(tmp_path_factory):
 
 
 def compose(parts, out, objective="epsilon", zero_terminal_snr=False):
-    compose_sd(parts / "unet", parts / "vae", TINY / "clip", out, objective)
+    compose_sd(parts / "unet", parts / "vae", TINY / "clip", Target(out, objective))
     make_scheduler(objective, None, zero_terminal_snr).save_pretrained(out / "scheduler")
     return out
 
@@ -85,8 +92,9 @@ def test_tiny_default_reads_back_and_says_who_reads_it(model_sd, tmp_path):
     assert any("norm_num_groups 8" in note and "only diffusers" in note for note in notes)
 
 
-@pytest.mark.parametrize("unet", [{}, {"attention_head_dim": [2, 4, 6, 6], "use_linear_projection": True}],
-                         ids=["SD1", "SD2"])  # fmt: skip
+@pytest.mark.parametrize(
+    "unet", [{}, {"attention_head_dim": [2, 4, 6, 6], "use_linear_projection": True}], ids=["SD1", "SD2"]
+)
 def test_original_config_gives_diffusers_the_same_modules(unet, model, tmp_path):
     # from_single_file builds UNet and VAE out of the .yaml alone here: no config of ours is read.
     own, out = shutil.copytree(model, tmp_path / "own"), tmp_path / "x.safetensors"
@@ -155,8 +163,12 @@ def test_sd15_names_and_shapes_are_the_originals():
         tower = CLIPTextModel(CLIPTextConfig(num_hidden_layers=12, vocab_size=49408)).state_dict()
     names = set(text_names(tower).values())
     assert len(names) == 196
-    assert names >= {"embeddings.position_embedding.weight", "encoder.layers.11.self_attn.q_proj.weight",
-                     "encoder.layers.0.mlp.fc1.bias", "final_layer_norm.bias"}  # fmt: skip
+    assert names >= {
+        "embeddings.position_embedding.weight",
+        "encoder.layers.11.self_attn.q_proj.weight",
+        "encoder.layers.0.mlp.fc1.bias",
+        "final_layer_norm.bias",
+    }
 
 
 def test_export_takes_towers_with_and_without_prefix_and_leaves_out_what_is_no_tower():
@@ -168,10 +180,7 @@ def test_export_takes_towers_with_and_without_prefix_and_leaves_out_what_is_no_t
 
 def test_vae_with_attention_names_of_older_diffusers_reads_back(model, tmp_path):
     older = shutil.copytree(model, tmp_path / "older")
-    path, tensors = (
-        older / "vae" / "diffusion_pytorch_model.safetensors",
-        load_file(model / "vae" / "diffusion_pytorch_model.safetensors"),
-    )
+    path, tensors = (older / "vae" / "diffusion_pytorch_model.safetensors", weights_of(model / "vae"))
     names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     for new, old in names.items():
         tensors = {key.replace(f"attentions.0.{new}.", f"attentions.0.{old}."): t for key, t in tensors.items()}
@@ -191,8 +200,8 @@ def test_export_takes_ema_weights_unless_raw(model, raw, tmp_path):
     info = {"step": 7, "text": {"kind": "txt_clipl", "settings": {"clip_skip": 2}}}
     (checkpoint / "cachetrain.json").write_text(json.dumps(info))
     out = tmp_path / "x.safetensors"
-    script = load_script("models/export_single_file.py")
-    assert script.main(["--model", str(checkpoint), "--out", str(out), *["--raw_weights"] * raw]) == 0
+    argv = ["--model", checkpoint, "--out", out, *["--raw_weights"] * raw]
+    assert run_script("models/export_single_file.py", *argv) == 0
     assert_reads_back(out, checkpoint, "unet" if raw else "unet_ema")
     with safe_open(out, "pt") as file:
         metadata = file.metadata()
@@ -203,19 +212,24 @@ def test_export_takes_ema_weights_unless_raw(model, raw, tmp_path):
 
 @pytest.mark.parametrize(
     "objective, zero_snr, markers, parameterization",
-    [("epsilon", False, set(), "eps"), ("v_prediction", False, {"v_pred"}, "v"),
-     ("v_prediction", True, {"v_pred", "ztsnr"}, "v"), ("flow", False, set(), None)],
-)  # fmt: skip
+    [
+        ("epsilon", False, set(), "eps"),
+        ("v_prediction", False, {"v_pred"}, "v"),
+        ("v_prediction", True, {"v_pred", "ztsnr"}, "v"),
+        ("flow", False, set(), None),
+    ],
+)
 def test_export_marks_the_objective_as_web_uis_look_for_it(
     objective, zero_snr, markers, parameterization, parts, tmp_path, capsys
 ):
     model_dir = compose(parts, tmp_path / "model", objective, zero_snr)
     out = tmp_path / "x.safetensors"
-    assert load_script("models/export_single_file.py").main(["--model", str(model_dir), "--out", str(out)]) == 0
+    assert run_script("models/export_single_file.py", "--model", model_dir, "--out", out) == 0
     tensors = load_file(out)
     assert tensors.keys() & {"v_pred", "ztsnr"} == markers
-    assert all(key in markers or key.split(".")[0] in ("model", "first_stage_model", "cond_stage_model")
-               for key in tensors)  # fmt: skip
+    assert all(
+        key in markers or key.split(".")[0] in ("model", "first_stage_model", "cond_stage_model") for key in tensors
+    )
     with safe_open(out, "pt") as file:
         assert file.metadata()["objective"] == objective
     if parameterization is None:
@@ -236,7 +250,8 @@ def test_export_in_fp16_halves_the_file_and_rounds_once(model, tmp_path):
 
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen projection", "text_proj"])
 def test_t5_export_holds_unet_and_vae_and_says_so(trained, parts, tmp_path):
-    compose_t5(parts / "unet", parts / "vae", TINY / "t5", tmp_path / "t5", "epsilon", train_projection=trained)
+    target, options = Target(tmp_path / "t5", "epsilon"), ProjectionOptions(trained=trained)
+    compose_t5(parts / "unet", parts / "vae", TINY / "t5", target, options)
     out = tmp_path / "x.safetensors"
     notes = export_single_file(tmp_path / "t5", out)
     assert any("UNet and VAE only" in note and ("projection" in note) == trained for note in notes)
@@ -246,20 +261,22 @@ def test_t5_export_holds_unet_and_vae_and_says_so(trained, parts, tmp_path):
     assert {key.split(".")[0] for key in keys} == {"model", "first_stage_model"}
     assert not out.with_suffix(".yaml").exists()
     vae = convert_ldm_vae_checkpoint(load_file(out), AutoencoderKL.load_config(parts / "vae"))
-    stored = load_file(parts / "vae" / "diffusion_pytorch_model.safetensors")
+    stored = weights_of(parts / "vae")
     assert all(torch.equal(vae[key], tensor) for key, tensor in stored.items())
 
 
 @pytest.mark.parametrize(
     "component, changes, reason",
-    [("unet", {"up_block_types": ["CrossAttnUpBlock2D"] * 4}, "mirror"),
-     ("unet", {"layers_per_block": [1, 2, 2, 2]}, "layers_per_block differs"),
-     ("unet", {"attention_head_dim": [4, 8, 8, 8]}, "heads"),
-     ("unet", {"num_class_embeds": 3}, "class_embedding"),
-     ("vae", {"use_quant_conv": False}, "quant_conv"),
-     ("vae", {"shift_factor": 0.1}, "shifted"),
-     ("text_encoder", {"hidden_act": "gelu"}, "OpenCLIP")],
-)  # fmt: skip
+    [
+        ("unet", {"up_block_types": ["CrossAttnUpBlock2D"] * 4}, "mirror"),
+        ("unet", {"layers_per_block": [1, 2, 2, 2]}, "layers_per_block differs"),
+        ("unet", {"attention_head_dim": [4, 8, 8, 8]}, "heads"),
+        ("unet", {"num_class_embeds": 3}, "class_embedding"),
+        ("vae", {"use_quant_conv": False}, "quant_conv"),
+        ("vae", {"shift_factor": 0.1}, "shifted"),
+        ("text_encoder", {"hidden_act": "gelu"}, "OpenCLIP"),
+    ],
+)
 def test_a_model_without_a_place_in_the_layout_is_refused_by_name(component, changes, reason, model, tmp_path):
     other = shutil.copytree(model, tmp_path / "other")
     path = other / component / "config.json"

@@ -6,15 +6,12 @@ import re
 from functools import cache
 
 import pytest
-from helpers import REPO, load_script
+from helpers import BENCHMARKS, REPO, SCRIPTS, load_script
 
 from cachetrain import cli
 from cachetrain.training import flags
 
-FOLDERS = (".", "cache", "models", "dataset_scripts", "benchmarks")
-SCRIPTS = sorted(str(path.relative_to(REPO)) for folder in FOLDERS for path in (REPO / folder).glob("*.py"))
-# Flags whose type is no cli.Number, and which take numbers all the same.
-OTHERS = {("train_from_cached.py", "--train_data_dir"), ("dataset_scripts/compare_imgdirs.py", "--serve")}
+ALL_SCRIPTS = sorted(SCRIPTS + BENCHMARKS)
 # Where 0 has a meaning: off, none, all, the first, pure chance.
 ZERO = {
     "cache/calculate_vae_scaling.py": {"--num_images", "--seed"},
@@ -68,7 +65,7 @@ def takes_numbers(action):
 
 NUMERIC = [
     (script, action.option_strings[0] if action.option_strings else action.dest)
-    for script in SCRIPTS
+    for script in ALL_SCRIPTS
     for action in parser_of(script)._actions
     if takes_numbers(action)
 ]
@@ -87,7 +84,7 @@ def refusal(parser, argv, capsys):
 
 
 def test_every_script_is_looked_at():
-    assert len(SCRIPTS) > 20 and len(NUMERIC) > 60
+    assert len(ALL_SCRIPTS) > 20 and len(NUMERIC) > 60
     assert {script for script, _ in NUMERIC} >= {"sample.py", "train_from_cached.py", "cache/create_clipl.py"}
 
 
@@ -121,8 +118,12 @@ def test_help_names_the_range_of_a_number(script, flag):
 @pytest.mark.parametrize(
     ("script", "arguments", "error"),
     [
-        ("train_from_cached.py", "--save_steps 0e", "--save_steps: expected a whole number of steps from 1, or "
-         "epochs above 0 with an e after it, like 0.5e, got 0e"),
+        (
+            "train_from_cached.py",
+            "--save_steps 0e",
+            "--save_steps: expected a whole number of steps from 1, or "
+            "epochs above 0 with an e after it, like 0.5e, got 0e",
+        ),
         ("train_from_cached.py", "--ema_decay 1", "--ema_decay: expected a number from 0 to below 1, got 1"),
         ("train_from_cached.py", "--timestep_range 0 1001", "expected a whole number from 0 to 1000, got 1001"),
         ("train_from_cached.py", "--repeats 1e-7", "--repeats: expected a number from 0.001 to 10000, got 1e-7"),
@@ -136,7 +137,7 @@ def test_help_names_the_range_of_a_number(script, flag):
         ("dataset_scripts/compare_imgdirs.py", "--serve 65536", "--serve: expected a whole number from 0 to 65535"),
         ("dataset_scripts/compare_imgdirs.py", "--serve -1", "--serve: expected a whole number from 0 to 65535"),
     ],
-)  # fmt: skip
+)
 def test_bound_is_kept_and_named(script, arguments, error, capsys):
     assert error in refusal(parser_of(script), arguments.split(), capsys)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import load_script
+from helpers import CLIP, T5, WIDE, run_script, train
 
 RECORD = Path(__file__).with_name("golden.json")
 MODE = os.environ.get("GOLDEN", "")
@@ -25,9 +25,11 @@ CASES = [
     (flavour, objective, weighting)
     for flavour in ("t5", "sd")
     for objective, weighting in (
-        ("epsilon", ("--use_snr",)), ("v_prediction", ("--use_snr", "--zero_terminal_snr")), ("flow", ())
+        ("epsilon", ("--use_snr",)),
+        ("v_prediction", ("--use_snr", "--zero_terminal_snr")),
+        ("flow", ()),
     )
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +39,7 @@ def two_sizes(shapes, model_t5, tmp_path_factory):
     for path in sorted(shapes.iterdir()):
         if path.suffix not in (".img_sdxl", ".img_sdvae"):
             shutil.copy2(path, wide / path.name)
-    size = ["--target_width", "96", "--target_height", "64", "--num_workers", "0"]
-    command = ["--data_root", str(wide), "--model", str(model_t5), *size]
-    assert load_script("cache/create_img_sdxl.py").main(command) == 0
+    assert run_script("cache/create_img_sdxl.py", "--data_root", wide, "--model", model_t5, *WIDE) == 0
     return shapes, wide
 
 
@@ -48,19 +48,21 @@ def test_losses_and_weights_are_those_recorded(
     flavour, objective, weighting, two_sizes, model_t5, model_sd, tmp_path
 ):
     out, name = tmp_path / "run", f"{flavour} {objective}"
-    argv = ["--model", model_t5 if flavour == "t5" else model_sd, "--train_data_dir", *two_sizes]
-    argv += [
-        "--imgcache_suffix",
-        ".img_sdxl",
-        "--txtcache_suffix",
-        ".txt_t5cache" if flavour == "t5" else ".txt_clipl",
+    model, suffixes = (model_t5, T5) if flavour == "t5" else (model_sd, CLIP)
+    flags = ["--objective", objective, *weighting, "--max_steps", 40, "--batch_size", 2, "--gradient_accum", 2]
+    flags += [
+        "--ema_decay",
+        0.9,
+        "--cond_dropout",
+        0.2,
+        "--lr",
+        1e-3,
+        "--scheduler",
+        "cosine",
+        "--gradient_clip",
+        1.0,
     ]
-    argv += ["--output_dir", out, "--logdir", tmp_path / "tb", "--device", "cpu", "--precision", "fp32"]
-    argv += ["--objective", objective, *weighting, "--max_steps", 40, "--log_step", 1, "--num_workers", 0]
-    argv += ["--batch_size", 2, "--gradient_accum", 2, "--ema_decay", 0.9, "--cond_dropout", 0.2, "--lr", 1e-3]
-    argv += ["--scheduler", "cosine", "--gradient_clip", 1.0, "--save_steps", 20]
-    assert load_script("train_from_cached.py").main(list(map(str, argv))) == 0
-    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    lines, _ = train(two_sizes, model, out, *flags, "--save_steps", 20, suffixes=suffixes)
     losses = [line["01_Training/loss"] for line in lines if "01_Training/loss" in line]
     assert len(losses) == 40
     hashes = {

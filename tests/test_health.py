@@ -1,11 +1,10 @@
 """Query and key gradients: real trainings in which one attention layer is broken, and one in which none is."""
 
-import json
 import shutil
 
 import pytest
+from helpers import WEIGHTS, json_lines, train
 from safetensors.torch import load_file, save_file
-from test_training import run
 
 LAYER = "up_blocks.1.attentions.0.transformer_blocks.0.attn1"
 STEPS = 30
@@ -14,7 +13,7 @@ STEPS = 30
 def with_scaled_qk(model, out, scale):
     """A copy of a model in which the query and key weights of LAYER are multiplied by `scale`."""
     shutil.copytree(model, out)
-    path = out / "unet" / "diffusion_pytorch_model.safetensors"
+    path = out / "unet" / WEIGHTS
     weights = load_file(path)
     for name in (f"{LAYER}.to_q.weight", f"{LAYER}.to_k.weight"):
         weights[name] *= scale
@@ -27,7 +26,7 @@ def with_scaled_qk(model, out, scale):
     [
         (0, 2, ["are exactly zero"]),  # each has its gradient from the other
         (1e-3, 20, ["stay below 0.001 of the value gradients"]),  # attention is uniform
-        (1e3, 20, ["have faded, and the others have not", "stay below 0.001 of the value gradients"]),
+        (1e3, 20, ["have vanished, and other gradients have not", "stay below 0.001 of the value gradients"]),
     ],
     ids=["dead", "uniform", "saturated"],
 )
@@ -35,8 +34,8 @@ def test_a_layer_whose_queries_and_keys_do_not_learn_is_named_with_the_step(
     scale, step, conditions, shapes, model_t5, tmp_path, capsys
 ):
     model = with_scaled_qk(model_t5, tmp_path / "model", scale)
-    run(shapes, model, tmp_path / "out", "--max_steps", STEPS, "--batch_size", 2, "--lr", 1e-6)
-    lines = [json.loads(line) for line in (tmp_path / "out" / "warnings.jsonl").read_text().splitlines()]
+    train(shapes, model, tmp_path / "out", "--max_steps", STEPS, "--batch_size", 2, "--lr", 1e-6)
+    lines = json_lines(tmp_path / "out" / "warnings.jsonl")
     assert [line["step"] for line in lines] == [step] * len(conditions)
     said = capsys.readouterr().err
     for line, condition in zip(lines, conditions, strict=True):
@@ -45,6 +44,6 @@ def test_a_layer_whose_queries_and_keys_do_not_learn_is_named_with_the_step(
 
 
 def test_a_healthy_run_warns_of_nothing(shapes, model_t5, tmp_path, capsys):
-    run(shapes, model_t5, tmp_path / "out", "--max_steps", STEPS, "--batch_size", 4, "--lr", 1e-3)
+    train(shapes, model_t5, tmp_path / "out", "--max_steps", STEPS, "--batch_size", 4, "--lr", 1e-3)
     assert not (tmp_path / "out" / "warnings.jsonl").exists()
     assert "warning" not in capsys.readouterr().err

@@ -16,11 +16,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
-from helpers import REPO, TINY, bare_run
+from helpers import HANG_S, REPO, TINY, bare_run, json_lines, read_events
 from PIL import Image, ImageSequence
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
-from train_ranks import HANG_S
 
 from cachetrain.diffusion.objective import alpha_sigma, min_snr_weights, squared_error, target_of
 from cachetrain.modeling.conditioning import Conditioning
@@ -74,14 +72,14 @@ def micro_step(unet, batch, stats, objective="epsilon"):
     """One forward and backward pass as the trainer's; returns everything that was computed."""
     alpha, sigma = alpha_sigma(objective, batch["timesteps"], ALPHAS)
     prediction = unet(
-        alpha * batch["latents"] + sigma * batch["noise"], batch["timesteps"],
-        **batch["conditioning"],
-    ).sample  # fmt: skip
+        alpha * batch["latents"] + sigma * batch["noise"], batch["timesteps"], **batch["conditioning"]
+    ).sample
     target = target_of(objective, batch["latents"], batch["noise"], alpha, sigma)
     raw = squared_error(prediction, target)
     loss = raw * min_snr_weights(objective, alpha, sigma, 5.0)
-    result = SimpleNamespace(loss=loss, squared_error=raw, prediction=prediction.detach(), target=target, alpha=alpha,
-                             sigma=sigma)  # fmt: skip
+    result = SimpleNamespace(
+        loss=loss, squared_error=raw, prediction=prediction.detach(), target=target, alpha=alpha, sigma=sigma
+    )
     stats.add(batch, result)
     loss.mean().backward()
     return SimpleNamespace(batch=batch, result=result, prediction=prediction.detach(), target=target, alpha=alpha,
@@ -108,10 +106,12 @@ def x0_of(objective, micro):
         return noisy - micro.batch["timesteps"].float()[:, None, None, None] / 1000 * micro.prediction
     scheduler = DDIMScheduler.from_config(DDIM.config, prediction_type=objective)
     scheduler.set_timesteps(1000)
-    return torch.cat([
-        scheduler.step(one[None], t, x[None]).pred_original_sample
-        for one, t, x in zip(micro.prediction, micro.batch["timesteps"], noisy, strict=True)
-    ])  # fmt: skip
+    return torch.cat(
+        [
+            scheduler.step(one[None], t, x[None]).pred_original_sample
+            for one, t, x in zip(micro.prediction, micro.batch["timesteps"], noisy, strict=True)
+        ]
+    )
 
 
 @pytest.mark.parametrize("objective", ["epsilon", "v_prediction", "flow"])
@@ -407,7 +407,7 @@ def test_forward_flops_equal_a_count_by_hand(unet):
 
 
 def test_speed_tags_follow_from_wall_time():
-    tags = machine.speed_tags(640, 10, 5.0, 1.0, 0.8e12, 989.0)
+    tags = machine.speed_tags(640, 10, 5.0, 1.0, flops_per_image=0.8e12, peak=989.0)
     assert tags == {
         "05_Performance/images_per_second": 128.0,
         "05_Performance/steps_per_second": 2.0,
@@ -451,8 +451,10 @@ def test_parameter_stats_equal_numpy(unet):
     new = {name: p.detach().numpy() for name, p in unet.named_parameters()}
     for block in ("down_blocks.1", "mid_block", "conv_out"):
         names = [name for name in new if name.startswith(f"{block}.")]
-        weights, updates = (np.concatenate([of(name).ravel() for name in names])
-                            for of in (lambda n: new[n], lambda n: new[n] - old[n]))  # fmt: skip
+        weights, updates = (
+            np.concatenate([of(name).ravel() for name in names])
+            for of in (lambda n: new[n], lambda n: new[n] - old[n])
+        )
         norm = np.linalg.norm(weights.astype(np.float64))
         assert tags[f"09_Parameter_Stats/weight_norm/{block}"] == pytest.approx(norm, rel=1e-5)
         ratio = tags[f"09_Parameter_Stats/update_ratio/{block}"]
@@ -482,9 +484,13 @@ def run_of(objective, text_kind, image_kind):
     """As much of a Run as FixedLatent needs."""
     header = SimpleNamespace(metadata={"kind": image_kind} if image_kind else {})
     return bare_run(
-        device=CPU, objective=objective, alphas_cumprod=ALPHAS, autocast=nullcontext,
-        conditioning=Conditioning(text_kind), index=SimpleNamespace(image_header=header),
-    )  # fmt: skip
+        device=CPU,
+        objective=objective,
+        alphas_cumprod=ALPHAS,
+        autocast=nullcontext,
+        conditioning=Conditioning(text_kind),
+        index=SimpleNamespace(image_header=header),
+    )
 
 
 class Perfect(torch.nn.Module):
@@ -588,19 +594,6 @@ def test_health_leaves_overflows_to_the_loss_scaler(capsys):
     assert watched(values, capsys) != []
 
 
-def events(directory):
-    accumulator = EventAccumulator(str(directory), size_guidance={"images": 0, "scalars": 0, "tensors": 0})
-    return accumulator.Reload()
-
-
-def lines_of(directory):
-    def constant(name):
-        raise AssertionError(f"{name} is not JSON")
-
-    text = (directory / "metrics.jsonl").read_text()
-    return [json.loads(line, parse_constant=constant) for line in text.splitlines()]
-
-
 def test_everything_written_is_read_back_from_the_event_file(tmp_path):
     metrics = Metrics(tmp_path, tmp_path / "tb")
     metrics.scalars(25, {"01_Training/loss": 0.5, "14_System/x": float("nan"), "y": float("-inf")})
@@ -614,7 +607,7 @@ def test_everything_written_is_read_back_from_the_event_file(tmp_path):
     metrics.curve("planned", [(1, 0.1), (500, 0.2)])
     metrics.hparams({"lr": 1e-4, "betas": (0.9, 0.99), "ema": None, "snr": True, "model": "x"}, ["01_Training/loss"])
     metrics.close()
-    read = events(tmp_path / "tb")
+    read = read_events(tmp_path / "tb")
     assert [(e.step, e.value) for e in read.Scalars("01_Training/loss")] == [(25, 0.5), (50, 0.25)]
     assert np.isnan(read.Scalars("14_System/x")[0].value) and read.Scalars("y")[0].value == -np.inf
     assert [(e.step, round(e.value, 6)) for e in read.Scalars("planned")] == [(1, 0.1), (500, 0.2)]
@@ -631,9 +624,10 @@ def test_everything_written_is_read_back_from_the_event_file(tmp_path):
     assert colours == pytest.approx([0, 80, 160, 240], abs=4)
     assert b"| b |" in read.Tensors("t/text_summary")[0].tensor_proto.string_val[0]
     assert {"_hparams_/experiment", "_hparams_/session_start_info"} <= set(read.summary_metadata)
-    assert lines_of(tmp_path) == [
-        {"step": 25, "01_Training/loss": 0.5, "14_System/x": None, "y": None}, {"step": 50, "01_Training/loss": 0.25},
-    ]  # fmt: skip
+    assert json_lines(tmp_path / "metrics.jsonl") == [
+        {"step": 25, "01_Training/loss": 0.5, "14_System/x": None, "y": None},
+        {"step": 50, "01_Training/loss": 0.25},
+    ]
 
 
 def test_a_picture_that_fails_is_named_and_the_others_are_written(tmp_path, capsys):
@@ -643,7 +637,7 @@ def test_a_picture_that_fails_is_named_and_the_others_are_written(tmp_path, caps
         metrics.image("fine", Image.new("RGB", (64, 64), (step, 0, 0)), step)
     metrics.close()
     assert "broken, step 3" in capsys.readouterr().err
-    assert len(events(tmp_path / "tb").Images("fine")) == 40
+    assert len(read_events(tmp_path / "tb").Images("fine")) == 40
 
 
 def test_a_resumed_run_replaces_what_was_logged_after_its_checkpoint(tmp_path):
@@ -658,8 +652,8 @@ def test_a_resumed_run_replaces_what_was_logged_after_its_checkpoint(tmp_path):
         file.write('{"step": 15, "lo')  # killed while it wrote
     write(Metrics(tmp_path, tmp_path / "tb", start_step=20), (30, 50), 2.0)
     expected = [(10, 1.0), (20, 1.0), (30, 2.0), (50, 2.0)]
-    assert [(line["step"], line["loss"]) for line in lines_of(tmp_path)] == expected
-    read = events(tmp_path / "tb")
+    assert [(line["step"], line["loss"]) for line in json_lines(tmp_path / "metrics.jsonl")] == expected
+    read = read_events(tmp_path / "tb")
     assert [(e.step, e.value) for e in read.Scalars("loss")] == expected
     assert [e.step for e in read.Images("picture")] == [10, 20, 30, 50]
 
@@ -675,14 +669,14 @@ def test_other_ranks_write_nothing(tmp_path):
 def test_planned_rates_are_the_schedule(tmp_path):
     for start_step, steps in ((0, list(range(1, 31))), (20, list(range(21, 31)))):
         metrics = Metrics(tmp_path, tmp_path / f"tb{start_step}", start_step)
-        describe.planned_rates(metrics, lambda step: step / 100, 30, start_step)
+        describe.planned_learning_rate(metrics, lambda step: step / 100, 30, start_step)
         metrics.close()
-        planned = events(tmp_path / f"tb{start_step}").Scalars("04_Learning_Rate/planned")
+        planned = read_events(tmp_path / f"tb{start_step}").Scalars("04_Learning_Rate/planned")
         assert [(e.step, round(e.value, 4)) for e in planned] == [(step, step / 100) for step in steps]
     points = []
-    describe.planned_rates(SimpleNamespace(curve=lambda tag, p: points.extend(p)), float, 123_457)
+    describe.planned_learning_rate(SimpleNamespace(curve=lambda tag, p: points.extend(p)), float, 123_457)
     assert len(points) == 1000 and points[0] == (1, 1.0) and points[-1] == (123_457, 123_457.0)
-    assert lines_of(tmp_path) == []  # not a log step
+    assert json_lines(tmp_path / "metrics.jsonl") == []  # not a log step
 
 
 @pytest.mark.parametrize("alphas", [ALPHAS, None, torch.cat([ALPHAS[:-1], torch.zeros(1)])])
@@ -702,11 +696,16 @@ def test_architecture_and_configuration_are_tables(unet, tmp_path):
     describe.architecture(metrics, unet)
     describe.configuration(metrics, {"lr": 1e-5, "betas": (0.9, 0.99), "resume": None}, "sdxl 0123abcd", CPU)
     metrics.close()
-    read = events(tmp_path / "tb")
-    texts = {tag: read.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in read.Tags()["tensors"]
-             if tag.endswith("text_summary")}  # fmt: skip
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in
-            texts["08_Model_Architecture/blocks/text_summary"].splitlines()[2:]]  # fmt: skip
+    read = read_events(tmp_path / "tb")
+    texts = {
+        tag: read.Tensors(tag)[0].tensor_proto.string_val[0].decode()
+        for tag in read.Tags()["tensors"]
+        if tag.endswith("text_summary")
+    }
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in texts["08_Model_Architecture/blocks/text_summary"].splitlines()[2:]
+    ]
     mid, total = (f"{sum(p.numel() for p in module.parameters()):,}" for module in (unet.mid_block, unet))
     assert ["mid_block", mid, mid, "float32"] in rows
     assert ["conv_in", "1,184", "0", "float32"] in rows
@@ -729,11 +728,13 @@ def test_the_document_names_every_tag_and_no_other(unet, tmp_path, monkeypatch):
     stats.epoch_end()
     look.before(1)
     written = {tag for kind in (*stats.read(1, rates, torch.amp.GradScaler("cpu")), *look.after(1)) for tag in kind}
-    once = SimpleNamespace(**{
-        name: lambda tag, *_: written.add(tag) if isinstance(tag, str) else None
-        for name in ("image", "text", "curve", "hparams")
-    })  # fmt: skip
-    describe.planned_rates(once, float, 10)
+    once = SimpleNamespace(
+        **{
+            name: lambda tag, *_: written.add(tag) if isinstance(tag, str) else None
+            for name in ("image", "text", "curve", "hparams")
+        }
+    )
+    describe.planned_learning_rate(once, float, 10)
     describe.noise_schedule(once, ALPHAS)
     describe.architecture(once, unet)
     describe.configuration(once, {}, "", CPU)
@@ -808,8 +809,12 @@ def test_launcher_serves_the_runs_on_loopback_only(tmp_path):
         port = next(int(found[1]) for line in process.stdout if (found := re.search(r"//127.0.0.1:(\d+)/", line)))
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/data/runs", timeout=HANG_S) as answer:
             assert json.load(answer) == ["run1"]
-        listening = [line.split()[1] for path in ("/proc/net/tcp", "/proc/net/tcp6") for line in open(path)
-                     if line.split()[3] == "0A"]  # fmt: skip
+        listening = [
+            line.split()[1]
+            for path in ("/proc/net/tcp", "/proc/net/tcp6")
+            for line in open(path)
+            if line.split()[3] == "0A"
+        ]
         here = [address for address in listening if int(address.split(":")[1], 16) == port] if listening else []
         assert here == [f"0100007F:{port:04X}"]
         outside = socket.gethostbyname(socket.gethostname())

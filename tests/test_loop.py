@@ -8,28 +8,30 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from helpers import TINY, load_script
+from helpers import CLIP, TINY, digest, json_lines, load_script, refused, run_script, train, trainer_argv, weights_of
 from PIL import Image
 from safetensors.torch import load_file
-from test_training import CLIP, digest, refused, run, trainer
 
 from cachetrain.checkpoints import save
 from cachetrain.checkpoints.save import checkpoints
 from cachetrain.training import checks
 
+trainer = load_script("train_from_cached.py")
 FLOW = ["--objective", "flow"]
 
 
 def test_overfit_learns_a_handful_by_heart_and_says_so(shapes, model_t5, tmp_path, capsys):
     flags = ["--overfit", 4, "--batch_size", 4, "--max_steps", 400, "--lr", 2e-3, *FLOW, "--log_step", 10]
     assert overfit(shapes, model_t5, tmp_path / "run", flags) == 0
-    said = re.search(r"overfit: the loss on fixed noise went from ([\d.]+) to ([\d.]+) in (\d+) steps: this script",
-                     capsys.readouterr().out)  # fmt: skip
+    said = re.search(
+        r"overfit succeeded: the loss on fixed noise went from ([\d.]+) to ([\d.]+) in (\d+) steps;",
+        capsys.readouterr().out,
+    )
     first, last, steps = map(float, said.groups())
     assert last < 0.1 * first and steps < 400
     # What was learned is there: the weights predict these samples, with this noise, as well as it says.
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(lines[-1])["01_Training/loss_raw"] == pytest.approx(last, abs=1e-4)
+    last_line = json_lines(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert last_line["01_Training/loss_raw"] == pytest.approx(last, abs=1e-4)
 
 
 @pytest.mark.parametrize("broken", [["--lr", 1e-7], ["--lr", 2e-3, "--unfreeze_norms"]])
@@ -50,19 +52,18 @@ def test_overfit_notices_targets_that_have_nothing_to_do_with_the_input(
 
 
 def overfit(data, model, out, flags):
-    argv = ["--train_data_dir", data, "--model", model, "--output_dir", out, "--logdir", out.parent / "tb"]
-    argv += ["--precision", "fp32", "--num_workers", 0, "--device", "cpu", *flags]
-    return trainer.main(list(map(str, argv)))
+    argv = trainer_argv(data, model, out, "--log_step", 25, *flags)
+    return run_script("train_from_cached.py", *argv)
 
 
 def test_training_cross_attention_changes_only_its_weights(shapes, model_t5, tmp_path):
     flags = ["--max_steps", 4, "--batch_size", 4, "--lr", 1e-2, "--unfreeze_attn2", "--ema_decay", 0.9]
     start = UNet2DConditionModel.from_pretrained(model_t5 / "unet").state_dict()
-    lines, weights = run(shapes, model_t5, tmp_path / "run", *flags)
+    lines, weights = train(shapes, model_t5, tmp_path / "run", *flags)
     rest = {name: tensor for name, tensor in weights.items() if ".attn2." not in name}
     assert digest(rest) == digest({name: start[name] for name in rest})
     assert all(not torch.equal(weights[name], start[name]) for name in weights.keys() - rest.keys())
-    ema = load_file(tmp_path / "run/checkpoint-000004/unet_ema/diffusion_pytorch_model.safetensors")
+    ema = weights_of(tmp_path / "run/checkpoint-000004/unet_ema")
     assert digest({name: ema[name] for name in rest}) == digest(rest)
     assert "11_Gradient_Stats/norm/conv_in" not in lines[-1]
 
@@ -70,10 +71,10 @@ def test_training_cross_attention_changes_only_its_weights(shapes, model_t5, tmp
 def test_reinitialised_unet_learns_like_a_fresh_one(shapes, model_t5, tmp_path):
     """From a trained checkpoint, --reinit_unet must start where a fresh UNet starts, and fall as fast."""
     common = ["--batch_size", 8, "--lr", 2e-3, *FLOW]
-    fresh, _ = run(shapes, model_t5, tmp_path / "fresh", "--max_steps", 60, *common)
+    fresh, _ = train(shapes, model_t5, tmp_path / "fresh", "--max_steps", 60, *common)
     trained = tmp_path / "fresh" / "checkpoint-000060"
-    goes_on, _ = run(shapes, trained, tmp_path / "on", "--max_steps", 60, *common)
-    again, _ = run(shapes, trained, tmp_path / "again", "--max_steps", 60, *common, "--reinit_unet")
+    goes_on, _ = train(shapes, trained, tmp_path / "on", "--max_steps", 60, *common)
+    again, _ = train(shapes, trained, tmp_path / "again", "--max_steps", 60, *common, "--reinit_unet")
 
     def curve(lines):
         return np.array([line["01_Training/loss_raw"] for line in lines]).reshape(6, 10).mean(1)
@@ -95,7 +96,7 @@ def test_each_precision_and_optimizer_learns_and_saves_its_dtype(
     steps = 12 if precision == "fp16" else 40  # a CPU takes half a second for one in float16
     flags = ["--max_steps", steps, "--batch_size", 8, "--lr", rate, "--precision", precision]
     flags += ["--optimizer", optimizer]
-    lines, weights = run(shapes, model_t5, tmp_path / "run", *flags, *FLOW, "--ema_decay", 0.9)
+    lines, weights = train(shapes, model_t5, tmp_path / "run", *flags, *FLOW, "--ema_decay", 0.9)
     assert {tensor.dtype for tensor in weights.values()} == {dtype}
     losses = [line["01_Training/loss_raw"] for line in lines]
     assert np.mean(losses[-steps // 4 :]) < (0.8 if steps == 40 else 0.95) * np.mean(losses[:3])
@@ -106,28 +107,27 @@ def test_each_precision_and_optimizer_learns_and_saves_its_dtype(
 def test_checkpoint_of_bfloat16_weights_and_its_average_draw(shapes, model_t5, tmp_path):
     flags = ["--max_steps", 2, "--batch_size", 4, "--precision", "bf16_pure", "--ema_decay", 0.9]
     flags += ["--sample_prompt", "a star", "--sampler_steps", 1, "--sample_cfgs", 1, "--val_split", 0.3]
-    run(shapes, model_t5, tmp_path / "run", *flags, "--diagnostic_steps", 2)
+    train(shapes, model_t5, tmp_path / "run", *flags, "--diagnostic_steps", 2)
     path = tmp_path / "run" / "checkpoint-000002"
     pipe = DiffusionPipeline.from_pretrained(path, custom_pipeline=str(path), trust_remote_code=True)
     assert pipe("a star", num_inference_steps=1).images[0].size == (64, 64)
     script = ["--model", path, "--prompt", "a star", "--out", tmp_path / "drawn", "--sampler_steps", 1]
-    assert load_script("sample.py").main(list(map(str, script))) == 0
+    assert run_script("sample.py", *script) == 0
 
 
 def test_offloaded_and_checkpointed_runs_train_the_same_weights(shapes, model_t5, tmp_path):
     flags = ["--max_steps", 4, "--batch_size", 4, "--lr", 1e-3, "--ema_decay", 0.9]
-    _, plain = run(shapes, model_t5, tmp_path / "plain", *flags)
-    _, offloaded = run(shapes, model_t5, tmp_path / "offloaded", *flags, "--cpu_offload")
-    _, checkpointed = run(shapes, model_t5, tmp_path / "checkpointed", *flags, "--gradient_checkpointing")
+    _, plain = train(shapes, model_t5, tmp_path / "plain", *flags)
+    _, offloaded = train(shapes, model_t5, tmp_path / "offloaded", *flags, "--cpu_offload")
+    _, checkpointed = train(shapes, model_t5, tmp_path / "checkpointed", *flags, "--gradient_checkpointing")
     assert digest(plain) == digest(offloaded) == digest(checkpointed)
-    averages = [load_file(tmp_path / name / "checkpoint-000004/unet_ema/diffusion_pytorch_model.safetensors")
-                for name in ("plain", "offloaded")]  # fmt: skip
+    averages = [weights_of(tmp_path / name / "checkpoint-000004/unet_ema") for name in ("plain", "offloaded")]
     assert digest(averages[0]) == digest(averages[1])
 
 
 def test_scale_lr_and_the_schedule_are_what_is_logged(shapes, model_t5, tmp_path):
     flags = ["--max_steps", 6, "--batch_size", 4, "--grad_accum", 4, "--lr", 1e-3, "--scale_lr"]
-    lines, _ = run(shapes, model_t5, tmp_path / "run", *flags, "--scheduler", "linear", "--warmup_steps", 2,
+    lines, _ = train(shapes, model_t5, tmp_path / "run", *flags, "--scheduler", "linear", "--warmup_steps", 2,
                    "--lr_decay_steps", 12)  # fmt: skip
     rates = [line["01_Training/learning_rate"] for line in lines]
     assert rates == pytest.approx([0, 2e-3, 4e-3, 3.6e-3, 3.2e-3, 2.8e-3])  # 1e-3 x sqrt(16) at the peak
@@ -155,9 +155,9 @@ def test_running_out_of_memory_says_what_to_lower_and_keeps_the_last_checkpoint(
 
 def test_saves_by_epoch_by_time_and_on_request_and_keeps_the_last(shapes, model_t5, tmp_path, monkeypatch):
     flags = ["--max_steps", 9, "--batch_size", 8, "--save_on_epoch", "--save_start", 4]  # an epoch is 3 steps
-    run(shapes, model_t5, tmp_path / "epochs", *flags)
+    train(shapes, model_t5, tmp_path / "epochs", *flags)
     assert steps_saved(tmp_path / "epochs") == [6, 9]
-    run(shapes, model_t5, tmp_path / "last", *flags, "--save_steps", 1, "--keep_last", 2)
+    train(shapes, model_t5, tmp_path / "last", *flags, "--save_steps", 1, "--keep_last", 2)
     assert steps_saved(tmp_path / "last") == [8, 9] and not list((tmp_path / "last").glob(".checkpoint*"))
 
     real = trainer.forward_pass
@@ -167,7 +167,7 @@ def test_saves_by_epoch_by_time_and_on_request_and_keeps_the_last(shapes, model_
         return real(*args, **kwargs)
 
     monkeypatch.setattr(trainer, "forward_pass", forward)
-    run(shapes, model_t5, tmp_path / "asked", "--max_steps", 2, "--batch_size", 8)
+    train(shapes, model_t5, tmp_path / "asked", "--max_steps", 2, "--batch_size", 8)
     assert steps_saved(tmp_path / "asked") == [1, 2] and not (tmp_path / "asked" / "trigger.checkpoint").exists()
 
     clock = SimpleNamespace(now_s=1000.0)
@@ -178,7 +178,7 @@ def test_saves_by_epoch_by_time_and_on_request_and_keeps_the_last(shapes, model_
 
     monkeypatch.setattr(save, "time", SimpleNamespace(monotonic=lambda: clock.now_s))
     monkeypatch.setattr(trainer, "forward_pass", forward_of_25_seconds)
-    run(shapes, model_t5, tmp_path / "timed", "--max_steps", 7, "--batch_size", 8, "--save_every_minutes", 1)
+    train(shapes, model_t5, tmp_path / "timed", "--max_steps", 7, "--batch_size", 8, "--save_every_minutes", 1)
     assert steps_saved(tmp_path / "timed") == [3, 6, 7]
 
 
@@ -190,7 +190,7 @@ def test_a_bare_unet_trains_and_a_sd2_style_unet_fits(shapes, tmp_path):
     config = UNet2DConditionModel.load_config(TINY / "unet")
     config |= {"attention_head_dim": [2, 4], "use_linear_projection": True, "upcast_attention": True}
     UNet2DConditionModel.from_config(config).save_pretrained(tmp_path / "sd2")
-    _, weights = run(
+    _, weights = train(
         shapes, tmp_path / "sd2", tmp_path / "run", "--max_steps", 2, "--batch_size", 4, "--objective",
         "v_prediction", suffixes=CLIP,
     )  # fmt: skip
@@ -213,15 +213,14 @@ def test_a_unet_with_its_own_projection_trains_it_on_raw_t5_caches(shapes, tmp_p
         model,
         "--train_projection",
     ]
-    assert load_script("models/compose_t5_sd.py").main(list(map(str, parts))) == 0
+    assert run_script("models/compose_t5_sd.py", *parts) == 0
     data.mkdir()
     for path in [*shapes.glob("[0-9]*.img_sdxl"), *shapes.glob("[0-9]*.txt"), *shapes.glob("[0-9]*.png")]:
         (data / path.name).write_bytes(path.read_bytes())
-    argv = ["--data_root", str(data), "--model", str(model), "--raw"]
-    assert load_script("cache/create_t5cache_768.py").main(argv) == 0
+    assert run_script("cache/create_t5cache_768.py", "--data_root", data, "--model", model, "--raw") == 0
     start = UNet2DConditionModel.from_pretrained(model / "unet").state_dict()
     flags = ["--max_steps", 3, "--batch_size", 4, "--lr", 1e-3, "--sample_prompt", "a star", "--sampler_steps", 1]
-    _, weights = run(data, model, tmp_path / "run", *flags)
+    _, weights = train(data, model, tmp_path / "run", *flags)
     assert not torch.equal(weights["encoder_hid_proj.weight"], start["encoder_hid_proj.weight"])
     assert "--raw" in refused(shapes, model, tmp_path / "refused")  # those captions went through a projection
 
@@ -234,8 +233,7 @@ def test_a_unet_with_its_own_projection_trains_it_on_raw_t5_caches(shapes, tmp_p
 )  # fmt: skip
 def test_flags_that_do_not_go_together_are_errors(flags, shapes, model_t5, tmp_path, capsys):
     with pytest.raises((SystemExit, ValueError)) as stop:
-        argv = ["--train_data_dir", shapes, "--model", model_t5, "--output_dir", tmp_path / "x", "--device", "cpu"]
-        trainer.main([*map(str, argv), *flags])
+        run_script("train_from_cached.py", *trainer_argv(shapes, model_t5, tmp_path / "x", *flags))
     told = capsys.readouterr().err + str(stop.value)
     assert any(flag in told for flag in flags if flag.startswith("--"))
 
@@ -243,10 +241,10 @@ def test_flags_that_do_not_go_together_are_errors(flags, shapes, model_t5, tmp_p
 def test_sample_script_draws_what_the_run_drew_scaled_text_included(shapes, model_t5, tmp_path):
     flags = ["--max_steps", 3, "--batch_size", 4, "--lr", 1e-2, "--text_scaling_factor", 0.25, "--ema_decay", 0.5]
     flags += ["--sample_prompt", "a small red star", "--sample_cfgs", 3, "--sampler_steps", 4]
-    run(shapes, model_t5, tmp_path / "run", *flags)
+    train(shapes, model_t5, tmp_path / "run", *flags)
     script = ["--model", tmp_path / "run" / "checkpoint-000003", "--prompt", "a small red star", "--cfgs", 3]
     script += ["--sampler_steps", 4, "--out", tmp_path / "drawn"]
-    assert load_script("sample.py").main(list(map(str, script))) == 0
+    assert run_script("sample.py", *script) == 0
     (drawn,) = (tmp_path / "drawn").glob("*.png")
     own = np.asarray(Image.open(tmp_path / "run" / "samples" / "step-000003" / drawn.name)).astype(int)
     assert np.abs(np.asarray(Image.open(drawn)).astype(int) - own).max() <= 1
@@ -254,12 +252,12 @@ def test_sample_script_draws_what_the_run_drew_scaled_text_included(shapes, mode
     info = json.loads(settings.read_text())
     info["text"]["scaling_factor"] = 1.0
     settings.write_text(json.dumps(info))
-    assert load_script("sample.py").main(list(map(str, script))) == 0
+    assert run_script("sample.py", *script) == 0
     assert np.abs(np.asarray(Image.open(drawn)).astype(int) - own).max() > 1
 
 
 def test_checkpoint_can_be_read_by_whoever_may_read_its_folder(shapes, model_t5, tmp_path):
-    run(shapes, model_t5, tmp_path / "run", "--max_steps", 1, "--batch_size", 2)
+    train(shapes, model_t5, tmp_path / "run", "--max_steps", 1, "--batch_size", 2)
     checkpoint = tmp_path / "run" / "checkpoint-000001"
     mode = checkpoint.stat().st_mode & 0o666
     assert {path.stat().st_mode & 0o777 for path in checkpoint.rglob("*") if path.is_file()} == {mode}
@@ -267,10 +265,10 @@ def test_checkpoint_can_be_read_by_whoever_may_read_its_folder(shapes, model_t5,
 
 def test_ckpt_dir_holds_each_checkpoint_as_one_file_with_its_averaged_weights(shapes, model_sd, tmp_path, capsys):
     flags = ["--max_steps", 2, "--save_steps", 1, "--batch_size", 2, "--lr", 1e-2, "--ema_decay", 0.5]
-    run(shapes, model_sd, tmp_path / "run", *flags, "--ckpt_dir", tmp_path / "web", suffixes=CLIP)
+    train(shapes, model_sd, tmp_path / "run", *flags, "--ckpt_dir", tmp_path / "web", suffixes=CLIP)
     files = sorted((tmp_path / "web").glob("*.safetensors"))
     assert [path.name for path in files] == ["run-000001.safetensors", "run-000002.safetensors"]
-    ema = load_file(tmp_path / "run/checkpoint-000002/unet_ema/diffusion_pytorch_model.safetensors")
+    ema = weights_of(tmp_path / "run/checkpoint-000002/unet_ema")
     exported = load_file(files[1])["model.diffusion_model.input_blocks.0.0.weight"]
     assert torch.equal(exported, ema["conv_in.weight"])
     assert "--ckpt_dir: " in capsys.readouterr().out  # what web UIs cannot do with the tiny default

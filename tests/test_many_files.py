@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from train_ranks import HANG_S
+from helpers import HANG_S
 
 from cachetrain.data import many_files
 from cachetrain.data.many_files import PackedStrings, in_threads, random_subset

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
-from helpers import TINY, load_script, render
+from helpers import TINY, WEIGHTS, render, run_script, weights_of
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import T5EncoderModel, T5Tokenizer
@@ -26,8 +26,8 @@ PROMPTS = ["a small red circle on the left on a blue background", "a star"]
 
 def compose(kind, out, *flags, **parts):
     parts = {"unet": TINY / "unet", "vae": TINY / "vae", kind: TINY / kind, "out": out} | parts
-    script = load_script({"t5": "models/compose_t5_sd.py", "clip": "models/compose_sd.py"}[kind])
-    return script.main([*(str(x) for key, value in parts.items() for x in (f"--{key}", value)), *flags])
+    script = {"t5": "models/compose_t5_sd.py", "clip": "models/compose_sd.py"}[kind]
+    return run_script(script, *(word for key, value in parts.items() for word in (f"--{key}", value)), *flags)
 
 
 def noise(seeds):
@@ -57,9 +57,7 @@ def test_our_samples_of_the_t5_flavour_equal_its_pipeline_whatever_the_batch(mod
     )
     pipe.scheduler = sampler_for(pipe.scheduler)
     settings = {"num_inference_steps": 5, "guidance_scale": 3.0, "negative_prompt": "a green cross"}
-    expected = [
-        pipe(prompt, latents=noise([seed]), **settings).images[0] for seed, prompt in enumerate(PROMPTS)
-    ]  # fmt: skip
+    expected = [pipe(prompt, latents=noise([seed]), **settings).images[0] for seed, prompt in enumerate(PROMPTS)]
     text = TextEncoder(model_t5)
     null, *embeddings = [text.encode_ids(text.tokenize([p])[0])[0] for p in ["a green cross", *PROMPTS]]
     unet, vae = load.load_unet(model_t5 / "unet").eval(), load.load_vae(model_t5 / "vae")
@@ -77,7 +75,7 @@ def test_t5_pipeline_encodes_prompts_as_t5_alone_does(model_t5):
     assert embeddings.shape[1] % 8 == 0
     tokenizer = T5Tokenizer.from_pretrained(TINY / "t5" / "tokenizer")
     encoder = T5EncoderModel.from_pretrained(TINY / "t5" / "text_encoder", dtype=torch.float32)
-    weights = load_file(model_t5 / "projection" / "diffusion_pytorch_model.safetensors")
+    weights = weights_of(model_t5 / "projection")
     scale = json.loads((model_t5 / "projection" / "config.json").read_text())["scaling_factor"]
     for row, keep, prompt in zip(embeddings, mask, PROMPTS, strict=True):
         hidden = encoder(tokenizer(prompt, return_tensors="pt").input_ids).last_hidden_state[0]
@@ -129,7 +127,7 @@ def test_fresh_unet_comes_from_the_seed_and_leaves_the_global_generator_alone(tm
     compose("clip", tmp_path / "b", "--fresh_unet", "--seed", "5", unet=tmp_path / "a")
     compose("clip", tmp_path / "c", "--fresh_unet", "--seed", "6", unet=tmp_path / "a")
     compose("clip", tmp_path / "d", unet=tmp_path / "c")
-    a, b, c, d = (load_file(tmp_path / x / "unet" / "diffusion_pytorch_model.safetensors") for x in "abcd")
+    a, b, c, d = (weights_of(tmp_path / x / "unet") for x in "abcd")
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert not all(torch.equal(a[name], c[name]) for name in a)
     assert all(torch.equal(c[name], d[name]) for name in c)
@@ -141,11 +139,11 @@ def test_fresh_unet_comes_from_the_seed_and_leaves_the_global_generator_alone(tm
 def test_parts_that_do_not_fit_are_refused_and_nothing_is_left(tmp_path):
     vae = AutoencoderKL.from_config(AutoencoderKL.load_config(TINY / "vae"), latent_channels=8)
     vae.save_pretrained(tmp_path / "vae8")
-    with pytest.raises(ValueError, match="8 latent channels"):
+    with pytest.raises(ValueError, match="expects 4 latent channels, the VAE has 8"):
         compose("clip", tmp_path / "out", vae=tmp_path / "vae8")
     config = UNet2DConditionModel.load_config(TINY / "unet") | {"cross_attention_dim": 32}
     UNet2DConditionModel.from_config(config).save_config(tmp_path / "unet32")
-    with pytest.raises(ValueError, match="64 wide"):
+    with pytest.raises(ValueError, match="width 32, the text encoder's have 64"):
         compose("clip", tmp_path / "out", unet=tmp_path / "unet32")
     with pytest.raises(ValueError, match="no such directory"):
         compose("clip", tmp_path / "out", vae=tmp_path / "nowhere")
@@ -160,9 +158,8 @@ def test_our_scripts_run_no_code_and_read_no_pickle_from_a_model_directory(model
     shutil.copytree(model_t5, model)
     for path in (model / "pipeline.py", model / "projection" / "t5_projection.py"):
         path.write_text(f"open({str(canary)!r}, 'w').close()\n")
-    sample = load_script("sample.py")
-    argv = ["--model", str(model), "--prompt", "a star", "--out", str(tmp_path / "out"), "--sampler_steps", "1"]
-    assert sample.main(argv) == 0
+    argv = ["--model", model, "--prompt", "a star", "--out", tmp_path / "out", "--sampler_steps", 1]
+    assert run_script("sample.py", *argv) == 0
     assert not canary.exists()
     # In a process of its own: diffusers keeps what it imported from one local directory for the next.
     load_it = (
@@ -170,11 +167,11 @@ def test_our_scripts_run_no_code_and_read_no_pickle_from_a_model_directory(model
     )
     subprocess.run([sys.executable, "-c", f"from diffusers import DiffusionPipeline; {load_it}"], capture_output=True)
     assert canary.exists()  # so the canary does sing where code runs
-    weights = model / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = model / "vae" / WEIGHTS
     torch.save(load_file(weights), model / "vae" / "diffusion_pytorch_model.bin")
     weights.unlink()
     with pytest.raises(OSError, match="safetensors"):
-        sample.main(argv)
+        run_script("sample.py", *argv)
 
 
 def test_components_of_other_classes_are_refused(tmp_path):
@@ -194,7 +191,7 @@ def test_fingerprint_follows_weights_and_vocabulary_but_not_bookkeeping(tmp_path
     (tmp_path / "a" / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.5}))
     assert load.fingerprint(tmp_path / "a") != original
     shutil.copyfile(TINY / "vae" / "config.json", tmp_path / "a" / "config.json")
-    weights = tmp_path / "a" / "diffusion_pytorch_model.safetensors"
+    weights = tmp_path / "a" / WEIGHTS
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
@@ -202,9 +199,9 @@ def test_fingerprint_follows_weights_and_vocabulary_but_not_bookkeeping(tmp_path
 
 
 def test_sample_script_writes_settings_into_pngs_and_the_same_noise_for_all_cfgs(model_sd, tmp_path):
-    argv = ["--model", str(model_sd), "--prompt", *PROMPTS, "--cfgs", "1", "3", "--sampler_steps", "2", "--seed", "9"]
-    argv += ["--out", str(tmp_path), "--grid", str(tmp_path / "grid.png")]
-    assert load_script("sample.py").main(argv) == 0
+    argv = ["--model", model_sd, "--prompt", *PROMPTS, "--cfgs", 1, 3, "--sampler_steps", 2, "--seed", 9]
+    argv += ["--out", tmp_path, "--grid", tmp_path / "grid.png"]
+    assert run_script("sample.py", *argv) == 0
     names = {sample_name(i, prompt, cfg) for i, prompt in enumerate(PROMPTS) for cfg in (1.0, 3.0)}
     assert {path.name for path in tmp_path.iterdir()} == names | {"grid.png"}
     info = Image.open(tmp_path / sample_name(1, PROMPTS[1], 3.0)).text
@@ -314,8 +311,8 @@ def test_model_that_projects_in_its_unet_draws_the_same_everywhere(narrow_unet, 
         pipe.scheduler = sampler_for(pipe.scheduler)
         settings = {"num_inference_steps": 3, "guidance_scale": 3.0}
         pictures[name] = pixels([pipe(PROMPTS[0], latents=noise([5]), **settings).images[0]])
-        argv = ["--model", path, "--prompt", PROMPTS[0], "--out", str(tmp_path / f"{name}.out"), "--seed", "5"]
-        assert load_script("sample.py").main([*argv, "--cfgs", "3", "--sampler_steps", "3"]) == 0
+        argv = ["--model", path, "--prompt", PROMPTS[0], "--out", tmp_path / f"{name}.out", "--seed", 5]
+        assert run_script("sample.py", *argv, "--cfgs", 3, "--sampler_steps", 3) == 0
         drawn = pixels([Image.open(tmp_path / f"{name}.out" / sample_name(0, PROMPTS[0], 3.0))])
         assert np.abs(drawn - pictures[name]).max() <= 1
     assert np.abs(pictures["own"] - pictures["frozen"]).max() <= 1
@@ -333,9 +330,9 @@ def test_prompts_for_a_unet_with_its_own_projection_are_encoded_raw(narrow_unet,
 
 def test_composing_with_a_unet_that_has_a_projection_keeps_it_or_makes_it_anew(narrow_unet, tmp_path):
     compose("t5", tmp_path / "own", "--train_projection", unet=narrow_unet)
-    weights = load_file(tmp_path / "own" / "unet" / "diffusion_pytorch_model.safetensors")
+    weights = weights_of(tmp_path / "own" / "unet")
     compose("t5", tmp_path / "kept", "--seed", "1", unet=tmp_path / "own")
-    kept = load_file(tmp_path / "kept" / "unet" / "diffusion_pytorch_model.safetensors")
+    kept = weights_of(tmp_path / "kept" / "unet")
     assert all(torch.equal(tensor, kept[name]) for name, tensor in weights.items())
     assert not (tmp_path / "kept" / "projection").exists()
     with pytest.raises(ValueError, match="has a projection already"):
@@ -347,7 +344,7 @@ def test_composing_with_a_unet_that_has_a_projection_keeps_it_or_makes_it_anew(n
     assert not torch.equal(weight, weights["encoder_hid_proj.weight"])
     config = UNet2DConditionModel.load_config(tmp_path / "own" / "unet") | {"encoder_hid_dim": 32}
     UNet2DConditionModel.from_config(config).save_config(tmp_path / "unet32")
-    with pytest.raises(ValueError, match=r"64 wide, the UNet .* wants 32"):
+    with pytest.raises(ValueError, match="width 32, the text encoder's have 64"):
         compose("clip", tmp_path / "out", unet=tmp_path / "unet32")
 
 

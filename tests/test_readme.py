@@ -11,17 +11,13 @@ import tomllib
 from itertools import pairwise
 
 import pytest
-from helpers import REPO, load_script
+from helpers import BENCHMARKS, REPO, SCRIPTS, load_script
 
 README = REPO / "README.md"
 MAX_README_LINES = 180
 DOCUMENTS = [README, REPO / "CONTRIBUTING.md", REPO / "CHANGELOG.md", *sorted((REPO / "docs").glob("*.md"))]
 TEXTS = {path.relative_to(REPO).as_posix(): path.read_text(encoding="utf-8") for path in DOCUMENTS}
-SCRIPTS = sorted(
-    path.relative_to(REPO).as_posix()
-    for folder in (".", "cache", "models", "dataset_scripts", "benchmarks")
-    for path in (REPO / folder).glob("*.py")
-)
+ALL_SCRIPTS = sorted(SCRIPTS + BENCHMARKS)
 SHELL_SCRIPTS = ("quickstart.sh", "run_tests.sh")
 MADE_BY_COMMANDS = {"my_run.sh"}  # a file that the documents have the reader make
 ODD_PHRASES = (
@@ -157,7 +153,7 @@ def options_of(script, monkeypatch):
     return {option for action in parser._actions for option in action.option_strings} - {"-h", "--help"}
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", ALL_SCRIPTS)
 def test_script_and_all_of_its_options_are_documented(script, monkeypatch):
     """In the README or a document that names the script."""
     name = re.compile(rf"\b{re.escape(script.split('/')[-1])}\b")
@@ -170,7 +166,7 @@ def test_script_and_all_of_its_options_are_documented(script, monkeypatch):
 
 
 def test_documents_name_no_option_that_no_script_has(monkeypatch):
-    known = set().union(*(options_of(script, monkeypatch) for script in SCRIPTS))
+    known = set().union(*(options_of(script, monkeypatch) for script in ALL_SCRIPTS))
     shell = "".join((REPO / name).read_text(encoding="utf-8") for name in SHELL_SCRIPTS)
     named = {
         option
@@ -236,8 +232,11 @@ def test_readme_is_short():
 
 def test_index_names_every_document():
     index = TEXTS["docs/README.md"]
-    assert [name for name in TEXTS if name.startswith("docs/") and name != "docs/README.md"
-            and f"]({name.removeprefix('docs/')})" not in index] == []  # fmt: skip
+    assert [
+        name
+        for name in TEXTS
+        if name.startswith("docs/") and name != "docs/README.md" and f"]({name.removeprefix('docs/')})" not in index
+    ] == []
 
 
 def test_reliability_document_names_tests_that_exist():

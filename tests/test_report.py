@@ -8,11 +8,9 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from helpers import load_script
-from pages import until
+from helpers import json_lines, load_script, run_script, train
+from pages import opened_page, until
 from PIL import Image
-from test_training import run
-from train_ranks import HANG_S
 
 from cachetrain.report import run as reading
 from cachetrain.report.findings import findings
@@ -38,12 +36,15 @@ def write_run(directory, number=0, steps=(100, 200, 300), settings=None, sample_
     with open(directory / "metrics.jsonl", "w") as file:
         for step in range(10, 310, 10):
             line = {
-                "01_Training/loss_raw": 1 / step + number, "01_Training/learning_rate": 1e-3,
-                "04_Learning_Rate/group_0": 1e-3 * step / 300, "05_Performance/steps_per_second": 0.5,
-                "05_Performance/images_per_second": 8.0, "05_Performance/data_wait_fraction": 0.01,
+                "01_Training/loss_raw": 1 / step + number,
+                "01_Training/learning_rate": 1e-3,
+                "04_Learning_Rate/group_0": 1e-3 * step / 300,
+                "05_Performance/steps_per_second": 0.5,
+                "05_Performance/images_per_second": 8.0,
+                "05_Performance/data_wait_fraction": 0.01,
                 **{f"02_Loss_Components/loss_raw_t{first:03d}-{first + 124:03d}": 1 / step for first in (0, 125)},
                 **{f"11_Gradient_Stats/qk_rms/{layer}": 10.0**-i for i, layer in enumerate(LAYERS)},
-            }  # fmt: skip
+            }
             if step % 100 == 0:
                 line |= {"val/loss": 30 / step + number} | {f"val/loss_q{q}": q / step for q in (1, 2, 3, 4)}
             file.write(json.dumps({"step": step} | line) + "\n")
@@ -70,7 +71,7 @@ def runs(tmp_path_factory):
 
 
 def test_curves_are_those_of_the_metrics_file(runs):
-    lines = [json.loads(line) for line in (runs[0] / "metrics.jsonl").read_text().splitlines()]
+    lines = json_lines(runs[0] / "metrics.jsonl")
     curves = read_run(runs[0])["curves"]
     assert curves.keys() == {tag for line in lines for tag in line} - {"step", "01_Training/loss"}  # equals loss_raw
     for tag, (steps, values) in curves.items():
@@ -80,7 +81,7 @@ def test_curves_are_those_of_the_metrics_file(runs):
 
 def test_what_a_real_run_leaves_is_read(shapes, model_t5, tmp_path):
     flags = ["--max_steps", 4, "--batch_size", 4, "--save_steps", 2, "--sample_prompt", "a star", "--sample_steps", 2]
-    lines, _ = run(shapes, model_t5, tmp_path / "run", *flags, "--sampler_steps", 1, "--vae_scaling_factor", 0.5)
+    lines, _ = train(shapes, model_t5, tmp_path / "run", *flags, "--sampler_steps", 1, "--vae_scaling_factor", 0.5)
     found = read_run(tmp_path / "run")
     assert (found["state"], found["checkpoints"]) == ("complete, 4 steps", [2, 4])
     assert found["curves"].keys() == {tag for line in lines for tag in line} - {
@@ -112,8 +113,10 @@ def test_a_long_curve_keeps_its_spikes_its_gaps_and_its_ends():
     assert len(steps) <= reading.MAX_POINTS
     assert {312_340: 1e3, 400_010: -5.0, 222_220: None}.items() <= dict(zip(steps, kept, strict=True)).items()
     assert (steps[0], steps[-1]) == (0, 499_990) and steps == sorted(steps)
-    assert all(value is None or value == pytest.approx(values[step // 10], rel=1e-4)
-               for step, value in zip(steps, kept, strict=True))  # fmt: skip
+    assert all(
+        value is None or value == pytest.approx(values[step // 10], rel=1e-4)
+        for step, value in zip(steps, kept, strict=True)
+    )
 
 
 def test_warnings_are_in_order_and_what_redone_steps_said_again_is_there_once(tmp_path):
@@ -157,7 +160,7 @@ def test_two_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):
     for parent in ("a", "b"):
         (tmp_path / parent).mkdir()
         write_run(tmp_path / parent / "run")
-    assert report.main([str(tmp_path / "a" / "run"), str(tmp_path / "b" / "run")]) == 0
+    assert run_script("report.py", tmp_path / "a" / "run", tmp_path / "b" / "run") == 0
     page = (tmp_path / "a" / "run" / "report_run.html").read_text()
     data = json.loads(page.partition('type="application/json">')[2].partition("</script>")[0])
     assert [run["name"] for run in data["runs"]] == [run["path"] for run in data["runs"]]
@@ -172,17 +175,17 @@ def test_a_run_that_has_just_begun_has_a_page(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "args.json").write_text('{"max_steps": "2e"}')
-    assert report.main([str(run)]) == 0
+    assert run_script("report.py", run) == 0
     assert read_run(run)["state"] == "ended, step 0 (--max_steps 2e)"
 
 
 @pytest.mark.parametrize(
     ("max_steps", "locked", "state"),
     [
-        ("400", True, "going on, step 300 of 400"),
+        ("400", True, "running, step 300 of 400"),
         ("400", False, "stopped, step 300 of 400"),
         ("300", False, "complete, 300 steps"),
-        ("2e", True, "going on, step 300 (--max_steps 2e)"),
+        ("2e", True, "running, step 300 (--max_steps 2e)"),
     ],
 )
 def test_state_tells_whether_the_run_goes_on(max_steps, locked, state, tmp_path, monkeypatch):
@@ -215,7 +218,7 @@ def levels(**changed):
 
 
 def test_a_healthy_run_has_nothing_but_good_to_say():
-    assert levels() == [("good", "val/loss fell from 1 (step 25) to 0.45 (step 100), its lowest so far")]
+    assert levels() == [("good", "val/loss fell from 1 (step 25) to 0.45 (step 100), the lowest so far")]
 
 
 @pytest.mark.parametrize(
@@ -223,7 +226,7 @@ def test_a_healthy_run_has_nothing_but_good_to_say():
     [
         ({"loss": [1, 0.5, *[0.6] * 5]}, "note", "has not improved in the 5 validations since"),
         ({"loss": [1, 0.99, 0.995]}, "note", "has hardly fallen: 1 at step 25, at best 0.99 at step 50"),
-        ({"loss": [1, 0.5, 0.7]}, "bad", "rises: 0.5 at step 50, 0.7 at step 75"),
+        ({"loss": [1, 0.5, 0.7]}, "bad", "is rising: 0.5 at step 50, 0.7 at step 75"),
         ({"loss": [1, 1.5, 1.2]}, "bad", "has not fallen below its first value, 1 at step 25"),
         ({"loss_raw": np.r_[np.linspace(1, 0.4, 50), np.linspace(0.4, 0.8, 50)] * NOISE}, "bad", "has risen again"),
         ({"clipped_fraction": [1] * 100}, "note", "100% of the recent steps were clipped"),
@@ -231,7 +234,7 @@ def test_a_healthy_run_has_nothing_but_good_to_say():
         ({"latent_std_c0": 5 * NOISE, "latent_std_c1": 7 * NOISE}, "bad", "--vae_scaling_factor"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
-)  # fmt: skip
+)
 def test_what_is_wrong_is_found_and_nothing_else(changed, level, words):
     found = [finding for finding in levels(**changed) if finding[0] != "good"]
     assert [own for own, _ in found] == [level] and words in found[0][1]
@@ -239,7 +242,7 @@ def test_what_is_wrong_is_found_and_nothing_else(changed, level, words):
 
 def test_without_validation_the_training_loss_is_judged_and_skipped_steps_are_counted():
     scalars = {tag: values for tag, values in HEALTHY.items() if tag != "val/loss"}
-    assert findings(scalars, 0)[0]["level"] == "good" and "--val_split would tell" in findings(scalars, 0)[0]["text"]
+    assert findings(scalars, 0)[0]["level"] == "good" and "use --val_split to see" in findings(scalars, 0)[0]["text"]
     assert "3 steps had a loss" in findings(scalars, 3)[-1]["text"]
     flat = {"01_Training/loss_raw": curve(NOISE)}
     assert [finding["level"] for finding in findings(flat, 0)] == ["note"]
@@ -252,20 +255,11 @@ def test_without_validation_the_training_loss_is_judged_and_skipped_steps_are_co
 def opened(browser, directories, tmp_path, width=1280, **options):
     """Writes the page, opens it from disk and yields it; it must ask for nothing and raise no error."""
     target = tmp_path / "page.html"
-    assert report.main([*map(str, directories), "--out", str(target)]) == 0
-    page = browser.new_page(viewport={"width": width, "height": 800}, **options)
-    page.set_default_timeout(1000 * HANG_S)
-    requests, errors = [], []
-    page.on("request", lambda sent: requests.append(sent.url))
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on("console", lambda message: errors.append(message.text))
-    try:
-        page.goto(target.as_uri())
-        page.wait_for_selector("#settings > *", state="attached")
+    assert run_script("report.py", *directories, "--out", target) == 0
+    options["viewport"] = {"width": width, "height": 800}
+    opening = opened_page(browser, target.as_uri(), "#settings > *", state="attached", silent=True, **options)
+    with opening as (page, requests):
         yield page
-    finally:
-        page.close()
-    assert errors == []
     assert requests[0] == target.as_uri()
     assert [url for url in requests[1:] if not url.startswith("data:")] == []
 
@@ -303,7 +297,7 @@ def test_page_tells_state_findings_warnings_and_settings(browser, runs, tmp_path
         assert "val/loss0.1, the lowest" in rows and "images per second8" in rows
         assert "time0 h 10 min" in rows  # 300 steps, 0.5 a second
         assert page.locator("#findings li").all_text_contents() == [
-            "val/loss fell from 0.3 (step 100) to 0.1 (step 300), its lowest so far"
+            "val/loss fell from 0.3 (step 100) to 0.1 (step 300), the lowest so far"
         ]
         assert page.locator("#warnings li").all_text_contents() == ["step 150up_blocks.1: faded"]
         settings = page.locator("#settings dl div").all_text_contents()
@@ -341,7 +335,8 @@ def test_hovering_a_chart_reads_the_logged_values_of_that_step_in_all_charts(bro
         assert legend(page, "Validation by quarter of the timesteps") == wanted
         assert legend(page, "Query and key gradients, each attention layer") == [
             "self-attentionlowest 0.01 down_blocks.1.attentions.0.attn1",
-            "text attentionlowest 0.001 down_blocks.1.attentions.0.attn2"]  # fmt: skip
+            "text attentionlowest 0.001 down_blocks.1.attentions.0.attn2",
+        ]
 
 
 def test_curve_is_drawn_where_its_axis_says(browser, runs, tmp_path):
@@ -406,8 +401,9 @@ def test_two_runs_are_compared_in_curves_samples_and_settings(browser, runs, tmp
         assert curves.count() == 2 and "dashed" in curves.nth(1).get_attribute("class")
         assert page.locator("#settings table tbody tr").all_text_contents() == ["learning_rate0.0010.002"]
         page.locator("#slider").evaluate("e => { e.value = 1; e.dispatchEvent(new Event('input')) }")
-        wanted = [color(step, slot, cfg, run)
-                  for slot in (0, 1) for run, step in enumerate((200, 100)) for cfg in CFGS]  # fmt: skip
+        wanted = [
+            color(step, slot, cfg, run) for slot in (0, 1) for run, step in enumerate((200, 100)) for cfg in CFGS
+        ]
         assert pixels(page, range(8)) == wanted
         captions = page.locator(".caption").all_text_contents()
         assert captions[:2] == ["first", "second · step 100"]

@@ -1,21 +1,16 @@
 """A run that was interrupted and resumed is the run that was not: its weights, moments and averages bit by bit, its
 samples in their order, and its logs."""
 
-import hashlib
-import json
 import os
 import shutil
 import subprocess
 import sys
-from itertools import count
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from helpers import REPO, load_script
-from safetensors.torch import load_file
-from train_ranks import HANG_S, Ranks, seen_by, watched_rank
+from helpers import HANG_S, REPO, WIDE, distance, run_script, weights_of
+from runs import BRIEF, RESUME, Runs, content, events, metrics
 
 from cachetrain.checkpoints.resume import Resumed
 from cachetrain.checkpoints.save import checkpoint_path, checkpoints
@@ -24,97 +19,11 @@ from cachetrain.data.sidecar import read_sidecar, write_sidecar
 from cachetrain.training.flags import MEANINGS, resume_meanings
 
 torch.set_num_threads(1)
-trainer = load_script("train_from_cached.py")
-
-COMMON = ["--lr", 1e-3, "--weight_decay", 0.025, "--cond_dropout", 0.2, "--ema_decay", 0.9]
-BRIEF = ["--batch_size", 7, "--max_steps", 4, "--save_steps", 2]  # the epoch of 24 pairs ends within step 4
-# What depends on the machine's speed, and what it has room for.
-MEASURED = ("05_Performance/", "14_System/", "03_Epoch_Summary/minutes_per_epoch")
-RESUME = ["--resume", "latest"]
-
-
-class Runs:
-    """Runs on `data`, each in a folder of its own below `root`."""
-
-    def __init__(self, data, model, root):
-        self.data, self.model, self.root, self._numbers = data, model, root, count()
-
-    def new(self):
-        """A folder that does not exist yet."""
-        return self.root / f"run{next(self._numbers)}"
-
-    def argv(self, out, *flags):
-        argv = [
-            "--train_data_dir",
-            self.data,
-            "--model",
-            self.model,
-            "--output_dir",
-            out,
-            "--logdir",
-            self.root / "tb",
-        ]
-        argv += ["--precision", "fp32", "--num_workers", 0, "--log_step", 1, "--device", "cpu"]
-        return [*map(str, argv), *map(str, COMMON), *map(str, flags)]
-
-    def train(self, out, *flags):
-        """Trains in this process; returns the sample ids of each micro-batch."""
-        samples, forward = [], trainer.forward_pass
-
-        def watched(model, batch, **settings):
-            if model.training:
-                samples.append(batch["samples"].tolist())
-            return forward(model, batch, **settings)
-
-        with mock.patch.object(trainer, "forward_pass", watched):
-            assert trainer.main(self.argv(out, *flags)) == 0
-        return samples
-
-    def launch(self, out, ranks, *flags, kill=None):
-        """Trains on ranks; returns a list of Rank, whose `seen` are the sample ids of each micro-batch.
-
-        Args:
-            kill: (rank, moment of `watch_samples`).
-        """
-        folder = self.new()
-        results = Ranks(self.argv(out, *flags), ranks, folder, kill, target=watched_rank).finish()
-        return [result._replace(seen=seen_by(folder, rank)) for rank, result in enumerate(results)]
-
-    def interrupted(self, run, step):
-        """A copy of a finished run as a kill after `step` leaves it: its logs go further than its checkpoint."""
-        copy = self.new()
-        copy.mkdir()
-        for name in ("args.json", "metrics.jsonl"):
-            shutil.copy(run / name, copy)
-        shutil.copytree(checkpoint_path(run, step), checkpoint_path(copy, step), copy_function=os.link)
-        shutil.copytree(self.root / "tb" / run.name, self.root / "tb" / copy.name)
-        return copy
 
 
 @pytest.fixture(scope="module")
 def runs(shapes, model_t5, tmp_path_factory):
     return Runs(shapes, model_t5, tmp_path_factory.mktemp("runs"))
-
-
-def content(run, step):
-    """All that a checkpoint holds of the training: {name: hash of the tensor} and the JSON of the state."""
-    path, found = checkpoint_path(run, step), {}
-    for file in sorted(path.glob("[ut]*/*.safetensors")):  # unet, unet_ema, training_state; not the frozen parts
-        for name, tensor in load_file(file).items() if file.parent.name in PARTS else ():
-            data = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-            found[f"{file.parent.name}/{name}"] = hashlib.sha256(data).hexdigest()
-    state = json.loads((path / "training_state" / "state.json").read_text())
-    del state["settings"], state["statistics"]["seconds"]
-    return found | state
-
-
-PARTS = ("unet", "unet_ema", "training_state")
-
-
-def metrics(run):
-    """The lines of metrics.jsonl without what was measured of the machine."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{tag: value for tag, value in line.items() if not tag.startswith(MEASURED)} for line in lines]
 
 
 # The order
@@ -191,10 +100,9 @@ def test_resume_in_a_fresh_process_is_bit_exact(runs):
 def two_sizes(shapes, model_t5, tmp_path_factory):
     """Flags of two directories with latents of different sizes, one of which is visited 1.5 times an epoch."""
     wide = tmp_path_factory.mktemp("wide") / "wide"
-    assert load_script("dataset_scripts/draw_shapes.py").main(["--out", str(wide), "--num_images", "12"]) == 0
-    size = ["--target_width", "96", "--target_height", "64", "--num_workers", "0"]
-    for script, extra in (("cache/create_img_sdxl.py", size), ("cache/create_t5cache_768.py", [])):
-        assert load_script(script).main(["--data_root", str(wide), "--model", str(model_t5), *extra]) == 0
+    assert run_script("dataset_scripts/draw_shapes.py", "--out", wide, "--num_images", 12) == 0
+    for script, size in (("cache/create_img_sdxl.py", WIDE), ("cache/create_t5cache_768.py", ())):
+        assert run_script(script, "--data_root", wide, "--model", model_t5, *size) == 0
     return ["--train_data_dir", shapes, f"{wide}:1.5"]
 
 
@@ -249,8 +157,6 @@ def test_ranks_resume_bit_exact(runs, flags):
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
 def test_resume_on_other_ranks_trains_the_same_samples_equal_to_rounding(runs, before, after, model_t5):
-    from test_training import distance
-
     def flags(ranks):
         return ["--batch_size", 4 // ranks, "--max_steps", 6, "--save_steps", 3]
 
@@ -266,13 +172,9 @@ def test_resume_on_other_ranks_trains_the_same_samples_equal_to_rounding(runs, b
     parts = zip(*(rank.seen for rank in results), strict=True)
     # Rank r of n takes every n-th sample of a batch, from r on.
     assert [[i for together in zip(*part, strict=True) for i in together] for part in parts] == samples[3:]
-    start = load_file(model_t5 / "unet" / "diffusion_pytorch_model.safetensors")
+    start = weights_of(model_t5 / "unet")
     for part in ("unet", "unet_ema"):
-        trained = [
-            load_file(checkpoint_path(path, 6) / part / "diffusion_pytorch_model.safetensors")
-            for path in (run, whole)
-        ]
-        assert distance(*trained, start) < 1e-3
+        assert distance(*(weights_of(checkpoint_path(path, 6) / part) for path in (run, whole)), start) < 1e-3
 
 
 def launched(runs, out, ranks, *flags):
@@ -447,15 +349,6 @@ def test_resume_of_a_path_goes_on_in_a_new_directory(runs, saved):
 
 
 # The logs
-
-
-def events(runs, run):
-    """{tag: [(step, value)]} of TensorBoard's scalars, without what was measured of the machine."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    found = EventAccumulator(str(runs.root / "tb" / run.name), {"scalars": 0}).Reload()
-    tags = [tag for tag in found.Tags()["scalars"] if not tag.startswith(MEASURED)]
-    return {tag: [(event.step, event.value) for event in found.Scalars(tag)] for tag in tags}
 
 
 def test_logs_of_a_resumed_run_neither_double_nor_miss_a_step(runs):

@@ -3,17 +3,16 @@
 import dataclasses
 import math
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import REPO, TINY, run_script
 from PIL import Image, PngImagePlugin
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "dataset_scripts"))
+sys.path.insert(0, str(REPO / "dataset_scripts"))
 
-import draw_shapes  # noqa: E402
-import score_shapes  # noqa: E402
+import draw_shapes
+import score_shapes
 
 
 def drawings(num_images, seed=7):
@@ -66,7 +65,9 @@ def test_shape_mask_has_the_area_of_geometry(shape, area):
 
 def test_longer_data_set_begins_with_the_shorter_one(tmp_path):
     def run(folder, num_images):
-        assert draw_shapes.main(["--out", str(tmp_path / folder), "--num_images", str(num_images)]) == 0
+        assert (
+            run_script("dataset_scripts/draw_shapes.py", "--out", tmp_path / folder, "--num_images", num_images) == 0
+        )
         return {path.name: path.read_bytes() for path in (tmp_path / folder).iterdir()}
 
     short, long = run("short", 4), run("long", 9)
@@ -78,20 +79,20 @@ def test_longer_data_set_begins_with_the_shorter_one(tmp_path):
 
 def test_second_run_draws_only_what_is_missing(tmp_path, capsys):
     arguments = ["--out", str(tmp_path), "--num_images", "6"]
-    assert draw_shapes.main(arguments) == 0
+    assert run_script("dataset_scripts/draw_shapes.py", *arguments) == 0
     (tmp_path / "00003.txt").unlink()  # as a run killed between picture and caption leaves it
     kept = (tmp_path / "00002.png").stat().st_mtime_ns
-    assert draw_shapes.main(arguments) == 0
+    assert run_script("dataset_scripts/draw_shapes.py", *arguments) == 0
     assert "1 images drawn, 5 were there already" in capsys.readouterr().out
     assert (tmp_path / "00002.png").stat().st_mtime_ns == kept
-    assert draw_shapes.main([*arguments, "--seed", "1"]) == 1
+    assert run_script("dataset_scripts/draw_shapes.py", *arguments, "--seed", 1) == 1
     assert "'seed': 0" in capsys.readouterr().err
 
 
 def test_prompts_are_half_held_out_and_all_different(tmp_path):
     prompts = tmp_path / "lists" / "prompts.txt"
     arguments = ["--num_images", "0", "--prompts", str(prompts), "--num_prompts", "101"]
-    assert draw_shapes.main(["--out", str(tmp_path / "out"), *arguments]) == 0
+    assert run_script("dataset_scripts/draw_shapes.py", "--out", tmp_path / "out", *arguments) == 0
     lines = prompts.read_text().splitlines()
     assert len(set(lines)) == 101
     assert sum(draw_shapes.parse_caption(line).held_out for line in lines) == 50
@@ -136,17 +137,17 @@ def write_samples(folder):
 def test_score_script_reports_and_fails_below_its_bounds(tmp_path, capsys):
     write_samples(tmp_path / "samples")
     report = tmp_path / "score.json"
-    assert score_shapes.main([str(tmp_path), "--json", str(report)]) == 0
+    assert run_script("dataset_scripts/score_shapes.py", tmp_path, "--json", report) == 0
     captured = capsys.readouterr()
     assert captured.out.splitlines()[-1] == "prompt-following: 100% trained pairs, 50% held-out pairs"
     assert "left out 1 pictures" in captured.err
     assert report.exists()
-    assert score_shapes.main([str(tmp_path), "--min_trained", "90", "--min_held_out", "50"]) == 0
-    assert score_shapes.main([str(tmp_path), "--min_trained", "90", "--min_held_out", "51"]) == 1
+    assert run_script("dataset_scripts/score_shapes.py", tmp_path, "--min_trained", 90, "--min_held_out", 50) == 0
+    assert run_script("dataset_scripts/score_shapes.py", tmp_path, "--min_trained", 90, "--min_held_out", 51) == 1
 
 
 def test_score_script_says_so_when_there_is_nothing_to_score(tmp_path, capsys):
-    assert score_shapes.main([str(tmp_path)]) == 2
+    assert run_script("dataset_scripts/score_shapes.py", tmp_path) == 2
     assert "found no PNG" in capsys.readouterr().err
 
 
@@ -154,7 +155,7 @@ def test_vae_reconstructions_still_show_what_was_drawn():
     import torch
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL.from_pretrained(ROOT / "models" / "tiny" / "vae", torch_dtype=torch.float32)
+    vae = AutoencoderKL.from_pretrained(TINY / "vae", torch_dtype=torch.float32)
     scenes, images = zip(*drawings(200), strict=True)
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2) / 127.5 - 1
     with torch.no_grad():

@@ -1,18 +1,16 @@
 """The embedded default in models/tiny: it loads alone and offline, reads words, and can be made again."""
 
-import importlib.util
-from pathlib import Path
+import importlib
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from helpers import REPO, TINY, load_script, run_script
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
-TINY = ROOT / "models" / "tiny"
 CAPTION = "a small red circle on the left on a blue background"
 SWAPPED = "a small blue circle on the left on a red background"
 PHOTO = "Zwölf Boxkämpfer, a photograph (1923) of 漢字 & wäscherei!"
@@ -21,10 +19,7 @@ PHOTO = "Zwölf Boxkämpfer, a photograph (1923) of 漢字 & wäscherei!"
 @pytest.fixture(scope="module")
 def make_tiny():
     """models/make_tiny.py as a module."""
-    spec = importlib.util.spec_from_file_location("make_tiny", ROOT / "models" / "make_tiny.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("models/make_tiny.py")
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +166,7 @@ def test_clip_tower_tells_captions_apart_for_a_linear_reader(clip, make_tiny, cl
 
 @pytest.mark.parametrize("stage", ["unet", "t5"])
 def test_make_tiny_reproduces_what_is_shipped(make_tiny, tmp_path, stage):
-    assert make_tiny.main(["--stage", stage, "--out", str(tmp_path)]) == 0
+    assert run_script("models/make_tiny.py", "--stage", stage, "--out", tmp_path) == 0
     made = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file())
     assert made == sorted(path.relative_to(TINY) for path in (TINY / stage).rglob("*") if path.is_file())
     for path in made:
@@ -190,6 +185,6 @@ def test_make_tiny_reproduces_the_clip_tokenizer(make_tiny, tmp_path):
 
 
 def test_make_tiny_knows_every_word_of_the_captions(make_tiny, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "dataset_scripts")
+    monkeypatch.syspath_prepend(REPO / "dataset_scripts")
     scenes = importlib.import_module("draw_shapes").all_scenes()
     assert {word for scene in scenes for word in scene.caption.split()} == set(make_tiny.WORDS)

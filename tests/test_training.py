@@ -1,13 +1,11 @@
 """The training loop against a plain loop of diffusers and torch, and what must not change a run."""
 
-import hashlib
 import io
 import json
 import os
 import shutil
 import subprocess
 import sys
-import time
 from datetime import timedelta
 from itertools import islice
 
@@ -17,11 +15,24 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_snr
-from helpers import REPO, load_script, open_pairs
+from helpers import (
+    CLIP,
+    REPO,
+    T5,
+    WIDE,
+    digest,
+    distance,
+    open_pairs,
+    read_events,
+    refused,
+    run_script,
+    train,
+    wait_until,
+    weights_of,
+    without_headers,
+)
 from PIL import Image
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from train_ranks import HANG_S
 
 from cachetrain.data import rng
 from cachetrain.data.batching import BatchSampler, collate
@@ -31,41 +42,6 @@ from cachetrain.data.sidecar import read_sidecar, write_sidecar
 from cachetrain.modeling.conditioning import Conditioning
 
 torch.set_num_threads(1)
-trainer = load_script("train_from_cached.py")
-
-T5 = [".img_sdxl", ".txt_t5cache"]
-CLIP = [".img_sdxl", ".txt_clipl"]
-
-
-def run(data, model, out, *flags, suffixes=T5):
-    """Runs the trainer on `data` and returns (metrics lines, final UNet weights)."""
-    flags = list(map(str, flags))
-    steps = flags[flags.index("--max_steps") + 1]
-    argv = ["--train_data_dir", data, "--model", model, "--output_dir", out, "--logdir", out.parent / "tb"]
-    argv += ["--imgcache_suffix", suffixes[0], "--txtcache_suffix", suffixes[1], "--precision", "fp32"]
-    argv += ["--num_workers", 0, "--log_step", 1, "--device", "cpu"]
-    assert trainer.main([*map(str, argv), *flags]) == 0
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    weights = load_file(out / f"checkpoint-{int(steps):06d}" / "unet" / "diffusion_pytorch_model.safetensors")
-    return lines, weights
-
-
-def digest(weights):
-    parts = hashlib.sha256()
-    for name in sorted(weights):
-        parts.update(name.encode() + weights[name].numpy().tobytes())
-    return parts.hexdigest()
-
-
-def distance(weights, expected, start):
-    """How far two trained UNets are apart, as a share of how far training moved them.
-
-    Adam divides by the gradient's size, so that single elements with gradients near 0 amplify rounding; the whole
-    does not.
-    """
-    apart = sum((weights[name] - tensor).square().sum() for name, tensor in expected.items())
-    moved = sum((start[name] - tensor).square().sum() for name, tensor in expected.items())
-    return (apart / moved).sqrt().item()
 
 
 def plain_loop(data, model, objective, steps, accum, batch_size, masked, gamma):
@@ -83,10 +59,12 @@ def plain_loop(data, model, objective, steps, accum, batch_size, masked, gamma):
         for _ in range(accum):
             keys = next(order)
             latents = torch.stack([load_file(index.image_path(key.sample))["latent"].float() * scale for key in keys])
-            noise = torch.stack([
-                torch.from_numpy(rng.generator(0, e, i, rng.NOISE).standard_normal(latents[0].shape, np.float32))
-                for e, i, *_ in keys
-            ])  # fmt: skip
+            noise = torch.stack(
+                [
+                    torch.from_numpy(rng.generator(0, e, i, rng.NOISE).standard_normal(latents[0].shape, np.float32))
+                    for e, i, *_ in keys
+                ]
+            )
             u = torch.tensor([rng.generator(0, e, i, rng.TIMESTEP).random() for e, i, *_ in keys])
             text = [load_file(index.text_path(key.sample))["emb"].float() for key in keys]
             hidden = torch.nn.utils.rnn.pad_sequence(text, batch_first=True)
@@ -127,7 +105,7 @@ def test_ten_steps_equal_a_plain_loop(objective, accum, masked, gamma, shapes, m
     flags += ["--scheduler", "cosine", "--warmup_steps", 2, "--lr_decay_steps", 20, "--cond_dropout", 0]
     flags += ["--gradient_clip", 0.5]  # so low that most steps are clipped
     flags += ["--use_snr", "--noise_gamma", gamma] if gamma else []
-    lines, weights = run(shapes, model, tmp_path / "run", *flags, suffixes=T5 if masked else CLIP)
+    lines, weights = train(shapes, model, tmp_path / "run", *flags, suffixes=T5 if masked else CLIP)
     losses, expected = plain_loop(shapes, model, objective, 10, accum, 3, masked, gamma)
     assert [line["01_Training/loss"] for line in lines] == pytest.approx(losses, rel=1e-4)
     assert sum(line["01_Training/grad_norm"] > 0.5 for line in lines) > 5
@@ -136,19 +114,19 @@ def test_ten_steps_equal_a_plain_loop(objective, accum, masked, gamma, shapes, m
 
 def test_accumulation_equals_one_big_batch(shapes, model_t5, tmp_path):
     common = ["--max_steps", 4, "--lr", 1e-3]
-    _, big = run(shapes, model_t5, tmp_path / "big", *common, "--batch_size", 6)
-    _, accumulated = run(shapes, model_t5, tmp_path / "acc", *common, "--batch_size", 2, "--gradient_accum", 3)
+    _, big = train(shapes, model_t5, tmp_path / "big", *common, "--batch_size", 6)
+    _, accumulated = train(shapes, model_t5, tmp_path / "acc", *common, "--batch_size", 2, "--gradient_accum", 3)
     assert distance(accumulated, big, UNet2DConditionModel.from_pretrained(model_t5 / "unet").state_dict()) < 1e-3
 
 
 def test_workers_samples_saves_and_logging_never_change_the_weights(shapes, model_t5, tmp_path):
     common = ["--max_steps", 5, "--batch_size", 4, "--lr", 1e-3, "--cond_dropout", 0.3]
-    _, bare = run(shapes, model_t5, tmp_path / "bare", *common)
+    _, bare = train(shapes, model_t5, tmp_path / "bare", *common)
     everything = ["--num_workers", 2, "--log_step", 2, "--save_steps", 2, "--sample_steps", 2, "--sampler_steps", 2]
     everything += ["--sample_prompt", "a red circle", "--ema_decay", 0.9]
-    _, loaded = run(shapes, model_t5, tmp_path / "loaded", *common, *everything)
+    _, loaded = train(shapes, model_t5, tmp_path / "loaded", *common, *everything)
     assert digest(bare) == digest(loaded)
-    _, other_seed = run(shapes, model_t5, tmp_path / "seed", *common, "--seed", 1)
+    _, other_seed = train(shapes, model_t5, tmp_path / "seed", *common, "--seed", 1)
     assert digest(bare) != digest(other_seed)
 
 
@@ -285,7 +263,7 @@ def test_flip_uses_latent_flip_and_says_how_to_get_it(shapes, tmp_path):
 
 def test_logged_scalars_are_right_and_in_both_logs(shapes, model_t5, tmp_path):
     flags = ["--max_steps", 3, "--batch_size", 4, "--use_snr", "--objective", "epsilon", "--cond_dropout", 0]
-    lines, _ = run(shapes, model_t5, tmp_path / "run", *flags)
+    lines, _ = train(shapes, model_t5, tmp_path / "run", *flags)
     # Step 1 by hand: loss of the untrained UNet, gradients from autograd.
     index = PairIndex([shapes], *T5)
     scale = json.loads((model_t5 / "vae" / "config.json").read_text())["scaling_factor"]
@@ -299,9 +277,7 @@ def test_logged_scalars_are_right_and_in_both_logs(shapes, model_t5, tmp_path):
     snr = compute_snr(ddpm, batch["timesteps"])
     loss = (error.mean((1, 2, 3)) * snr.clamp(max=5) / snr).mean()
     loss.backward()
-    qk = torch.cat([
-        p.grad.flatten() for name, p in unet.named_parameters() if ".to_q." in name or ".to_k." in name
-    ])  # fmt: skip
+    qk = torch.cat([p.grad.flatten() for name, p in unet.named_parameters() if ".to_q." in name or ".to_k." in name])
     norm = torch.cat([p.grad.flatten() for p in unet.parameters()]).norm()
     first = lines[0]
     assert first["01_Training/loss"] == pytest.approx(loss.item(), rel=1e-4)
@@ -309,8 +285,7 @@ def test_logged_scalars_are_right_and_in_both_logs(shapes, model_t5, tmp_path):
     assert first["01_Training/qk_grads_av"] == pytest.approx(qk.abs().mean().item(), rel=1e-3)
     assert first["01_Training/grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
     assert first["01_Training/images_seen"] == 4
-    events = EventAccumulator(str(tmp_path / "tb" / "run"))
-    events.Reload()
+    events = read_events(tmp_path / "tb" / "run")
     scalars = set(events.Tags()["scalars"]) - {"04_Learning_Rate/planned"}  # a curve, drawn once
     for tag in scalars:
         for event in events.Scalars(tag):
@@ -320,7 +295,7 @@ def test_logged_scalars_are_right_and_in_both_logs(shapes, model_t5, tmp_path):
 
 def test_log_steps_are_lines_where_no_progress_bar_is_seen(shapes, model_t5, tmp_path, capsys, monkeypatch):
     flags = ["--max_steps", 4, "--batch_size", 4, "--log_step", 2, "--val_split", 0.3, "--val_steps", 4, "--lr", 1e-4]
-    lines, _ = run(shapes, model_t5, tmp_path / "run", *flags)
+    lines, _ = train(shapes, model_t5, tmp_path / "run", *flags)
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     assert len(said) == len(lines) == 3
     for line, text in zip(lines, said, strict=True):
@@ -332,7 +307,7 @@ def test_log_steps_are_lines_where_no_progress_bar_is_seen(shapes, model_t5, tmp
             f"grad_norm {line['01_Training/grad_norm']:.4g}, images/s {speed:.4g}, {left} left"
         )
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    run(shapes, model_t5, tmp_path / "bar", *flags, "--log_groups")
+    train(shapes, model_t5, tmp_path / "bar", *flags, "--log_groups")
     assert "\nstep " not in (seen := capsys.readouterr()).out and "train: 100%" in seen.err
 
 
@@ -340,10 +315,8 @@ def test_a_run_fills_all_fifteen_groups_at_their_steps(shapes, model_t5, tmp_pat
     flags = ["--max_steps", 6, "--batch_size", 4, "--log_groups", *range(1, 16), "--diagnostic_steps", 3]
     flags += ["--sample_prompt", "a star", "--sample_steps", 2, "--sampler_steps", 1, "--save_steps", 2]
     flags += ["--val_split", 0.3, "--val_steps", 2, "--precision", "fp16"]
-    lines, _ = run(shapes, model_t5, tmp_path / "run", *flags)
-    read = EventAccumulator(
-        str(tmp_path / "tb" / "run"), dict.fromkeys(("images", "scalars", "histograms"), 0)
-    ).Reload()
+    lines, _ = train(shapes, model_t5, tmp_path / "run", *flags)
+    read = read_events(tmp_path / "tb" / "run")
     tags = {kind: read.Tags()[kind] for kind in ("scalars", "images", "histograms", "tensors")}
     assert {tag[:2] for names in tags.values() for tag in names} >= {f"{group:02d}" for group in range(1, 16)}
     assert "_hparams_/experiment" in read.summary_metadata
@@ -374,7 +347,7 @@ def test_checkpoint_is_a_complete_pipeline_whose_frozen_parts_are_stored_once(
 ):
     model, suffixes = (model_t5, T5) if flavour == "t5" else (model_sd, CLIP)
     flags = ["--max_steps", 4, "--batch_size", 2, "--save_steps", 2, "--ema_decay", 0.9, "--lr", 1e-3]
-    _, weights = run(shapes, model, tmp_path / "run", *flags, "--objective", "v_prediction", suffixes=suffixes)
+    _, weights = train(shapes, model, tmp_path / "run", *flags, "--objective", "v_prediction", suffixes=suffixes)
     first, second = tmp_path / "run" / "checkpoint-000002", tmp_path / "run" / "checkpoint-000004"
     for path in second.rglob("*"):
         if path.is_file() and path.relative_to(second).parts[0] in ("vae", "text_encoder", "tokenizer", "projection"):
@@ -391,14 +364,14 @@ def test_checkpoint_is_a_complete_pipeline_whose_frozen_parts_are_stored_once(
     assert digest(pipe.unet.state_dict()) == digest(weights)
     image = pipe("a red circle", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
     assert image.size == (64, 64)
-    ema = load_file(second / "unet_ema" / "diffusion_pytorch_model.safetensors")
+    ema = weights_of(second / "unet_ema")
     assert digest(ema) != digest(weights)
     assert not list((tmp_path / "run").glob(".checkpoint*"))
 
 
 def test_bf16_autocast_keeps_float32_weights_and_learns(shapes, model_t5, tmp_path):
     flags = ["--max_steps", 40, "--batch_size", 8, "--lr", 2e-3, "--precision", "bf16", "--objective", "flow"]
-    lines, weights = run(shapes, model_t5, tmp_path / "run", *flags)
+    lines, weights = train(shapes, model_t5, tmp_path / "run", *flags)
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     losses = [line["01_Training/loss_raw"] for line in lines]
     assert np.mean(losses[-10:]) < 0.75 * np.mean(losses[:5])
@@ -407,18 +380,11 @@ def test_bf16_autocast_keeps_float32_weights_and_learns(shapes, model_t5, tmp_pa
 def test_settings_are_kept_with_the_run(shapes, model_t5, tmp_path):
     config = tmp_path / "my_run.sh"
     config.write_text("#!/bin/sh\n")
-    run(shapes, model_t5, tmp_path / "run", "--max_steps", 1, "--batch_size", 2, "--copy_config", config)
+    train(shapes, model_t5, tmp_path / "run", "--max_steps", 1, "--batch_size", 2, "--copy_config", config)
     assert (tmp_path / "run" / "my_run.sh").read_text() == "#!/bin/sh\n"
     args = json.loads((tmp_path / "run" / "args.json").read_text())
     assert args["batch_size"] == 2
     assert args["cond_dropout"] == 0.04
-
-
-def refused(data, model, out, *flags, suffixes=T5):
-    """The message with which the trainer refuses to start."""
-    with pytest.raises(ValueError) as error:
-        run(data, model, out, "--max_steps", 1, "--batch_size", 2, *flags, suffixes=suffixes)
-    return str(error.value)
 
 
 @pytest.mark.parametrize("key", ["encoder", "settings", "scaling_factor"])
@@ -448,18 +414,18 @@ def test_a_model_with_another_vae_than_the_caches_is_warned_of(shapes, model_t5,
     shutil.copytree(model_t5, model)
     config = json.loads((model / "vae" / "config.json").read_text())
     (model / "vae" / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.5}))
-    run(shapes, model, tmp_path / "run", "--max_steps", 1, "--batch_size", 2)
+    train(shapes, model, tmp_path / "run", "--max_steps", 1, "--batch_size", 2)
     assert "not the VAE that made the image caches" in capsys.readouterr().err
-    run(shapes, model_t5, tmp_path / "right", "--max_steps", 1, "--batch_size", 2)
+    train(shapes, model_t5, tmp_path / "right", "--max_steps", 1, "--batch_size", 2)
     assert capsys.readouterr().err == ""
 
 
 def test_a_scaling_factor_that_contradicts_the_caches_is_warned_of_once(shapes, model_t5, tmp_path, capsys):
     flags = ["--max_steps", 1, "--batch_size", 4, "--val_split", 0.3, "--vae_scaling_factor"]
     own = json.loads((model_t5 / "vae" / "config.json").read_text())["scaling_factor"]
-    run(shapes, model_t5, tmp_path / "same", *flags, own)
+    train(shapes, model_t5, tmp_path / "same", *flags, own)
     assert "warning" not in capsys.readouterr().err
-    run(shapes, model_t5, tmp_path / "other", *flags, 0.13025)
+    train(shapes, model_t5, tmp_path / "other", *flags, 0.13025)
     said = capsys.readouterr().err
     assert (
         said.count("warning") == 1 and f"--vae_scaling_factor 0.13025: the VAE that made the caches has {own}" in said
@@ -481,7 +447,7 @@ def test_run_that_cannot_start_says_why(shapes, model_t5, tmp_path):
     shutil.copytree(shapes, data)
     (data / "_null_caption.txt_t5cache").unlink()
     assert "_null_caption" in refused(data, model_t5, tmp_path / "b")
-    run(shapes, model_t5, tmp_path / "c", "--max_steps", 1, "--batch_size", 2)
+    train(shapes, model_t5, tmp_path / "c", "--max_steps", 1, "--batch_size", 2)
     assert "already holds a run" in refused(shapes, model_t5, tmp_path / "c")
     damaged = sorted(data.glob("*.txt_t5cache"))[3]
     damaged.write_bytes(damaged.read_bytes()[:-7])
@@ -489,16 +455,10 @@ def test_run_that_cannot_start_says_why(shapes, model_t5, tmp_path):
 
 
 def test_headerless_caches_train_with_one_warning(shapes, model_t5, tmp_path, capsys):
-    from safetensors.torch import save_file
-
-    data = tmp_path / "data"
-    data.mkdir()
-    for path in shapes.glob("*.*"):
-        if path.suffix in T5:
-            save_file(load_file(path), data / path.name)
+    data = without_headers(shapes, tmp_path / "data")
     assert "vae_scaling_factor" in refused(data, model_t5, tmp_path / "a")
     capsys.readouterr()
-    run(data, model_t5, tmp_path / "b", "--max_steps", 1, "--batch_size", 2, "--vae_scaling_factor", 0.5)
+    train(data, model_t5, tmp_path / "b", "--max_steps", 1, "--batch_size", 2, "--vae_scaling_factor", 0.5)
     assert capsys.readouterr().err.count("cannot be verified") == 1
 
 
@@ -506,8 +466,8 @@ def test_zero_terminal_snr_is_trained_and_saved_with_the_checkpoint(shapes, mode
     flags = ["--max_steps", 2, "--batch_size", 4, "--zero_terminal_snr", "--use_snr", "--offset_noise", 0.1]
     flags += ["--timestep_sampling", "stratified", "--grad_accum", 2]
     with pytest.raises(ValueError, match="epsilon cannot tell"):
-        run(shapes, model_t5, tmp_path / "epsilon", *flags)
-    lines, _ = run(shapes, model_t5, tmp_path / "v", *flags, "--objective", "v_prediction")
+        train(shapes, model_t5, tmp_path / "epsilon", *flags)
+    lines, _ = train(shapes, model_t5, tmp_path / "v", *flags, "--objective", "v_prediction")
     assert all(0 < line["01_Training/loss_raw"] < 10 for line in lines)
     config = json.loads((tmp_path / "v/checkpoint-000002/scheduler/scheduler_config.json").read_text())
     assert config["rescale_betas_zero_snr"] and config["timestep_spacing"] == "trailing"
@@ -525,12 +485,12 @@ def test_bucketed_caches_of_one_folder_train_together_each_batch_of_one_size(sha
         if index % 3:
             Image.open(path).resize((128, 64) if index % 3 == 1 else (64, 128)).save(path)
     argv = ["--data_root", data, "--model", model_t5, "--resolution", 192, "--bucket", "--num_workers", 0]
-    assert load_script("cache/create_img_sdxl.py").main(list(map(str, argv))) == 0
+    assert run_script("cache/create_img_sdxl.py", *argv) == 0
     index = PairIndex([data], *T5)
     assert sorted(index.shapes) == [(4, 16, 32), (4, 24, 24), (4, 32, 16)]
     for batch in BatchSampler(index, 4, seed=0, num_batches=9):
         assert len({index.shape_ids[i] for _, i, *_ in batch}) == 1
-    lines, _ = run(data, model_t5, tmp_path / "run", "--max_steps", 6, "--batch_size", 4)
+    lines, _ = train(data, model_t5, tmp_path / "run", "--max_steps", 6, "--batch_size", 4)
     assert len(lines) == 6 and all(line["01_Training/loss"] < 10 for line in lines)
 
 
@@ -548,22 +508,11 @@ def test_photographs_at_512_train_from_their_caches(flavour, model_t5, model_sd,
     kinds = ["img_sdxl", "t5cache_768"] if flavour == "t5" else ["img_sdvae", "clipl"]
     for kind in kinds:
         extra = ["--resolution", "512", "--num_workers", "0"] if kind.startswith("img") else []
-        argv = ["--data_root", str(data), "--model", str(model), *extra]
-        assert load_script(f"cache/create_{kind}.py").main(argv) == 0
+        assert run_script(f"cache/create_{kind}.py", "--data_root", data, "--model", model, *extra) == 0
     suffixes = T5 if flavour == "t5" else [".img_sdvae", ".txt_clipl"]
-    flags = [
-        "--max_steps",
-        3,
-        "--batch_size",
-        1,
-        "--sample_prompt",
-        "a cat",
-        "--sample_cfgs",
-        1,
-        "--sampler_steps",
-        1,
-    ]
-    lines, weights = run(data, model, tmp_path / "run", *flags, suffixes=suffixes)
+    flags = ["--max_steps", 3, "--batch_size", 1, "--sample_prompt", "a cat", "--sampler_steps", 1]
+    flags += ["--sample_cfgs", 1]
+    lines, weights = train(data, model, tmp_path / "run", *flags, suffixes=suffixes)
     assert all(0 < line["01_Training/loss_raw"] < 3 for line in lines)
     assert all(tensor.isfinite().all() for tensor in weights.values())
     assert PairIndex([data], *suffixes).shapes == [(4, 64, 64)]
@@ -577,9 +526,13 @@ def front_end(flavour, *argv, cwd, **settings):
     environment = os.environ | {name: str(value) for name, value in settings.items()} | {"VIRTUAL_ENV": "x"}
     environment["PATH"] = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
     return subprocess.Popen(
-        [REPO / f"train_{flavour}.sh", *argv], cwd=cwd, text=True, env=environment, stdout=subprocess.PIPE,
+        [REPO / f"train_{flavour}.sh", *argv],
+        cwd=cwd,
+        text=True,
+        env=environment,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("flavour", ["t5", "sd"])
@@ -601,7 +554,7 @@ def test_front_ends_differ_in_their_settings_only():
 
 
 def test_front_end_saves_the_running_run_when_asked_and_resumes_it(shapes, model_t5, tmp_path):
-    out = tmp_path / "run"
+    out, metrics = tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
     settings = {"DATADIR": shapes, "MODEL": model_t5, "BATCH": 2, "SCHED": "constant", "OUTPUT": out, "cwd": tmp_path}
     settings |= {"SAVE_STEPS": 100_000}  # however far the run gets, it saves only when asked
 
@@ -611,9 +564,9 @@ def test_front_end_saves_the_running_run_when_asked_and_resumes_it(shapes, model
 
     assert asked() == ("", 2)  # no such run
     running = front_end("t5", "--num_workers", "0", STEPS=100_000, **settings)
-    wait_for(running, lambda: (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text())
+    wait_until(lambda: metrics.exists() and metrics.read_text(), lambda: running.poll() is None)
     assert asked() == (f"{out}: a checkpoint will be written after the current step\n", 0)
-    wait_for(running, lambda: list(out.glob("checkpoint-*")))
+    wait_until(lambda: list(out.glob("checkpoint-*")), lambda: running.poll() is None)
     running.terminate()
     said, _ = running.communicate()
     assert running.returncode == 143 and "--resume latest continues the run" in said
@@ -627,19 +580,13 @@ def test_front_end_saves_the_running_run_when_asked_and_resumes_it(shapes, model
     assert f"resumes after step {last} of {saved[-1]}" in said and (out / f"checkpoint-{last + 2:06d}").exists()
 
 
-def wait_for(process, condition):
-    """Waits until `condition()` is true, which it becomes while the process runs."""
-    deadline_s = time.monotonic() + HANG_S
-    while not condition():
-        assert process.poll() is None and time.monotonic() < deadline_s
-        time.sleep(0.05)
-
-
 @pytest.mark.parametrize(
     ("setting", "value", "message"),
-    [("in_channels", 8, "latents are (4, 8, 8), the UNet wants 8 channels"),
-     ("cross_attention_dim", 32, "embeddings are 64 wide, the UNet wants 32")],
-)  # fmt: skip
+    [
+        ("in_channels", 8, "latents are (4, 8, 8), the UNet expects 8 channels"),
+        ("cross_attention_dim", 32, "text embeddings have width 64, the UNet expects 32"),
+    ],
+)
 def test_widths_that_do_not_fit_are_refused_before_the_unet_is_loaded(
     setting, value, message, shapes, model_t5, tmp_path, monkeypatch
 ):
@@ -656,13 +603,12 @@ def test_widths_that_do_not_fit_are_refused_before_the_unet_is_loaded(
 def test_folders_of_two_sizes_train_together_one_size_a_batch(shapes, model_t5, tmp_path):
     wide = tmp_path / "wide"
     shutil.copytree(shapes, wide)
-    argv = ["--data_root", wide, "--model", model_t5, "--target_width", 96, "--target_height", 64, "--num_workers", 0]
-    assert load_script("cache/create_img_sdxl.py").main(list(map(str, argv))) == 0
+    assert run_script("cache/create_img_sdxl.py", "--data_root", wide, "--model", model_t5, *WIDE) == 0
     index = PairIndex([shapes, wide], *T5)
     assert index.shapes == [(4, 8, 8), (4, 8, 12)]
     for keys in islice(BatchSampler(index, 4, 0, 12), 12):
         assert len({index.shape_ids[i] for _, i, *_ in keys}) == 1
-    lines, _ = run(
+    lines, _ = train(
         shapes, model_t5, tmp_path / "run", "--max_steps", 6, "--batch_size", 4, "--train_data_dir", shapes, wide
     )
     assert len(lines) == 6
@@ -688,7 +634,7 @@ def test_samples_of_custom_caches_are_refused(shapes, model_t5, tmp_path):
         tensors, header = read_sidecar(path)
         write_sidecar(path, tensors, {**header.metadata, "settings": '{"custom": true}'})
     assert "--custom" in refused(data, model_t5, tmp_path / "a", "--sample_prompt", "a star")
-    run(data, model_t5, tmp_path / "b", "--max_steps", 1, "--batch_size", 2)
+    train(data, model_t5, tmp_path / "b", "--max_steps", 1, "--batch_size", 2)
 
 
 @pytest.mark.parametrize(
@@ -698,6 +644,6 @@ def test_samples_of_custom_caches_are_refused(shapes, model_t5, tmp_path):
 )  # fmt: skip
 def test_flags_that_cannot_apply_are_errors(flags, capsys):
     with pytest.raises(SystemExit) as stop:
-        trainer.main(["--train_data_dir", "x", "--model", "x", "--output_dir", "x", *flags])
+        run_script("train_from_cached.py", "--train_data_dir", "x", "--model", "x", "--output_dir", "x", *flags)
     assert stop.value.code == 2
     assert flags[0] in capsys.readouterr().err

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from helpers import bare_run, open_pairs
+from helpers import T5, bare_run, open_pairs
 from safetensors.torch import load_file
 
 from cachetrain.data import rng
@@ -17,7 +17,6 @@ from cachetrain.modeling import load
 from cachetrain.training.validation import QUANTILES, FixedBatches, Validation
 
 torch.set_num_threads(1)
-T5 = [".img_sdxl", ".txt_t5cache"]
 CPU = torch.device("cpu")
 
 

@@ -10,7 +10,7 @@ from itertools import count
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from helpers import bare_run, load_script
+from helpers import bare_run, load_script, run_script, trainer_argv
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -164,11 +164,10 @@ def reads(monkeypatch):
     reads.off()
 
 
-def train(data, model, out, precision, optimizer, *more):
+def train_with_everything(data, model, out, precision, optimizer, *more):
     """A short run with everything on."""
     flags = {
-        "--train_data_dir": data, "--model": model, "--output_dir": out, "--logdir": out.parent / "tb",
-        "--precision": precision, "--optimizer": optimizer, "--device": "cpu", "--num_workers": 1,
+        "--precision": precision, "--optimizer": optimizer, "--num_workers": 1,
         "--objective": "v_prediction", "--noise_gamma": 5, "--offset_noise": 0.1, "--cond_dropout": 0.3,
         "--timestep_sampling": "stratified", "--batch_size": 2, "--gradient_accum": ACCUM, "--gradient_clip": 0.5,
         "--ema_decay": 0.9, "--scheduler": "cosine", "--warmup_steps": 2, "--lr": 1e-4, "--max_steps": MAX_STEPS,
@@ -176,9 +175,9 @@ def train(data, model, out, precision, optimizer, *more):
         "--sample_steps": LOG_STEP, "--val_split": 0.2, "--sample_prompt": "a red circle", "--sample_cfgs": 2,
         "--sampler_steps": 1,
     }  # fmt: skip
-    argv = [str(word) for pair in flags.items() for word in pair]
-    argv += [*more, "--use_snr", "--save_on_epoch", "--log_groups", *map(str, range(1, 16))]
-    assert trainer.main(argv) == 0
+    more = [*more, "--use_snr", "--save_on_epoch", "--log_groups", *range(1, 16)]
+    argv = trainer_argv(data, model, out, *(word for pair in flags.items() for word in pair), *more)
+    assert run_script("train_from_cached.py", *argv) == 0
     assert len(list((out / "samples").iterdir())) == 2
     assert (out / f"checkpoint-{LOG_STEP:06d}").exists()
 
@@ -191,7 +190,7 @@ def train(data, model, out, precision, optimizer, *more):
 def test_host_reads_nothing_outside_log_steps_saves_and_samples(
     precision, optimizer, reads, shapes, model_t5, tmp_path
 ):
-    train(shapes, model_t5, tmp_path / "run", precision, optimizer)
+    train_with_everything(shapes, model_t5, tmp_path / "run", precision, optimizer)
     assert reads.step == MAX_STEPS
     if optimizer == "adamw" and precision != "bf16_pure":  # torch's, which skips a bad step on the device
         assert reads.found == []
@@ -209,7 +208,7 @@ def test_a_read_in_the_step_is_noticed(reads, shapes, model_t5, tmp_path, monkey
         return losses
 
     monkeypatch.setattr(trainer, "forward_pass", reading)
-    train(shapes, model_t5, tmp_path / "run", "fp32", "adamw")
+    train_with_everything(shapes, model_t5, tmp_path / "run", "fp32", "adamw")
     assert {step for step, *_ in reads.found} == set(range(1, MAX_STEPS + 1))
     assert {what for _, what, _ in reads.found} >= {"item", "aten::_local_scalar_dense"}
 
@@ -244,12 +243,14 @@ def step(unet, tokens, size=(8, 8), masked=True, batch_size=2, precision="fp32")
     torch.manual_seed(0)
     latents, noise = torch.randn(2, batch_size, 4, *size)
     batch = {
-        "latents": latents, "noise": noise, "timesteps": 1000 * torch.rand(batch_size),
+        "latents": latents,
+        "noise": noise,
+        "timesteps": 1000 * torch.rand(batch_size),
         "conditioning": {
             "encoder_hidden_states": torch.randn(batch_size, tokens, 64),
             "encoder_attention_mask": torch.arange(tokens).expand(batch_size, -1) < tokens - 3 if masked else None,
         },
-    }  # fmt: skip
+    }
     (batch,) = on_device([pack(batch)], torch.device("cpu"))
     autocast = autocast_for(torch.device("cpu"), precision)
     run = bare_run(objective="flow", alphas_cumprod=None, autocast=autocast, args={"use_snr": False})
@@ -276,7 +277,9 @@ def test_compiled_unet_is_one_graph_for_each_size(graphs, shapes, model_sd):
 
 
 def test_compiled_run_compiles_nothing_but_the_step(graphs, shapes, model_t5, tmp_path):
-    train(shapes, model_t5, tmp_path / "run", "fp32", "adamw", "--compile")  # with validation, samples and pictures
+    train_with_everything(
+        shapes, model_t5, tmp_path / "run", "fp32", "adamw", "--compile"
+    )  # with validation, samples and pictures
     assert len(graphs) == 1
 
 

@@ -125,7 +125,7 @@ def test_pair_up_takes_the_first_of_two_images_of_one_stem():
     folder = Folder("d", sorted(["a.jpg", "a.png", "a.caption", "b.JPG", "b.txt", "b.caption", "c.png", "c.TXT"]))
     pairs = list(pair_up(folder, lambda *error: errors.append(error)))
     assert pairs == [Pair("d/a.jpg", "d/a.caption"), Pair("d/b.JPG", "d/b.txt"), Pair("d/c.png", None)]
-    assert errors == [("d/a.png", "would share its sidecar with a.jpg beside it; rename one of the two")]
+    assert errors == [("d/a.png", "would share its sidecar with a.jpg; rename one of the two images")]
 
 
 @pytest.mark.parametrize(

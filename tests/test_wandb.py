@@ -13,9 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import wandb
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_training import run, trainer
-from train_ranks import HANG_S
+from helpers import HANG_S, read_events, run_script, train
 from wandb.proto.wandb_internal_pb2 import Record
 
 from cachetrain.training import options
@@ -86,7 +84,7 @@ def value_of(files, fields):
 
 def logged(log_dir):
     """The same of the event files, by TensorBoard's reader."""
-    reader = EventAccumulator(str(log_dir), size_guidance={"images": 0, "scalars": 0, "histograms": 0}).Reload()
+    reader = read_events(log_dir)
     found = {(tag, e.step): e.value for tag in reader.Tags()["scalars"] for e in reader.Scalars(tag)}
     found |= {(tag, e.step): e.encoded_image_string for tag in reader.Tags()["images"] for e in reader.Images(tag)}
     for tag in reader.Tags()["histograms"]:
@@ -104,10 +102,10 @@ def test_a_resumed_run_mirrors_all_numbers_histograms_and_pictures_of_tensorboar
     flags = ["--wandb", "--batch_size", 6, "--diagnostic_steps", 2, "--sample_steps", 1, "--sampler_steps", 1]
     flags += ["--sample_prompt", "a star", "--sample_cfgs", 1, 4]
     out = tmp_path / "run"
-    run(shapes, model_t5, out, "--max_steps", 2, *flags)
+    train(shapes, model_t5, out, "--max_steps", 2, *flags)
     [events] = (tmp_path / "tb" / "run").glob("*tfevents*")  # as if it had been opened just now
     events.rename(events.with_name(re.sub(r"\d{10}", str(int(time.time()) + 2), events.name, count=1)))
-    run(shapes, model_t5, out, "--max_steps", 4, *flags, "--resume", "latest")
+    train(shapes, model_t5, out, "--max_steps", 4, *flags, "--resume", "latest")
     expected, found = logged(tmp_path / "tb" / "run"), mirrored(out)
     assert found.keys() == expected.keys()
     assert {tag[:2] for tag, _ in found} == {f"{group:02d}" for group in (*range(1, 8), 9, 11, 12, 13, 14)}
@@ -117,7 +115,7 @@ def test_a_resumed_run_mirrors_all_numbers_histograms_and_pictures_of_tensorboar
         else:
             np.testing.assert_allclose(found[key], value, rtol=1e-5, err_msg=str(key))
     assert any(value[:3] == b"GIF" for value in found.values() if isinstance(value, bytes))
-    run(shapes, model_t5, out, "--max_steps", 5, *flags[1:], "--resume", "latest")  # and without it
+    train(shapes, model_t5, out, "--max_steps", 5, *flags[1:], "--resume", "latest")  # and without it
     runs = [record for _, kind, record in records(out) if kind == "run"]
     identity = ("cachetrain", "run", (out / wandb_mirror.ID).read_text())
     assert [(record.project, record.display_name, record.run_id) for record in runs] == [identity] * 2
@@ -191,7 +189,7 @@ def test_without_a_server_the_mirror_stays_here(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(wandb, "init", noted)
     assert start_and_finish(tmp_path / "run")["run"].project == "cachetrain"
-    assert "the mirror is kept on this disk, `wandb sync` uploads it" in capsys.readouterr().err
+    assert "logging offline instead; upload the log with `wandb sync`" in capsys.readouterr().err
     assert started == [(None, 30, 120), ("offline", 30, 120)]
 
 
@@ -222,5 +220,5 @@ def test_what_wandb_cannot_do_ends_no_run(tmp_path, monkeypatch, capsys):
 def test_without_the_package_the_flag_is_refused(spec, monkeypatch, capsys):
     monkeypatch.setattr(options, "find_spec", lambda name: spec)
     with pytest.raises(SystemExit):
-        trainer.main(["--train_data_dir", "x", "--model", "x", "--output_dir", "x", "--wandb"])
+        run_script("train_from_cached.py", "--train_data_dir", "x", "--model", "x", "--output_dir", "x", "--wandb")
     assert "error: --wandb needs Weights & Biases: pip install wandb" in capsys.readouterr().err

@@ -1,6 +1,5 @@
 """warnings.jsonl: what real trainings warn of, and what ends them, with the step at which it was."""
 
-import json
 import os
 import signal
 import threading
@@ -9,11 +8,11 @@ from itertools import count
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from test_training import T5, refused, run, trainer
+from helpers import json_lines, load_script, refused, train, without_headers
 
-from cachetrain.log import recorded, warn
+from cachetrain.log import record_warnings, warn
 
+trainer = load_script("train_from_cached.py")
 FLAGS = ["--max_steps", 4, "--batch_size", 2, "--log_groups", 1, "--save_steps", 2]
 BARE = [*FLAGS, "--vae_scaling_factor", 0.5]  # which caches without headers do not say
 
@@ -21,11 +20,7 @@ BARE = [*FLAGS, "--vae_scaling_factor", 0.5]  # which caches without headers do 
 @pytest.fixture(scope="module")
 def bare(shapes, tmp_path_factory):
     """Caches without headers, of which every run warns at its start."""
-    data = tmp_path_factory.mktemp("bare")
-    for path in shapes.glob("*.*"):
-        if path.suffix in T5:
-            save_file(load_file(path), data / path.name)
-    return data
+    return without_headers(shapes, tmp_path_factory.mktemp("bare"))
 
 
 def at_forward(monkeypatch, number, action):
@@ -37,10 +32,6 @@ def at_forward(monkeypatch, number, action):
         return result._replace(loss=result.loss + (action() or 0.0)) if next(calls) == number else result
 
     monkeypatch.setattr(trainer, "forward_pass", acting)
-
-
-def lines_of(out):
-    return [json.loads(line) for line in (out / "warnings.jsonl").read_text().splitlines()]
 
 
 def assert_lines(found, *expected):
@@ -56,8 +47,8 @@ def test_warnings_are_kept_with_their_steps_and_a_resume_adds_to_them(bare, mode
     with monkeypatch.context() as patch:
         at_forward(patch, 2, lambda: torch.nan)
         at_forward(patch, 3, lambda: prompts.write_bytes(b"\xff"))
-        run(bare, model_t5, out, *flags)
-    first = lines_of(out)
+        train(bare, model_t5, out, *flags)
+    first = json_lines(out / "warnings.jsonl")
     assert_lines(
         first, (0, "cannot be verified"), (2, "not finite at step 2"), (3, "prompts read before stay in use")
     )
@@ -68,9 +59,11 @@ def test_warnings_are_kept_with_their_steps_and_a_resume_adds_to_them(bare, mode
 
     prompts.write_text("a ring")
     os.truncate(out / "checkpoint-000004" / "unet" / "diffusion_pytorch_model.safetensors", 100)
-    run(bare, model_t5, out, *flags, "--resume", "latest")
-    assert lines_of(out)[:3] == first
-    assert_lines(lines_of(out)[3:], (2, "IS DAMAGED and stepped over"), (2, "cannot be verified"))
+    train(bare, model_t5, out, *flags, "--resume", "latest")
+    assert json_lines(out / "warnings.jsonl")[:3] == first
+    assert_lines(
+        json_lines(out / "warnings.jsonl")[3:], (2, "IS DAMAGED and stepped over"), (2, "cannot be verified")
+    )
 
 
 def out_of_memory():
@@ -83,15 +76,17 @@ def bug():
 
 @pytest.mark.parametrize(
     ("action", "words"),
-    [(lambda: torch.nan, "the run ended: loss or gradients were not finite in 1 steps in a row"),
-     (out_of_memory, "the run ended: out of memory (no room); try --batch_size"),
-     (bug, "the run ended: KeyError: 'unheard of'")],
-)  # fmt: skip
+    [
+        (lambda: torch.nan, "the run ended: loss or gradients were not finite in 1 steps in a row"),
+        (out_of_memory, "the run ended: out of memory (no room); try --batch_size"),
+        (bug, "the run ended: KeyError: 'unheard of'"),
+    ],
+)
 def test_the_error_that_ends_a_run_is_its_last_line(action, words, shapes, model_t5, tmp_path, monkeypatch):
     at_forward(monkeypatch, 2, action)
     with pytest.raises((ValueError, KeyError)):
-        run(shapes, model_t5, tmp_path / "run", *FLAGS, "--max_nonfinite", 1)
-    *_, last = lines_of(tmp_path / "run")
+        train(shapes, model_t5, tmp_path / "run", *FLAGS, "--max_nonfinite", 1)
+    *_, last = json_lines(tmp_path / "run" / "warnings.jsonl")
     assert_lines([last], (2, words))
 
 
@@ -99,13 +94,15 @@ def test_the_error_that_ends_a_run_is_its_last_line(action, words, shapes, model
 def test_the_signal_that_ends_a_run_is_its_last_line(number, shapes, model_t5, tmp_path, monkeypatch):
     at_forward(monkeypatch, 2, lambda: os.kill(os.getpid(), number))
     with pytest.raises(AssertionError):  # an exit code that is not 0
-        run(shapes, model_t5, tmp_path / "run", *FLAGS)
-    assert_lines(lines_of(tmp_path / "run"), (2, f"the run ended: {number.name} after step 2 of 4"))
+        train(shapes, model_t5, tmp_path / "run", *FLAGS)
+    assert_lines(
+        json_lines(tmp_path / "run" / "warnings.jsonl"), (2, f"the run ended: {number.name} after step 2 of 4")
+    )
 
 
 def test_healthy_and_refused_runs_leave_no_file(bare, shapes, model_t5, tmp_path):
     out = tmp_path / "healthy"
-    run(shapes, model_t5, out, *FLAGS)
+    train(shapes, model_t5, out, *FLAGS)
     assert "vae_scaling_factor" in refused(bare, model_t5, tmp_path / "refused")  # after the warning of its caches
     assert "already holds a run" in refused(bare, model_t5, out)
     assert not list(tmp_path.rglob("warnings.jsonl"))
@@ -114,12 +111,12 @@ def test_healthy_and_refused_runs_leave_no_file(bare, shapes, model_t5, tmp_path
 def test_a_full_disk_ends_no_run(bare, model_t5, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "warnings.jsonl").symlink_to("/dev/full")
-    run(bare, model_t5, tmp_path / "run", *BARE)
+    train(bare, model_t5, tmp_path / "run", *BARE)
     assert capsys.readouterr().err.count("warning: ") == 1
 
 
 def test_lines_of_many_threads_are_whole_and_other_ranks_write_none(tmp_path, monkeypatch):
-    with recorded() as record:
+    with record_warnings() as record:
         record.start(tmp_path / "warnings.jsonl", 7)
         threads = [threading.Thread(target=lambda i=i: [warn(f"{i} {n}") for n in range(50)]) for i in range(8)]
         for thread in threads:
@@ -130,6 +127,6 @@ def test_lines_of_many_threads_are_whole_and_other_ranks_write_none(tmp_path, mo
         warn("the same on another rank")
     monkeypatch.delenv("RANK")
     warn("after the run")
-    lines = lines_of(tmp_path)
+    lines = json_lines(tmp_path / "warnings.jsonl")
     assert sorted(line["message"] for line in lines) == sorted(f"{i} {n}" for i in range(8) for n in range(50))
     assert {line["step"] for line in lines} == {7}

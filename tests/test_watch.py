@@ -11,14 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import REPO, load_script
+from helpers import REPO, WEIGHTS, WIDE, run_script, train
 from PIL import Image, ImageChops
 
 from cachetrain.atomic import LOCK, is_locked
 from cachetrain.sampling import watch
 
 torch.set_num_threads(1)
-sample = load_script("sample.py")
 HOLD = """
 import sys
 from cachetrain.atomic import locked_directory
@@ -33,18 +32,16 @@ def trained(shapes, model_t5, tmp_path_factory):
     """A run of 4 steps on wide images, with samples and checkpoints at steps 2 and 4."""
     folder = tmp_path_factory.mktemp("watch")
     data, prompts = shutil.copytree(shapes, folder / "data"), folder / "prompts.json"
-    argv = ["--data_root", data, "--model", model_t5, "--target_width", 96, "--target_height", 64, "--num_workers", 0]
-    assert load_script("cache/create_img_sdxl.py").main([*map(str, argv), "--overwrite"]) == 0
+    cache = ["--data_root", data, "--model", model_t5, *WIDE, "--overwrite"]
+    assert run_script("cache/create_img_sdxl.py", *cache) == 0
     prompts.write_text(json.dumps({"samples": [
         {"prompt": "a star", "negative_prompt": "red"}, {"prompt": "a ring", "seed": -1},
         {"random_caption": True}, {"prompt": "a wide star", "aspect_ratio": 2},
     ]}))  # fmt: skip
-    argv = ["--train_data_dir", data, "--model", model_t5, "--output_dir", folder / "run", "--logdir", folder / "tb"]
-    argv += ["--max_steps", 4, "--save_steps", 2, "--batch_size", 2, "--lr", 1e-2, "--ema_decay", 0.5]
-    argv += ["--precision", "fp32", "--num_workers", 0, "--device", "cpu", "--val_split", 0.3, "--val_steps", 9]
-    argv += ["--text_scaling_factor", 0.5, "--sample_prompts", prompts, "--sample_steps", 2]
-    argv += ["--sampler_steps", 2, "--sample_cfgs", 1, 3, "--log_groups"]
-    assert load_script("train_from_cached.py").main(list(map(str, argv))) == 0
+    flags = ["--max_steps", 4, "--save_steps", 2, "--batch_size", 2, "--lr", 1e-2, "--ema_decay", 0.5]
+    flags += ["--val_split", 0.3, "--val_steps", 9, "--text_scaling_factor", 0.5, "--sample_prompts", prompts]
+    flags += ["--sample_steps", 2, "--sampler_steps", 2, "--sample_cfgs", 1, 3, "--log_groups"]
+    train(data, model_t5, folder / "run", *flags)
     return folder / "run"
 
 
@@ -60,7 +57,7 @@ def change_settings(run, **changes):
 
 
 def watched(run, *flags):
-    return sample.main(["--watch", str(run), "--device", "cpu", *map(str, flags)])
+    return run_script("sample.py", "--watch", run, "--device", "cpu", *flags)
 
 
 def pictures(folder):
@@ -121,11 +118,11 @@ def test_a_step_that_has_samples_is_left_alone(run, capsys):
 
 @pytest.mark.parametrize("damage", ["cut", "removed"])
 def test_a_broken_checkpoint_is_a_warning_and_the_others_are_drawn(damage, run, capsys):
-    weights = run / "checkpoint-000002" / "unet_ema" / "diffusion_pytorch_model.safetensors"
+    weights = run / "checkpoint-000002" / "unet_ema" / WEIGHTS
     weights.write_bytes(weights.read_bytes()[:-9]) if damage == "cut" else weights.unlink()
     assert watched(run) == 1
     said = capsys.readouterr()
-    assert f"no samples of {weights.parent.parent}: " in said.err and "1 checkpoints drawn, 1 not" in said.out
+    assert f"no samples of {weights.parent.parent}: " in said.err and "1 checkpoints drawn, 1 failed" in said.out
     assert steps_drawn(run) == ["step-000004"]
 
 
@@ -139,12 +136,12 @@ def test_a_checkpoint_that_vanishes_is_a_warning_and_the_others_are_drawn(run, m
 
     monkeypatch.setattr(watch.load, "load_unet", load_unet)
     assert watched(run) == 0
-    assert "checkpoint-000002: it was removed before it was drawn" in capsys.readouterr().err
+    assert "checkpoint-000002: the checkpoint was removed before it was drawn" in capsys.readouterr().err
     assert steps_drawn(run) == ["step-000004"]
 
 
 def test_new_prompts_are_drawn_though_the_first_checkpoint_is_gone(run, tmp_path, monkeypatch):
-    prompts, draw = tmp_path / "p.txt", watch._Artist.draw
+    prompts, draw = tmp_path / "p.txt", watch._CheckpointDrawer.draw
     prompts.write_text("a star")
 
     def draw_and_remove(artist, checkpoint):
@@ -152,7 +149,7 @@ def test_new_prompts_are_drawn_though_the_first_checkpoint_is_gone(run, tmp_path
         shutil.rmtree(checkpoint)
         prompts.write_text("a ring")
 
-    monkeypatch.setattr(watch._Artist, "draw", draw_and_remove)
+    monkeypatch.setattr(watch._CheckpointDrawer, "draw", draw_and_remove)
     assert watched(run, "--prompts", prompts, "--cfgs", 1) == 0
     assert set(pictures(run / "samples")) == {"step-000002/00-a-star_cfg1.png", "step-000004/00-a-ring_cfg1.png"}
 
@@ -221,7 +218,7 @@ def test_what_cannot_be_watched_is_refused(run, tmp_path, capsys):
     for flags in (["--watch", "x", "--model", "y"], ["--watch", "x", "--out", "y"], ["--watch", "x", "--grid", "y"],
                   ["--model", "x", "--prompt", "y"], ["--model", "x", "--out", "y"], ["--prompt", "x"]):  # fmt: skip
         with pytest.raises(SystemExit):
-            sample.main(flags)
+            run_script("sample.py", *flags)
         assert flags[-2] in capsys.readouterr().err or "--watch" not in flags
 
 
@@ -253,9 +250,9 @@ def test_sample_script_draws_at_the_trained_size(run, tmp_path):
     checkpoint = run / "checkpoint-000004"
     argv = ["--model", checkpoint, "--prompt", "a star", "--out", tmp_path / "out", "--sampler_steps", 1]
     picture = tmp_path / "out" / "00-a-star_cfg4.png"
-    assert sample.main(list(map(str, argv))) == 0 and Image.open(picture).size == (96, 64)
-    assert sample.main(list(map(str, [*argv, "--width", 128]))) == 0 and Image.open(picture).size == (128, 64)
+    assert run_script("sample.py", *argv) == 0 and Image.open(picture).size == (96, 64)
+    assert run_script("sample.py", *argv, "--width", 128) == 0 and Image.open(picture).size == (128, 64)
     info = json.loads((checkpoint / "cachetrain.json").read_text())
     del info["latent_size"]  # an older checkpoint
     (checkpoint / "cachetrain.json").write_text(json.dumps(info))
-    assert sample.main(list(map(str, argv))) == 0 and Image.open(picture).size == (64, 64)
+    assert run_script("sample.py", *argv) == 0 and Image.open(picture).size == (64, 64)

@@ -2,7 +2,6 @@
 
 import faulthandler
 import fcntl
-import hashlib
 import importlib.util
 import json
 import multiprocessing
@@ -13,16 +12,16 @@ import sys
 import tempfile
 import threading
 import time
-from functools import partial
+from functools import partial, partialmethod
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
-REPO = Path(__file__).resolve().parent.parent
-HANG_S = 300  # a test that waits for longer hangs; so long that no loaded machine gets there
+from helpers import HANG_S, REPO, digest
+
 _IMPORTED = ["torch.distributed.fsdp", "torch.nn.parallel", "optimi", "cachetrain.checkpoints.save",
              "cachetrain.training.ema", "cachetrain.training.logs.run_logs", "cachetrain.training.optim",
-             "cachetrain.training.setup"]  # fmt: skip
+             "cachetrain.training.run"]  # fmt: skip
 
 
 class Rank(NamedTuple):
@@ -113,16 +112,6 @@ def free_port():
     raise OSError("no free port")
 
 
-def digest(tensors):
-    """A hash of {name: tensor}."""
-    import torch
-
-    parts = hashlib.sha256()
-    for name in sorted(tensors):
-        parts.update(name.encode() + tensors[name].contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return parts.hexdigest()
-
-
 def open_trainer(env, argv, log):
     """Makes this process, a fork server's child, one that has just started the trainer, and returns its module.
 
@@ -154,6 +143,36 @@ def _rank(env, argv, folder, rank, moment, cwd):
         trainer.cli.run(trainer.main)
     finally:
         (folder / f"rank{rank}.json").write_text(json.dumps(seen))
+
+
+def starved_rank(env, argv, folder, rank, moment, cwd):
+    """A rank whose other threads run only while its main thread waits with Python's lock released, as on a loaded
+    machine. Gradients are exchanged in many small parts.
+
+    Args:
+        moment: "backward": the process kills itself in the middle of its second backward pass.
+    """
+    from torch.nn.parallel import DistributedDataParallel
+
+    from cachetrain.training import run
+
+    sys.setswitchinterval(10 * HANG_S)
+    time.sleep = lambda _: None
+    DistributedDataParallel.__init__ = partialmethod(DistributedDataParallel.__init__, bucket_cap_mb=0.1)
+    open_unet, passes = run.open_unet, count(1)
+
+    def die(_):
+        if next(passes) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def hooked(*args, **kwargs):
+        unet, chosen = open_unet(*args, **kwargs)
+        unet.mid_block.attentions[0].proj_in.weight.register_hook(die)
+        return unet, chosen
+
+    if moment == "backward":
+        run.open_unet = hooked
+    _rank(env, argv, folder, rank, None, cwd)
 
 
 def observe(trainer, moment=None):

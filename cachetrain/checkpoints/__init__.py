@@ -1,1 +1,1 @@
-"""Checkpoints: how a run is saved, trusted again, resumed and exported."""
+"""Checkpoints: saving, verifying, resuming and exporting."""

@@ -1,8 +1,9 @@
-"""One file in the original Stable Diffusion key layout, as web UIs read it, out of a pipeline directory."""
+"""Exports a pipeline directory as one file in the original Stable Diffusion key layout, for web UIs."""
 
 import inspect
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cachetrain.atomic import staged_file
 from cachetrain.checkpoints import original_layout as layout
@@ -10,35 +11,40 @@ from cachetrain.checkpoints.info import checkpoint_info
 from cachetrain.diffusion.noise_schedulers import objective_of
 from cachetrain.modeling import load
 
+if TYPE_CHECKING:
+    import torch
+
 ORIGINAL_SCALING_FACTOR = 0.18215
 
-# What the layout's keys, shapes or .yaml tell of a config; a web UI takes diffusers' default for all else.
-_UNET_TOLD = {
+# Config fields that web UIs read from the keys, shapes or .yaml. For other fields they assume diffusers' default.
+_UNET_FIELDS = {
     "sample_size", "in_channels", "out_channels", "down_block_types", "up_block_types", "block_out_channels",
     "layers_per_block", "cross_attention_dim", "attention_head_dim", "use_linear_projection", "dropout",
     "transformer_layers_per_block", "upcast_attention", "encoder_hid_dim", "encoder_hid_dim_type",
 }  # fmt: skip
-_VAE_TOLD = {
+_VAE_FIELDS = {
     "sample_size", "in_channels", "out_channels", "down_block_types", "up_block_types", "block_out_channels",
     "layers_per_block", "latent_channels", "scaling_factor", "shift_factor", "force_upcast",
     "mid_block_add_attention",
 }  # fmt: skip
 
 
-def export_single_file(model_dir, out, dtype=None, raw_weights=False):
-    """Writes a model as one .safetensors, and beside it the .yaml that web UIs read. Both appear only when complete.
+def export_single_file(
+    model_dir: Path, out: Path, dtype: "torch.dtype | None" = None, raw_weights: bool = False
+) -> list[str]:
+    """Writes a model as one .safetensors file, and beside it the .yaml that web UIs read; both only when complete.
 
     Args:
         model_dir: pipeline directory or checkpoint.
         out: path that ends in .safetensors; replaced if it exists.
-        dtype: torch dtype of all weights; None: as they are stored.
-        raw_weights: not the EMA weights, where there are any.
+        dtype: dtype of all weights; None: as stored.
+        raw_weights: export the raw weights even if there are EMA weights.
 
     Returns:
-        list of str: what a user of the file has to know; also in its metadata.
+        notes for users of the file; they are also stored in its metadata.
 
     Raises:
-        ValueError: the layout does not hold such a model.
+        ValueError: the layout cannot represent the model.
     """
     import yaml
     from safetensors import SafetensorError
@@ -52,10 +58,10 @@ def export_single_file(model_dir, out, dtype=None, raw_weights=False):
     tensors = original_tensors(model_dir, weights)
     if dtype is not None:
         tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    metadata, markers = _marks(model_dir, weights, out.stem)
+    metadata, markers = _metadata(model_dir, weights, out.stem)
     if "modelspec.encoder_layer" in metadata:
         notes.append(
-            f"captions were encoded with --clip_skip {metadata['modelspec.encoder_layer']}: set Clip skip so"
+            f"captions were encoded with --clip_skip {metadata['modelspec.encoder_layer']}: set Clip skip to it"
         )
     out.parent.mkdir(parents=True, exist_ok=True)
     if config:
@@ -69,19 +75,19 @@ def export_single_file(model_dir, out, dtype=None, raw_weights=False):
     return notes
 
 
-def check_exportable(model_dir, scheduler=None):
-    """Whether the layout holds this model; reads configs only, so that it can be asked before training.
+def check_exportable(model_dir: Path, scheduler=None) -> tuple[list[str], dict | None]:
+    """Checks that the layout can represent a model. Reads only configs, so that it can be called before training.
 
     Args:
-        model_dir: pipeline directory; its UNet may have no weights yet.
-        scheduler: of the objective that the model is to be trained on; None: the directory's own.
+        model_dir: pipeline directory; its UNet need not have weights.
+        scheduler: diffusers scheduler of the objective to be trained; None: that of the directory.
 
     Returns:
-        (list of str: what a user of the file has to know,
-        dict: the original config for the .yaml, or None where no web UI could sample the model by it).
+        (notes for users of the exported file,
+        the original config for the .yaml; None if web UIs cannot sample the model).
 
     Raises:
-        ValueError: it does not, and why.
+        ValueError: the layout cannot represent the model; the message says why.
     """
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
@@ -91,7 +97,7 @@ def check_exportable(model_dir, scheduler=None):
         problems.append("the text encoder is an OpenCLIP one (hidden_act is not quick_gelu), as in SD 2.x")
     if problems:
         raise ValueError(
-            f"{model_dir}: the original Stable Diffusion layout has no place for it: {'; '.join(problems)}"
+            f"{model_dir}: the original Stable Diffusion layout cannot represent this model: {'; '.join(problems)}"
         )
     layout.unet_names(_shapes_of(UNet2DConditionModel, unet), unet)
     layout.vae_names(_shapes_of(AutoencoderKL, vae), vae)
@@ -99,19 +105,24 @@ def check_exportable(model_dir, scheduler=None):
     if text["model_type"] == "t5":
         notes.append(
             "holds UNet and VAE only: the layout has no place for a T5 encoder"
-            f"{' and the UNet projection of its embeddings' if load.has_text_projection(unet) else ''}, "
-            "and web UIs for Stable Diffusion cannot prompt it"
+            f"{' and the projection of its embeddings in the UNet' if load.has_text_projection(unet) else ''}, "
+            "and web UIs for Stable Diffusion cannot encode prompts with T5"
         )
     scheduler = scheduler or load.load_scheduler(Path(model_dir) / "scheduler")
     objective = objective_of(scheduler)
     notes += _objective_notes(objective, scheduler)
     notes += _setting_notes(unet, vae)
-    sampled = text["model_type"] != "t5" and objective != "flow"
-    return notes, layout.original_config(unet, vae, scheduler) if sampled else None
+    can_be_sampled = text["model_type"] != "t5" and objective != "flow"
+    return notes, layout.original_config(unet, vae, scheduler) if can_be_sampled else None
 
 
-def original_tensors(model_dir, weights="unet"):
-    """The weights of a pipeline directory under their original names: {name: CPU tensor}, mapped from the files."""
+def original_tensors(model_dir: Path, weights: str = "unet") -> "dict[str, torch.Tensor]":
+    """Returns {original name: CPU tensor} of a pipeline directory; tensors are memory-mapped.
+
+    Args:
+        model_dir: pipeline directory or checkpoint.
+        weights: directory of the UNet's weights, "unet" or "unet_ema".
+    """
     unet, vae, text = _configs(model_dir)
     tensors = _stored(model_dir / weights)
     names = layout.unet_names({key: tensor.shape for key, tensor in tensors.items()}, unet)
@@ -129,91 +140,92 @@ def original_tensors(model_dir, weights="unet"):
 
 
 def _unet_problems(config):
-    """Why the layout cannot hold a UNet of this config (dict), as a list of str."""
+    """Returns the reasons why the layout cannot represent a UNet of this config (dict), as a list of str."""
     down, up, channels = config["down_block_types"], config["up_block_types"], config["block_out_channels"]
     heads = config["attention_head_dim"]  # diffusers' name for the number of heads
-    found = []
+    problems = []
     if set(down) - {"DownBlock2D", "CrossAttnDownBlock2D"} or config["mid_block_type"] != "UNetMidBlock2DCrossAttn":
-        found.append("the UNet has other blocks than Stable Diffusion's")
+        problems.append("the UNet has blocks that Stable Diffusion does not have")
     if [kind.replace("Up", "Down") for kind in reversed(up)] != list(down):
-        found.append("the UNet's up blocks do not mirror its down blocks")
+        problems.append("the UNet's up blocks do not mirror its down blocks")
     for name in ("layers_per_block", "transformer_layers_per_block", "cross_attention_dim"):
         if not isinstance(config[name], int):
-            found.append(f"the UNet's {name} differs from block to block")
+            problems.append(f"the UNet's {name} differs from block to block")
     if isinstance(heads, int):
         heads = [heads] * len(channels)
     widths = {width / number for width, number in zip(channels, heads, strict=True)}
     if len(set(heads)) > 1 and len(widths) > 1:
-        found.append("the UNet's heads are neither of one number nor of one width")
-    return found + _width_problem("UNet", channels)
+        problems.append("the UNet's attention heads differ between blocks both in number and in width")
+    return problems + _width_problems("UNet", channels)
 
 
 def _vae_problems(config):
-    """Why the layout cannot hold a VAE of this config (dict), as a list of str."""
-    found = []
+    """Returns the reasons why the layout cannot represent a VAE of this config (dict), as a list of str."""
+    problems = []
     if config["_class_name"] != "AutoencoderKL":
-        found.append(f"the VAE is an {config['_class_name']}, not an AutoencoderKL")
+        problems.append(f"the VAE is an {config['_class_name']}, not an AutoencoderKL")
     if {*config["down_block_types"], *config["up_block_types"]} != {"DownEncoderBlock2D", "UpDecoderBlock2D"}:
-        found.append("the VAE has other blocks than Stable Diffusion's")
+        problems.append("the VAE has blocks that Stable Diffusion does not have")
     if not (config["use_quant_conv"] and config["use_post_quant_conv"]):
-        found.append("the VAE has no quant_conv, which the layout always has")
+        problems.append("the VAE has no quant_conv, which the layout requires")
     if config["shift_factor"] or config["latents_mean"]:
-        found.append("the VAE's latents are shifted, which the layout cannot say")
-    return found + _width_problem("VAE", config["block_out_channels"])
+        problems.append("the VAE's latents are shifted, which the layout cannot express")
+    return problems + _width_problems("VAE", config["block_out_channels"])
 
 
-def _width_problem(part, channels):
-    odd = any(width % channels[0] for width in channels)
-    return [f"the {part}'s widths {list(channels)} are not multiples of the first"] if odd else []
+def _width_problems(part, channels):
+    if any(width % channels[0] for width in channels):
+        return [f"the {part}'s widths {list(channels)} are not multiples of the first"]
+    return []
 
 
 def _objective_notes(objective, scheduler):
-    """What a user of the file has to know about sampling it, as a list of str."""
+    """Returns notes on how to sample the exported file, a list of str."""
     if objective == "flow":
-        return ["trained by flow matching, which web UIs do not sample with Stable Diffusion's UNet: use sample.py"]
+        return ["trained with flow matching, which web UIs do not sample with Stable Diffusion's UNet: use sample.py"]
     notes = []
     if objective == "v_prediction":
         notes.append(
-            "predicts v: AUTOMATIC1111 and Forge read that from the .yaml, keep it beside the file; in "
-            "ComfyUI put ModelSamplingDiscrete, v_prediction, behind the loader"
+            "predicts v: keep the .yaml beside the file for AUTOMATIC1111 and Forge; in ComfyUI add "
+            "ModelSamplingDiscrete, set to v_prediction, after the loader"
         )
     if scheduler.config.get("rescale_betas_zero_snr"):
         notes.append(
-            "has zero terminal SNR: AUTOMATIC1111 and Forge take it from the key ztsnr; in ComfyUI switch "
-            "zsnr on in ModelSamplingDiscrete"
+            "has zero terminal SNR: AUTOMATIC1111 and Forge detect it by the key ztsnr; in ComfyUI turn on zsnr in "
+            "ModelSamplingDiscrete"
         )
     if scheduler.config.beta_schedule != "scaled_linear" or scheduler.config.get("trained_betas") is not None:
-        notes.append("its betas are not Stable Diffusion's scaled_linear ones, which web UIs sample with")
+        notes.append("its betas are not the scaled_linear ones of Stable Diffusion, with which web UIs sample")
     return notes
 
 
 def _setting_notes(unet, vae):
-    """What of the configs (dicts) web UIs compute otherwise, as a list of str."""
+    """Returns notes on settings in the configs (dicts) that web UIs do not respect, a list of str."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
-    unusual = _unusual("UNet", UNet2DConditionModel, unet, _UNET_TOLD)
-    unusual += _unusual("VAE", AutoencoderKL, vae, _VAE_TOLD)
-    # By these sizes web UIs recognise Stable Diffusion 1.
+    unusual = _unusual("UNet", UNet2DConditionModel, unet, _UNET_FIELDS)
+    unusual += _unusual("VAE", AutoencoderKL, vae, _VAE_FIELDS)
+    # Web UIs recognise Stable Diffusion 1 by these sizes.
     if unet["block_out_channels"][0] != 320 or unet["cross_attention_dim"] != 768:
         unusual.append(f"widths {unet['block_out_channels']} and cross_attention_dim {unet['cross_attention_dim']}")
     notes = []
     if unusual:
         notes.append(
-            f"web UIs compute with other settings than {', '.join(unusual)}: only diffusers loads it, with "
+            f"web UIs do not use these settings: {', '.join(unusual)}; only diffusers loads the file correctly, with "
             "config= of the pipeline directory"
         )
     if vae["scaling_factor"] != ORIGINAL_SCALING_FACTOR:
         notes.append(
-            f"the VAE's scaling_factor is {vae['scaling_factor']}: web UIs that do not read the .yaml take "
-            f"{ORIGINAL_SCALING_FACTOR}, and their pictures are wrong"
+            f"the VAE's scaling_factor is {vae['scaling_factor']}: web UIs that do not read the .yaml use "
+            f"{ORIGINAL_SCALING_FACTOR} and draw wrong images"
         )
     return notes
 
 
-def _marks(model_dir, weights, title):
-    """Returns (safetensors metadata, {name: empty tensor}): what tells UIs and people what the file is.
+def _metadata(model_dir, weights, title):
+    """Returns (safetensors metadata, {name: empty tensor}), which describe the file to web UIs and people.
 
-    The keys are those of Stability AI's ModelSpec; the tensors v_pred and ztsnr are what web UIs look for.
+    The metadata follows Stability AI's ModelSpec. Web UIs look for tensors named v_pred and ztsnr.
     """
     import torch
 
@@ -240,7 +252,7 @@ def _marks(model_dir, weights, title):
 
 
 def _configs(model_dir):
-    """Configs (dicts) of UNet, VAE and text encoder."""
+    """Returns the configs (dicts) of UNet, VAE and text encoder."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     return (
@@ -251,11 +263,11 @@ def _configs(model_dir):
 
 
 def _config(model_dir, name, cls=None):
-    """The config of a component as a dict; what it does not say (older versions) has the defaults of `cls`."""
+    """Returns the config of a component as a dict; fields that are missing get the defaults of `cls`."""
     path = Path(model_dir) / name / "config.json"
     if not path.exists():
         raise ValueError(
-            f"{path}: no such file; a single file holds a whole model, compose one (models/compose_*.py)"
+            f"{path}: no such file; a single file needs a complete model, compose one with models/compose_*.py"
         )
     return (_defaults(cls) if cls else {}) | json.loads(path.read_text())
 
@@ -265,9 +277,13 @@ def _defaults(cls):
     return {parameter.name: parameter.default for parameter in parameters}
 
 
-def _unusual(part, cls, config, told):
-    different = [name for name, default in _defaults(cls).items() if name not in told and config[name] != default]
-    return [f"{part} {name} {config[name]}" for name in different]
+def _unusual(part, cls, config, known_fields):
+    """Returns the settings that differ from the default and that web UIs cannot read, a list of str."""
+    return [
+        f"{part} {name} {config[name]}"
+        for name, default in _defaults(cls).items()
+        if name not in known_fields and config[name] != default
+    ]
 
 
 def _shapes_of(cls, config):
@@ -278,7 +294,7 @@ def _shapes_of(cls, config):
 
 
 def _stored(directory):
-    """All tensors of a component's safetensors files, mapped and not read; variants (fp16, non_ema) are left out."""
+    """Returns all tensors of a component, memory-mapped; variants of the weights (fp16, non_ema) are left out."""
     from safetensors.torch import load_file
 
     indices = sorted(directory.glob("*.safetensors.index.json"))

@@ -1,4 +1,4 @@
-"""cachetrain.json: what a checkpoint remembers of its run's data, so that prompts are encoded and drawn alike."""
+"""cachetrain.json: how a run encoded its captions and images, so that sampling does the same."""
 
 import json
 from pathlib import Path
@@ -9,26 +9,31 @@ FILE = "cachetrain.json"
 
 
 def data_info(index, text_scale: float) -> dict:
-    """What a checkpoint must remember of the data.
+    """Returns what cachetrain.json records of the training data.
+
+    Args:
+        index: PairIndex of the training pairs.
+        text_scale: value of --text_scaling_factor.
 
     Returns:
-        dict: "text", how captions were encoded and then multiplied; "latent_size", the commonest (h, w).
+        dict: "text", with the kind, the settings and the scaling factor of the captions; "latent_size", the most
+        common (h, w).
     """
     text = {"kind": index.text_kind, "settings": index.text_settings, "scaling_factor": text_scale}
-    commonest = np.bincount(index.shape_ids).argmax()
-    return {"text": text, "latent_size": tuple(index.shapes[commonest][1:])}
+    most_common = np.bincount(index.shape_ids).argmax()
+    return {"text": text, "latent_size": tuple(index.shapes[most_common][1:])}
 
 
 def write_info(directory: Path, step: int, info: dict) -> None:
-    """Writes cachetrain.json: `data_info` and "objective" of a run, and the optimizer step."""
+    """Writes cachetrain.json: the optimizer step, and `info` (Run.data_info)."""
     (directory / FILE).write_text(json.dumps({"step": step, **info}, indent=2) + "\n")
 
 
 def checkpoint_info(model_dir: Path) -> dict:
-    """Reads cachetrain.json; a model that was never trained here has its encoder's defaults and step 0.
+    """Reads cachetrain.json. For a model without one, returns the defaults of its text encoder and step 0.
 
     Returns:
-        dict: "text" and "latent_size" (None: not known) as in `data_info`; "step"; "objective" of a checkpoint.
+        dict: "text" and "latent_size" (None: unknown) as in `data_info`; "step"; "objective", only of checkpoints.
     """
     path = Path(model_dir) / FILE
     if path.exists():

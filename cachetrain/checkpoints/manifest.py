@@ -1,4 +1,4 @@
-"""What a checkpoint consists of: the size and SHA-256 of each file, written last and checked before it is trusted."""
+"""manifest.json: the size and SHA-256 of each file of a checkpoint, with which damage is found."""
 
 import hashlib
 import json
@@ -6,64 +6,74 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 NAME = "manifest.json"
-_THREADS = 4  # hashing lets go of Python's lock
+_THREADS = 4  # hashing releases the GIL
 
 
-def write_manifest(directory, known=None):
-    """Writes `<directory>/manifest.json` over all files there.
+def write_manifest(directory: Path, known: dict[str, dict] | None = None) -> dict[str, dict]:
+    """Writes `<directory>/manifest.json`, with an entry for each file in the directory.
 
     Args:
-        known: {path in the directory: entry} of files that need not be read again, from another manifest.
+        directory: the checkpoint.
+        known: {path in the directory: entry} of files that need not be hashed again.
 
     Returns:
-        what `read_manifest` will.
+        the entries, as `read_manifest` returns them.
     """
-    directory, known = Path(directory), known or {}
+    directory = Path(directory)
+    known = known or {}
     names = [path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()]
     files = {name: known.get(name) or _entry(directory / name) for name in sorted(names) if name != NAME}
     (directory / NAME).write_bytes(_encoded(files))
     return files
 
 
-def read_manifest(directory):
-    """{path in the directory: {"size": bytes, "sha256": hex}} of a checkpoint.
+def read_manifest(directory: Path) -> dict[str, dict]:
+    """Reads the manifest of a checkpoint.
+
+    Returns:
+        {path in the directory: {"size": bytes, "sha256": hex}}.
 
     Raises:
-        ValueError: it has none, or one that does not match its own hash.
-        OSError: it cannot be read.
+        ValueError: there is no manifest, or it does not match its own hash.
+        OSError: the manifest cannot be read.
     """
     path = Path(directory) / NAME
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise ValueError(f"{directory}: has no {NAME}; it is not complete, or of an older version") from None
+        raise ValueError(
+            f"{directory}: has no {NAME}; the checkpoint is incomplete, or from an older version"
+        ) from None
     try:
         files = json.loads(data)["files"]
         intact = data == _encoded(files)
     except (ValueError, KeyError, TypeError):
         intact = False
     if not intact:
-        raise ValueError(f"{path}: is damaged: it does not match its own hash")
+        raise ValueError(f"{path}: is damaged: its content does not match its hash")
     return files
 
 
-def damages(directory):
-    """What is wrong with the files of a checkpoint, as {path in the directory: str}; empty for an intact one.
+def damages(directory: Path) -> dict[str, str]:
+    """Compares the files of a checkpoint with its manifest.
+
+    Returns:
+        {path in the directory: description of the damage}; {} for an intact checkpoint.
 
     Raises:
-        ValueError, OSError: as read_manifest.
+        ValueError, OSError: of read_manifest.
     """
     files = read_manifest(directory)
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = pool.map(lambda name: _damage(Path(directory) / name, files[name]), files)
-        return {name: damage for name, damage in zip(files, found, strict=True) if damage}
+        results = pool.map(lambda name: _damage(Path(directory) / name, files[name]), files)
+        return {name: damage for name, damage in zip(files, results, strict=True) if damage}
 
 
 def _damage(path, expected):
     try:
         size = path.stat().st_size
         if size != expected["size"]:
-            return f"has {size} bytes, was written with {expected['size']}"
+            return f"has {size} bytes, expected {expected['size']}"
         return "" if _entry(path) == expected else "does not match its SHA-256"
     except OSError as error:
         return f"cannot be read: {error.strerror}"

@@ -1,14 +1,17 @@
-"""The original Stable Diffusion key layout (CompVis): what diffusers' tensors and settings are called there.
+"""The original Stable Diffusion key layout (CompVis): names of tensors and settings, converted from diffusers'.
 
-The names go from diffusers to the original here; diffusers' own reader of such files goes the other way, and all
-names are checked to come back through it.
+diffusers itself converts only in the other direction. Each name is checked with that conversion, which must return
+the diffusers name.
 """
 
 import re
+from collections.abc import Iterable
 
 from cachetrain.diffusion.noise_schedulers import objective_of
 
-UNET, VAE = "model.diffusion_model.", "first_stage_model."
+# Prefixes of the components.
+UNET = "model.diffusion_model."
+VAE = "first_stage_model."
 TEXT = "cond_stage_model.transformer.text_model."
 
 _UNET_PART = re.compile(
@@ -27,16 +30,16 @@ _VAE_PART = re.compile(
     r"(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)"
 )
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-# How diffusers called the VAE's attention until 2023; Stable Diffusion's own repositories still do.
+# Names of the VAE's attention in diffusers until 2023, which the repositories of Stable Diffusion still use.
 _VAE_DEPRECATED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def unet_names(shapes, config):
-    """Original names of a UNet's tensors, without the prefix: {diffusers name: name}.
+def unet_names(shapes: dict[str, tuple], config: dict) -> dict[str, str]:
+    """Returns {diffusers name: original name without prefix} of a UNet's tensors.
 
     Args:
         shapes: {diffusers name: shape}; encoder_hid_proj, which has no original name, is left out.
-        config: dict, of the UNet2DConditionModel.
+        config: config of the UNet2DConditionModel.
 
     Raises:
         ValueError: a tensor has no place in the layout.
@@ -50,33 +53,38 @@ def unet_names(shapes, config):
     return names
 
 
-def vae_names(shapes, config):
-    """Original names of an AutoencoderKL's tensors, without the prefix; see `unet_names`."""
+def vae_names(shapes: dict[str, tuple], config: dict) -> dict[str, str]:
+    """Returns {diffusers name: original name without prefix} of an AutoencoderKL's tensors; see `unet_names`."""
     from diffusers.loaders.single_file_utils import DIFFUSERS_TO_LDM_MAPPING, convert_ldm_vae_checkpoint
 
     known, blocks = DIFFUSERS_TO_LDM_MAPPING["vae"], len(config["block_out_channels"])
-    today = {key: _vae_today(key) for key in shapes}
-    names = {key: known.get(name) or _vae_name(name, blocks) for key, name in today.items()}
+    current = {key: _current_vae_name(key) for key in shapes}
+    names = {key: known.get(name) or _vae_name(name, blocks) for key, name in current.items()}
     _check_inverse(
         "vae",
-        {today[key]: name for key, name in names.items()},
-        {today[key]: vae_shape(names[key], shape) for key, shape in shapes.items()},
+        {current[key]: name for key, name in names.items()},
+        {current[key]: vae_shape(names[key], shape) for key, shape in shapes.items()},
         VAE,
         lambda file: convert_ldm_vae_checkpoint(file, config),
     )
     return names
 
 
-def text_names(keys):
-    """Original names of a CLIP text tower's tensors, without the prefix; buffers and other towers are left out."""
-    # transformers 5 saves the tower with or without the prefix of the whole CLIP, by its minor version.
+def text_names(keys: Iterable[str]) -> dict[str, str]:
+    """Returns {transformers name: original name without prefix} of CLIP's text tower; other tensors are left out."""
+    # Versions of transformers 5 differ in whether they save the text tower with the prefix "text_model.".
     names = {key: key.removeprefix("text_model.") for key in keys if "position_ids" not in key}
     tower = ("embeddings.", "encoder.", "final_layer_norm.")
     return {key: name for key, name in names.items() if name.startswith(tower)}
 
 
-def original_config(unet, vae, scheduler):
-    """The config of the original repository (its v1-inference.yaml) for complete diffusers configs (dicts)."""
+def original_config(unet: dict, vae: dict, scheduler) -> dict:
+    """Returns the config of the original repository (as v1-inference.yaml).
+
+    Args:
+        unet, vae: complete diffusers configs.
+        scheduler: diffusers scheduler.
+    """
     width, size, heads = unet["block_out_channels"], vae["block_out_channels"], unet["attention_head_dim"]
     if not isinstance(heads, int) and len(set(heads)) == 1:
         heads = heads[0]
@@ -117,23 +125,28 @@ def original_config(unet, vae, scheduler):
 
 
 def _check_inverse(part, names, shapes, prefix, read_original):
-    """Checks that diffusers reads each original name back as the tensor and shape that it was given for.
+    """Checks that diffusers converts each original name back to the diffusers name.
 
     Args:
-        names: {diffusers name: original name, or None where there is none}.
+        part: "unet" or "vae".
+        names: {diffusers name: original name, or None if there is none}.
         shapes: {diffusers name: shape in the original file}.
-        read_original: diffusers' conversion, a dict of tensors to a dict of tensors.
+        prefix: prefix of the original names.
+        read_original: diffusers' conversion, function of {name: tensor} that returns {name: tensor}.
+
+    Raises:
+        ValueError: a tensor has no original name, or is not converted back.
     """
     import torch
 
     lost = [key for key, name in names.items() if name is None]
     if not lost:
-        # Each tensor holds its number, expanded to its shape without memory.
+        # Each tensor is filled with its number; expand() needs no memory.
         file = {
             prefix + name: torch.tensor(float(n)).expand(shapes[key]) for n, (key, name) in enumerate(names.items())
         }
-        back = {key: tensor[(0,) * tensor.ndim] for key, tensor in read_original(file).items()}
-        lost = [key for n, key in enumerate(names) if key not in back or back[key] != n]
+        numbers = {key: tensor[(0,) * tensor.ndim] for key, tensor in read_original(file).items()}
+        lost = [key for n, key in enumerate(names) if key not in numbers or numbers[key] != n]
     if lost:
         raise ValueError(
             f"{part}: no place in the original Stable Diffusion layout for {lost[0]} "
@@ -151,11 +164,11 @@ def _unet_name(key, layers, keys):
         rest = f"{_UNET_RESNET.get(module, module)}.{tail}"
     if key.startswith("mid_block"):
         return f"middle_block.{2 * index + (part == 'attentions')}.{rest}"
-    if part == "downsamplers":  # a block of its own after the resnets; the first block is conv_in
+    if part == "downsamplers":  # a separate input block after the resnets; input block 0 is conv_in
         return f"input_blocks.{(block + 1) * (layers + 1)}.0.op.{rest.removeprefix('conv.')}"
-    if part == "upsamplers":  # the last module of the block's last resnet, behind its attention if it has one
-        attended = any(other.startswith(f"up_blocks.{block}.attentions.") for other in keys)
-        return f"output_blocks.{block * (layers + 1) + layers}.{2 if attended else 1}.{rest}"
+    if part == "upsamplers":  # the last module of the last output block, after the attention if there is one
+        has_attention = any(other.startswith(f"up_blocks.{block}.attentions.") for other in keys)
+        return f"output_blocks.{block * (layers + 1) + layers}.{2 if has_attention else 1}.{rest}"
     number = block * (layers + 1) + index
     side = f"input_blocks.{1 + number}" if key.startswith("down") else f"output_blocks.{number}"
     return f"{side}.{1 if part == 'attentions' else 0}.{rest}"
@@ -172,17 +185,18 @@ def _vae_name(key, blocks):
     rest = rest.replace("conv_shortcut", "nin_shortcut")
     if side == "mid":
         return f"{half}.mid.block_{int(index) + 1}.{rest}"
-    # The original counts both halves' blocks from full resolution on.
+    # The original numbers the blocks of encoder and decoder from full resolution to low resolution.
     where = f"{half}.{side}.{blocks - 1 - int(block) if side == 'up' else block}"
     return f"{where}.block.{index}.{rest}" if part == "resnets" else f"{where}.{side}sample.{rest}"
 
 
-def _vae_today(key):
+def _current_vae_name(key):
+    """Replaces a deprecated name of the VAE's attention by the current one."""
     head, _, module = key.rpartition("attentions.0.")
     name, _, tail = module.rpartition(".")
     return f"{head}attentions.0.{_VAE_DEPRECATED[name]}.{tail}" if head and name in _VAE_DEPRECATED else key
 
 
-def vae_shape(name, shape):
-    """The original computes attention's projections as 1x1 convolutions."""
+def vae_shape(name: str | None, shape: tuple) -> tuple:
+    """Returns the original shape of a VAE tensor: projections in attention are 1x1 convolutions there."""
     return (*shape, 1, 1) if name and ".attn_" in name and len(shape) == 2 else tuple(shape)

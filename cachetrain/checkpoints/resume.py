@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from cachetrain.checkpoints.manifest import damages
 from cachetrain.checkpoints.save import checkpoint_path, checkpoints, is_frozen, step_of
-from cachetrain.checkpoints.state import alike, read_state
+from cachetrain.checkpoints.state import placed_like, read_state
 from cachetrain.diffusion.noise_schedulers import objective_of
 from cachetrain.log import warn
 
@@ -127,7 +127,7 @@ class Resumed:
         self._need(ema.named(unet).keys() - saved.keys(), path.parent.name)
         with torch.no_grad():
             for name, average in ema.named(unet).items():
-                average.copy_(alike(saved[name], average))
+                average.copy_(placed_like(saved[name], average))
 
 
 # What another value of a setting means that is no flag (`Resumed.check`).
@@ -203,12 +203,13 @@ def _missing_fields(saved, fields):
 def _restore_optimizer(optimizer, saved, trained):
     """Loads the state of an optimizer of the same kind; what the command line sets is taken from this run."""
     groups = optimizer.state_dict()["param_groups"]
-    own = [{key: group[key] for key in optimizer.implementation.run_settings & group.keys()} for group in groups]
+    run_settings = optimizer.implementation.run_settings
+    current = [{key: group[key] for key in run_settings & group.keys()} for group in groups]
     state = {
-        number: {key: alike(v, trained[number]) if isinstance(v, torch.Tensor) else v for key, v in values.items()}
-        for number, values in saved["state"].items()
+        i: {key: placed_like(v, trained[i]) if isinstance(v, torch.Tensor) else v for key, v in values.items()}
+        for i, values in saved["state"].items()
     }
-    merged = [group | mine for group, mine in zip(saved["param_groups"], own, strict=True)]
+    merged = [group | settings for group, settings in zip(saved["param_groups"], current, strict=True)]
     for group in merged:  # optimi's "setup" stays as saved: otherwise it would count steps from 0
         if group.get("triton") and not trained[0].is_cuda:
             group["triton"] = False

@@ -1,4 +1,4 @@
-"""What a run is beside its weights, as JSON and safetensors: no pickle."""
+"""The training state of a checkpoint, stored as JSON and safetensors, without pickle."""
 
 import json
 from pathlib import Path
@@ -8,14 +8,18 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 DIRECTORY = "training_state"
-_TENSOR = "__tensor__"  # in the JSON it stands for a tensor, under its name in the safetensors file
+_TENSOR = "__tensor__"  # key in the JSON that replaces a tensor; its value is the name in the safetensors file
 
 
-def split_tensors(tree, prefix=""):
-    """Takes the tensors out of nested dicts and lists.
+def split_tensors(tree: object, prefix: str = "") -> tuple[object, dict[str, torch.Tensor]]:
+    """Separates nested dicts and lists into a JSON-able tree and tensors.
+
+    Args:
+        tree: nested dicts, lists and tuples of tensors and JSON-able values.
+        prefix: start of the tensors' names.
 
     Returns:
-        (the tree with {"__tensor__": name} in place of each, JSON-able if all else is; {name: tensor}).
+        (the tree with each tensor replaced by {"__tensor__": name}, {name: tensor}).
     """
     if isinstance(tree, torch.Tensor):
         return {_TENSOR: prefix}, {prefix: tree}
@@ -28,8 +32,8 @@ def split_tensors(tree, prefix=""):
     return parts if isinstance(tree, dict) else list(parts.values()), tensors
 
 
-def join_tensors(tree, tensors):
-    """The inverse of `split_tensors`, after the tree has been JSON: keys that are numbers become ints again."""
+def join_tensors(tree: object, tensors: dict[str, torch.Tensor]) -> object:
+    """Inverse of `split_tensors`, for a tree read from JSON: decimal keys become ints."""
     if isinstance(tree, list):
         return [join_tensors(value, tensors) for value in tree]
     if not isinstance(tree, dict):
@@ -39,34 +43,37 @@ def join_tensors(tree, tensors):
     return {int(k) if k.isdecimal() else k: join_tensors(value, tensors) for k, value in tree.items()}
 
 
-def write_state(checkpoint, tree, tensors):
-    """Writes what `split_tensors` gives into `<checkpoint>/training_state/`; tensors on the CPU."""
+def write_state(checkpoint: Path, tree: object, tensors: dict[str, torch.Tensor]) -> None:
+    """Writes a state separated by `split_tensors` to `<checkpoint>/training_state/`; tensors must be on the CPU."""
     directory = Path(checkpoint) / DIRECTORY
     directory.mkdir()
     save_file(tensors, directory / "tensors.safetensors")
     (directory / "state.json").write_text(json.dumps(tree, indent=1) + "\n")
 
 
-def read_state(checkpoint):
-    """The state of a run as `Saving.save` was given it; tensors on the CPU.
+def read_state(checkpoint: Path) -> dict:
+    """Reads the state that was passed to `Saving.save`, with tensors on the CPU.
 
     Raises:
-        ValueError: the checkpoint has none, or a tensor is missing.
+        ValueError: the checkpoint has no training state, or a tensor is missing.
     """
     directory = Path(checkpoint) / DIRECTORY
     if not (directory / "state.json").exists():
-        raise ValueError(f"{checkpoint}: has no {DIRECTORY}; a new run can start from it with --model")
+        raise ValueError(f"{checkpoint}: has no {DIRECTORY}; to start a new run from it, pass it as --model")
     tensors = load_file(directory / "tensors.safetensors")
     try:
         return join_tensors(json.loads((directory / "state.json").read_text()), tensors)
     except KeyError as error:
-        raise ValueError(f"{checkpoint}: its {DIRECTORY} lacks the tensor {error}") from None
+        raise ValueError(
+            f"{checkpoint}: its {DIRECTORY} lacks the tensor {error}; resume from another checkpoint, or start "
+            "a new run from this one with --model"
+        ) from None
 
 
-def alike(tensor, parameter):
-    """A saved tensor as it belongs to a parameter: on its device, in its memory format, its part of it if sharded.
+def placed_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """Moves a saved tensor to the device and memory format of a parameter, and shards it like the parameter.
 
-    The dtype stays; tensors of another shape (counters, tables) stay as they are.
+    The dtype does not change. Tensors of another shape (counters, tables) are returned unchanged.
     """
     if tensor.shape != parameter.shape:
         return tensor

@@ -1,1 +1,1 @@
-"""From sidecars to batches: the sidecar contract, captions, the index of pairs, random draws, batches, the loader."""
+"""From files to batches: sidecars, captions, the index of pairs, random draws, batching and the data loader."""

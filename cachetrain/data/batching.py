@@ -1,8 +1,8 @@
-"""Which samples make which batch: an endless, seeded sequence that any rank and any resumed run can enter."""
+"""Which samples form which batch: an endless, seeded sequence that a rank or a resumed run can enter at any batch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import count
 
 import numpy as np
@@ -16,23 +16,24 @@ from cachetrain.modeling.conditioning import Conditioning
 
 
 class BatchSampler:
-    """The endless sequence of batches of SampleKey, cut at `num_batches`; each rank takes its part of every batch.
+    """Yields batches of SampleKey; each rank gets its share of every batch.
 
-    In an epoch every sample comes up as often as its `repeats` say, in a permutation of that epoch. A batch is of one
-    latent shape over all ranks; samples that do not fill one are carried into the next epoch, never dropped.
+    In an epoch every sample comes up as often as its `repeats` value says, in an order shuffled anew for each epoch.
+    All samples of a batch have the same latent shape, on all ranks; samples that do not fill a batch are carried over
+    to the next epoch, never dropped.
 
     Args:
-        index: PairIndex.
-        batch_size: of one rank.
-        seed: of the order.
-        num_batches: where the sequence ends.
-        strata: number of batches that make one step, over which timesteps are to be stratified; 0: they are not.
-        rank, ranks: this rank's number, and how many there are.
-        first: number of the first batch to give: a resumed run starts in the middle of the sequence.
+        index: the pairs to draw from.
+        batch_size: samples per rank.
+        seed: seed of the order.
+        num_batches: length of the sequence.
+        strata: number of batches per optimizer step, over which timesteps are stratified; 0: not stratified.
+        rank, ranks: number of this rank, and number of ranks.
+        first: number of the first batch to yield; above 0 in a resumed run.
 
     Attributes:
-        waiting: {shape id: number of samples that wait until their batch is full}.
-        trained: bool [N], the samples that were in a batch.
+        waiting: {shape id: number of samples whose batch is not full yet}, at the end of the sequence.
+        trained: bool [N], the samples that have been in a batch.
     """
 
     def __init__(
@@ -58,10 +59,10 @@ class BatchSampler:
         self.waiting = {}
         self.trained = np.zeros(len(index), bool)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.num_batches - self.first
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[list[SampleKey]]:
         num_made, filling = 0, {}
         for epoch in count():
             samples, repeats = rng.epoch_order(self.seed, epoch, self.index.repeats)
@@ -82,35 +83,38 @@ class BatchSampler:
                 if num_made == self.num_batches:
                     return
 
-    def _skip(self, epoch, samples, repeats, filling, wanted):
-        """Passes over up to `wanted` batches of an epoch without making them.
+    def _skip(self, epoch, samples, repeats, filling, num_to_skip):
+        """Skips up to `num_to_skip` batches of an epoch without building them.
 
         Args:
-            samples, repeats: int64 [M], the epoch in its order, as of rng.epoch_order.
-            filling: {shape id: list of SampleKey} that wait for their batch; becomes what waits afterwards.
+            samples, repeats: int64 [M], the epoch in order, from rng.epoch_order.
+            filling: {shape id: list of SampleKey} of batches that are not full yet; updated.
 
         Returns:
-            (number of batches passed over, number of samples of the epoch that are used up).
+            (number of batches skipped, number of samples of the epoch that were consumed).
         """
         size, shape_ids = self.batch_size * self.ranks, self.index.shape_ids[samples]
-        places = {shape: np.flatnonzero(shape_ids == shape) for shape in np.unique(shape_ids)}
-        ends = [of_shape[size - 1 - len(filling.get(shape, [])) :: size] for shape, of_shape in places.items()]
+        positions_of_shape = {shape: np.flatnonzero(shape_ids == shape) for shape in np.unique(shape_ids)}
+        ends = [
+            positions[size - 1 - len(filling.get(shape, [])) :: size]
+            for shape, positions in positions_of_shape.items()
+        ]
         ends = np.sort(np.concatenate(ends)) if ends else np.zeros(0, np.int64)
-        used = len(samples) if len(ends) < wanted else int(ends[wanted - 1]) + 1
-        for shape, of_shape in places.items():
-            of_shape, bucket = of_shape[: np.searchsorted(of_shape, used)], filling.pop(shape, [])
-            waiting = (len(bucket) + len(of_shape)) % size
-            if len(bucket) + len(of_shape) >= size:
+        used = len(samples) if len(ends) < num_to_skip else int(ends[num_to_skip - 1]) + 1
+        for shape, positions in positions_of_shape.items():
+            positions, bucket = positions[: np.searchsorted(positions, used)], filling.pop(shape, [])
+            waiting = (len(bucket) + len(positions)) % size
+            if len(bucket) + len(positions) >= size:
                 self.trained[[key.sample for key in bucket]] = True
-                self.trained[samples[of_shape[: len(of_shape) - waiting]]] = True
-                bucket, of_shape = [], of_shape[len(of_shape) - waiting :]
-            bucket = bucket + [SampleKey(epoch, int(samples[place]), int(repeats[place])) for place in of_shape]
+                self.trained[samples[positions[: len(positions) - waiting]]] = True
+                bucket, positions = [], positions[len(positions) - waiting :]
+            bucket = bucket + [SampleKey(epoch, int(samples[i]), int(repeats[i])) for i in positions]
             if bucket:
                 filling[shape] = bucket
-        return min(len(ends), wanted), used
+        return min(len(ends), num_to_skip), used
 
     def _stratified(self, batch, number):
-        """Gives each sample of batch `number` its part of the range of timesteps."""
+        """Assigns each sample of batch `number` a stratum of the timestep range."""
         if not self.strata:
             return batch
         step, part = divmod(number, self.strata)
@@ -122,14 +126,14 @@ class BatchSampler:
 
 
 def collate(samples: Sequence[dict], conditioning: Conditioning, multiple: int = 8) -> dict:
-    """Stacks samples of CachedPairs.
+    """Stacks samples of CachedPairs into a batch.
 
     Args:
-        multiple: of text lengths, as for Conditioning.collate.
+        multiple: text lengths are padded to a multiple of this, as in Conditioning.collate.
 
     Returns:
         dict: latents, noise float32 [B, C, h, w]; timesteps [B]; conditioning, the UNet's keyword arguments; dropped
-        bool [B]; samples int64 [B], positions in the index.
+        bool [B], True where the null caption is used; samples int64 [B], positions in the index.
     """
     return {
         "latents": torch.stack([sample["latents"] for sample in samples]),

@@ -1,7 +1,7 @@
-"""The one rule for captions, in caching, training and samples.
+"""Where an image's caption comes from; used for caching, training and samples.
 
 The caption of `a.jpg` is the text of `a.txt`, else of `a.caption`, else the file name up to its first underscore.
-Files are UTF-8, with or without a byte order mark; white space around the text does not count.
+Caption files are UTF-8, with or without a byte order mark; leading and trailing white space is stripped.
 """
 
 import hashlib
@@ -19,7 +19,10 @@ class Pair(NamedTuple):
 
 
 class Caption(NamedTuple):
-    """A caption, with the size and time of its file as sidecar headers store them ("0" for the time of a name)."""
+    """A caption, with size and mtime of its file as stored in sidecar headers.
+
+    A caption taken from the file name has its length in bytes as size, and mtime "0".
+    """
 
     text: str
     size: str
@@ -31,14 +34,14 @@ class Caption(NamedTuple):
 
 
 def read_caption(pair: Pair) -> Caption:
-    """Reads the caption of an image whose caption file is known.
+    """Reads the caption of a pair.
 
     Raises:
         OSError: the caption file cannot be read.
-        ValueError: the caption file is not UTF-8; the message names it.
+        ValueError: the caption file is not UTF-8.
     """
     if pair.caption_file is None:
-        return _caption_of_name(os.path.splitext(pair.image)[0])
+        return _caption_from_name(os.path.splitext(pair.image)[0])
     with open(pair.caption_file, "rb") as file:
         stat = os.fstat(file.fileno())
         data = file.read()
@@ -50,12 +53,12 @@ def read_caption(pair: Pair) -> Caption:
 
 
 def find_caption(stem: str) -> Caption:
-    """Reads the caption of the image `stem`.*, which need not exist; looks for its caption file. Raises the same."""
+    """Looks for the caption file of the image `stem`.* (which need not exist) and reads it; raises as read_caption."""
     path = next((stem + suffix for suffix in CAPTION_SUFFIXES if os.path.exists(stem + suffix)), None)
-    return _caption_of_name(stem) if path is None else read_caption(Pair(stem, path))
+    return _caption_from_name(stem) if path is None else read_caption(Pair(stem, path))
 
 
-def _caption_of_name(stem):
+def _caption_from_name(stem):
     # `a man riding_(1)` -> `a man riding`
     text = os.path.basename(stem).split("_")[0].strip()
     return Caption(text, str(len(text.encode())), "0")

@@ -1,4 +1,4 @@
-"""Samples from sidecars: loading, scaling and every random draw happen here, in the loader's workers."""
+"""Turns sidecars into training samples: loading, scaling and all random draws, in the loader's workers."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from cachetrain.modeling.conditioning import Conditioning
 
 
 class SampleKey(NamedTuple):
-    """Which sample, and in which epoch: it determines every random draw.
+    """Identifies one visit of a sample; with the seed, the key determines all random draws.
 
     Attributes:
         epoch: from 0.
         sample: position of the pair in the index.
         repeat: how often the sample has come up in this epoch, from 0.
-        uniform: in [0, 1), decides the timestep; None: it is drawn.
+        uniform: number in [0, 1) that sets the timestep; None: drawn at random.
     """
 
     epoch: int
@@ -34,24 +34,24 @@ class SampleKey(NamedTuple):
 
 
 class Sidecars:
-    """Reads the sidecars of an index from disk, verified each time."""
+    """Reads the sidecars of an index from disk and verifies each one."""
 
     def __init__(self, index: PairIndex):
         self.index = index
 
-    def image(self, i):
-        """(tensors by name, metadata of the header) of the image sidecar of pair `i`."""
+    def image(self, i: int) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """Returns (tensors by name, header metadata) of the image sidecar of pair `i`."""
         tensors, header = read_sidecar(self.index.image_path(i))
         return tensors, header.metadata
 
-    def text(self, i):
-        """Tensors by name of the text sidecar of pair `i`."""
+    def text(self, i: int) -> dict[str, torch.Tensor]:
+        """Returns the tensors of the text sidecar of pair `i`, by name."""
         return read_sidecar(self.index.text_path(i))[0]
 
 
 @dataclass(frozen=True)
 class LatentScaling:
-    """Turns latents as the VAE encodes them into what the UNet sees: (latents - shift_factor) * scaling_factor."""
+    """Scales the VAE's latents for the UNet: (latents - shift_factor) * scaling_factor, in float32."""
 
     scaling_factor: float
     shift_factor: float = 0.0
@@ -62,18 +62,18 @@ class LatentScaling:
 
 @dataclass(frozen=True)
 class Draws:
-    """What is drawn at random for each sample, and how.
+    """Settings of the random draws for each sample.
 
     Attributes:
-        seed: of all draws.
-        cond_dropout: probability that the null condition takes the caption's place.
-        flip_p: probability that the mirrored image is taken.
-        continuous: timesteps are 1000 * sigma (flow matching), not integers.
-        timestep_sampling: of objective.timestep_fraction.
-        timestep_range: (first, end) of the timesteps, within 0 and 1000.
-        offset_noise: standard deviation of noise that is the same over all pixels of a channel, added to the noise
+        seed: seed of all draws.
+        cond_dropout: probability of replacing the caption by the null condition.
+        flip_p: probability of using the mirrored image.
+        continuous: timesteps are floats, 1000 * sigma (flow matching), instead of integers.
+        timestep_sampling: see objective.timestep_fraction.
+        timestep_range: (first, end) of the timesteps, from 0 to 1000; end is exclusive.
+        offset_noise: standard deviation of a per-channel constant that is added to the noise
             (Guttenberg 2023, "Diffusion with offset noise").
-        fixed: a sample always gets what it got the first time (--overfit).
+        fixed: repeat the draws of a sample's first visit on every visit (--overfit).
     """
 
     seed: int = 0
@@ -87,15 +87,14 @@ class Draws:
 
 
 class CachedPairs(Dataset):
-    """Samples by SampleKey: the same key gives the same tensors, whoever asks.
+    """Samples by SampleKey: the same key gives the same tensors in every worker, rank and run.
 
     Args:
-        index: PairIndex.
-        scaling: of the latents.
-        conditioning: of the captions.
-        draws: what is random.
-        null: condition that takes a caption's place (Conditioning.of_caption of the empty caption); needed where
-            draws.cond_dropout is not 0.
+        index: the image and text pairs.
+        scaling: applied to the latents.
+        conditioning: applied to the text embeddings.
+        draws: settings of the random draws; default: Draws().
+        null: condition of the empty caption (from Conditioning.of_caption); required if draws.cond_dropout is not 0.
         sidecars: Sidecars or ram.RamCache of the index; default: Sidecars.
     """
 
@@ -115,7 +114,7 @@ class CachedPairs(Dataset):
         self.null = null
         self.sidecars = sidecars or Sidecars(index)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.index)
 
     def __getitem__(self, key: SampleKey) -> dict:
@@ -157,5 +156,5 @@ class CachedPairs(Dataset):
             name = "latent_flip"
             if name not in tensors:
                 path = self.index.image_path(key.sample)
-                raise ValueError(f"{path}: holds no latent_flip for --flip_p; cache with --flip")
+                raise ValueError(f"{path}: has no latent_flip, which --flip_p needs; cache the images with --flip")
         return self.scaling(tensors[name])

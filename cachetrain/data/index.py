@@ -1,56 +1,77 @@
 """The list of all (image sidecar, text sidecar) pairs, as arrays that loader workers share."""
 
+from __future__ import annotations
+
 import copy
 import json
 import os
 import zlib
+from argparse import Namespace
 from bisect import bisect_right
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
 
 from cachetrain.data import rng
 from cachetrain.data.many_files import PackedStrings, in_threads
-from cachetrain.data.sidecar import NULL_STEM, RUN_KEYS, SUFFIXES, read_header
+from cachetrain.data.sidecar import NULL_STEM, RUN_KEYS, SUFFIXES, Header, read_header
 from cachetrain.data.split import check_apart, split_index
 from cachetrain.data.walk import walk_folders
 from cachetrain.log import warn
 from cachetrain.modeling.conditioning import check_shapes
 
+if TYPE_CHECKING:
+    from cachetrain.distributed import World
+
 MULTIPLY = "multiply.txt"
 
 
 class PairIndex:
-    """Pairs under some directories; what their headers say; no per-pair Python object.
+    """The pairs under some directories and the contents of their headers, without a Python object per pair.
 
     Attributes:
-        shapes: distinct latent shapes (C, h, w); `shape_ids` uint16 [N] points into them.
+        shapes: distinct latent shapes (C, h, w); `shape_ids` uint16 [N] are indices into this list.
         tokens: uint16 [N], text length in tokens.
-        text_widths: {name of each text tensor: its width D}.
+        text_widths: {name of a text tensor: width D}.
         repeats: float32 [N], how often each pair comes up in an epoch, on average.
-        image_header, text_header: of the first pair.
-        num_unpaired: sidecars without a partner; num_foreign: pairs with a cache that has no header.
+        image_header, text_header: headers of the first pair.
+        num_unpaired: number of sidecars without a partner.
+        num_foreign: number of pairs in which at least one sidecar has no cachetrain header.
     """
 
-    def __init__(self, directories, image_suffix, text_suffix, repeats=None, one_text=None, world=None):
-        """Walks `directories` and reads every header once; with several ranks, each its share of them.
+    def __init__(
+        self,
+        directories: Iterable[str | os.PathLike],
+        image_suffix: str,
+        text_suffix: str,
+        repeats: Sequence[float] | None = None,
+        one_text: str | None = None,
+        world: World | None = None,
+    ):
+        """Walks `directories` and reads every header once; several ranks share the reading.
 
         Args:
-            repeats: for each directory, how often its pairs come up in an epoch; default 1. Multiplied by the number
-                in the nearest multiply.txt in or above a pair's folder, up to the directory.
-            one_text: path of the one text sidecar that goes with every image; other text sidecars are not looked at.
-            world: World, when several ranks read together.
+            repeats: for each directory, how often the pairs in it come up in an epoch; default 1. Multiplied by the
+                number in the nearest multiply.txt in or above a pair's folder, up to the directory.
+            one_text: path of the text sidecar to use for all images; other text sidecars are ignored.
+            world: the ranks that read together; None: this process reads all headers.
 
         Raises:
-            ValueError: no pairs; unreadable, foreign-shaped or mixed caches (two differing files are named).
+            ValueError: there are no pairs, or caches are unreadable, of the wrong shape, or mixed (the message names
+                two files that differ).
         """
         self.image_suffix = image_suffix
         self.text_suffix = text_suffix
         self.one_text = one_text
         self.directories = [os.fspath(directory) for directory in directories]
         self.num_unpaired = 0
-        self._stems, self._starts, self._positions, folder_repeats = PackedStrings(), [], None, []
+        self._stems = PackedStrings()
+        self._starts = []  # for each directory, the place of its first pair in _stems
+        self._positions = None  # in a subset, the places of its pairs in _stems
+        folder_repeats = []
         for directory, number in zip(self.directories, repeats or [1.0] * len(self.directories), strict=True):
             self._starts.append(len(self._stems))
             for multiple, stems in self._folders(directory):
@@ -58,26 +79,26 @@ class PairIndex:
                     self._stems.append(stem)
                 folder_repeats.append((number * multiple, len(stems)))
             if len(self._stems) == self._starts[-1]:
-                wanted = f"*{image_suffix}" + ("" if one_text else f" and *{text_suffix}")
-                raise ValueError(f"{directory}: no pairs of {wanted}; run the cache scripts on it first")
+                expected = f"*{image_suffix}" + ("" if one_text else f" and *{text_suffix}")
+                raise ValueError(f"{directory}: no pairs of {expected}; run the cache scripts on it first")
         self.repeats = np.repeat(*(np.array(column) for column in zip(*folder_repeats, strict=True)))
         self.repeats = self.repeats.astype(np.float32)
         self._check_repeats()
         self._read_headers(world)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._stems) if self._positions is None else len(self._positions)
 
     @property
-    def samples_per_epoch(self):
-        """Samples of an epoch, a float: fractions of a pair's repeats are drawn anew in each."""
+    def samples_per_epoch(self) -> float:
+        """Expected number of samples in an epoch; epochs differ where repeats have a fractional part."""
         return float(self.repeats.sum(dtype=np.float64))
 
-    def subset(self, positions):
-        """Returns a PairIndex of the pairs at `positions` (int array), which shares this one's paths.
+    def subset(self, positions: np.ndarray) -> PairIndex:
+        """Returns an index of the pairs at `positions` (int array); the two share the list of paths.
 
         Raises:
-            ValueError: none of the pairs ever comes up.
+            ValueError: the repeats of these pairs add up to less than one sample per epoch.
         """
         part = copy.copy(self)
         part._positions = np.asarray(positions) if self._positions is None else self._positions[positions]
@@ -86,19 +107,19 @@ class PairIndex:
         part._check_repeats()
         return part
 
-    def stem(self, i):
+    def stem(self, i: int) -> str:
         """Path of pair `i` without a suffix."""
         return self._stems[i if self._positions is None else int(self._positions[i])]
 
-    def relative_name(self, i):
-        """Path of pair `i` without a suffix, seen from its data directory."""
+    def relative_name(self, i: int) -> str:
+        """Path of pair `i` without a suffix, relative to its data directory."""
         place = i if self._positions is None else int(self._positions[i])
         return os.path.relpath(self._stems[place], self.directories[bisect_right(self._starts, place) - 1])
 
-    def checksum(self):
-        """A number that tells lists of pairs apart: names in their data directories, order, sizes, repeats, encoders.
+    def checksum(self) -> int:
+        """Checksum of the list of pairs: names relative to data directories, order, sizes, repeats and encoders.
 
-        A second for a million pairs.
+        Takes a second for a million pairs.
         """
         total, directory = 0, -1
         for place, stem in enumerate(self._stems):
@@ -111,25 +132,28 @@ class PairIndex:
         return zlib.crc32(encoders.encode(), total)
 
     @property
-    def image_settings(self):
-        """The settings that made the image caches, as a dict; {} where they are not recorded."""
+    def image_settings(self) -> dict:
+        """The settings with which the image caches were made; {} if not recorded."""
         return json.loads(self.image_header.metadata.get("settings") or "{}")
 
     @property
-    def text_settings(self):
-        """The settings that made the text caches, as a dict; {} where they are not recorded."""
+    def text_settings(self) -> dict:
+        """The settings with which the text caches were made; {} if not recorded."""
         return json.loads(self.text_header.metadata.get("settings") or "{}")
 
     @property
-    def text_kind(self):
-        """A key of conditioning.KINDS. Headerless caches go by their suffix; another suffix stands for T5."""
+    def text_kind(self) -> str:
+        """Kind of the text caches, a key of conditioning.KINDS.
+
+        Without a header the suffix decides; caches with an unknown suffix are taken to be T5's.
+        """
         kinds = {suffix: kind for kind, suffix in SUFFIXES.items()}
         return self.text_header.metadata.get("kind") or kinds.get(self.text_suffix, "txt_t5cache")
 
-    def image_path(self, i):
+    def image_path(self, i: int) -> str:
         return self.stem(i) + self.image_suffix
 
-    def text_path(self, i):
+    def text_path(self, i: int) -> str:
         return self.one_text or self.stem(i) + self.text_suffix
 
     def _check_repeats(self):
@@ -140,14 +164,16 @@ class PairIndex:
             )
 
     def _folders(self, directory):
-        """Yields (the number in multiply.txt that counts there, paths without suffix that have both sidecars, sorted)
-        of each folder; counts sidecars without a partner."""
+        """Yields (number from multiply.txt, sorted stems that have both sidecars) for each folder.
+
+        Counts sidecars without a partner.
+        """
         if not Path(directory).is_dir():
             raise ValueError(f"{directory}: no such directory")
-        wanted = (self.image_suffix, self.text_suffix)
-        multiples = {}  # of the folders whose number is not 1, by path
+        suffixes = (self.image_suffix, self.text_suffix)
+        multiples = {}  # folder -> number that applies in and below the folder, where not 1
         for folder, names in walk_folders(
-            directory, set(), lambda name: name == MULTIPLY or name.endswith(wanted), _warn_of_skipped_folder
+            directory, set(), lambda name: name == MULTIPLY or name.endswith(suffixes), _warn_of_skipped_folder
         ):
             multiple = multiples.get(os.path.dirname(folder), 1.0)
             if MULTIPLY in names:
@@ -167,13 +193,16 @@ class PairIndex:
         return [os.path.join(folder, stem) for stem in sorted(images & texts)]
 
     def _read_headers(self, world):
-        shapes, self.num_foreign = {}, 0
+        shapes = {}
         rank, ranks = (world.rank, world.ranks) if world else (0, 1)
-        self.shape_ids, self.tokens = np.zeros(len(self), np.uint16), np.zeros(len(self), np.uint16)
+        self.num_foreign = 0
+        self.shape_ids = np.zeros(len(self), np.uint16)
+        self.tokens = np.zeros(len(self), np.uint16)
         self.image_header, self.text_header = self._headers(0)
         _, self.text_widths = check_shapes(self.text_kind, self.text_path(0), self.text_header.shapes)
-        firsts = [self._headers(start)[0] for start in self._starts]
-        for start, image in zip(self._starts, firsts, strict=True):  # another directory may hold another size
+        first_headers = [self._headers(start)[0] for start in self._starts]
+        # Directories may differ in settings, such as the image size; within a directory all settings must agree.
+        for start, image in zip(self._starts, first_headers, strict=True):
             self._check_image(0, self.image_header, start, image, may_differ="settings")
         pairs = in_threads(self._headers, range(rank, len(self), ranks))
         total = len(range(rank, len(self), ranks))
@@ -181,15 +210,15 @@ class PairIndex:
             pairs, desc="headers", total=total, unit="pair", disable=None if not rank else 1
         ):
             directory = bisect_right(self._starts, i) - 1
-            if image.run_identity != firsts[directory].run_identity:
-                self._check_image(self._starts[directory], firsts[directory], i, image)
+            if image.run_identity != first_headers[directory].run_identity:
+                self._check_image(self._starts[directory], first_headers[directory], i, image)
             if text.run_identity != self.text_header.run_identity:
                 check_same_run(self.text_header, text, self.text_path(0), self.text_path(i))
             self.tokens[i], widths = check_shapes(self.text_kind, self.text_path(i), text.shapes)
             if widths != self.text_widths:
                 raise ValueError(
-                    f"{self.text_path(i)}: its tensors are {widths} wide, those of {self.text_path(0)} "
-                    f"{self.text_widths}; encode both with one model"
+                    f"{self.text_path(i)}: has tensors of width {widths}, {self.text_path(0)} of "
+                    f"{self.text_widths}; encode both with the same model"
                 )
             self.shape_ids[i] = shapes.setdefault(image.shapes["latent"], len(shapes))
             self.num_foreign += image.foreign or text.foreign
@@ -198,17 +227,18 @@ class PairIndex:
             self._merge(world)
 
     def _merge(self, world):
-        """Puts together what each rank read of its share, and makes sure that all ranks list the same pairs."""
-        of_this_rank = (len(self), self.stem(0), self._stems.checksum(), self.shapes, self.num_foreign)
-        others = world.gather(of_this_rank)
-        if len({other[:3] for other in others}) > 1:
-            listed = "; ".join(f"{number} from {first} on" for number, first, *_ in others)
+        """Combines the headers read by all ranks; checks that all ranks list the same pairs."""
+        summary = (len(self), self.stem(0), self._stems.checksum(), self.shapes, self.num_foreign)
+        summaries = world.gather(summary)
+        if len({(number, first, checksum) for number, first, checksum, *_ in summaries}) > 1:
+            listed = "; ".join(f"{number} pairs, the first {first}" for number, first, *_ in summaries)
             raise ValueError(f"the ranks list different pairs: {listed}; wait until the cache scripts are done")
-        shapes = sorted({shape for other in others for shape in other[3]})
+        shapes = sorted({shape for _, _, _, shapes_of_rank, _ in summaries for shape in shapes_of_rank})
         share = slice(world.rank, None, world.ranks)
-        places = np.array([shapes.index(shape) for shape in self.shapes] or [0], np.uint16)
-        self.shape_ids[share] = places[self.shape_ids[share]]
-        self.shapes, self.num_foreign = shapes, sum(other[4] for other in others)
+        new_ids = np.array([shapes.index(shape) for shape in self.shapes] or [0], np.uint16)
+        self.shape_ids[share] = new_ids[self.shape_ids[share]]
+        self.shapes = shapes
+        self.num_foreign = sum(num_foreign for *_, num_foreign in summaries)
         for name in ("shape_ids", "tokens"):  # each rank's array is 0 outside its share
             setattr(self, name, world.sum_array(getattr(self, name)))
 
@@ -217,7 +247,7 @@ class PairIndex:
         check_same_run(first_header, other_header, *paths, may_differ=may_differ)
 
     def _headers(self, i):
-        """Headers of the image and of the text sidecar of pair `i`."""
+        """Headers of the image sidecar and the text sidecar of pair `i`."""
         path = self.image_path(i)
         image = read_header(path)
         if len(image.shapes.get("latent", ())) != 3:
@@ -226,7 +256,7 @@ class PairIndex:
 
 
 def _warn_of_skipped_folder(folder, reason):
-    warn(f"{folder}: {reason}; its sidecars are not used")
+    warn(f"{folder}: {reason}; sidecars in this folder are not used")
 
 
 def _read_multiple(path):
@@ -237,39 +267,44 @@ def _read_multiple(path):
         multiple = -1.0
     if not 0 <= multiple < float("inf"):
         raise ValueError(
-            f"{path}: {text[:40]!r}; expected one number, how often the images of this folder come up in an epoch"
+            f"{path}: {text[:40]!r}; expected one number: how often the images of this folder come up in an epoch"
         )
     return multiple
 
 
-def null_caption_path(directories, text_suffix):
-    """Path of the first `_null_caption` among the data directories, or None."""
+def null_caption_path(directories: Iterable[str | os.PathLike], text_suffix: str) -> Path | None:
+    """Path of the first `_null_caption` sidecar found in the data directories; None if there is none."""
     paths = (Path(directory) / (NULL_STEM + text_suffix) for directory in directories)
     return next((path for path in paths if path.exists()), None)
 
 
-def check_same_run(first, other, first_path, other_path, *, may_differ=None):
-    """Raises a ValueError that names both files where their headers say different encoders or settings.
+def check_same_run(
+    first: Header, other: Header, first_path: str, other_path: str, *, may_differ: str | None = None
+) -> None:
+    """Checks that two sidecars were made by the same encoder with the same settings.
 
     Args:
-        may_differ: a key of RUN_KEYS.
+        may_differ: a key of RUN_KEYS that is not compared.
+
+    Raises:
+        ValueError: the headers differ.
     """
     for key, a, b in zip(RUN_KEYS, first.run_identity, other.run_identity, strict=True):
         if a != b and key != may_differ:
             raise ValueError(
                 f"mixed caches: {first_path} and {other_path} differ in {key}: {a} against {b}; "
-                "run the cache script again on all of them"
+                "run the cache script again on all data directories"
             )
 
 
-def open_index(args, world):
-    """Lists the pairs; returns (PairIndex to train on, PairIndex to validate on or None)."""
+def open_index(args: Namespace, world: World) -> tuple[PairIndex, PairIndex | None]:
+    """Lists the pairs that the trainer's flags name; returns (training pairs, validation pairs or None)."""
     suffixes = args.imgcache_suffix, args.txtcache_suffix
     index = PairIndex(args.train_data_dir, *suffixes, args.dir_weights, args.force_txtcache, world)
     if index.num_foreign and world.main:
-        warn(f"{index.num_foreign} of {len(index)} pairs have caches without a header: they cannot be verified")
+        warn(f"{index.num_foreign} of {len(index)} pairs have caches without a header, which cannot be verified")
     if index.num_unpaired and world.main:
-        warn(f"{index.num_unpaired} sidecars have no partner ({' + '.join(suffixes)}): not used")
+        warn(f"{index.num_unpaired} sidecars without a partner ({' + '.join(suffixes)}) are not used")
     if args.overfit:
         return index.subset(np.sort(rng.permutation(args.seed, 0, len(index))[: args.overfit])), None
     if args.val_split:

@@ -1,8 +1,9 @@
-"""Finished batches on their way from the workers to the device, ahead of time and in one piece."""
+"""Brings batches from the workers to the device, ahead of time and each as a single tensor."""
 
 import os
 import signal
 import threading
+from collections.abc import Iterable, Iterator
 from functools import partial
 from math import prod
 from typing import NamedTuple
@@ -11,39 +12,40 @@ import torch
 import torch._dynamo
 from torch.utils.data import DataLoader
 
-from cachetrain.data.batching import collate
+from cachetrain.data.batching import BatchSampler, collate
+from cachetrain.data.dataset import CachedPairs
 
-_SIGNALS = {signal.SIGINT, signal.SIGTERM}  # that stop a run
+_STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 
 
 class Packed(NamedTuple):
-    """A batch as one tensor: one piece of shared memory to hand over and one copy to the device, not seven."""
+    """A batch in one tensor, which takes one block of shared memory and one copy to the device instead of seven."""
 
     data: torch.Tensor  # uint8 [bytes]
-    layout: dict  # the batch's own, with (dtype, shape) in place of each tensor
+    layout: dict  # the batch's dict, with (dtype, shape) in place of each tensor
 
 
-_ALIGNMENT = 64  # bytes, where each tensor starts
+_ALIGNMENT = 64  # bytes; each tensor starts at a multiple
 
 
-def pack(batch):
-    """Packed of a dict of tensors, None, and such dicts."""
-    num_bytes = sum(_room(tensor.nbytes) for tensor in _tensors(batch))
+def pack(batch: dict) -> Packed:
+    """Packs a dict whose values are tensors, None, or such dicts."""
+    num_bytes = sum(_padded_size(tensor.nbytes) for tensor in _tensors(batch))
     packed = Packed(torch.empty(num_bytes, dtype=torch.uint8), _layout(batch))
-    for place, tensor in zip(_tensors(unpack(packed)), _tensors(batch), strict=True):
-        place.copy_(tensor)
+    for target, tensor in zip(_tensors(unpack(packed)), _tensors(batch), strict=True):
+        target.copy_(tensor)
     return packed
 
 
-def unpack(packed):
-    """The dict that was packed; its tensors share the memory of `packed.data`."""
+def unpack(packed: Packed) -> dict:
+    """Returns the dict that was packed; the tensors are views of `packed.data`."""
     start = 0
 
     def tensor_of(dtype, shape):
         nonlocal start
         num_bytes = dtype.itemsize * prod(shape)
         tensor = packed.data[start : start + num_bytes].view(dtype).view(shape)
-        start += _room(num_bytes)
+        start += _padded_size(num_bytes)
         return tensor
 
     def batch_of(layout):
@@ -63,7 +65,7 @@ def _layout(batch):
 
 
 def _tensors(batch):
-    """The tensors of a batch in the order of its layout."""
+    """Yields the tensors of a batch, in the order of its layout."""
     for entry in batch.values():
         if isinstance(entry, dict):
             yield from _tensors(entry)
@@ -71,16 +73,17 @@ def _tensors(batch):
             yield entry
 
 
-def _room(num_bytes):
+def _padded_size(num_bytes):
     return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
 
 
-def make_loader(dataset, batch_sampler, num_workers, pin_memory, multiple=8):
-    """DataLoader whose workers deliver finished batches, Packed; it draws from no global generator.
+def make_loader(
+    dataset: CachedPairs, batch_sampler: BatchSampler, num_workers: int, pin_memory: bool, multiple: int = 8
+) -> DataLoader:
+    """Returns a DataLoader whose workers deliver collated batches, Packed. No global random generator is used.
 
     Args:
-        dataset: CachedPairs; batch_sampler: of its SampleKeys.
-        multiple: of text lengths, as for collate.
+        multiple: text lengths are padded to a multiple of this, as in collate.
     """
     return _Loader(
         dataset,
@@ -96,10 +99,10 @@ def make_loader(dataset, batch_sampler, num_workers, pin_memory, multiple=8):
 
 
 class _Loader(DataLoader):
-    """Starts workers with the run's signals blocked: one that comes before they are ready would end them."""
+    """Starts workers with stop signals blocked: a signal during a worker's startup would kill the worker."""
 
     def __iter__(self):
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
         try:
             return super().__iter__()
         finally:
@@ -107,16 +110,17 @@ class _Loader(DataLoader):
 
 
 def _block_signals(_):
-    """In a worker: Ctrl-C and a scheduler's SIGTERM reach all processes, and the step under way needs its batches.
+    """Makes a worker ignore stop signals, except SIGTERM from the trainer.
 
-    A SIGTERM of the trainer itself counts: it is how torch ends workers, and it waits for them then.
+    Ctrl-C and a scheduler's SIGTERM reach all processes, but the trainer still needs batches to finish its step.
+    torch ends workers with SIGTERM and then waits for them.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        threading.Thread(target=_leave_when_told, daemon=True).start()
+        threading.Thread(target=_exit_on_sigterm_from_parent, daemon=True).start()
 
 
-def _leave_when_told():
+def _exit_on_sigterm_from_parent():
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
@@ -126,30 +130,30 @@ def _collate_packed(conditioning, multiple, samples):
     return pack(collate(samples, conditioning, multiple))
 
 
-def on_device(loader, device):
-    """Yields the loader's batches, unpacked; on CUDA each is copied while the one before is computed on."""
+def on_device(loader: Iterable[Packed], device: torch.device) -> Iterator[dict]:
+    """Yields the loader's batches, unpacked, on `device`; on CUDA the next batch is copied during the current step."""
     if device.type != "cuda":
         for packed in loader:
-            yield unpack(_moved(packed, device))
+            yield unpack(_to_device(packed, device))
         return
-    copies, ahead = torch.cuda.Stream(device), None
+    copy_stream, ahead = torch.cuda.Stream(device), None
     for packed in loader:
-        with torch.cuda.stream(copies):
-            moved = _moved(packed, device)
-            arrived = copies.record_event()
+        with torch.cuda.stream(copy_stream):
+            moved = _to_device(packed, device)
+            copied = copy_stream.record_event()
         if ahead is not None:
-            yield _arrived(*ahead)
-        ahead = moved, arrived
+            yield _wait_for_copy(*ahead)
+        ahead = moved, copied
     if ahead is not None:
-        yield _arrived(*ahead)
+        yield _wait_for_copy(*ahead)
 
 
-def _moved(packed, device):
+def _to_device(packed, device):
     return packed._replace(data=packed.data.to(device, non_blocking=True))
 
 
-def _arrived(packed, event):
-    """Makes the device, not the host, wait for the copy; its memory is not used again before the step is done."""
+def _wait_for_copy(packed, event):
+    """Makes the device, not the host, wait for the copy; keeps the memory from being reused during the step."""
     stream = torch.cuda.current_stream()
     stream.wait_event(event)
     packed.data.record_stream(stream)

@@ -1,4 +1,4 @@
-"""For millions of files: lists of paths without a Python object each, random subsets, reading several at a time."""
+"""Helpers for millions of files: compact lists of paths, random subsets, reading in several threads."""
 
 import heapq
 import os
@@ -12,15 +12,15 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from threading import Event
 
-# Items that a thread takes at a time, and number of threads.
+# Items handed to a thread at a time, and number of threads.
 _CHUNK, _THREADS = 64, 8
 
 
 class PackedStrings:
-    """An append-only list of strings, stored as one byte string and 8 bytes each for where they end.
+    """An append-only list of strings, stored as one byte string plus 8 bytes per string.
 
-    Forked loader workers share its memory, because reading it writes no reference counts. File names that are not
-    UTF-8 come back unchanged, as from `os.fsdecode`.
+    Forked loader workers share the memory, because reading an entry changes no reference counts. File names that are
+    not UTF-8 are returned unchanged, as by `os.fsdecode`.
     """
 
     def __init__(self):
@@ -35,7 +35,7 @@ class PackedStrings:
         return len(self._ends)
 
     def checksum(self) -> int:
-        """A number that differs for different lists; takes a second per gigabyte."""
+        """CRC-32 of the list; takes a second per gigabyte."""
         return zlib.crc32(self._ends, zlib.crc32(self._bytes))
 
     def __getitem__(self, index: int) -> str:
@@ -45,20 +45,20 @@ class PackedStrings:
 
 
 def random_subset(items: Iterable, number: int, seed: int) -> Iterable:
-    """Returns `number` of the items, each equally likely, in their order, and keeps only these in memory; 0: all."""
+    """Returns `number` random items, in their original order; 0: all items. Holds only the selected ones in memory."""
     if not number:
         return items
     draw = random.Random(seed).random
     drawn = heapq.nsmallest(number, ((draw(), index, item) for index, item in enumerate(items)))
-    return [item for _, _, item in sorted(drawn, key=lambda one: one[1])]
+    return [item for _, _, item in sorted(drawn, key=lambda entry: entry[1])]
 
 
 def in_threads(function: Callable, items: Iterable) -> Iterator[tuple]:
-    """Yields (item, function(item)) in order, with only as many items in memory as keep the threads busy.
+    """Yields (item, function(item)) in order; holds only as many items in memory as keep the threads busy.
 
-    Threads help with storage that makes each call wait, such as a millisecond per file on a network. If the first
-    items spend most of their time computing, as with cached local files, no threads are used: they would compete for
-    Python's global lock and take twice as long.
+    Threads help where each call waits for storage, such as a millisecond per file on a network. If the first items
+    spend most of their time computing, as with local files in the page cache, no threads are used: they would compete
+    for Python's global lock and take twice as long.
     """
     items, running, stopped = iter(items), deque(), Event()
 
@@ -83,4 +83,4 @@ def in_threads(function: Callable, items: Iterable) -> Iterator[tuple]:
                 chunk, results = running.popleft()
                 yield from zip(chunk, results.result(), strict=True)
         finally:
-            stopped.set()  # an interrupted run does not wait for queued items, which may take long to hash
+            stopped.set()  # an interrupted run does not wait for queued items, which may take long

@@ -1,54 +1,60 @@
-"""--cache_in_ram: every sidecar is read once, before training, and stays in memory as it is on disk."""
+"""--cache_in_ram: reads every sidecar once, before training, and keeps the files' bytes in memory."""
+
+from __future__ import annotations
 
 from array import array
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors.torch import load
 from tqdm import tqdm
 
+from cachetrain.data.index import PairIndex
 from cachetrain.data.many_files import in_threads
 from cachetrain.data.sidecar import metadata_of, read_verified
 from cachetrain.modeling.conditioning import num_elements
 
-_HEADER_BYTES = 2048  # about what a sidecar holds besides its tensors
+_HEADER_BYTES = 2048  # about the size of a sidecar without its tensors
 _ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4}
 
 
 class RamCache:
-    """The sidecars of an index, verified once. Forked loader workers share them.
+    """The sidecars of an index in memory, verified once. Forked loader workers share the memory.
 
     Raises:
-        ValueError: they do not fit into the memory that is free; a sidecar is damaged.
+        ValueError: the sidecars do not fit into free memory, or a sidecar is damaged.
     """
 
-    def __init__(self, index):
+    def __init__(self, index: PairIndex):
         needed, free = needed_bytes(index), available_bytes()
         if free is not None and needed > 0.9 * free:
             raise ValueError(
-                f"--cache_in_ram: the caches take {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB of memory are "
-                "free; train without it (--num_workers read the files ahead)"
+                f"--cache_in_ram: the caches need {needed / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB of memory "
+                "are free; omit the flag (--num_workers read the files ahead of time)"
             )
-        # One text for all is stored once, behind the images.
-        paths = [index.image_path] if index.one_text else [index.image_path, index.text_path]
-        self._per_pair, self._total = len(paths), len(paths) * len(index) + bool(index.one_text)
+        # A text sidecar used for all images is stored once, after the images.
+        path_functions = [index.image_path] if index.one_text else [index.image_path, index.text_path]
+        self._per_pair = len(path_functions)
+        self._total = len(path_functions) * len(index) + bool(index.one_text)
         self._one_text = index.one_text is not None
-        self._data, self._ends = bytearray(), array("Q", [0])
-        every = (path(i) for i in range(len(index)) for path in paths)
+        self._data = bytearray()
+        self._ends = array("Q", [0])
+        paths = (path_of(i) for i in range(len(index)) for path_of in path_functions)
         for _, (data, _) in tqdm(
-            in_threads(read_verified, every), desc="into memory", total=self._total, unit="file", disable=None
+            in_threads(read_verified, paths), desc="into memory", total=self._total, unit="file", disable=None
         ):
             self._append(data)
         if self._one_text:
             self._append(read_verified(index.one_text)[0])
 
-    def image(self, i):
-        """As Sidecars.image."""
+    def image(self, i: int) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """Same as Sidecars.image."""
         data = self._bytes(i * self._per_pair)
         return load(data), metadata_of(data)
 
-    def text(self, i):
-        """As Sidecars.text."""
+    def text(self, i: int) -> dict[str, torch.Tensor]:
+        """Same as Sidecars.text."""
         return load(self._bytes(self._total - 1 if self._one_text else i * 2 + 1))
 
     def _append(self, data):
@@ -59,8 +65,8 @@ class RamCache:
         return bytes(memoryview(self._data)[self._ends[place] : self._ends[place + 1]])
 
 
-def needed_bytes(index):
-    """About how much memory the sidecars of `index` take."""
+def needed_bytes(index: PairIndex) -> int:
+    """Estimates the memory that the sidecars of `index` take, in bytes."""
     elements = sum(
         int(np.prod(shape)) * int(count)
         for shape, count in zip(index.shapes, np.bincount(index.shape_ids, minlength=len(index.shapes)), strict=True)
@@ -73,8 +79,8 @@ def needed_bytes(index):
     return elements * per_element + (0 if index.one_text else text) + 2 * _HEADER_BYTES * len(index)
 
 
-def available_bytes():
-    """Memory that can be taken without swapping, or None where the system does not say (Linux does)."""
+def available_bytes() -> int | None:
+    """Memory that can be allocated without swapping; None on systems without /proc/meminfo."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

@@ -1,7 +1,7 @@
-"""Every random draw of training: a pure function of (seed, epoch, sample, repeat in the epoch, purpose).
+"""The random draws of training, each a pure function of (seed, epoch, sample, repeat in the epoch, purpose).
 
-Philox is counter-based (Salmon et al. 2011): each draw has its own stream, so nothing depends on the order in
-which samples come, the number of workers or ranks, or on what else was drawn.
+Philox is counter-based (Salmon et al. 2011): each draw has its own stream, so no draw depends on the order of the
+samples, the number of workers or ranks, or on other draws.
 """
 
 import numpy as np
@@ -9,8 +9,8 @@ import numpy as np
 ORDER, NOISE, TIMESTEP, DROPOUT, FLIP, OFFSET, STRATA, REPEATS = range(8)
 
 
-def generator(seed, epoch, sample, purpose, repeat=0):
-    """Returns the numpy Generator of one purpose (a constant above) for one sample.
+def generator(seed: int, epoch: int, sample: int, purpose: int, repeat: int = 0) -> np.random.Generator:
+    """Returns the generator for one purpose (a constant above) and one sample.
 
     Args:
         repeat: how often the sample has come up in this epoch, from 0.
@@ -18,20 +18,20 @@ def generator(seed, epoch, sample, purpose, repeat=0):
     return np.random.Generator(np.random.Philox(key=seed, counter=[0, purpose + (repeat << 8), sample, epoch]))
 
 
-def permutation(seed, epoch, length):
+def permutation(seed: int, epoch: int, length: int) -> np.ndarray:
     """Returns the order of an epoch: a permutation of range(length), int64."""
     return generator(seed, epoch, 0, ORDER).permutation(length)
 
 
-def epoch_order(seed, epoch, repeats):
-    """Returns the samples of an epoch in their order.
+def epoch_order(seed: int, epoch: int, repeats: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the samples of an epoch, in training order.
 
     Args:
-        repeats: float32 [N], how often each sample comes up in an epoch, on average; fractions are drawn anew for
-            each epoch.
+        repeats: float32 [N], how often each sample comes up in an epoch, on average; the fractional part is the
+            probability of one more repeat, drawn anew for each epoch.
 
     Returns:
-        (samples, their repeats), int64 [M] each: which sample, and how often it has come up in this epoch, from 0.
+        (samples, repeats), int64 [M] each: the sample, and how often the sample has come up in this epoch, from 0.
     """
     if (repeats == 1).all():
         samples = permutation(seed, epoch, len(repeats))

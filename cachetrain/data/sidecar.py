@@ -1,8 +1,8 @@
-"""The contract between the two stages: what a sidecar holds, and how it is written and read.
+"""The sidecar format, which connects caching and training: contents, writing, reading, verifying.
 
-A sidecar is a safetensors file beside its source, whose suffix REPLACES the source's: `a.jpg`, `a.txt` ->
-`a.img_sdxl`, `a.txt_t5cache`. Its safetensors metadata, called the header here, says which source, encoder and
-settings its tensors were made with. This module imports no torch until it reads or writes tensors.
+A sidecar is a safetensors file beside its source; the sidecar's suffix REPLACES the source's: `a.jpg`, `a.txt` ->
+`a.img_sdxl`, `a.txt_t5cache`. The safetensors metadata, here called the header, records the source, encoder and
+settings that the tensors were made from. This module does not import torch until tensors are read or written.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 FORMAT = "1"
 NULL_STEM = "_null_caption"
 
-# kind -> default suffix. Image kinds hold `latent` (and `latent_flip`, `logvar` on request), text kinds `emb`.
+# kind -> default suffix. Image kinds hold `latent` (optionally `latent_flip`, `logvar`), text kinds `emb`.
 SUFFIXES = {
     "img_sdvae": ".img_sdvae",
     "img_sdxl": ".img_sdxl",
@@ -27,23 +27,23 @@ SUFFIXES = {
     "txt_t5cache": ".txt_t5cache",
 }
 
-# In the header, the place of a hash that is yet to be computed.
+# Placeholder in the header for a hash that is not computed yet.
 _NO_SHA256 = "0" * 64
 
-# Sidecars that may train together agree on all of these.
+# Sidecars must agree on all of these to be trained on together.
 RUN_KEYS = ("kind", "encoder", "settings", "scaling_factor", "shift_factor")
 
 
 class SidecarError(ValueError):
-    """A sidecar that was cut short or altered after it was written."""
+    """A sidecar is truncated or was altered after it was written."""
 
 
 class Header(NamedTuple):
-    """What a sidecar says without its tensors.
+    """A sidecar without its tensors.
 
     Attributes:
         metadata: header fields; {} for a file without a header.
-        shapes, dtypes: of the tensors, by name; dtypes are those of safetensors ("F16").
+        shapes, dtypes: shape and dtype of each tensor, by name; dtypes as safetensors names them ("F16").
     """
 
     metadata: dict[str, str]
@@ -52,12 +52,12 @@ class Header(NamedTuple):
 
     @property
     def foreign(self) -> bool:
-        """Whether the file carries no cachetrain header."""
+        """Whether the file lacks a cachetrain header."""
         return not {"cachetrain_format", "sha256", "header_sha256"} & self.metadata.keys()
 
     @property
     def run_identity(self) -> tuple[str, ...]:
-        """The values of RUN_KEYS, on which the sidecars of one run must agree."""
+        """The values of RUN_KEYS, which must be equal in all sidecars of a run."""
         return tuple(self.metadata.get(key, "") for key in RUN_KEYS)
 
 
@@ -73,9 +73,9 @@ def write_sidecar(path: str | Path, tensors: "dict[str, torch.Tensor]", metadata
     Args:
         path: target; its directory must exist.
         tensors: CPU tensors by name.
-        metadata: header fields. The format and two hashes are added: `sha256` of the tensors' bytes, which
-            safetensors does not check, and `header_sha256` of everything before them, so that a header can be
-            trusted when only the header is read.
+        metadata: header fields. The format and two hashes are added: `sha256` covers the tensors' bytes, which
+            safetensors does not check, and `header_sha256` covers the rest, so that a header can be verified without
+            reading the tensors.
     """
     from safetensors.torch import save
 
@@ -93,15 +93,15 @@ def read_header(path: str | Path) -> Header:
     """Reads only the header: one open, one read of a few KiB, one size check.
 
     Raises:
-        SidecarError: the file was cut short, or its header is damaged.
+        SidecarError: the file is truncated, or the header is damaged.
         OSError: the file cannot be opened.
     """
     with open(path, "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         data = file.read(min(size, 4096))
-        wanted = 8 + int.from_bytes(data[:8], "little")
-        if len(data) < wanted <= size:
-            data += file.read(wanted - len(data))
+        header_size = 8 + int.from_bytes(data[:8], "little")
+        if len(data) < header_size <= size:
+            data += file.read(header_size - len(data))
     return _parse(path, data, size)
 
 
@@ -112,7 +112,7 @@ def read_sidecar(path: str | Path) -> "tuple[dict[str, torch.Tensor], Header]":
         (tensors by name, Header). A foreign file is returned unverified.
 
     Raises:
-        SidecarError: the file does not match its own hashes, or cannot be parsed.
+        SidecarError: the file does not match its hashes, or cannot be parsed.
         OSError: the file cannot be opened.
     """
     from safetensors import SafetensorError
@@ -126,24 +126,24 @@ def read_sidecar(path: str | Path) -> "tuple[dict[str, torch.Tensor], Header]":
 
 
 def read_verified(path: str | Path) -> tuple[bytes, Header]:
-    """Reads and verifies one sidecar like `read_sidecar`, but returns its bytes unparsed: (bytes, Header)."""
+    """Reads and verifies one sidecar like `read_sidecar`, but returns (bytes of the file, Header)."""
     data = Path(path).read_bytes()
     header = _parse(path, data, len(data))
     payload = memoryview(data)[_payload_start(data) :]
     if not header.foreign and header.metadata.get("sha256") != hashlib.sha256(payload).hexdigest():
         raise SidecarError(
-            f"{path}: its tensors do not match their SHA-256; delete it, or run the cache script with --full"
+            f"{path}: tensors do not match their SHA-256; delete the file, or run the cache script with --full"
         )
     return data, header
 
 
 def metadata_of(data: bytes) -> dict[str, str]:
-    """The header fields of a sidecar that has been verified, from its bytes."""
+    """Returns the header fields of a verified sidecar from the file's bytes."""
     return json.loads(data[8 : _payload_start(data)]).get("__metadata__", {})
 
 
 def _entry(key, digest=_NO_SHA256):
-    """Bytes of a hash in the header, as safetensors writes them."""
+    """Bytes of a hash entry in the header, as safetensors writes them."""
     return f'"{key}":"{digest}"'.encode()
 
 
@@ -152,7 +152,7 @@ def _payload_start(data):
 
 
 def _parse(path, data, size):
-    """Parses and checks the header of a file of `size` bytes that begins with `data`."""
+    """Parses and checks the header in `data`, the beginning of a file of `size` bytes."""
     start = _payload_start(data)
     try:
         table = json.loads(data[8:start])
@@ -166,7 +166,7 @@ def _parse(path, data, size):
     except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
         raise SidecarError(f"{path}: not a readable safetensors file; run the cache script again") from error
     if end != size:
-        raise SidecarError(f"{path}: has {size} bytes, its header says {end}; run the cache script again")
+        raise SidecarError(f"{path}: has {size} bytes, the header expects {end}; run the cache script again")
     if header.foreign:
         return header
     if metadata.get("cachetrain_format", FORMAT) != FORMAT:
@@ -177,5 +177,5 @@ def _parse(path, data, size):
     digest = metadata.get("header_sha256")
     blank = data[:start].replace(_entry("header_sha256", digest), _entry("header_sha256"))
     if hashlib.sha256(blank).hexdigest() != digest:
-        raise SidecarError(f"{path}: its header does not match its SHA-256; run the cache script again")
+        raise SidecarError(f"{path}: the header does not match its SHA-256; run the cache script again")
     return header

@@ -1,30 +1,36 @@
-"""Which pairs validate and which train: a split by name, and a check that folders given for both are apart."""
+"""Splits pairs into training and validation pairs, and checks that no folder is used for both."""
+
+from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from cachetrain.data.index import PairIndex
 
-def split_positions(names, share):
-    """Which of `names` validate: those whose hash, as a fraction of 1, is below `share`.
 
-    A name is always on the same side, whatever other names there are.
+def split_positions(names: Iterable[str], share: float) -> np.ndarray:
+    """Selects the names to validate on: those whose hash, scaled to [0, 1), is below `share`.
+
+    A name's hash alone decides, so adding or removing other names never moves a name to the other side.
 
     Args:
-        names: iterable of str.
-        share: in (0, 1).
+        share: about how large a part of the names is selected, in (0, 1).
 
     Returns:
-        bool [N].
+        bool [N], True for validation.
     """
     limit = share * 2**64
     hashes = (hashlib.blake2b(os.fsencode(name), digest_size=8).digest() for name in names)
     return np.fromiter((int.from_bytes(digest, "big") < limit for digest in hashes), bool)
 
 
-def split_index(index, share):
-    """Splits a PairIndex by the names of its pairs: returns (what is trained on, what validates).
+def split_index(index: PairIndex, share: float) -> tuple[PairIndex, PairIndex]:
+    """Splits an index by the names of its pairs; returns (training pairs, validation pairs).
 
     Raises:
         ValueError: one side would be empty.
@@ -32,20 +38,24 @@ def split_index(index, share):
     validates = split_positions((index.relative_name(i) for i in range(len(index))), share)
     if not 0 < validates.sum() < len(index):
         raise ValueError(
-            f"--val_split {share}: takes {validates.sum()} of {len(index)} pairs, so that one side is empty; use "
+            f"--val_split {share}: selects {validates.sum()} of {len(index)} pairs, expected some but not all; use "
             "another share, more data, or --val_data_dir"
         )
     return index.subset(np.flatnonzero(~validates)), index.subset(np.flatnonzero(validates))
 
 
-def check_apart(index, val_index):
-    """Raises a ValueError that names a folder of --val_data_dir that is trained on as well, through links too."""
-    validated = {os.path.realpath(folder): folder for folder in _folders(val_index)}
+def check_apart(index: PairIndex, val_index: PairIndex) -> None:
+    """Checks that no folder is used for both training and validation; symbolic links are resolved.
+
+    Raises:
+        ValueError: a folder of --val_data_dir is also trained on.
+    """
+    validation_folders = {os.path.realpath(folder): folder for folder in _folders(val_index)}
     for folder in _folders(index):
-        if (real := os.path.realpath(folder)) in validated:
+        if (real_path := os.path.realpath(folder)) in validation_folders:
             raise ValueError(
-                f"--val_data_dir: {validated[real]} is also trained on, as {folder} of --train_data_dir; keep the "
-                "validation pairs in a folder of their own, or use --val_split"
+                f"--val_data_dir: {validation_folders[real_path]} is also trained on, as {folder} of "
+                "--train_data_dir; move the validation pairs to a separate folder, or use --val_split"
             )
 
 

@@ -1,7 +1,7 @@
-"""The one walk of data directories, in caching and training, and what it finds: images with captions, sidecars.
+"""Walks data directories and lists images with their captions, or sidecars; used by caching and training.
 
-Folders come depth first, each before its sub-folders, names sorted. Hidden files and folders are skipped, symbolic
-links are followed, and a folder that several paths lead to is visited once. Memory and time are linear in the number
+Folders come depth first, each before its subfolders, names sorted. Hidden files and folders are skipped. Symbolic
+links are followed, and a folder reachable by several paths is visited once. Memory and time are linear in the number
 of files, and no file is opened.
 """
 
@@ -16,23 +16,23 @@ from cachetrain.data.sidecar import NULL_STEM
 
 IMAGE_SUFFIXES = frozenset(".jpg .jpeg .jfif .jpe .png .webp .bmp .gif .tif .tiff .avif .jp2 .ppm .pgm .tga".split())
 
-# Called with the path of a file or folder that is skipped, and the reason.
+# Called as on_error(path, reason) for each file or folder that is skipped.
 OnError = Callable[[str, str], None]
 
 
 class Folder(NamedTuple):
-    """One folder of a walk: its path, and the sorted names of the files that are of interest."""
+    """One folder of a walk: path, and the sorted names of the files that match."""
 
     path: str
     names: list[str]
 
 
 class Pairs:
-    """An append-only list of Pair that takes little more memory than the bytes of the paths."""
+    """An append-only list of Pair that needs little more memory than the bytes of the paths."""
 
     def __init__(self):
         self._images = PackedStrings()
-        self._captions = bytearray()  # index into CAPTION_SUFFIXES; its length where there is no caption file
+        self._captions = bytearray()  # index into CAPTION_SUFFIXES; len(CAPTION_SUFFIXES): no caption file
 
     def append(self, pair: Pair) -> None:
         self._images.append(pair.image)
@@ -56,13 +56,13 @@ def walk_folders(
     on_error: OnError | None = None,
     remove_abandoned: bool = False,
 ) -> Iterator[Folder]:
-    """Yields the folders under `root`, itself first, in the order that the module describes.
+    """Yields `root` and the folders under it, in the order described above.
 
     Args:
-        visited: real paths of the folders visited so far, which are skipped; the walk adds its own.
-        keep: whether a file of this name is of interest.
+        visited: real paths of the folders visited so far, which are skipped; the walk adds to this set.
+        keep: whether to list a file with this name.
         on_error: called for each folder that cannot be read; None: the OSError is raised.
-        remove_abandoned: delete temporary files that killed runs have left.
+        remove_abandoned: delete temporary files left behind by killed runs.
     """
     stack = [os.fspath(root)]
     while stack:
@@ -92,11 +92,11 @@ def walk_folders(
 
 
 def find_images(roots: Iterable[str], on_error: OnError) -> Iterator[Pair]:
-    """Yields one Pair per image under `roots`; also removes temporary files that killed cache runs have left.
+    """Yields one Pair per image under `roots`; also removes temporary files left behind by killed cache runs.
 
     Args:
-        on_error: called for each folder that cannot be read, and for an image that would share its sidecar with
-            another one.
+        on_error: called for each folder that cannot be read, and for each image whose sidecar name is already taken
+            by another image.
 
     Raises:
         ValueError: a root is not a directory.
@@ -110,7 +110,7 @@ def find_images(roots: Iterable[str], on_error: OnError) -> Iterator[Pair]:
 
 
 def pair_up(folder: Folder, on_error: OnError) -> Iterator[Pair]:
-    """Yields a Pair per image of one folder; `_null_caption.*` is none. `on_error`: as in `find_images`."""
+    """Yields one Pair per image of a folder, except `_null_caption.*`. `on_error`: see `find_images`."""
     captions = {name for name in folder.names if name.endswith(CAPTION_SUFFIXES)}
     image_of_stem = {}
     for name in folder.names:
@@ -119,7 +119,7 @@ def pair_up(folder: Folder, on_error: OnError) -> Iterator[Pair]:
             continue
         path = os.path.join(folder.path, name)
         if stem in image_of_stem:
-            on_error(path, f"would share its sidecar with {image_of_stem[stem]} beside it; rename one of the two")
+            on_error(path, f"would share its sidecar with {image_of_stem[stem]}; rename one of the two images")
             continue
         image_of_stem[stem] = name
         caption = next((stem + suffix for suffix in CAPTION_SUFFIXES if stem + suffix in captions), None)
@@ -127,7 +127,7 @@ def pair_up(folder: Folder, on_error: OnError) -> Iterator[Pair]:
 
 
 def null_pair(root: str | os.PathLike) -> Pair:
-    """The Pair of the unconditional embedding: the file name gives it an empty caption."""
+    """The Pair of the unconditional embedding; the caption taken from this file name is empty."""
     return Pair(os.path.join(root, NULL_STEM), None)
 
 
@@ -135,8 +135,8 @@ def find_sidecars(paths: Iterable[str], suffixes: Iterable[str]) -> Iterator[str
     """Yields the paths of sidecars.
 
     Args:
-        paths: sidecars, which are taken as they are, and folders to search.
-        suffixes: of the sidecars in folders.
+        paths: sidecars, or folders to search for sidecars.
+        suffixes: suffixes of the sidecars to list in folders.
 
     Raises:
         ValueError: a path does not exist.
@@ -176,4 +176,4 @@ def _remove_if_abandoned(path):
         if is_abandoned(path):
             os.unlink(path)
     except OSError:
-        pass  # another run has removed it, or the folder is read-only: no harm done
+        pass  # another run was faster, or the folder is read-only: harmless

@@ -1,1 +1,1 @@
-"""The mathematics of diffusion training: noise schedules, objectives, loss weights."""
+"""The mathematics of diffusion training: noise schedules, objectives and loss weights."""

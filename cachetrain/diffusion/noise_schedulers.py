@@ -1,4 +1,11 @@
-"""The noise schedule of each training objective, as a diffusers scheduler that also samples it."""
+"""Noise schedules for the training objectives, and samplers for drawing, as diffusers schedulers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
 
 OBJECTIVES = ("epsilon", "v_prediction", "flow")
 
@@ -13,7 +20,7 @@ SD_SCHEDULE = {
     "set_alpha_to_one": False,
 }
 
-# Short name -> diffusers class, and what it takes on top of the model's own schedule. The first is the default.
+# Short name -> (diffusers class, options besides the model's noise schedule). The first is the default.
 SAMPLERS = {
     "ddim": ("DDIMScheduler", {}),
     "ddpm": ("DDPMScheduler", {}),
@@ -34,23 +41,25 @@ FLOW_SAMPLERS = {
 }
 
 
-def make_scheduler(objective, base=None, zero_terminal_snr=False):
-    """Makes the scheduler of an objective.
+def make_scheduler(
+    objective: str, base: SchedulerMixin | None = None, zero_terminal_snr: bool = False
+) -> SchedulerMixin:
+    """Makes the scheduler for an objective.
 
     Args:
         objective: "epsilon", "v_prediction" or "flow" (rectified flow, Liu et al. 2022).
-        base: a scheduler whose betas are kept; Stable Diffusion's when None.
-        zero_terminal_snr: rescale the betas so that the last timestep is pure noise, and sample from there (Lin et
+        base: scheduler whose betas are kept; None: Stable Diffusion's betas.
+        zero_terminal_snr: rescale the betas so that the last timestep is pure noise, and start sampling there (Lin et
             al. 2024, sections 3.1 and 3.3).
 
     Raises:
-        ValueError: zero_terminal_snr with an objective that does not train at pure noise, or has it anyway.
+        ValueError: zero_terminal_snr with an objective other than "v_prediction".
     """
     from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
     if zero_terminal_snr and objective != "v_prediction":
-        reason = "starts at pure noise anyway" if objective == "flow" else "cannot tell the image from pure noise"
-        raise ValueError(f"--zero_terminal_snr: {objective} {reason}; use it with --objective v_prediction")
+        reason = "always starts at pure noise" if objective == "flow" else "cannot be trained at pure noise"
+        raise ValueError(f"--zero_terminal_snr: {objective} {reason}; use --objective v_prediction, or omit the flag")
     if objective == "flow":
         return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0)
     if zero_terminal_snr:
@@ -63,11 +72,11 @@ def make_scheduler(objective, base=None, zero_terminal_snr=False):
     return type(base).from_config(base.config, prediction_type=objective)
 
 
-def objective_of(scheduler):
-    """Reads the objective that a scheduler samples: "epsilon", "v_prediction" or "flow".
+def objective_of(scheduler: SchedulerMixin) -> str:
+    """Returns the objective that a scheduler is for: "epsilon", "v_prediction" or "flow".
 
     Raises:
-        ValueError: the scheduler is of another kind (prediction_type "sample", say).
+        ValueError: the scheduler is for another objective, such as prediction_type "sample".
     """
     if "FlowMatch" in type(scheduler).__name__ or scheduler.config.get("prediction_type") == "flow_prediction":
         return "flow"
@@ -79,20 +88,20 @@ def objective_of(scheduler):
     return objective
 
 
-def default_sampler(scheduler):
-    """Short name of the sampler that a model gets when none is named: DDIM, or Euler for flow matching."""
+def default_sampler(scheduler: SchedulerMixin) -> str:
+    """Short name of the default sampler for a model: "ddim", or "euler" for flow matching."""
     return next(iter(FLOW_SAMPLERS if objective_of(scheduler) == "flow" else SAMPLERS))
 
 
-def sampler_for(scheduler, name=None):
-    """The scheduler that draws samples during and after training, on the noise schedule of `scheduler`.
+def sampler_for(scheduler: SchedulerMixin, name: str | None = None) -> SchedulerMixin:
+    """Makes the scheduler that draws samples, with the noise schedule of `scheduler`.
 
     Args:
-        scheduler: the model's own.
+        scheduler: the model's scheduler.
         name: a key of SAMPLERS, or of FLOW_SAMPLERS for flow matching; None: `default_sampler`.
 
     Raises:
-        ValueError: no such name, or it cannot sample this objective or schedule.
+        ValueError: the name is unknown, or that sampler does not support the objective or the noise schedule.
     """
     import inspect
 
@@ -112,7 +121,7 @@ def sampler_for(scheduler, name=None):
         return cls(num_train_timesteps=config["num_train_timesteps"], **{shift_key: shift}, **extra)
     accepted = inspect.signature(cls).parameters
     if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in accepted:
-        # It would sample another noise schedule than the one that was trained.
+        # Without the rescaled betas, sampling would use another noise schedule than training.
         raise ValueError(f"scheduler {name!r} cannot start at zero terminal SNR; use ddim, euler or dpm++")
     if "clip_sample" in accepted:
         extra = extra | {"clip_sample": False}

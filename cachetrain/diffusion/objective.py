@@ -1,19 +1,25 @@
-"""What the UNet is asked to predict, and how errors are weighted. Pure functions of tensors.
+"""The UNet's prediction targets and the loss weights, as pure functions of tensors.
 
 All objectives share x_t = alpha_t x_0 + sigma_t noise; they differ in (alpha_t, sigma_t) and in the target.
 """
 
+from __future__ import annotations
+
 import math
 from statistics import NormalDist
+from typing import TYPE_CHECKING
 
 import torch
 
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
 
-def timestep_fraction(sampling, uniform):
-    """Where in the range of timesteps a sample is trained, in [0, 1), from a uniform number in [0, 1).
 
-    uniform: everywhere alike. logit_normal: most often in the middle, sigmoid of a standard normal number (Esser et
-    al. 2024, section 3.1). stratified: as uniform, for numbers that are themselves spread over the batch (below).
+def timestep_fraction(sampling: str, uniform: float) -> float:
+    """Maps a uniform number in [0, 1) to a position in the timestep range, in [0, 1).
+
+    uniform: the number itself. logit_normal: sigmoid of a standard normal number, densest in the middle (Esser et al.
+    2024, section 3.1). stratified: same as uniform, for numbers that come from `stratified`.
     """
     if sampling != "logit_normal":
         return uniform
@@ -22,15 +28,21 @@ def timestep_fraction(sampling, uniform):
     return 1 / (1 + math.exp(-NormalDist().inv_cdf(uniform)))
 
 
-def stratified(offset, slot, batch_size):
-    """The uniform number of one sample of a batch, such that the batch has one in each of `batch_size` equal parts of
-    [0, 1): frac(offset + slot / batch_size) (the low-discrepancy sampler of Kingma et al. 2021). offset: uniform in
-    [0, 1), one per batch.
+def stratified(offset: float, slot: int, batch_size: int) -> float:
+    """Returns the uniform number for one sample, such that each of `batch_size` equal parts of [0, 1) gets one number.
+
+    frac(offset + slot / batch_size), the low-discrepancy sampler of Kingma et al. 2021.
+
+    Args:
+        offset: uniform in [0, 1), the same for the whole batch.
+        slot: position of the sample in the batch.
     """
     return (offset + slot / batch_size) % 1.0
 
 
-def alpha_sigma(objective, timesteps, alphas_cumprod=None):
+def alpha_sigma(
+    objective: str, timesteps: torch.Tensor, alphas_cumprod: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Signal and noise scales at `timesteps`.
 
     Args:
@@ -50,7 +62,9 @@ def alpha_sigma(objective, timesteps, alphas_cumprod=None):
     return alpha[:, None, None, None], sigma[:, None, None, None]
 
 
-def target_of(objective, latents, noise, alpha, sigma):
+def target_of(
+    objective: str, latents: torch.Tensor, noise: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor
+) -> torch.Tensor:
     """The prediction target, same shape as `latents`.
 
     epsilon: noise. v: alpha noise - sigma x_0 (Salimans & Ho 2022, eq. after 11). flow: noise - x_0.
@@ -62,10 +76,10 @@ def target_of(objective, latents, noise, alpha, sigma):
     return noise - latents
 
 
-def min_snr_weights(objective, alpha, sigma, gamma):
-    """Min-SNR-gamma (Hang et al. 2023) as a weight on the objective's own squared error, float32 [B].
+def min_snr_weights(objective: str, alpha: torch.Tensor, sigma: torch.Tensor, gamma: float) -> torch.Tensor:
+    """Min-SNR-gamma (Hang et al. 2023) as a weight on the squared error of the objective's target, float32 [B].
 
-    min(snr, gamma) weights the error of x_0. Seen from the target, with snr = alpha^2 / sigma^2:
+    min(snr, gamma) weights the error of x_0. For the error of the target, with snr = alpha^2 / sigma^2, this becomes
     epsilon: min(snr, g) / snr; v: min(snr, g) / (snr + 1); flow, where x_0 = x_t - sigma v: min(snr, g) sigma^2.
     """
     snr = (alpha / sigma).square().flatten()
@@ -78,11 +92,11 @@ def min_snr_weights(objective, alpha, sigma, gamma):
     return capped * sigma.flatten().square()
 
 
-def squared_error(prediction, target):
+def squared_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Mean squared error of each sample, reduced in float32: [B]."""
     return (prediction.float() - target.float()).square().flatten(1).mean(1)
 
 
-def noise_schedule(scheduler, device):
-    """alphas_cumprod of a DDPM-type scheduler on `device`, or None for flow matching."""
+def noise_schedule(scheduler: SchedulerMixin, device: torch.device) -> torch.Tensor | None:
+    """Returns alphas_cumprod, float32 [T] on `device`, of a DDPM-type scheduler; None for flow matching."""
     return scheduler.alphas_cumprod.to(device, torch.float32) if hasattr(scheduler, "alphas_cumprod") else None

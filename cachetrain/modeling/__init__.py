@@ -1,1 +1,1 @@
-"""Loading, composing and conditioning models."""
+"""Loading models, composing models from parts, and conditioning the UNet."""

@@ -1,16 +1,27 @@
-"""Builds pipeline directories from parts. Frozen parts are copied byte for byte, so their fingerprints stay."""
+"""Builds pipeline directories from parts. Frozen parts are copied byte for byte, so their fingerprints do not change."""
+
+from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cachetrain.atomic import staged_directory
 from cachetrain.diffusion.noise_schedulers import make_scheduler
 from cachetrain.modeling import load
 
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AutoencoderKL
+
+    from cachetrain.modeling.t5_projection import T5Projection
+
 HERE = Path(__file__).parent
 
-# Used to scale a projection when the user gives no captions: any plain English does.
+# For scaling a projection when the user gives no captions; any plain English will do.
 PLAIN_CAPTIONS = (
     "",
     "a photo of a cat",
@@ -23,29 +34,66 @@ PLAIN_CAPTIONS = (
 )
 
 
-def copy_component(source, target, patterns=("config.json", *load.WEIGHT_PATTERNS)):
-    """Copies the files of one component that match `patterns`; hub snapshots' links become files.
+@dataclass(frozen=True)
+class Target:
+    """What to compose.
+
+    Attributes:
+        out: pipeline directory to write.
+        objective: see diffusion.noise_schedulers.OBJECTIVES; decides the scheduler.
+        fresh_unet: use only the UNet's config and initialise the weights from `seed`.
+        seed: seed of all new weights.
+        overwrite: replace `out` if it exists.
+    """
+
+    out: str | Path
+    objective: str
+    fresh_unet: bool = False
+    seed: int = 0
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class ProjectionOptions:
+    """How to make the projection from T5's width to the UNet's.
+
+    Attributes:
+        captions: captions to fit the projection to by PCA; None: a random orthogonal projection.
+        trained: make the projection a layer of the UNet, which trains with it, instead of a frozen component.
+        dtype, device: for running T5; dtype None: float32.
+    """
+
+    captions: Sequence[str] | None = None
+    trained: bool = False
+    dtype: torch.dtype | None = None
+    device: torch.device | str = "cpu"
+
+
+def copy_component(
+    source: str | Path, target: Path, patterns: Iterable[str] = ("config.json", *load.WEIGHT_PATTERNS)
+) -> None:
+    """Copies the files of a component that match `patterns`; links in Hugging Face snapshots become files.
 
     Raises:
-        ValueError: there are none.
+        ValueError: no file matches.
     """
     target.mkdir(parents=True, exist_ok=True)
     names = {path for pattern in patterns for path in Path(source).glob(pattern)}
     if not names:
-        raise ValueError(f"{source}: holds none of {', '.join(patterns)}")
+        raise ValueError(f"{source}: has no files named {', '.join(patterns)}; pass a directory with this component")
     for path in sorted(names):
         shutil.copyfile(path, target / path.name)
 
 
-def copy_tokenizer(model_dir, target):
-    """Copies a tokenizer, also out of a bare model directory where it lies between the weights."""
+def copy_tokenizer(model_dir: Path, target: Path) -> None:
+    """Copies a tokenizer; in a bare model directory, the tokenizer's files lie beside the weights."""
     copy_component(load.component_dir(model_dir, "tokenizer"), target, load.CONFIG_PATTERNS)
     for name in ("config.json", "generation_config.json", "model.safetensors.index.json"):
         (target / name).unlink(missing_ok=True)
 
 
-def save_unet(unet_dir, vae, target, text_width, fresh, seed):
-    """Copies the UNet, or saves a freshly initialised one; checks that VAE and text encoder fit it.
+def save_unet(unet_dir: Path, vae: AutoencoderKL, target: Path, text_width: int, fresh: bool, seed: int) -> None:
+    """Copies the UNet, or saves a freshly initialised one; checks that VAE and text encoder fit the UNet.
 
     Raises:
         ValueError: latent channels or text width differ from the UNet's.
@@ -55,11 +103,13 @@ def save_unet(unet_dir, vae, target, text_width, fresh, seed):
     channels = vae.config.latent_channels
     if config["in_channels"] != channels:
         raise ValueError(
-            f"the VAE makes {channels} latent channels, the UNet in {unet_dir} takes {config['in_channels']}"
+            f"{unet_dir}: this UNet expects {config['in_channels']} latent channels, the VAE has {channels}; "
+            "pass another --vae or --unet"
         )
     if text_width != load.text_width(config):
         raise ValueError(
-            f"the text encoder is {text_width} wide, the UNet in {unet_dir} wants {load.text_width(config)}"
+            f"{unet_dir}: this UNet expects text embeddings of width {load.text_width(config)}, the text encoder's "
+            f"have {text_width}; pass another text encoder or --unet"
         )
     if not fresh:
         copy_component(unet_dir, target)
@@ -69,32 +119,33 @@ def save_unet(unet_dir, vae, target, text_width, fresh, seed):
     load.load_unet(target, seed=seed).save_pretrained(target)
 
 
-def write_model_index(stage, pipeline, components):
-    """Writes model_index.json. `components`: name -> [library, class], or [None, None] where there is none."""
+def write_model_index(stage: Path, pipeline: str | list[str], components: dict) -> None:
+    """Writes model_index.json. `components`: name -> [library, class], or [None, None] for an absent component."""
     import diffusers
 
     index = {"_class_name": pipeline, "_diffusers_version": diffusers.__version__, **components}
     (stage / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def compose_sd(unet, vae, clip, out, objective, fresh_unet=False, seed=0, overwrite=False):
-    """Composes a StableDiffusionPipeline directory: UNet + VAE + CLIP text tower.
+def compose_sd(unet: str | Path, vae: str | Path, clip: str | Path, target: Target) -> None:
+    """Composes a StableDiffusionPipeline directory: UNet + VAE + CLIP text encoder.
 
     Args:
-        unet, vae, clip: pipeline directories, bare components or hub ids.
-        objective: see modeling.schedulers.OBJECTIVES.
-        fresh_unet: take the UNet's config only and initialise its weights from `seed`.
+        unet, vae, clip: pipeline directories, bare components or Hugging Face model ids.
+
+    Raises:
+        ValueError: a part cannot be found, or the parts do not fit together.
     """
     unet_dir, vae_dir, clip_root = _resolve(unet, "unet"), _resolve(vae, "vae"), _text_root(clip)
     encoder_dir = load.component_dir(clip_root, "text_encoder")
     vae_module = load.load_vae(vae_dir)
     width = json.loads((encoder_dir / "config.json").read_text())["hidden_size"]
-    with staged_directory(out, overwrite) as stage:
-        save_unet(unet_dir, vae_module, stage / "unet", width, fresh_unet, seed)
+    with staged_directory(target.out, target.overwrite) as stage:
+        save_unet(unet_dir, vae_module, stage / "unet", width, target.fresh_unet, target.seed)
         copy_component(vae_dir, stage / "vae")
         copy_component(encoder_dir, stage / "text_encoder")
         copy_tokenizer(clip_root, stage / "tokenizer")
-        scheduler = make_scheduler(objective)
+        scheduler = make_scheduler(target.objective)
         scheduler.save_pretrained(stage / "scheduler")
         write_model_index(
             stage,
@@ -113,48 +164,47 @@ def compose_sd(unet, vae, clip, out, objective, fresh_unet=False, seed=0, overwr
 
 
 def compose_t5(
-    unet,
-    vae,
-    t5,
-    out,
-    objective,
-    fresh_unet=False,
-    seed=0,
-    overwrite=False,
-    captions=None,
-    train_projection=False,
-    dtype=None,
-    device="cpu",
-):
+    unet: str | Path,
+    vae: str | Path,
+    t5: str | Path,
+    target: Target,
+    projection_options: ProjectionOptions | None = None,
+) -> None:
     """Composes a StableDiffusionT5Pipeline directory: UNet + VAE + T5 encoder + projection to the UNet's width.
 
+    A trained UNet that contains a projection keeps it. A UNet config with a projection gets a new one as a layer,
+    even if `projection_options.trained` is False.
+
     Args:
-        unet, vae, t5: pipeline directories, bare components or hub ids.
-        captions: list of str to which the projection is fitted by PCA; None: random orthogonal from `seed`.
-        train_projection: the projection becomes a layer of the UNet, as it is in a UNet that has one already.
-        dtype, device: for running T5 while the projection is made.
+        unet, vae, t5: pipeline directories, bare components or Hugging Face model ids.
+
+    Raises:
+        ValueError: a part cannot be found, the parts do not fit together, or projection options are given for a UNet
+            that keeps its projection.
     """
+    options = projection_options or ProjectionOptions()
     unet_dir, vae_dir, t5_root = _resolve(unet, "unet"), _resolve(vae, "vae"), _text_root(t5)
     vae_module, encoder_dir = load.load_vae(vae_dir), load.component_dir(t5_root, "text_encoder")
     config = json.loads((unet_dir / "config.json").read_text())
-    width, own = config["cross_attention_dim"], load.has_text_projection(config)
-    keep = own and not fresh_unet and any(unet_dir.glob("*.safetensors"))
-    if keep and (train_projection or captions):
+    width, has_projection = config["cross_attention_dim"], load.has_text_projection(config)
+    keep_projection = has_projection and not target.fresh_unet and any(unet_dir.glob("*.safetensors"))
+    if keep_projection and (options.trained or options.captions):
         raise ValueError(
-            f"{unet_dir}: has a projection already, which is kept; drop --train_projection and "
+            f"{unet_dir}: this UNet already has a projection, which is kept; omit --train_projection and "
             "--fit_captions, or pass --fresh_unet"
         )
-    with staged_directory(out, overwrite) as stage:
-        text_width = json.loads((encoder_dir / "config.json").read_text())["d_model"] if own else width
-        save_unet(unet_dir, vae_module, stage / "unet", text_width, fresh_unet, seed)
+    in_unet = has_projection or options.trained
+    with staged_directory(target.out, target.overwrite) as stage:
+        text_width = json.loads((encoder_dir / "config.json").read_text())["d_model"] if has_projection else width
+        save_unet(unet_dir, vae_module, stage / "unet", text_width, target.fresh_unet, target.seed)
         copy_component(vae_dir, stage / "vae")
         copy_component(encoder_dir, stage / "text_encoder")
         copy_tokenizer(t5_root, stage / "tokenizer")
-        if not keep:
-            projection = make_projection(stage, width, captions, seed, dtype, device)
-            (projection_into_unet if own or train_projection else save_projection)(stage, projection)
+        if not keep_projection:
+            projection = make_projection(stage, width, target.seed, options)
+            (projection_into_unet if in_unet else save_projection)(stage, projection)
         shutil.copyfile(HERE / "t5_pipeline.py", stage / "pipeline.py")
-        scheduler = make_scheduler(objective)
+        scheduler = make_scheduler(target.objective)
         scheduler.save_pretrained(stage / "scheduler")
         write_model_index(
             stage,
@@ -163,50 +213,60 @@ def compose_t5(
                 "vae": ["diffusers", type(vae_module).__name__],
                 "text_encoder": ["transformers", "T5EncoderModel"],
                 "tokenizer": ["transformers", "T5Tokenizer"],
-                "projection": [None, None] if own or train_projection else ["t5_projection", "T5Projection"],
+                "projection": [None, None] if in_unet else ["t5_projection", "T5Projection"],
                 "unet": ["diffusers", "UNet2DConditionModel"],
                 "scheduler": ["diffusers", type(scheduler).__name__],
             },
         )
 
 
-def save_projection(stage, projection):
-    """Saves a T5Projection as the frozen component projection/, with the code that loads it elsewhere."""
+def save_projection(stage: Path, projection: T5Projection) -> None:
+    """Saves a projection as the frozen component projection/, with the code that diffusers needs to load it."""
     projection.save_pretrained(stage / "projection")
     shutil.copyfile(HERE / "t5_projection.py", stage / "projection" / "t5_projection.py")
 
 
-def projection_into_unet(stage, projection):
-    """Makes a T5Projection the encoder_hid_proj of the UNet in unet/; all other weights stay."""
+def projection_into_unet(stage: Path, projection: T5Projection) -> None:
+    """Makes a projection the encoder_hid_proj layer of the UNet in unet/; all other weights are unchanged."""
     scale, linear = projection.config.scaling_factor, projection.linear
     linear.load_state_dict({name: scale * tensor for name, tensor in linear.state_dict().items()})
     unet = load.load_unet(stage / "unet")
     unet.encoder_hid_proj = linear
     unet.register_to_config(encoder_hid_dim=linear.in_features, encoder_hid_dim_type="text_proj")
-    shutil.rmtree(stage / "unet")  # its weights may lie in other files than those saved now
+    shutil.rmtree(stage / "unet")  # the old weights may be in files that save_pretrained does not replace
     unet.save_pretrained(stage / "unet")
 
 
-def make_projection(model_dir, width, captions, seed, dtype=None, device="cpu"):
-    """Makes the T5Projection of a model directory that has text_encoder/ and tokenizer/.
+def make_projection(model_dir: Path, width: int, seed: int, options: ProjectionOptions) -> T5Projection:
+    """Makes the projection for a model directory that has text_encoder/ and tokenizer/.
 
     With captions: the `width` leading principal components of their hidden states, centred. Without: a random
-    orthogonal map (orthonormal rows), which keeps distances as well as `width` dimensions can. Either way scaled to
-    unit standard deviation over the captions (PLAIN_CAPTIONS without).
+    orthogonal map (orthonormal rows), which preserves distances as well as `width` dimensions can. Both are scaled to
+    unit standard deviation over the captions (PLAIN_CAPTIONS if none are given).
+
+    Args:
+        width: the UNet's cross_attention_dim.
+        seed: seed of the random orthogonal map.
+
+    Raises:
+        ValueError: T5's hidden states are narrower than `width`.
     """
     import torch
 
     from cachetrain.modeling.t5_projection import T5Projection
     from cachetrain.modeling.text_encoders import TextEncoder
 
-    encoder = TextEncoder(model_dir, device, dtype or torch.float32, raw=True)
-    hidden = torch.cat([encoder.encode_ids(encoder.tokenize([c])[0])[0].float() for c in captions or PLAIN_CAPTIONS])
+    encoder = TextEncoder(model_dir, options.device, options.dtype or torch.float32, raw=True)
+    captions = options.captions or PLAIN_CAPTIONS
+    hidden = torch.cat([encoder.encode_ids(encoder.tokenize([caption])[0])[0].float() for caption in captions])
     features = hidden.shape[1]
     if features < width:
-        raise ValueError(f"T5 is {features} wide, less than the UNet's {width}; use a larger T5")
+        raise ValueError(
+            f"T5's hidden states have width {features}, expected at least the UNet's {width}; use a larger T5"
+        )
     projection = T5Projection(features, width)
     bias = torch.zeros(width)
-    if captions:
+    if options.captions:
         mean = hidden.mean(0)
         values, vectors = torch.linalg.eigh(torch.cov(hidden.T, correction=0))
         weight = vectors[:, values.argsort(descending=True)[:width]].T

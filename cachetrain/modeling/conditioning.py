@@ -1,11 +1,11 @@
-"""What a UNet is told besides its latents: from a sample's sidecars to the UNet's keyword arguments.
+"""The UNet's conditioning, from a sample's sidecars to the UNet's keyword arguments.
 
-A row of KINDS says which tensors the text sidecars of one kind hold and how a UNet takes them. No other module knows
-how many there are. They pass through three forms:
+Each kind of text sidecar has a row in KINDS: which tensors the sidecars hold, and how the UNet takes these tensors. No
+other module depends on the number of tensors. The data takes three forms:
 
-    tensors    of one text sidecar, as stored: {"emb": [T, D]}
-    condition  of one sample: the same names, scaled, in the dtype of training; and time ids, where the kind has them
-    arguments  of a batch: the UNet's keyword arguments, {"encoder_hidden_states": [B, T, D], ...}
+    tensors    one text sidecar as stored: {"emb": [T, D]}
+    condition  one sample: the same names, scaled, in the training dtype; plus time ids, if the kind has them
+    arguments  a batch: the UNet's keyword arguments, {"encoder_hidden_states": [B, T, D], ...}
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ class TextKind(NamedTuple):
     """The tensors of one kind of text sidecar.
 
     Attributes:
-        encoder: architecture of the text encoder that made them: "clip" or "t5".
-        masked: sequences differ in length; padding is hidden from cross-attention. Otherwise all positions are seen.
+        encoder: architecture of the text encoder: "clip" or "t5".
+        masked: sequences differ in length, and padding is hidden from cross-attention; False: the UNet attends to all
+            positions.
         sequence: name of the tensor [T, D] that becomes encoder_hidden_states.
-        vectors: {name of a tensor [D]: its name in added_cond_kwargs}.
-        time_ids: the UNet is also told each image's size and crop.
+        vectors: {name of a tensor [D]: name in added_cond_kwargs}.
+        time_ids: the UNet also takes each image's size and crop.
     """
 
     encoder: str
@@ -42,30 +43,30 @@ class TextKind(NamedTuple):
 
 
 KINDS = {
-    "txt_clipl": TextKind("clip", masked=False),  # SD1.5 was trained to see all 77 positions, padding included
+    "txt_clipl": TextKind("clip", masked=False),  # SD1.5 was trained to attend to all 77 positions, padding included
     "txt_t5cache": TextKind("t5", masked=True),
 }
 
 
 def text_kind(name: str) -> TextKind:
-    """The row of KINDS of that name.
+    """Returns the row of KINDS with this name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such kind.
     """
     if name not in KINDS:
-        raise ValueError(f"text caches of kind {name!r}; this version trains with {', '.join(KINDS)}")
+        raise ValueError(f"text caches of kind {name!r} are not supported; expected one of {', '.join(KINDS)}")
     return KINDS[name]
 
 
 def check_shapes(kind: str, path: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, dict[str, int]]:
-    """Checks what a text sidecar holds, from its header.
+    """Checks the tensors of a text sidecar, given the shapes from the header.
 
     Returns:
-        (number of tokens, {name of each tensor: its width}).
+        (number of tokens, {tensor name: width}).
 
     Raises:
-        ValueError: a tensor is missing or has another number of dimensions.
+        ValueError: a tensor is missing or has the wrong number of dimensions.
     """
     row, widths = text_kind(kind), {}
     for name, dimensions in ((row.sequence, 2), *((vector, 1) for vector in row.vectors)):
@@ -76,35 +77,36 @@ def check_shapes(kind: str, path: str, shapes: Mapping[str, tuple[int, ...]]) ->
 
 
 def num_elements(kind: str, widths: Mapping[str, int], num_tokens: int, num_samples: int) -> int:
-    """How many numbers the text sidecars of `num_samples` samples hold, which are `num_tokens` long together."""
+    """Number of tensor elements in `num_samples` text sidecars with `num_tokens` tokens in total."""
     row = text_kind(kind)
     return num_tokens * widths[row.sequence] + num_samples * sum(widths[name] for name in row.vectors)
 
 
 def check_unet(kind: str, widths: Mapping[str, int], unet_config: Mapping, where: str) -> None:
-    """Checks that a UNet of this config takes such captions.
+    """Checks that a UNet with this config takes text embeddings of these widths.
 
     Args:
-        where: the caches, for the message.
+        where: names the caches in the error message.
 
     Raises:
-        ValueError: it wants another width.
+        ValueError: the UNet expects another width.
     """
-    width, wanted = widths[text_kind(kind).sequence], load.text_width(unet_config)
-    if width != wanted:
+    width, expected = widths[text_kind(kind).sequence], load.text_width(unet_config)
+    if width != expected:
         raise ValueError(
-            f"{where}: embeddings are {width} wide, the UNet wants {wanted}; cache the captions with this model"
+            f"{where}: text embeddings have width {width}, the UNet expects {expected}; cache the captions with this "
+            "model"
         )
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """How the captions of a run, or of a checkpoint, condition its UNet.
+    """Turns text tensors into UNet arguments, for one run or checkpoint.
 
     Attributes:
-        kind: of the text sidecars, a key of KINDS.
-        scale: multiplies every text tensor.
-        dtype: of the conditions. bfloat16 halves what is copied to a device that computes in it anyway.
+        kind: kind of the text sidecars, a key of KINDS.
+        scale: factor for every text tensor.
+        dtype: dtype of the conditions. bfloat16 halves the copy to a device that computes in bfloat16 anyway.
     """
 
     kind: str
@@ -116,22 +118,22 @@ class Conditioning:
         object.__setattr__(self, "row", text_kind(self.kind))
 
     def of_caption(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The condition of a caption, from the tensors of its sidecar or of a text encoder."""
+        """Returns a caption's condition, given the tensors from a sidecar or a text encoder."""
         names = (self.row.sequence, *self.row.vectors)
         return {name: (tensors[name].float() * self.scale).to(self.dtype) for name in names}
 
     def of_image(self, header: Mapping[str, str]) -> dict[str, torch.Tensor]:
-        """The part of a condition that an image's sidecar adds; {} for kinds without time ids.
+        """Returns the part of a condition that comes from the image sidecar; {} for kinds without time ids.
 
         Args:
             header: metadata of the image sidecar.
 
         Returns:
-            time_ids: float32 [6]: original height and width, crop top and left in pixels of the resized image,
+            {"time_ids": float32 [6]}: original height and width, crop top and left in pixels of the resized image,
             height and width.
 
         Raises:
-            ValueError: the header does not say them.
+            ValueError: the header lacks size or crop.
         """
         if not self.row.time_ids:
             return {}
@@ -141,22 +143,21 @@ class Conditioning:
             left, top, right, _ = map(float, header["crop_box"].split(","))
         except (KeyError, ValueError) as error:
             raise ValueError(
-                f"captions of kind {self.kind} need each image's size and crop, which an image cache does not say "
-                f"({error}); run the image cache script again"
+                f"captions of kind {self.kind} need each image's size and crop, but the header of an image cache "
+                f"lacks them ({error}); run the image cache script again"
             ) from error
-        resized = width / (right - left)  # the crop box is given in pixels of the original
-        return {TIME_IDS: torch.tensor([*original, top * resized, left * resized, height, width])}
+        scale = width / (right - left)  # the crop box is in pixels of the original image
+        return {TIME_IDS: torch.tensor([*original, top * scale, left * scale, height, width])}
 
     def collate(self, conditions: Sequence[Mapping[str, torch.Tensor]], multiple: int = 8) -> dict:
-        """The UNet's keyword arguments for a batch of conditions.
+        """Returns the UNet's keyword arguments for a batch of B conditions.
 
         Args:
-            conditions: B of them.
-            multiple: sequences that are masked are padded to a common length, a multiple of this.
+            multiple: if the kind is masked, sequences are padded to a common length that is a multiple of this.
 
         Returns:
-            encoder_hidden_states [B, T, D]; encoder_attention_mask bool [B, T], True where there is text, or None;
-            where the kind has vectors or time ids, added_cond_kwargs: a dict of [B, D].
+            dict: encoder_hidden_states [B, T, D]; encoder_attention_mask bool [B, T], True where there is text, or
+            None; and, if the kind has vectors or time ids, added_cond_kwargs, a dict of [B, D].
         """
         sequences = [condition[self.row.sequence] for condition in conditions]
         hidden, mask = pad_embeddings(sequences, multiple) if self.row.masked else (torch.stack(sequences), None)
@@ -170,52 +171,54 @@ class Conditioning:
         return arguments
 
     def example(self, widths: Mapping[str, int], num_tokens: int) -> dict:
-        """Arguments for one sample of that length, without data: for counting operations on the meta device."""
+        """Returns uninitialised arguments for one sample of `num_tokens` tokens, to count FLOPs on the meta device."""
         sequence = {self.row.sequence: torch.empty(num_tokens, widths[self.row.sequence])}
         vectors = {name: torch.empty(widths[name]) for name in self.row.vectors}
         return self.collate([sequence | vectors | ({TIME_IDS: torch.empty(6)} if self.row.time_ids else {})], 1)
 
 
 def predict(unet, latents: torch.Tensor, timesteps: torch.Tensor, arguments: Mapping) -> torch.Tensor:
-    """The UNet's prediction: the only place where training, validation, diagnostics and drawing call a UNet.
+    """Returns the UNet's prediction [B, C, h, w]. Training, validation, diagnostics and sampling all go through here.
 
     Args:
-        unet: UNet2DConditionModel, or a distributed wrapper of one.
-        latents: noisy, [B, C, h, w], in the dtype of the UNet's weights.
+        unet: UNet2DConditionModel, or a distributed wrapper around one.
+        latents: noisy latents [B, C, h, w], in the dtype of the UNet's weights.
         timesteps: [B] or 0-dim.
-        arguments: of `Conditioning.collate`, on the same device.
-
-    Returns:
-        [B, C, h, w].
+        arguments: from `Conditioning.collate`, on the same device.
     """
     return unet(latents, timesteps, **arguments).sample
 
 
 def moved(arguments: Mapping, *to) -> dict:
-    """Arguments with each tensor moved, as by Tensor.to; floating-point dtypes apply to floating-point tensors."""
+    """Applies Tensor.to(*to) to each tensor of `arguments`; a dtype applies to floating-point tensors only."""
 
     def move(tensor):
-        places = [place for place in to if tensor.is_floating_point() or not isinstance(place, torch.dtype)]
-        return tensor.to(*places) if places else tensor
+        targets = [target for target in to if tensor.is_floating_point() or not isinstance(target, torch.dtype)]
+        return tensor.to(*targets) if targets else tensor
 
-    return _each(arguments, move)
+    return _map_tensors(arguments, move)
 
 
 def rows(arguments: Mapping, part: slice) -> dict:
-    """Arguments of some samples of a batch."""
-    return _each(arguments, lambda tensor: tensor[part])
+    """Returns the arguments for a slice of the batch."""
+    return _map_tensors(arguments, lambda tensor: tensor[part])
 
 
 def token_norms(arguments: Mapping) -> torch.Tensor:
-    """Float32 [3]: sum of the text embeddings' norms, number of tokens seen, number of positions."""
+    """Returns float32 [3]: sum of the norms of unmasked text embeddings, number of unmasked tokens, of positions."""
     hidden, mask = arguments["encoder_hidden_states"], arguments["encoder_attention_mask"]
-    seen = torch.ones_like(hidden[..., 0]) if mask is None else mask.float()
+    unmasked = torch.ones_like(hidden[..., 0]) if mask is None else mask.float()
     norms = torch.linalg.vector_norm(hidden, dim=-1, dtype=torch.float32)
-    return torch.stack([(norms * seen).sum(), seen.sum(), torch.ones_like(seen).sum()])
+    return torch.stack([(norms * unmasked).sum(), unmasked.sum(), torch.ones_like(unmasked).sum()])
 
 
-def _each(arguments, function):
+def _map_tensors(arguments, function):
+    """Applies `function` to each tensor of a nested dict; None stays None."""
     return {
-        name: _each(value, function) if isinstance(value, Mapping) else None if value is None else function(value)
+        name: _map_tensors(value, function)
+        if isinstance(value, Mapping)
+        else None
+        if value is None
+        else function(value)
         for name, value in arguments.items()
     }

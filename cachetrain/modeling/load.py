@@ -1,23 +1,34 @@
-"""Loads model components one by one, by known classes, from safetensors only.
+"""Loads model components one by one, with known classes, from safetensors only.
 
-No file of a model directory is executed and no pickle is read; `load_custom_pipeline` is the one exception, and
-scripts call it only when the user said `--custom`.
+No code from a model directory is run and no pickle is read. The one exception is `load_custom_pipeline`, which scripts
+call only if the user passed `--custom`.
 """
+
+from __future__ import annotations
 
 import hashlib
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin, UNet2DConditionModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from cachetrain.modeling.t5_projection import T5Projection
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 CONFIG_PATTERNS = ("*.json", "*.txt", "*.model")
 
-# Config entries that do not change what a component computes.
+# Config entries that do not affect what a component computes.
 _INCIDENTAL = ("transformers_version", "torch_dtype", "dtype", "architectures")
 
 
-def pick_device(device=None):
-    """`device`, or cuda where there is one (under a launcher: this process's own), else cpu."""
+def pick_device(device: str | None = None) -> torch.device:
+    """Returns `device`; None: cuda if available (under a launcher, the GPU of LOCAL_RANK), else cpu."""
     import torch
 
     if device is None and torch.cuda.is_available():
@@ -25,8 +36,8 @@ def pick_device(device=None):
     return torch.device(device or "cpu")
 
 
-def pick_dtype(name, device):
-    """Torch dtype of "fp32", "bf16" or "fp16"; None gives bf16 on cuda and fp32 elsewhere."""
+def pick_dtype(name: str | None, device: torch.device | str) -> torch.dtype:
+    """Returns the torch dtype for "fp32", "bf16" or "fp16"; None: bf16 on cuda, fp32 elsewhere."""
     import torch
 
     if name is None:
@@ -34,42 +45,47 @@ def pick_dtype(name, device):
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
-def resolve_model(model, revision=None, subfolders=(), code=False):
-    """Returns the local directory of `model`, fetching a hub id's configs and safetensors if it is not a path.
+def resolve_model(
+    model: str | Path, revision: str | None = None, subfolders: Sequence[str] = (), code: bool = False
+) -> Path:
+    """Returns the local directory of `model`; configs and safetensors of a Hugging Face model id are downloaded.
 
     Args:
-        model: directory, or hub id.
-        revision: branch, tag or commit of a hub id.
-        subfolders: components wanted; () fetches everything but pickles and code.
-        code: fetch Python files too (nothing runs them here); only for users who said `--custom`.
+        model: directory or Hugging Face model id.
+        revision: branch, tag or commit of a Hugging Face model id.
+        subfolders: components to download; () downloads all. Pickles are never downloaded.
+        code: also download Python files (without running them); only if the user passed `--custom`.
 
     Raises:
-        ValueError: neither a directory nor a hub id that can be fetched.
+        ValueError: `model` is neither a directory nor a model id that can be downloaded.
     """
     path = Path(model).expanduser()
     if path.is_dir():
         return path.resolve()
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
-        raise ValueError(f"{model}: no such directory (and not a hub id like owner/name)")
+        raise ValueError(f"{model}: no such directory, and not a Hugging Face model id like owner/name")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     kinds = [*WEIGHT_PATTERNS, *CONFIG_PATTERNS, *(["*.py"] if code else [])]
     patterns = [f"{folder}/{kind}" for folder in subfolders or ("*",) for kind in kinds]
-    # A bare component lies at the root, where pipelines keep single-file copies of all their weights: not those.
+    # The files of a bare component are at the root of the repository. Pipelines keep single-file copies of all weights
+    # there, under other names, which must not be downloaded.
     patterns += ["model*.safetensors*", "diffusion_pytorch_model*.safetensors*", *kinds[len(WEIGHT_PATTERNS) :]]
     try:
-        # Variants (fp16, non_ema) would be fetched beside the plain weights and are not read.
+        # Variants (fp16, non_ema) are never read.
         snapshot = snapshot_download(
             model, revision=revision, allow_patterns=patterns, ignore_patterns=["*.fp16.*", "*.non_ema.*"]
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise ValueError(f"{model}: no such directory, and the hub gave none: {error}") from error
+        raise ValueError(
+            f"{model}: no such directory, and downloading from the Hugging Face Hub failed: {error}"
+        ) from error
     return Path(snapshot)
 
 
-def component_dir(model_dir, name):
-    """Directory of one component: `model_dir/name` of a pipeline, or `model_dir` if it is the bare component.
+def component_dir(model_dir: str | Path, name: str) -> Path:
+    """Returns the directory of a component: `model_dir/name` in a pipeline, or `model_dir` for a bare component.
 
     Raises:
         ValueError: there is no such component.
@@ -82,10 +98,10 @@ def component_dir(model_dir, name):
     raise ValueError(f"{model_dir}: has no component {name!r}; expected a directory {model_dir / name}")
 
 
-def fingerprint(*directories):
-    """SHA-256 (hex) over what the components in `directories` compute with: weights, configs, vocabularies.
+def fingerprint(*directories: str | Path) -> str:
+    """SHA-256 (hex) of the weights, configs and vocabularies in `directories`.
 
-    Bookkeeping entries of configs (library versions, paths) do not count.
+    Config entries that do not affect the computation (library versions, paths) are left out.
     """
     digest = hashlib.sha256()
     for directory in directories:
@@ -101,12 +117,15 @@ def fingerprint(*directories):
     return digest.hexdigest()
 
 
-def load_vae(directory, dtype=None):
-    """Loads any diffusers autoencoder, frozen and in eval mode; the class is the one its config names.
+def load_vae(directory: str | Path, dtype: torch.dtype | None = None) -> ModelMixin:
+    """Loads any diffusers autoencoder, frozen and in eval mode, with the class named in its config.
 
     Args:
-        directory: of the component (holds config.json).
-        dtype: torch dtype, float32 when None.
+        directory: the component's directory, with config.json.
+        dtype: None: float32.
+
+    Raises:
+        ValueError: the config names no diffusers autoencoder.
     """
     import diffusers
 
@@ -117,8 +136,8 @@ def load_vae(directory, dtype=None):
     return _load_diffusers(cls, directory, dtype)
 
 
-def load_unet(directory, dtype=None, seed=0):
-    """Loads a UNet2DConditionModel; a directory with a config only gives a fresh one, initialised from `seed`."""
+def load_unet(directory: str | Path, dtype: torch.dtype | None = None, seed: int = 0) -> UNet2DConditionModel:
+    """Loads a UNet, in train mode; if the directory has no weights, initialises a fresh UNet from `seed`."""
     from diffusers import UNet2DConditionModel
 
     if any(Path(directory).glob("*.safetensors")):
@@ -127,8 +146,8 @@ def load_unet(directory, dtype=None, seed=0):
     return (unet if dtype is None else unet.to(dtype)).train()
 
 
-def fresh_unet(config, seed):
-    """A float32 UNet2DConditionModel of `config` with initial weights from `seed`."""
+def fresh_unet(config: Mapping, seed: int) -> UNet2DConditionModel:
+    """Returns a float32 UNet with this config and initial weights from `seed`."""
     import torch
     from diffusers import UNet2DConditionModel
 
@@ -137,20 +156,24 @@ def fresh_unet(config, seed):
         return UNet2DConditionModel.from_config(config)
 
 
-def has_text_projection(unet_config):
-    """Whether a UNet of this config (dict) projects raw text embeddings itself: diffusers' "text_proj"."""
-    # diffusers takes a width without a type for text_proj.
+def has_text_projection(unet_config: Mapping) -> bool:
+    """Whether a UNet with this config contains a projection of raw text embeddings: diffusers' "text_proj"."""
+    # diffusers defaults to text_proj if the config has encoder_hid_dim but no type.
     kind = unet_config.get("encoder_hid_dim_type")
     return kind == "text_proj" or (kind is None and unet_config.get("encoder_hid_dim") is not None)
 
 
-def text_width(unet_config):
-    """Width D of the text embeddings [B, T, D] that a UNet of this config (dict) takes."""
+def text_width(unet_config: Mapping) -> int:
+    """Width D of the text embeddings [B, T, D] that a UNet with this config takes."""
     return unet_config["encoder_hid_dim" if has_text_projection(unet_config) else "cross_attention_dim"]
 
 
-def load_text_encoder(directory, dtype=None):
-    """Loads a CLIP text tower or a T5 encoder, frozen and in eval mode, by the architecture its config names."""
+def load_text_encoder(directory: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Loads a CLIP text encoder or a T5 encoder, as its config says; frozen and in eval mode.
+
+    Raises:
+        ValueError: the config names another architecture.
+    """
     import torch
     import transformers
 
@@ -169,23 +192,27 @@ def load_text_encoder(directory, dtype=None):
     return encoder.eval().requires_grad_(False)
 
 
-def load_tokenizer(directory, encoder):
-    """Loads the tokenizer that belongs to `encoder` (CLIPTokenizer or T5Tokenizer)."""
+def load_tokenizer(directory: str | Path, encoder: PreTrainedModel) -> PreTrainedTokenizerBase:
+    """Loads the CLIPTokenizer or T5Tokenizer for `encoder`."""
     import transformers
 
     cls = transformers.T5Tokenizer if encoder.config.model_type == "t5" else transformers.CLIPTokenizer
     return cls.from_pretrained(directory)
 
 
-def load_projection(directory, dtype=None):
-    """Loads the T5Projection component, frozen and in eval mode."""
+def load_projection(directory: str | Path, dtype: torch.dtype | None = None) -> T5Projection:
+    """Loads the projection component, frozen and in eval mode."""
     from cachetrain.modeling.t5_projection import T5Projection
 
     return _load_diffusers(T5Projection, directory, dtype)
 
 
-def load_scheduler(directory):
-    """Loads the noise scheduler that the directory's config names."""
+def load_scheduler(directory: str | Path) -> SchedulerMixin:
+    """Loads the noise scheduler named in the directory's config.
+
+    Raises:
+        ValueError: the config names no diffusers scheduler.
+    """
     import diffusers
 
     name = json.loads((Path(directory) / "scheduler_config.json").read_text())["_class_name"]
@@ -194,8 +221,10 @@ def load_scheduler(directory):
     return getattr(diffusers, name).from_pretrained(directory)
 
 
-def load_custom_pipeline(model, revision=None, dtype=None):
-    """Loads a pipeline WITH the code in its repository. Only for users who said `--custom`."""
+def load_custom_pipeline(
+    model: str, revision: str | None = None, dtype: torch.dtype | None = None
+) -> DiffusionPipeline:
+    """Loads a pipeline and RUNS THE CODE in its repository; only if the user passed `--custom`."""
     from diffusers import DiffusionPipeline
 
     return DiffusionPipeline.from_pretrained(

@@ -1,12 +1,14 @@
-"""Which dtype a model computes in."""
+"""The dtype in which a model computes."""
+
+from collections.abc import Callable
 
 import torch
 
 
-def autocast_for(device, precision):
-    """Returns a function that opens the autocast context of a precision.
+def autocast_for(device: torch.device, precision: str) -> Callable[[], torch.autocast]:
+    """Returns a function that makes the autocast context for a precision.
 
-    "bf16" and "fp16" compute in bfloat16 and float16 from float32 weights; "fp32" and "bf16_pure" compute in the
+    "bf16" and "fp16" compute in bfloat16 and float16 with float32 weights; "fp32" and "bf16_pure" compute in the
     dtype of the weights.
     """
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)

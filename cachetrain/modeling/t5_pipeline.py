@@ -1,15 +1,18 @@
-"""A Stable Diffusion pipeline whose prompts are read by T5, through a projection to the UNet's width: a frozen
-component, or (then projection is None) a trained layer of the UNet, which diffusers calls "text_proj".
+"""A Stable Diffusion pipeline that encodes prompts with T5 and projects the embeddings to the UNet's width.
 
-This file is copied into model directories as `pipeline.py`, so it imports nothing of ours:
+The projection is a frozen component, or a trained layer of the UNet (diffusers' "text_proj"); then the component
+`projection` is None.
+
+This file is copied into model directories as `pipeline.py`, so it must not import cachetrain:
 
     DiffusionPipeline.from_pretrained(dir, custom_pipeline=dir, trust_remote_code=True)("a red circle").images[0]
 
-Convention, the same in training: embeddings keep T5's closing </s>, are zero-padded to a common length that is a
-multiple of 8, and padding is hidden from cross-attention by `encoder_attention_mask`.
+As in training, embeddings include T5's closing </s>, are zero-padded to a common length that is a multiple of 8, and
+padding is hidden from cross-attention by `encoder_attention_mask`.
 """
 
 import inspect
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
@@ -17,11 +20,13 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 
 
-def pad_embeddings(embeddings, multiple=8):
-    """Pads text embeddings to one length, a multiple of 8 (tensor cores and SDPA like it).
+def pad_embeddings(embeddings: Sequence[torch.Tensor], multiple: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    """Zero-pads text embeddings to a common length that is a multiple of `multiple`.
+
+    Multiples of 8 suit tensor cores and SDPA.
 
     Args:
-        embeddings: list of B tensors [T_i, D].
+        embeddings: B tensors [T_i, D].
 
     Returns:
         (embeddings [B, T, D], bool mask [B, T], True where there is text).
@@ -37,21 +42,28 @@ def pad_embeddings(embeddings, multiple=8):
 
 
 @torch.no_grad()
-def denoise(predict, scheduler, latents, guidance_scale, num_inference_steps, generator=None):
+def denoise(
+    predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    scheduler,
+    latents: torch.Tensor,
+    guidance_scale: float,
+    num_inference_steps: int,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+) -> torch.Tensor:
     """Samples latents with classifier-free guidance (Ho & Salimans 2022): e = e_uncond + w (e_cond - e_uncond).
 
     Args:
-        predict: function of (noisy latents, timestep) that returns the UNet's prediction: for [2B, C, h, w], of the
-            unconditional and then the conditional half, or at guidance_scale 1 for [B, C, h, w], conditional.
-        scheduler: any diffusers scheduler, of the objective that the UNet was trained on.
+        predict: function of (noisy latents, timestep) that returns the UNet's prediction. The latents are
+            [2B, C, h, w], the unconditional half first; at guidance_scale 1 [B, C, h, w], conditional only.
+        scheduler: any diffusers scheduler for the objective that the UNet was trained with.
         latents: float32 [B, C, h, w], unit Gaussian noise.
-        generator: torch.Generator, or one for each of the B, for schedulers that draw noise.
+        generator: for schedulers that draw noise; one, or one per image.
 
     Returns:
-        float32 [B, C, h, w] latents, scaling_factor still applied.
+        float32 [B, C, h, w], latents with scaling_factor applied.
     """
     if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters and "FlowMatch" in type(scheduler).__name__:
-        # Equal steps that end at sigma 0; the scheduler's own grid spends its last model call at sigma 0.001.
+        # Equal steps down to sigma 0; with the scheduler's default grid the last model call is at sigma 0.001.
         sigmas = torch.linspace(1, 1 / num_inference_steps, num_inference_steps).tolist()
         scheduler.set_timesteps(sigmas=sigmas, device=latents.device)
     else:
@@ -72,15 +84,15 @@ def denoise(predict, scheduler, latents, guidance_scale, num_inference_steps, ge
 
 
 @torch.no_grad()
-def decode_latents(vae, latents):
+def decode_latents(vae, latents: torch.Tensor) -> torch.Tensor:
     """Decodes latents [B, C, h, w] (scaling_factor applied) to float32 images [B, 3, H, W] in [-1, 1]."""
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     latents = latents / vae.config.scaling_factor + shift
     return vae.decode(latents.to(vae.dtype), return_dict=False)[0].float().clamp(-1, 1)
 
 
-def vae_reduction(vae):
-    """Pixels along a side of one latent pixel; the rule of cachetrain.modeling.vae, which cannot be imported here."""
+def vae_reduction(vae) -> int:
+    """Returns the VAE's spatial downsampling factor; same as cachetrain.modeling.vae, which cannot be imported here."""
     if getattr(vae, "spatial_compression_ratio", None):
         return vae.spatial_compression_ratio
     keys = ("down_block_out_channels", "encoder_block_out_channels", "block_out_channels")
@@ -88,7 +100,7 @@ def vae_reduction(vae):
 
 
 class StableDiffusionT5Pipeline(DiffusionPipeline):
-    """VAE + T5 encoder + projection + UNet. Components: see `__init__`; all from `from_pretrained`."""
+    """Text-to-image pipeline: T5 encoder, projection (may be None), UNet, VAE. Load it with `from_pretrained`."""
 
     model_cpu_offload_seq = "text_encoder->projection->unet->vae"
     _optional_components: ClassVar = ["projection"]
@@ -106,15 +118,15 @@ class StableDiffusionT5Pipeline(DiffusionPipeline):
         self.image_processor = VaeImageProcessor(vae_scale_factor=vae_reduction(vae))
 
     @torch.no_grad()
-    def encode_prompt(self, prompt, max_length=256):
-        """Encodes prompts as the caches hold them.
+    def encode_prompt(self, prompt: str | list[str], max_length: int = 256) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encodes B prompts as the text caches do.
 
         Args:
-            prompt: str or list of B str; "" is the unconditional one.
-            max_length: tokens kept, </s> included.
+            prompt: the prompts; "" for the unconditional embedding.
+            max_length: maximum number of tokens, </s> included.
 
         Returns:
-            (embeddings [B, T, D], bool mask [B, T]); D is T5's own width where the UNet projects.
+            (embeddings [B, T, D], bool mask [B, T]). D is the UNet's width, or T5's width if the UNet projects.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         tokens = self.tokenizer(
@@ -128,25 +140,25 @@ class StableDiffusionT5Pipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        prompt,
-        negative_prompt="",
-        height=None,
-        width=None,
-        num_inference_steps=30,
-        guidance_scale=4.0,
-        generator=None,
-        latents=None,
-        output_type="pil",
-        return_dict=True,
-    ):
+        prompt: str | list[str],
+        negative_prompt: str | list[str] = "",
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 30,
+        guidance_scale: float = 4.0,
+        generator: torch.Generator | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
         """Draws one image per prompt.
 
         Args:
-            prompt: str or list of B str.
-            negative_prompt: str or list of B str.
-            height, width: pixels; default: the size the UNet was configured for.
-            generator: torch.Generator, used for `latents` when they are None.
-            latents: [B, C, h, w] unit Gaussian noise.
+            prompt: one prompt, or a list of B.
+            negative_prompt: one for all images, or a list of B.
+            height, width: in pixels; default: the size in the UNet's config.
+            generator: for the initial noise, unless `latents` are given, and for schedulers that draw noise.
+            latents: [B, C, h, w] unit Gaussian noise; default: drawn from `generator`.
             output_type: "pil", "np", "pt" or "latent".
 
         Returns:

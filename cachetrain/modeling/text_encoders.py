@@ -1,5 +1,6 @@
-"""Text encoding, the same for caches and for sample prompts."""
+"""Text encoding, shared by caching and sampling."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -9,21 +10,29 @@ from cachetrain.modeling.conditioning import text_kind
 
 
 class TextEncoder:
-    """Tokenizer + frozen encoder (+ projection) of one model directory.
+    """Tokenizer, frozen text encoder and, for T5, the projection from a model directory.
 
     Args:
-        model_dir: pipeline directory with text_encoder/ and tokenizer/ (T5: and projection/).
-        device, dtype: where and in what it computes.
+        model_dir: pipeline directory with text_encoder/ and tokenizer/, for T5 optionally projection/.
+        device, dtype: of the encoder and the projection.
         clip_skip: CLIP only. 0: last_hidden_state; N: final_layer_norm(hidden_states[-N]).
-        max_length: T5 only: tokens kept, </s> included. CLIP's 77 are fixed.
-        raw: T5 only: T5's own width, no projection. None: so where the model has no projection/, for its UNet
-            then projects for itself.
+        max_length: T5 only: maximum number of tokens, </s> included. CLIP always has 77.
+        raw: T5 only. True: do not project; False: project; None: project if the model has projection/, since
+            otherwise the UNet contains the projection.
 
     Raises:
-        ValueError: to be projected (raw False), and the model has no projection/.
+        ValueError: `raw` is False, but the model has no projection/.
     """
 
-    def __init__(self, model_dir, device="cpu", dtype=torch.float32, clip_skip=0, max_length=256, raw=None):
+    def __init__(
+        self,
+        model_dir: str | Path,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        clip_skip: int = 0,
+        max_length: int = 256,
+        raw: bool | None = None,
+    ):
         self.encoder = load.load_text_encoder(load.component_dir(model_dir, "text_encoder"), dtype).to(device)
         self.tokenizer = load.load_tokenizer(load.component_dir(model_dir, "tokenizer"), self.encoder)
         self.is_t5 = self.encoder.config.model_type == "t5"
@@ -35,24 +44,25 @@ class TextEncoder:
         if self.is_t5 and (directory.is_dir() if raw is None else not raw):
             if not directory.is_dir():
                 raise ValueError(
-                    f"{directory}: no such directory, while the captions were cached through a projection; "
-                    "cache them with create_t5cache_768.py --raw for this model"
+                    f"{directory}: no such directory, but the captions were cached with a projection; cache the "
+                    "captions for this model with cache/create_t5cache_768.py --raw"
                 )
             self.projection = load.load_projection(directory, dtype).to(device)
 
-    def tokenize(self, captions):
-        """Returns (list of token id lists, list of bool: longer than the limit and cut)."""
+    def tokenize(self, captions: list[str]) -> tuple[list[list[int]], list[bool]]:
+        """Returns (token ids of each caption, whether each caption was truncated to the maximum length)."""
         ids = self.tokenizer(captions, truncation=False, verbose=False).input_ids
-        cut = [len(row) > self.max_length for row in ids]
-        # Cut as the tokenizers do: keep the head and the closing token.
-        return [row[: self.max_length - 1] + row[-1:] if c else row for row, c in zip(ids, cut, strict=True)], cut
+        too_long = [len(row) > self.max_length for row in ids]
+        # Truncate as the tokenizers do: keep the beginning and the closing token.
+        ids = [row[: self.max_length - 1] + row[-1:] if cut else row for row, cut in zip(ids, too_long, strict=True)]
+        return ids, too_long
 
     @torch.no_grad()
-    def encode_ids(self, ids):
-        """Encodes token id lists.
+    def encode_ids(self, ids: Sequence[list[int]]) -> list[torch.Tensor]:
+        """Encodes captions given as token ids.
 
         Returns:
-            list of CPU tensors in the encoder's dtype: CLIP [77, D]; T5 [T_i, D], tight.
+            CPU tensors in the encoder's dtype: [77, D] for CLIP, [T_i, D] without padding for T5.
         """
         length = max(map(len, ids)) if self.is_t5 else self.max_length
         batch = torch.full((len(ids), length), self.tokenizer.pad_token_id, dtype=torch.long)
@@ -69,31 +79,46 @@ class TextEncoder:
         return [row[: len(tokens)].clone() for row, tokens in zip(hidden.cpu(), ids, strict=True)]
 
     def _clip(self, batch):
-        # SD1.5 reads all 77 positions, padding included, without an attention mask.
+        # SD1.5 uses all 77 positions, padding included, without an attention mask.
         if self.clip_skip == 0:
             return self.encoder(batch).last_hidden_state
         hidden = self.encoder(batch, output_hidden_states=True).hidden_states[-self.clip_skip]
-        # transformers keeps the tower's own norm at different depths in its major versions.
-        tower = getattr(self.encoder, "text_model", self.encoder)
-        return tower.final_layer_norm(hidden)
+        # The attribute path of final_layer_norm differs between major versions of transformers.
+        text_model = getattr(self.encoder, "text_model", self.encoder)
+        return text_model.final_layer_norm(hidden)
 
 
-def encode_like_cache(model_dir, kind, settings, captions, *, device="cpu", dtype=torch.float32):
-    """Encodes captions as the text cache of `kind` with `settings` (of its header, a dict) was made.
+def encode_like_cache(
+    model_dir: str | Path,
+    kind: str,
+    settings: Mapping,
+    captions: Sequence[str],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> list[dict[str, torch.Tensor]]:
+    """Encodes captions in the same way as a text cache was made.
+
+    Args:
+        kind: kind of the text cache.
+        settings: settings from the header of the text cache.
 
     Returns:
-        list of {name: float32 CPU tensor}, the tensors that a sidecar of this kind holds.
+        for each caption, {name: float32 CPU tensor}, the tensors of a sidecar of this kind.
+
+    Raises:
+        ValueError: the cache was made with --custom, or the model's text encoder does not match the kind.
     """
     if settings.get("custom"):
         raise ValueError(
-            "captions were encoded by a repository's own code (--custom), not run here: train without sample "
-            "prompts and draw with that repository's pipeline"
+            "the captions were cached with code from a model repository (--custom), which is not run here; train "
+            "without sample prompts, and draw samples with that repository's pipeline"
         )
     options = {key: settings[key] for key in ("clip_skip", "max_length", "raw") if key in settings}
     encoder, row = TextEncoder(model_dir, device, dtype, **options), text_kind(kind)
     if encoder.is_t5 != (row.encoder == "t5"):
         raise ValueError(
-            f"{model_dir}: its text encoder is {'T5' if encoder.is_t5 else 'CLIP'}, the caches are {kind}; "
-            "train with the model that made the caches"
+            f"{model_dir}: the text encoder is {'T5' if encoder.is_t5 else 'CLIP'}, but the caches are {kind}; pass "
+            "the model that the caches were made with"
         )
     return [{row.sequence: encoder.encode_ids(encoder.tokenize([caption])[0])[0].float()} for caption in captions]

@@ -1,12 +1,19 @@
-"""Which parts of a UNet are initialised anew and which are trained. Imports no torch before `apply`."""
+"""Selects the parts of a UNet to re-initialise and to train. torch is imported only inside `apply`."""
+
+from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from argparse import Namespace
+from typing import TYPE_CHECKING, NamedTuple
 
 from cachetrain import cli
 
-# part: (pattern that is searched in the names of diffusers' UNet2DConditionModel, what it is). Attention is its own
-# projections: a transformer block's norms, feed-forward, proj_in and proj_out belong to none of the attention parts.
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
+# part: (regular expression searched in the parameter names of diffusers' UNet2DConditionModel, description).
+# Attention means the q, k, v and output projections only: a transformer block's norms, feed-forward, proj_in and
+# proj_out belong to none of the attention parts.
 REINIT = {
     "unet": (r"", "the whole UNet, to train from scratch"),
     "qk": (r"\.to_[qk]\.", "to_q and to_k of all attention layers"),
@@ -19,18 +26,18 @@ REINIT = {
 }
 UNFREEZE = {
     **{part: REINIT[part] for part in ("in", "out", "time")},
-    "up_blocks": (r"^up_blocks\.{}\.", "the up blocks of these numbers"),
-    "down_blocks": (r"^down_blocks\.{}\.", "the down blocks of these numbers"),
+    "up_blocks": (r"^up_blocks\.{}\.", "the up blocks with these numbers, from 0"),
+    "down_blocks": (r"^down_blocks\.{}\.", "the down blocks with these numbers, from 0"),
     "mid_block": (r"^mid_block\.", "the middle block"),
     "norms": (r"norm\w*\.(weight|bias)$", "all group and layer norms"),
     "attention": REINIT["attention"],
     "attn2": REINIT["crossattn"],
-    "text_proj": (r"^encoder_hid_proj\.", "the UNet's own projection of raw T5 embeddings"),
+    "text_proj": (r"^encoder_hid_proj\.", "the UNet's projection of raw T5 embeddings"),
 }
 
 
 class Row(NamedTuple):
-    """How many parameters a part has (of a flag, a block, all), and how many of them are new and are trained."""
+    """Parameter counts of a part (a flag, a block, or the whole UNet): all, re-initialised and trained."""
 
     part: str
     parameters: int
@@ -39,7 +46,7 @@ class Row(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """What was chosen: a row per flag, then one per block, then the whole UNet. `str()` of it is a table."""
+    """Parameter counts: a row per flag, then per block, then for the whole UNet. `str()` formats a table."""
 
     rows: list[Row]
 
@@ -53,36 +60,33 @@ class Selection(NamedTuple):
 def add_arguments(group) -> None:
     """Adds the flags --reinit_*, --unfreeze_* and --targetted_training to a group of an argparse parser."""
     for part, (_, text) in REINIT.items():
-        group.add_argument(f"--reinit_{part}", action="store_true", help=f"give fresh initial values to {text}")
+        group.add_argument(f"--reinit_{part}", action="store_true", help=f"re-initialise {text}")
     for part, (pattern, text) in UNFREEZE.items():
         numbered = {"type": cli.count, "nargs": "+", "metavar": "N"} if "{}" in pattern else {"action": "store_true"}
         group.add_argument(f"--unfreeze_{part}", help=f"train only {text}", **numbered)
     group.add_argument(
-        "--targetted_training", action="store_true", help="train only what --reinit_* and --unfreeze_* name"
+        "--targetted_training", action="store_true", help="train only the parts named by --reinit_* and --unfreeze_*"
     )
 
 
-def apply(unet, args, seed, resumed=False):
-    """Initialises parts of a UNet anew and freezes what is not to be trained. Call it before the UNet is wrapped.
+def apply(unet: UNet2DConditionModel, args: Namespace, seed: int, resumed: bool = False) -> Selection:
+    """Re-initialises parts of a UNet and freezes the parts not to be trained. Call this before wrapping the UNet.
 
-    Without --unfreeze_* and --targetted_training everything trains. With either, only what the flags name trains;
-    what was initialised anew always does, for a frozen random layer would never become a useful one.
+    Without --unfreeze_* and --targetted_training everything is trained. With either, only the parts named by flags
+    are trained. Re-initialised parts are always trained, because a frozen random layer would be useless.
 
     Args:
-        unet: UNet2DConditionModel, any float dtype, on any device; changed in place.
+        unet: any float dtype, on any device; modified in place.
         args: namespace with the flags of `add_arguments`.
-        seed: of the new values, which are those of a fresh UNet of this seed (`load.fresh_unet`).
-        resumed: the weights have been trained already: only freeze.
-
-    Returns:
-        Selection.
+        seed: seed of the new values, which equal those of `load.fresh_unet` with this seed.
+        resumed: the weights have already been trained: freeze parts, but do not re-initialise any.
 
     Raises:
-        ValueError: a flag names nothing of this UNet, or there is nothing to train.
+        ValueError: a flag matches no parameter of this UNet, or there is nothing to train.
     """
-    reinit, unfreeze = _chosen(unet, args, "reinit", REINIT), _chosen(unet, args, "unfreeze", UNFREEZE)
+    reinit, unfreeze = _match_flags(unet, args, "reinit", REINIT), _match_flags(unet, args, "unfreeze", UNFREEZE)
     if args.targetted_training and not reinit and not unfreeze:
-        raise ValueError("--targetted_training: nothing is named to train; add --reinit_* or --unfreeze_* flags")
+        raise ValueError("--targetted_training: there is nothing to train; add --reinit_* or --unfreeze_* flags")
     reinitialised = set().union(*reinit.values())
     if reinitialised and not resumed:
         _reinitialise(unet, reinitialised, seed)
@@ -93,24 +97,24 @@ def apply(unet, args, seed, resumed=False):
     return _selection(unet, reinit | unfreeze, reinitialised)
 
 
-def _chosen(unet, args, verb, parts):
-    """Returns {flag as it was given: set of parameter names}."""
+def _match_flags(unet, args, verb, parts):
+    """Returns {flag as given: names of the matching parameters}."""
     names = [name for name, _ in unet.named_parameters()]
-    chosen = {}
+    matches = {}
     for part, (pattern, _) in parts.items():
         value = getattr(args, f"{verb}_{part}")
         numbers = [] if not value else [""] if value is True else value
         for number in numbers:
             flag = f"--{verb}_{part} {number}".strip()
-            chosen[flag] = {name for name in names if re.search(pattern.format(number), name)}
-            if not chosen[flag]:
+            matches[flag] = {name for name in names if re.search(pattern.format(number), name)}
+            if not matches[flag]:
                 blocks = ", ".join(dict.fromkeys(map(_block, names)))
-                raise ValueError(f"{flag}: this UNet has no such parameters; it has {blocks}")
-    return chosen
+                raise ValueError(f"{flag}: matches no parameters of this UNet, whose blocks are {blocks}")
+    return matches
 
 
 def _reinitialise(unet, names, seed):
-    """Copies tensors of a fresh UNet: every special initialisation, zeros included, is right by construction."""
+    """Copies the parameters from a fresh UNet, so that special initialisations, such as zeros, are kept."""
     import torch
 
     from cachetrain.modeling import load
@@ -122,7 +126,7 @@ def _reinitialise(unet, names, seed):
 
 
 def _selection(unet, flags, reinitialised):
-    """Counts parameters: by flag, by block, and all."""
+    """Counts parameters by flag, by block, and in total."""
     parameters = dict(unet.named_parameters())
     blocks = {}
     for name in parameters:
@@ -130,11 +134,11 @@ def _selection(unet, flags, reinitialised):
     rows = []
     for part, names in [*flags.items(), *blocks.items(), ("UNet", set(parameters))]:
         trained = {name for name in names if parameters[name].requires_grad}
-        counted = (names, names & reinitialised, trained)
-        rows.append(Row(part, *(sum(parameters[name].numel() for name in subset) for subset in counted)))
+        subsets = (names, names & reinitialised, trained)
+        rows.append(Row(part, *(sum(parameters[name].numel() for name in subset) for subset in subsets)))
     return Selection(rows)
 
 
 def _block(name):
-    """conv_in, time_embedding, down_blocks.0, ...: the first parts of a parameter's name."""
+    """Returns the block that a parameter belongs to: conv_in, time_embedding, down_blocks.0, ..."""
     return re.match(r"\w+(\.\d+)?", name)[0]

@@ -1,24 +1,31 @@
-"""What differs between autoencoder classes and callers need to know."""
+"""Properties that diffusers' autoencoder classes expose in different ways."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
 
-def vae_reduction(vae) -> int:
-    """Returns the number of pixels along a side of one latent pixel: 8 for Stable Diffusion's VAE.
+def vae_reduction(vae: ModelMixin) -> int:
+    """Returns the VAE's spatial downsampling factor, pixels per latent pixel along a side: 8 for Stable Diffusion.
 
     Args:
         vae: a diffusers autoencoder for images.
 
     Raises:
-        ValueError: neither the class nor its config says.
+        ValueError: neither the class nor the config contains the factor.
     """
-    # AutoencoderDC, and most of the newer classes.
+    # AutoencoderDC and most newer classes.
     if getattr(vae, "spatial_compression_ratio", None):
         return vae.spatial_compression_ratio
-    # Each block of the encoder but one halves the sides. AsymmetricAutoencoderKL and AutoencoderTiny name the
-    # encoder's blocks apart, and their `block_out_channels` are those of the decoder. AutoencoderTiny's
-    # `spatial_scale_factor` counts colours instead of blocks, so it is right for the usual four blocks only.
+    # All encoder blocks but one halve the sides. AsymmetricAutoencoderKL and AutoencoderTiny have separate config keys
+    # for the encoder's blocks; their `block_out_channels` describe the decoder. AutoencoderTiny's
+    # `spatial_scale_factor` is computed from the number of color channels, so it is right only for four blocks.
     for key in ("down_block_out_channels", "encoder_block_out_channels", "block_out_channels"):
         if blocks := getattr(vae.config, key, None):
             return 2 ** (len(blocks) - 1)
     raise ValueError(
-        f"{type(vae).__name__}: its config does not say how many pixels a latent pixel covers; pass another VAE"
+        f"{type(vae).__name__}: the config does not contain the spatial downsampling factor; pass another VAE"
     )

@@ -1,1 +1,1 @@
-"""What a run's output_dir tells, as one HTML page (reads only files, imports no torch)."""
+"""Reads the files of a run and writes them as one HTML page. Imports no torch."""

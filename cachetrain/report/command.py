@@ -1,9 +1,9 @@
-"""Writes what a run has to tell as one HTML page: samples over time, curves, health, warnings, settings.
+"""Writes a report on a run as one HTML page: samples over time, curves, health, warnings, settings.
 
     ./report.py output/run1                  # writes output/run1/report.html
     ./report.py output/run1 output/run2      # compares two runs: output/run1/report_run2.html
 
-The page opens from disk and needs no network. It may be written while the run goes on.
+The page opens from disk and needs no network. A report can be written while the run is still training.
 """
 
 from functools import partial

@@ -1,6 +1,8 @@
-"""The page: a template with the runs' values in it."""
+"""Fills the page template with the data of the runs."""
 
 import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from cachetrain.atomic import atomic_write
@@ -8,14 +10,14 @@ from cachetrain.atomic import atomic_write
 _TEMPLATE = Path(__file__).with_name("page.html")
 
 
-def write_page(path, runs):
+def write_page(path: str | os.PathLike, runs: Sequence[dict]) -> int:
     """Writes a self-contained HTML page.
 
     Args:
-        runs: list of one or two dicts of `run.read_run`.
+        runs: one or two dicts from `run.read_run`.
 
     Returns:
-        its size in bytes.
+        size of the page in bytes.
     """
     # "<" could end or nest the script element that holds the data.
     data = json.dumps({"runs": runs}, allow_nan=False).replace("<", "\\u003c")

@@ -1,4 +1,6 @@
-"""Reads a run's output_dir into plain values for the page."""
+"""Reads the files in a run's output_dir into plain values for the page."""
+
+from __future__ import annotations
 
 import base64
 import io
@@ -6,6 +8,7 @@ import json
 import math
 import re
 from array import array
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,30 +17,32 @@ from PIL import Image
 from cachetrain.atomic import is_locked
 from cachetrain.report.findings import findings
 
-MAX_POINTS = 1000  # of one curve; of longer ones each stretch keeps its lowest and its highest point
-MAX_STEPS, MAX_PICTURES = 60, 3000  # of samples: steps on the slider, pictures in the page
+MAX_POINTS = 1000  # per curve
+MAX_STEPS = 60  # positions of the sample slider
+MAX_PICTURES = 3000  # pictures in the page
 MAX_SIDE = 320  # pixels; larger pictures are scaled down
 _SAMPLE = re.compile(r"(.+)_cfg([0-9.]+)\.png")
 _NUMBERED = re.compile(r"(?:step|checkpoint)-(\d+)")
 _UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises on bad files
 
 
-def read_run(output_dir):
-    """Reads what a run has left behind, so far.
+def read_run(output_dir: str | Path) -> dict:
+    """Reads the files that a run has written so far.
 
     Args:
-        output_dir: of a run that is going on, complete, or was cut off.
+        output_dir: directory of a run that is running, complete, or was interrupted.
 
     Returns:
-        JSON-able dict: name, path, settings {name: value}, step (last logged), state, checkpoints [step], curves
-        {tag: [steps, values]}, warnings [{step, message}], samples (see `read_samples`), findings [{level, text}].
+        JSON-serialisable dict: name, path, settings {name: value}, step (last logged), state, checkpoints [step],
+        curves {tag: [steps, values]}, warnings [{step, message}], samples (see `read_samples`), findings
+        [{level, text}].
 
     Raises:
-        ValueError: it is not a run's directory, or a file in it is not what a run writes.
+        ValueError: the directory is not the output_dir of a run, or a file in it is invalid.
     """
     output_dir = Path(output_dir)
     if not (output_dir / "args.json").is_file():
-        raise ValueError(f"{output_dir}: no args.json, so no run wrote here; pass the --output_dir of training")
+        raise ValueError(f"{output_dir}: has no args.json, so no run was written here; pass the --output_dir of training")
     settings = json.loads((output_dir / "args.json").read_text(encoding="utf-8"))
     scalars = read_scalars(output_dir / "metrics.jsonl")
     step = max((steps[-1] for steps, _ in scalars.values()), default=0)
@@ -51,7 +56,7 @@ def read_run(output_dir):
         "curves": {
             tag: thinned(steps, values)
             for tag, (steps, values) in scalars.items()
-            if tag != "01_Training/loss" or settings.get("use_snr")  # without weights it equals loss_raw
+            if tag != "01_Training/loss" or settings.get("use_snr")  # without Min-SNR weights, loss equals loss_raw
         },
         "warnings": read_warnings(output_dir / "warnings.jsonl"),
         "samples": read_samples(output_dir / "samples"),
@@ -59,17 +64,17 @@ def read_run(output_dir):
     }
 
 
-def _state(settings, step, goes_on):
-    planned = str(settings.get("max_steps", ""))
-    if not planned.isdecimal():  # epochs
-        return f"{'going on' if goes_on else 'ended'}, step {step:,} (--max_steps {planned})"
-    if step >= int(planned):
+def _state(settings, step, running):
+    max_steps = str(settings.get("max_steps", ""))
+    if not max_steps.isdecimal():  # epochs
+        return f"{'running' if running else 'ended'}, step {step:,} (--max_steps {max_steps})"
+    if step >= int(max_steps):
         return f"complete, {step:,} steps"
-    return f"{'going on' if goes_on else 'stopped'}, step {step:,} of {int(planned):,}"
+    return f"{'running' if running else 'stopped'}, step {step:,} of {int(max_steps):,}"
 
 
-def read_scalars(path):
-    """Returns {tag: (steps, values)}, arrays of int and of float, of a metrics.jsonl; nan where it has null."""
+def read_scalars(path: Path) -> dict[str, tuple[array, array]]:
+    """Reads a metrics.jsonl; returns {tag: (steps, values)}, arrays of int and of float, null as nan."""
     scalars = {}
     for line in _lines(path):
         step = line.pop("step")
@@ -80,22 +85,22 @@ def read_scalars(path):
     return dict(sorted(scalars.items()))
 
 
-def read_warnings(path):
-    """Returns [{step, message}] by step; what steps that were run again after a resume said again is there once."""
-    known = {(line["step"], line["message"]): None for line in _lines(path)}
-    return [{"step": step, "message": message} for step, message in sorted(known, key=lambda key: key[0])]
+def read_warnings(path: Path) -> list[dict]:
+    """Returns [{step, message}] sorted by step; warnings repeated by steps rerun after a resume are listed once."""
+    unique = {(line["step"], line["message"]): None for line in _lines(path)}
+    return [{"step": step, "message": message} for step, message in sorted(unique, key=lambda key: key[0])]
 
 
-def read_skipped(path):
-    """Returns the sorted steps that quarantine.tsv names."""
+def read_skipped(path: Path) -> list[int]:
+    """Returns the sorted steps listed in quarantine.tsv."""
     if not path.exists():
         return []
-    heads = (line.partition("\t")[0] for line in path.read_bytes().decode(errors="replace").split("\n"))
-    return sorted({int(head) for head in heads if head.isdecimal()})  # a file's name may hold a line break
+    columns = (line.partition("\t")[0] for line in path.read_bytes().decode(errors="replace").split("\n"))
+    return sorted({int(step) for step in columns if step.isdecimal()})  # file names may contain line breaks
 
 
 def _lines(path):
-    """Yields the objects of a file of JSON lines; an unfinished last line is left out."""
+    """Yields the objects in a file of JSON lines; an incomplete last line is left out."""
     if not path.exists():
         return
     with open(path, encoding="utf-8") as lines:
@@ -108,32 +113,32 @@ def _lines(path):
                 raise ValueError(f"{path}, line {number}: {error.msg}; remove the line") from error
 
 
-def thinned(steps, values):
-    """[steps, values] of a curve of at most MAX_POINTS points, values to 5 digits, None where they are not finite.
+def thinned(steps: Sequence[int], values: Sequence[float]) -> list[list]:
+    """Reduces a curve to about MAX_POINTS points; returns [steps, values], values to 5 digits, None if not finite.
 
-    A longer one is cut into stretches, each of which keeps its lowest and its highest point, so that no spike is
-    lost; a stretch with a value that is not finite keeps that too.
+    A longer curve is cut into segments. Each segment keeps its lowest and its highest point, so that no spike is lost,
+    and one value that is not finite, if there is any.
     """
-    values, keep = np.asarray(values, np.float64), np.arange(len(values))
+    values, positions = np.asarray(values, np.float64), np.arange(len(values))
     if len(values) > MAX_POINTS:
-        kept = {0, len(values) - 1}
-        for part in np.array_split(keep, MAX_POINTS // 3):
-            finite = np.isfinite(values[part])
-            kept.update(part[~finite][:1].tolist())
+        selected = {0, len(values) - 1}
+        for segment in np.array_split(positions, MAX_POINTS // 3):
+            finite = np.isfinite(values[segment])
+            selected.update(segment[~finite][:1].tolist())
             if finite.any():
-                kept.add(int(part[np.where(finite, values[part], np.inf).argmin()]))
-                kept.add(int(part[np.where(finite, values[part], -np.inf).argmax()]))
-        keep = np.array(sorted(kept))
-    rounded = [float(f"{value:.5g}") if math.isfinite(value) else None for value in values[keep].tolist()]
-    return [np.asarray(steps)[keep].tolist(), rounded]
+                selected.add(int(segment[np.where(finite, values[segment], np.inf).argmin()]))
+                selected.add(int(segment[np.where(finite, values[segment], -np.inf).argmax()]))
+        positions = np.array(sorted(selected))
+    rounded = [float(f"{value:.5g}") if math.isfinite(value) else None for value in values[positions].tolist()]
+    return [np.asarray(steps)[positions].tolist(), rounded]
 
 
-def read_samples(directory):
+def read_samples(directory: Path) -> list[dict]:
     """Reads the pictures under samples/.
 
     Returns:
-        [{name, cfgs, pictures {step: [{src, text} or None for each of cfgs]}}], one per prompt, in the order of their
-        names. Of many steps or pictures only some are there, evenly spread, the first and the last among them.
+        [{name, cfgs, pictures {step: [{src, text} or None for each of cfgs]}}], one per prompt, sorted by name. If
+        there are too many steps or pictures, evenly spaced steps are selected, including the first and the last.
     """
     found = {}  # prompt -> step -> cfg -> path
     steps = _numbered(directory, "step-*")
@@ -152,20 +157,20 @@ def _prompt(name, by_step):
 
 
 def _numbered(directory, pattern):
-    """[(step, directory)] of the complete directories whose names match, by step."""
+    """Returns [(step, directory)] of the complete directories whose names match, sorted by step."""
     matches = ((_NUMBERED.fullmatch(path.name), path) for path in Path(directory).glob(pattern) if path.is_dir())
     return sorted((int(match[1]), path) for match, path in matches if match)
 
 
 def _spread(items, limit):
-    """At most `limit` of a list, evenly, with both ends."""
+    """Returns at most `limit` evenly spaced items of a list, including both ends."""
     if len(items) <= limit:
         return items
     return [items[i] for i in np.linspace(0, len(items) - 1, limit).round().astype(int)]
 
 
 def _picture(path):
-    """{src: data URI, text: settings that the PNG carries}; None without a path or where it cannot be read."""
+    """Returns {src: data URI, text: the PNG's text chunks}; None if there is no path or the file is unreadable."""
     if path is None:
         return None
     try:

@@ -1,1 +1,1 @@
-"""Drawing pictures with a model: what to draw, and the one path that draws it."""
+"""Drawing pictures with a model: prompt files, rendering, samples during training, watching a run."""

@@ -1,11 +1,15 @@
-"""What to draw: sample_prompts.txt and sample_prompts.json, and their rules. Imports no torch."""
+"""Reads sample_prompts.txt and sample_prompts.json and checks their contents. Imports no torch."""
+
+from __future__ import annotations
 
 import json
 import math
 import os
 import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,7 +18,15 @@ from cachetrain.log import warn
 
 
 class Sample(NamedTuple):
-    """One picture asked for. prompt None: a caption of the data; seed None: the file's; size: (width, height)."""
+    """One picture to draw.
+
+    Attributes:
+        prompt: None: a caption of the training data.
+        seed: None: Prompts.seed; -1: a new one for each step.
+        size: (width, height) in pixels; None: the default size.
+        aspect_ratio: width / height, as an alternative to `size`.
+        random_caption: use a random caption of the training data.
+    """
 
     prompt: str | None = None
     negative_prompt: str = ""
@@ -25,7 +37,7 @@ class Sample(NamedTuple):
 
 
 class Prompts(NamedTuple):
-    """A file of prompts, under the names of sample_prompts.json; None where it leaves the choice to the flags."""
+    """The contents of a prompt file, with the key names of sample_prompts.json; None: the flags decide."""
 
     samples: tuple[Sample, ...] = ()
     batch_size: int | None = None
@@ -38,67 +50,78 @@ class Prompts(NamedTuple):
     generate_pretrain_samples: bool = False
 
 
-def _whole(least, most=2**63 - 1):
+class _Rule(NamedTuple):
+    """What a value in the file must satisfy: a test, and the expectation in words for error messages."""
+
+    accepts: Callable[[Any], bool]
+    expected: str
+
+
+def _is_int(least, most=2**63 - 1):
     return lambda value: isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
-def _number(value):
+def _is_number(value):
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _is(kind):
+def _is_instance(kind):
     return lambda value: isinstance(value, kind)
 
 
-_COUNT, _FLAG, _TEXT = (_whole(1), "a whole number from 1"), (_is(bool), "true or false"), (_is(str), "a text")
-_SEED = (_whole(-1), "a whole number, or -1 for a new one each time")
+def _is_list_of_cfgs(value):
+    return isinstance(value, list) and value != [] and all(_is_number(cfg) and cfg >= 0 for cfg in value)
 
-# Key -> (what a value must pass, the same in words).
+
+def _is_size(value):
+    return isinstance(value, list) and len(value) == 2 and all(_is_int(64, 8192)(x) and x % 64 == 0 for x in value)
+
+
+_COUNT = _Rule(_is_int(1), "a whole number from 1")
+_FLAG = _Rule(_is_instance(bool), "true or false")
+_STRING = _Rule(_is_instance(str), "a string")
+_SEED = _Rule(_is_int(-1), "a whole number from 0, or -1 for a new one each time")
+
 _FILE_KEYS = {
     "batch_size": _COUNT,
     "seed": _SEED,
-    "cfgs": (
-        lambda value: isinstance(value, list) and value != [] and all(_number(cfg) and cfg >= 0 for cfg in value),
-        "a list of numbers from 0",
-    ),
-    "scheduler": _TEXT,
-    "num_inference_steps": (_whole(1, 1000), "a whole number from 1 to 1000"),
+    "cfgs": _Rule(_is_list_of_cfgs, "a list of numbers from 0"),
+    "scheduler": _STRING,
+    "num_inference_steps": _Rule(_is_int(1, 1000), "a whole number from 1 to 1000"),
     "show_progress_bars": _FLAG,
     "generate_samples_every_n_steps": _COUNT,
     "generate_pretrain_samples": _FLAG,
-    "samples": (_is(list), "a list"),
+    "samples": _Rule(_is_instance(list), "a list"),
 }
 _SAMPLE_KEYS = {
-    "prompt": _TEXT,
-    "negative_prompt": _TEXT,
+    "prompt": _STRING,
+    "negative_prompt": _STRING,
     "seed": _SEED,
-    "size": (
-        lambda value: isinstance(value, list) and len(value) == 2 and all(_whole(64, 8192)(x) for x in value)
-        and not any(x % 64 for x in value),
-        "[width, height] in pixels, both multiples of 64",
+    "size": _Rule(_is_size, "[width, height] in pixels, both multiples of 64, from 64 to 8192"),
+    "aspect_ratio": _Rule(
+        lambda value: _is_number(value) and 1 / 16 <= value <= 16, "width / height, from 1/16 to 16"
     ),
-    "aspect_ratio": (lambda value: _number(value) and 1 / 16 <= value <= 16, "width / height, from 1/16 to 16"),
     "random_caption": _FLAG,
-}  # fmt: skip
+}
 
 
-def prompts_of(texts):
-    """The Prompts of plain texts."""
+def prompts_of(texts: Iterable[str]) -> Prompts:
+    """Returns Prompts with one sample per text."""
     return Prompts(tuple(map(Sample, texts)))
 
 
-def read_prompts(path, content=None):
-    """Reads a file of prompts: `.json`, or any other name with one prompt a line.
+def read_prompts(path: str | os.PathLike, content: bytes | None = None) -> tuple[Prompts, list[str]]:
+    """Reads a prompt file: JSON if the name ends in `.json`, else plain text with one prompt per line.
 
     Args:
-        content: its bytes, where they are known.
+        content: the file's bytes; None: read the file.
 
     Returns:
-        (Prompts, list of str: what was not understood and is ignored).
+        (Prompts, warnings about unknown keys, which are ignored).
 
     Raises:
-        ValueError: the file is not what it should be; names file, line and reason.
-        OSError: it cannot be read.
+        ValueError: the file is invalid; the message gives file, line and reason.
+        OSError: the file cannot be read.
     """
     content = Path(path).read_bytes() if content is None else content
     try:
@@ -113,84 +136,95 @@ def read_prompts(path, content=None):
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: {error.msg}") from error
     except RecursionError as error:
-        raise ValueError(f"{path}: lists in lists without end") from error
+        raise ValueError(f"{path}: lists or objects are nested too deeply; expected {_EXAMPLE}") from error
     if not isinstance(value, dict):
-        raise ValueError(f'{path}, line 1: expected an object {{"samples": [...]}}')
-    return _parse(path, text)
+        raise ValueError(f"{path}, line 1: expected an object {_EXAMPLE}")
+    return _JsonPrompts(path, text).parse()
 
 
-def _parse(path, text):
-    """Checks valid JSON member by member, so that what is wrong is named with its line; returns as read_prompts."""
-    values, warnings, samples = {}, [], []
-    for key, value, start in _members(text, text.index("{")):
-        if not _known(path, text, key, value, start, _FILE_KEYS, warnings):
-            continue
-        values[key] = tuple(value) if isinstance(value, list) else value
-        if key == "samples":
-            samples = [_sample(path, text, item, at, warnings) for _, item, at in _members(text, start)]
-    return Prompts(**values | {"samples": tuple(samples)}), warnings
+_EXAMPLE = '{"samples": [...]}'
 
 
-def _sample(path, text, value, start, warnings):
-    line = _line(text, start)
-    if not isinstance(value, dict):
-        raise ValueError(f'{path}, line {line}: a sample is an object like {{"prompt": "a star"}}, found {value!r}')
-    members = list(_members(text, start))
-    known = {k: v for k, v, at in members if _known(path, text, k, v, at, _SAMPLE_KEYS, warnings)}
-    if ("prompt" in known) == known.get("random_caption", False):
-        raise ValueError(f'{path}, line {line}: a sample has either "prompt" or "random_caption": true')
-    if "size" in known and "aspect_ratio" in known:
-        raise ValueError(f'{path}, line {line}: a sample has either "size" or "aspect_ratio"')
-    return Sample(**known | ({"size": tuple(known["size"])} if "size" in known else {}))
+@dataclass
+class _JsonPrompts:
+    """A prompt file whose JSON syntax is valid; checks one value at a time, so that errors can give the line."""
 
+    path: str | os.PathLike
+    text: str
+    warnings: list[str] = field(default_factory=list)
 
-def _known(path, text, key, value, start, keys, warnings):
-    """Whether `key` is one of `keys`; one that is not becomes a warning, a value that is wrong a ValueError."""
-    where = f"{path}, line {_line(text, start)}"
-    if key not in keys:
-        warnings.append(f"{where}: unknown key {key!r} is ignored; expected one of {', '.join(keys)}")
-        return False
-    passes, expected = keys[key]
-    if not passes(value):
-        raise ValueError(f'{where}: "{key}" is {json.dumps(value)}, expected {expected}')
-    return True
+    def parse(self):
+        """Returns and raises like read_prompts."""
+        values, samples = {}, []
+        for key, value, position in self._members(self.text.index("{")):
+            if not self._check(key, value, position, _FILE_KEYS):
+                continue
+            values[key] = tuple(value) if isinstance(value, list) else value
+            if key == "samples":
+                samples = [self._sample(item, start) for _, item, start in self._members(position)]
+        return Prompts(**values | {"samples": tuple(samples)}), self.warnings
 
+    def _sample(self, value, position):
+        where = self._where(position)
+        if not isinstance(value, dict):
+            raise ValueError(f'{where}: expected an object like {{"prompt": "a star"}}, found {value!r}')
+        members = list(self._members(position))
+        fields = {key: value for key, value, start in members if self._check(key, value, start, _SAMPLE_KEYS)}
+        if ("prompt" in fields) == fields.get("random_caption", False):
+            raise ValueError(f'{where}: a sample needs either "prompt" or "random_caption": true')
+        if "size" in fields and "aspect_ratio" in fields:
+            raise ValueError(f'{where}: a sample can have "size" or "aspect_ratio", not both')
+        return Sample(**fields | ({"size": tuple(fields["size"])} if "size" in fields else {}))
 
-def _members(text, start):
-    """Yields (key, value, position of the value) of the valid JSON object, or list (key None), at `start`."""
-    decode, at = json.JSONDecoder().raw_decode, start + 1
-    while True:
-        at = re.compile(r"[\s,]*").match(text, at).end()
-        if text[at] in "]}":
-            return
-        key = None
-        if text[start] == "{":
-            key, at = decode(text, at)
-            at = re.compile(r"\s*:\s*").match(text, at).end()
-        value, end = decode(text, at)
-        yield key, value, at
-        at = end
+    def _check(self, key, value, position, rules):
+        """Returns whether `key` is known, with a warning if not; raises a ValueError if the value is invalid."""
+        where = self._where(position)
+        if key not in rules:
+            self.warnings.append(f"{where}: unknown key {key!r} is ignored; expected one of {', '.join(rules)}")
+            return False
+        if not rules[key].accepts(value):
+            raise ValueError(f'{where}: "{key}" is {json.dumps(value)}, expected {rules[key].expected}')
+        return True
 
+    def _members(self, start):
+        """Yields (key, value, position of the value) for the object, or list (key None), that begins at `start`."""
+        decode, position = json.JSONDecoder().raw_decode, start + 1
+        while True:
+            position = re.compile(r"[\s,]*").match(self.text, position).end()
+            if self.text[position] in "]}":
+                return
+            key = None
+            if self.text[start] == "{":
+                key, position = decode(self.text, position)
+                position = re.compile(r"\s*:\s*").match(self.text, position).end()
+            value, end = decode(self.text, position)
+            yield key, value, position
+            position = end
 
-def _line(text, position):
-    return text.count("\n", 0, position) + 1
+    def _where(self, position):
+        line = self.text.count("\n", 0, position) + 1
+        return f"{self.path}, line {line}"
 
 
 class PromptFile:
-    """A file of prompts that may change while a run lasts; of a broken one the last good content stays.
+    """A prompt file that may be edited during a run; if an edit is invalid, the last valid prompts stay in use.
 
     Raises:
-        ValueError, OSError: it is broken from the start.
+        ValueError, OSError: the file is invalid or unreadable when first opened.
     """
 
-    def __init__(self, path):
-        self.path, self._content = path, Path(path).read_bytes()
+    def __init__(self, path: str | os.PathLike):
+        self.path = path
+        self._content = Path(path).read_bytes()
         self.prompts, warnings = read_prompts(path, self._content)
         for warning in warnings:
             warn(warning)
 
-    def changed(self):
-        """Reads the file again. Returns its Prompts if its content is new and good, else None; warns once of both."""
+    def changed(self) -> Prompts | None:
+        """Reads the file again; returns the Prompts if the content is new and valid, else None.
+
+        Warns once about each new content that is invalid or has unknown keys.
+        """
         try:
             content = Path(self.path).read_bytes()
         except OSError as error:
@@ -210,11 +244,11 @@ class PromptFile:
         return prompts
 
 
-def sample_size(sample, native):
-    """(width, height) in pixels that a sample asks for, or None.
+def sample_size(sample: Sample, native: tuple[int, int]) -> tuple[int, int] | None:
+    """Returns the (width, height) in pixels that a sample asks for, or None.
 
     Args:
-        native: (width, height) that the UNet was configured for, whose area an aspect ratio keeps.
+        native: (width, height) of the UNet's config; with an aspect ratio, the area stays about the same.
     """
     if sample.aspect_ratio is None:
         return sample.size
@@ -222,10 +256,10 @@ def sample_size(sample, native):
     return tuple(max(64, round(side / 64) * 64) for side in (width, width / sample.aspect_ratio))
 
 
-def sample_seed(sample, prompts, slot, step, first=0):
-    """The seed of the sample at place `slot`: its own, the file's, or `first` + slot.
+def sample_seed(sample: Sample, prompts: Prompts, slot: int, step: int, first: int = 0) -> int:
+    """Returns the seed for the sample in position `slot`: the sample's, else the file's, else `first` + slot.
 
-    -1 gives a new one each step, the same in every run, so that runs can be compared.
+    -1 gives a new seed for each step, the same in every run, so that runs can be compared.
     """
     seed = sample.seed if sample.seed is not None else prompts.seed
     if seed is None:
@@ -233,8 +267,8 @@ def sample_seed(sample, prompts, slot, step, first=0):
     return int(np.random.default_rng([step, slot]).integers(2**31)) if seed == -1 else seed
 
 
-def caption_of(stem):
-    """The caption of the image `stem`.*, to label its sample; the file name, with a warning, if it cannot be read."""
+def caption_of(stem: str) -> str:
+    """Returns the caption of the image `stem`.* as a label; if unreadable, warns and returns the file name."""
     try:
         return find_caption(stem).text
     except (OSError, ValueError) as error:

@@ -1,6 +1,8 @@
-"""Generated images as files: rendering prompts, PNGs with their settings inside, labelled strips and grids."""
+"""Renders prompts, writes PNGs with the settings in their text chunks, and lays out labelled grids."""
 
 import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -12,13 +14,13 @@ from cachetrain.modeling.t5_pipeline import decode_latents, denoise
 
 
 class Drawing(NamedTuple):
-    """One picture to draw, at each guidance scale from the same noise.
+    """One picture to draw; all guidance scales start from the same noise.
 
     Attributes:
-        name: for file names and tags; prompt, negative_prompt: the words themselves.
-        seed: of the noise.
+        name: used in file names and tags; differs from `prompt` for captions of the data.
+        seed: seed of the noise.
         latent_size: (h, w).
-        condition, negative_condition: of Conditioning.of_caption.
+        condition, negative_condition: prompt and negative prompt, encoded by Conditioning.of_caption.
     """
 
     name: str
@@ -31,7 +33,7 @@ class Drawing(NamedTuple):
 
 
 class Renderer(NamedTuple):
-    """What draws: the networks, the sampler (a diffusers scheduler) and how captions condition the UNet."""
+    """The models and settings used for drawing; `sampler` is a diffusers scheduler."""
 
     unet: torch.nn.Module
     vae: torch.nn.Module
@@ -40,29 +42,33 @@ class Renderer(NamedTuple):
     num_inference_steps: int
     batch_size: int
 
-    def draw(self, drawings, cfgs):
-        """Draws pictures of any sizes, `batch_size` of one size at a time.
+    def draw(
+        self, drawings: Sequence[Drawing], cfgs: Sequence[float]
+    ) -> Iterator[tuple[int, float, Image.Image]]:
+        """Draws pictures of any sizes; a batch holds up to `batch_size` pictures of the same size.
 
         Args:
-            drawings: list of Drawing; cfgs: guidance scales.
+            cfgs: guidance scales.
 
         Yields:
-            (index of the drawing, cfg, PIL image).
+            (index of the drawing, cfg, image).
         """
         by_size = {}
         for i, drawing in enumerate(drawings):
             by_size.setdefault(drawing.latent_size, []).append(i)
-        for members in by_size.values():
-            for start in range(0, len(members), self.batch_size):
-                part = members[start : start + self.batch_size]
+        for indices in by_size.values():
+            for start in range(0, len(indices), self.batch_size):
+                batch = indices[start : start + self.batch_size]
                 for cfg in cfgs:
-                    images = self._draw_batch([drawings[i] for i in part], cfg)
-                    yield from ((i, cfg, image) for i, image in zip(part, images, strict=True))
+                    images = self._draw_batch([drawings[i] for i in batch], cfg)
+                    yield from ((i, cfg, image) for i, image in zip(batch, images, strict=True))
 
     @torch.no_grad()
     def _draw_batch(self, drawings, cfg):
-        """Draws pictures of one size. The same seed gives the same noise on every device and in every batch, the
-        noise of ancestral samplers included."""
+        """Draws pictures of the same size.
+
+        A seed gives the same noise on every device and in every batch; this includes the noise of ancestral samplers.
+        """
         device, dtype = next(self.unet.parameters()).device, self.unet.dtype
         conditions = [drawing.negative_condition for drawing in drawings] + [
             drawing.condition for drawing in drawings
@@ -81,29 +87,30 @@ class Renderer(NamedTuple):
             self.num_inference_steps,
             generators,
         )
-        return [_decode(self.vae, one) for one in latents.to(self.vae.device).split(1)]  # a VAE needs much memory
+        # One at a time, because decoding takes much memory.
+        return [_decode(self.vae, latent) for latent in latents.to(self.vae.device).split(1)]
 
 
 def _decode(vae, latents):
-    # Not under the caller's autocast: the SDXL VAE overflows in float16.
+    # Without the caller's autocast, because the SDXL VAE overflows in float16.
     with torch.autocast(latents.device.type, enabled=False):
         pixels = decode_latents(vae, latents)[0].mul(127.5).add(127.5).round().to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
-def native_latent_size(unet):
-    """(h, w) of the latents that the UNet was configured for."""
+def native_latent_size(unet: torch.nn.Module) -> tuple[int, int]:
+    """Returns the latent size (h, w) in the UNet's config."""
     size = unet.config.sample_size
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
-def sample_name(index, prompt, cfg):
-    """File name of a sample: the same in every run, so that runs can be compared."""
+def sample_name(index: int, prompt: str, cfg: float) -> str:
+    """Returns the file name of a sample, which is the same in every run, so that runs can be compared."""
     slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].rstrip("-")
     return f"{index:02d}-{slug or 'empty'}_cfg{cfg:g}.png"
 
 
-def save_png(image, path, **settings):
+def save_png(image: Image.Image, path: Path, **settings) -> None:
     """Writes a PNG with `settings` as text chunks: prompt, negative_prompt, seed, cfg, step, ..."""
     info = PngInfo()
     for key, value in settings.items():
@@ -112,18 +119,18 @@ def save_png(image, path, **settings):
     image.save(path, pnginfo=info)
 
 
-def grid(images, labels, columns, min_side=128):
-    """One picture of all images, row by row, each under its label.
+def grid(images: Sequence[Image.Image], labels: Sequence[str], columns: int, min_side: int = 128) -> Image.Image:
+    """Lays out images in a grid, row by row, with a label above each image.
 
     Args:
-        images: PIL images. Each cell is as wide and high as the largest; if that is less than `min_side`, all are
-            enlarged by one factor, without smoothing.
-        labels: str for each.
+        images: a cell is as wide and as high as the largest image; if a side of the cell is smaller than `min_side`
+            pixels, all images are enlarged by the same whole factor, without smoothing.
+        labels: one for each image.
     """
     cell = tuple(max(sides) for sides in zip(*(image.size for image in images), strict=True))
     scale = max(1, -(-min_side // min(cell)))
     width, height = (side * scale for side in cell)
-    size = max(11, width // 16)  # to be read where the sheet is shown at a fraction of its size
+    size = max(11, width // 16)  # font size; readable even if the grid is shown scaled down
     font = ImageFont.load_default(size)
     lines = [_wrap(label, font, width - 8) for label in labels]
     band = 6 + (size + 3) * max(map(len, lines))
@@ -145,7 +152,7 @@ def _wrap(text, font, width):
             lines[-1] = longer
         else:
             lines.append(word)
-        while font.getlength(lines[-1]) > width and len(lines[-1]) > 1:  # a path, or a script without spaces
+        while font.getlength(lines[-1]) > width and len(lines[-1]) > 1:  # a path, or a language without spaces
             line = lines.pop()
             cut = next((n for n in range(len(line) - 1, 1, -1) if font.getlength(line[:n]) <= width), 1)
             lines += [line[:cut], line[cut:]]

@@ -1,6 +1,11 @@
-"""Pictures of what the model draws, while it trains."""
+"""Draws sample pictures during training."""
 
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -8,6 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from cachetrain.atomic import staged_directory
+from cachetrain.data.index import PairIndex
 from cachetrain.data.sidecar import read_sidecar
 from cachetrain.diffusion.noise_schedulers import default_sampler, sampler_for
 from cachetrain.log import warn
@@ -18,30 +24,34 @@ from cachetrain.modeling.vae import vae_reduction
 from cachetrain.sampling.prompts import PromptFile, Prompts, Sample, caption_of, prompts_of, sample_seed, sample_size
 from cachetrain.sampling.render import Drawing, Renderer, grid, native_latent_size, sample_name, save_png
 
-# What may go wrong while pictures are drawn in the middle of a run: files, disks, memory (CUDA's is a RuntimeError).
+# Errors that may occur while drawing: files, disks, memory (CUDA out of memory is a RuntimeError).
 FAILURES = (ValueError, OSError, RuntimeError, MemoryError)
 
-_BATCH_SIZE, _CAPTIONS_OF_BATCH = 8, 4
-_FRAMES, _FRAME_SIDE = 50, 128
+_BATCH_SIZE = 8
+_NUM_CAPTIONS = 4  # drawn if there are no prompts
+_MAX_FRAMES = 50
+_FRAME_SIDE = 128  # pixels
 
 
 class SampleImages:
-    """Draws the same prompts from the same noise again and again, and what a file of prompts asks for by now.
+    """Draws the same prompts from the same noise at every call; picks up changes to the prompt file.
 
-    Prompts are encoded once, here, and the text encoder is dropped before training starts; only prompts that are new
-    in the file are encoded later, on the CPU, so that the encoder never needs a place beside the UNet. Noise comes
-    from generators of its own, so drawing never changes training.
+    Prompts are encoded in the constructor, and the text encoder is freed before training starts. Prompts added to the
+    file later are encoded on the CPU, so that the text encoder never takes GPU memory beside the UNet. Noise comes
+    from separate generators, so drawing does not affect training.
 
     Args:
         model_dir: pipeline directory with text encoder and VAE.
-        source: path of a file of prompts, or a list of prompts.
-        defaults: Prompts, the choices of the flags; those of a .json override them.
-        noise_scheduler: of the model.
-        info: dict with "text" and "latent_size", as `checkpoint_info` has it.
-        device: to draw on; dtype: of the text encoder, by default bf16 on CUDA and fp32 elsewhere.
-        open_index: function that returns the PairIndex trained on, for captions of the data; None: there is none.
-        negative_prompt: of samples without one.
-        first_seed: seed of the first sample; each next sample has the next seed.
+        source: path of a prompt file, or a list of prompts.
+        defaults: settings from the flags; a .json prompt file overrides them.
+        noise_scheduler: the model's noise scheduler.
+        info: dict with "text" and "latent_size", as returned by `checkpoint_info`.
+        device: device to draw on.
+        dtype: dtype of the text encoder; default: bf16 on CUDA, fp32 elsewhere.
+        open_index: function that returns the PairIndex of the training data, for samples that use its captions; None:
+            captions cannot be used.
+        negative_prompt: for samples without a negative prompt.
+        first_seed: seed of the first sample; the next sample has the next seed, and so on.
 
     Raises:
         ValueError, OSError: prompts, text encoder or VAE cannot be read or used.
@@ -49,17 +59,17 @@ class SampleImages:
 
     def __init__(
         self,
-        model_dir,
-        source,
-        defaults,
+        model_dir: str | Path,
+        source: str | Path | list[str],
+        defaults: Prompts,
         noise_scheduler,
-        info,
+        info: Mapping,
         *,
-        device,
-        dtype=None,
-        open_index=None,
-        negative_prompt="",
-        first_seed=0,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        open_index: Callable[[], PairIndex] | None = None,
+        negative_prompt: str = "",
+        first_seed: int = 0,
     ):
         self.file = None if isinstance(source, list | tuple) else PromptFile(source)
         self.model_dir = model_dir
@@ -73,33 +83,40 @@ class SampleImages:
         self.first_seed = first_seed
         self.conditioning = Conditioning(self.text["kind"], self.text["scaling_factor"])
         self._conditions = {}
-        self._shown = {}
+        self._file_names = {}
         self.vae = load.load_vae(load.component_dir(model_dir, "vae"))
         self._use(self.file.prompts if self.file else prompts_of(source), device, dtype)
 
-    def due(self, step, max_steps):
-        """Whether to draw after optimizer step `step`; 0 is before training."""
+    def due(self, step: int, max_steps: int) -> bool:
+        """Whether to draw after optimizer step `step`; step 0 is before training."""
         if step == 0:
             return self.prompts.generate_pretrain_samples
         return step % self.prompts.generate_samples_every_n_steps == 0 or step == max_steps
 
-    def draw(self, unet, directory, metrics, step, autocast, last_samples=()):
-        """Writes one PNG per prompt and cfg into `directory`, which appears when complete, and a labelled strip per
-        prompt to TensorBoard.
+    def draw(
+        self,
+        unet: torch.nn.Module,
+        directory: Path,
+        metrics,
+        step: int,
+        autocast: Callable,
+        last_samples: Sequence[int] = (),
+    ) -> None:
+        """Writes one PNG per prompt and cfg to `directory`, and one labelled strip per prompt to TensorBoard.
 
-        After step 0 a failure is a warning, and training goes on.
+        `directory` appears only when complete. After step 0 a failure is only a warning, and training continues.
 
         Args:
-            unet: the module itself, not its distributed wrapper; on any device.
-            metrics: Metrics; None: no strips.
-            autocast: function that opens the run's autocast context.
-            last_samples: positions in the index of the last batch's pairs, whose captions are drawn where no prompts
-                are given.
+            unet: the UNet itself, not a distributed wrapper; on any device.
+            metrics: Metrics; None: do not write to TensorBoard.
+            autocast: function that makes the run's autocast context.
+            last_samples: positions in the index of the pairs in the last batch; their captions are drawn if there are
+                no prompts.
         """
         training = unet.training
         unet.eval()
         try:
-            self._read_again()
+            self._reload_file()
             unet.to(self.device)
             self.vae.to(self.device)
             drawings = self.drawings(unet, step, [int(i) for i in last_samples])
@@ -108,7 +125,7 @@ class SampleImages:
                 rows[i].append(image)
             self._write(drawings, rows, directory, step)
             if metrics is not None:
-                self._show(drawings, rows, metrics, step)
+                self._write_strips(drawings, rows, metrics, step)
         except FAILURES as error:
             if step == 0:
                 raise
@@ -117,25 +134,26 @@ class SampleImages:
             self.vae.to("cpu")
             unet.train(training)
 
-    def animate(self, directory, metrics, step):
-        """Has the last pictures of each prompt that is drawn now written as one animation. They are read from their
-        files, so that the animation of a resumed run goes on.
+    def animate(self, directory: Path, metrics, step: int) -> None:
+        """Writes an animation of the latest pictures for each current prompt to `metrics`.
+
+        The pictures are read from files, so that the animation of a resumed run includes pictures from before.
 
         Args:
-            directory: of the run's samples, up to optimizer step `step`.
+            directory: the run's samples directory; pictures after optimizer step `step` are ignored.
         """
         folders = {int(path.name.removeprefix("step-")): path for path in directory.glob("step-[0-9]*")}
         earlier = [(drawn_at, folders[drawn_at]) for drawn_at in sorted(folders) if drawn_at <= step]
-        for tag, names in self._shown.items():
+        for tag, names in self._file_names.items():
             complete = [
                 (drawn_at, path)
                 for drawn_at, path in earlier
                 if all((path / name).exists() for name in names.values())
             ]
             if len(complete) > 1:
-                metrics.animation(f"{tag} (progress)", _frames(dict(complete[-_FRAMES:]), names), step)
+                metrics.animation(f"{tag} (progress)", _frames(dict(complete[-_MAX_FRAMES:]), names), step)
 
-    def _read_again(self):
+    def _reload_file(self):
         prompts = self.file.changed() if self.file else None
         if prompts is None:
             return
@@ -145,7 +163,7 @@ class SampleImages:
             warn(f"{self.file.path}: {error}; the prompts read before stay in use")
 
     def _use(self, prompts, device, dtype):
-        """Makes `prompts` those that are drawn, or raises and changes nothing."""
+        """Switches to these prompts; if an error is raised, nothing has changed."""
         prompts = completed(prompts, self.defaults, self.negative_prompt)
         sampler = sampler_for(self.noise_scheduler, prompts.scheduler)
         texts = {"", *(s.negative_prompt for s in prompts.samples), *(s.prompt or "" for s in prompts.samples)}
@@ -161,28 +179,27 @@ class SampleImages:
                 dtype=dtype or load.pick_dtype(None, device),
             )
             conditions |= dict(zip(missing, map(self.conditioning.of_caption, encoded), strict=True))
-        self.prompts, self.sampler, self._conditions = prompts, sampler, conditions
+        self.prompts = prompts
+        self.sampler = sampler
+        self._conditions = conditions
 
-    def drawings(self, unet, step, last_samples=()):
-        """Resolves captions, seeds and sizes.
+    def drawings(self, unet: torch.nn.Module, step: int, last_samples: Sequence[int] = ()) -> list[Drawing]:
+        """Resolves the captions, seeds and sizes of the samples.
 
         Args:
-            step: decides random captions, and seeds of -1.
-            last_samples: as for `draw`.
-
-        Returns:
-            list of Drawing.
+            step: determines random captions, and seeds of -1.
+            last_samples: see `draw`.
 
         Raises:
-            ValueError: a caption of the data is asked for where there is no data.
+            ValueError: a sample needs a caption of the training data, but there is none.
         """
         drawings = []
         for slot, sample in enumerate(self.prompts.samples):
             if sample.prompt is None:
-                captioned = self._caption_of_data(sample, slot, step, last_samples)
-                if captioned is None:
+                from_data = self._caption_of_data(sample, slot, step, last_samples)
+                if from_data is None:
                     break
-                name, prompt, condition = captioned
+                name, prompt, condition = from_data
             else:
                 name = prompt = sample.prompt
                 condition = self._conditions[prompt]
@@ -200,11 +217,11 @@ class SampleImages:
         return drawings
 
     def _caption_of_data(self, sample, slot, step, last_samples):
-        """(name, caption, its condition) of a pair of the data; None: the last batch had too few pairs."""
+        """Returns (name, caption, condition) for a pair of the training data; None: the last batch had too few pairs."""
         if self.open_index is None:
-            raise ValueError("random_caption takes captions of the training data; there is none here")
+            raise ValueError('"random_caption" needs training data, which is not available here; use "prompt"')
         index = self.open_index()
-        # Before the first batch there is none to take a caption from.
+        # Before the first batch, fall back to random captions.
         if sample.random_caption or not last_samples:
             name, pair = "random caption", int(np.random.default_rng([step, slot, 1]).integers(len(index)))
         elif slot < len(last_samples):
@@ -214,13 +231,19 @@ class SampleImages:
         tensors, _ = read_sidecar(index.text_path(pair))
         return name, caption_of(index.stem(pair)), self.conditioning.of_caption(tensors)
 
-    def images(self, unet, drawings, autocast=nullcontext, progress_bar=False):
-        """Yields (position in `drawings`, cfg, PIL image); the VAE draws where it is."""
+    def images(
+        self,
+        unet: torch.nn.Module,
+        drawings: Sequence[Drawing],
+        autocast: Callable = nullcontext,
+        progress_bar: bool = False,
+    ) -> Iterator[tuple[int, float, Image.Image]]:
+        """Yields (position in `drawings`, cfg, image). UNet and VAE are used on the devices where they are."""
         cfgs, batch_size = self.prompts.cfgs, self.prompts.batch_size or _BATCH_SIZE
         renderer = Renderer(
             unet, self.vae, self.sampler, self.conditioning, self.prompts.num_inference_steps, batch_size
         )
-        # Not through a compiled UNet: each number and size of pictures would be compiled on its own.
+        # Eager, because a compiled UNet would be recompiled for each batch size and picture size.
         with torch.compiler.set_stance("force_eager"), autocast():
             yield from tqdm(
                 renderer.draw(drawings, cfgs),
@@ -231,8 +254,10 @@ class SampleImages:
                 disable=None if progress_bar else True,
             )
 
-    def save(self, image, directory, slot, drawing, cfg, **more):
-        """Writes one PNG with its settings inside. `more`: further settings to keep with it."""
+    def save(
+        self, image: Image.Image, directory: Path, slot: int, drawing: Drawing, cfg: float, **more_settings
+    ) -> None:
+        """Writes one PNG; the settings of the drawing and `more_settings` are stored as text chunks."""
         save_png(
             image,
             directory / sample_name(slot, drawing.name, cfg),
@@ -242,29 +267,33 @@ class SampleImages:
             cfg=f"{cfg:g}",
             num_inference_steps=self.prompts.num_inference_steps,
             scheduler=self.prompts.scheduler or default_sampler(self.noise_scheduler),
-            **more,
+            **more_settings,
         )
 
     def _write(self, drawings, rows, directory, step):
-        with staged_directory(directory, overwrite=True) as stage:  # a resumed run draws a step again
+        with staged_directory(directory, overwrite=True) as stage:  # a resumed run may draw a step again
             for slot, (drawing, images) in enumerate(zip(drawings, rows, strict=True)):
                 for cfg, image in zip(self.prompts.cfgs, images, strict=True):
                     self.save(image, stage, slot, drawing, cfg, step=step)
 
-    def _show(self, drawings, rows, metrics, step):
-        cfgs, self._shown = self.prompts.cfgs, {}
+    def _write_strips(self, drawings, rows, metrics, step):
+        cfgs = self.prompts.cfgs
+        self._file_names = {}
         for slot, (drawing, images) in enumerate(zip(drawings, rows, strict=True)):
             tag = f"12_Generated_Samples/{slot:02d} {drawing.name[:60]}"
-            words = "" if drawing.name == drawing.prompt else f": {drawing.prompt}"
-            metrics.image(tag, grid(images, [f"cfg {cfg:g}{words}" for cfg in cfgs], len(cfgs)), step)
-            self._shown[tag] = {cfg: sample_name(slot, drawing.name, cfg) for cfg in cfgs}
+            caption = "" if drawing.name == drawing.prompt else f": {drawing.prompt}"
+            metrics.image(tag, grid(images, [f"cfg {cfg:g}{caption}" for cfg in cfgs], len(cfgs)), step)
+            self._file_names[tag] = {cfg: sample_name(slot, drawing.name, cfg) for cfg in cfgs}
 
 
 def _frames(folders, names):
-    """Yields a small strip per folder, those of the size of the last one: the file of prompts may have changed it.
+    """Yields a small strip per folder; strips that differ in size from the last one are left out.
+
+    Sizes differ if the prompt file was changed during the run.
 
     Args:
-        folders: {step: directory}; names: {cfg: file name}.
+        folders: {step: directory}.
+        names: {cfg: file name}.
     """
     frames = []
     for step, folder in folders.items():
@@ -277,27 +306,36 @@ def _frames(folders, names):
     yield from (frame for frame in frames if frame.size == frames[-1].size)
 
 
-def latent_size_of(sample, unet, vae):
-    """(h, w) of the latents that a sample asks for, or None."""
+def latent_size_of(sample: Sample, unet: torch.nn.Module, vae: torch.nn.Module) -> tuple[int, int] | None:
+    """Returns the latent size (h, w) that a sample asks for, or None."""
     factor = vae_reduction(vae)
     height, width = native_latent_size(unet) if sample.size is None else (0, 0)
     size = sample_size(sample, (width * factor, height * factor))
     return size and (size[1] // factor, size[0] // factor)
 
 
-def default_latent_size(args, info, unet, vae):
-    """(h, w) of the latents of samples that ask for no size: --height and --width, else what was trained, else the
-    UNet's own."""
-    factor, own = vae_reduction(vae), info["latent_size"] or native_latent_size(unet)
+def default_latent_size(
+    args: argparse.Namespace, info: Mapping, unet: torch.nn.Module, vae: torch.nn.Module
+) -> tuple[int, int]:
+    """Returns the latent size (h, w) for samples without a size.
+
+    --height and --width, else the size trained on, else the size in the UNet's config.
+
+    Raises:
+        ValueError: --height or --width is not a multiple of the VAE's downsampling factor.
+    """
+    factor, (height, width) = vae_reduction(vae), info["latent_size"] or native_latent_size(unet)
     for flag, side in (("--height", args.height), ("--width", args.width)):
         if side and side % factor:
             raise ValueError(f"{flag} {side}: must be a multiple of {factor}")
-    return tuple(side // factor if side else mine for side, mine in zip((args.height, args.width), own, strict=True))
+    return args.height // factor if args.height else height, args.width // factor if args.width else width
 
 
-def completed(prompts, defaults, negative_prompt=""):
-    """Prompts with the choices of `defaults` (Prompts) where they make none; no samples at all become captions."""
-    choices = (own if own is not None else default for own, default in zip(prompts, defaults, strict=True))
-    samples = prompts.samples or (Sample(),) * _CAPTIONS_OF_BATCH
+def completed(prompts: Prompts, defaults: Prompts, negative_prompt: str = "") -> Prompts:
+    """Fills in settings that are None from `defaults`; if there are no samples, captions of the data are drawn."""
+    settings = (
+        default if setting is None else setting for setting, default in zip(prompts, defaults, strict=True)
+    )
+    samples = prompts.samples or (Sample(),) * _NUM_CAPTIONS
     samples = (sample._replace(negative_prompt=sample.negative_prompt or negative_prompt) for sample in samples)
-    return Prompts(*choices)._replace(samples=tuple(samples))
+    return Prompts(*settings)._replace(samples=tuple(samples))

@@ -1,4 +1,4 @@
-"""Draws a run's checkpoints as they appear, in a process and on a device of its own."""
+"""Draws the checkpoints of a run as they appear, in a separate process."""
 
 import argparse
 import functools
@@ -23,58 +23,59 @@ from cachetrain.sampling.samples import FAILURES, SampleImages, default_latent_s
 POLL_S = 3
 
 
-def watch(args):
-    """Draws each checkpoint of a run that has no samples yet, to where training would have drawn it, until the run
-    has ended; waits for one to begin.
+def watch(args: argparse.Namespace) -> int:
+    """Draws each checkpoint of a run that has no samples yet, until the run has ended.
+
+    Waits for the run if it has not started. The pictures are written where training would write them.
 
     Args:
-        args: of sample.py; what they leave open is as the run has it.
+        args: flags of sample.py; settings not given are taken from the run.
 
     Returns:
         exit code: 1 if a checkpoint could not be drawn.
 
     Raises:
-        ValueError, OSError: there are no prompts, or they cannot be read.
+        ValueError, OSError: there are no prompts, or the prompts cannot be read.
     """
-    output_dir, source = Path(args.watch), _readable(args.prompts or args.prompt)
+    output_dir, source = Path(args.watch), _checked(args.prompts or args.prompt)
     run = _wait_for_run(output_dir)
-    source = source or _readable(run.sample_prompts or run.sample_prompt)
+    source = source or _checked(run.sample_prompts or run.sample_prompt)
     if source is None:
         raise ValueError(f"{output_dir}: the run has no sample prompts; pass --prompt or --prompts")
-    artist, tried, drawn, failed = _Artist(args, run, source), set(), 0, 0
+    drawer, tried, drawn, failed = _CheckpointDrawer(args, run, source), set(), 0, 0
     while True:
-        running = is_locked(output_dir)  # before looking for checkpoints: a run that has ended leaves no more of them
-        waiting = (path for path in checkpoints(output_dir) if not (path in tried or _samples_dir(path).exists()))
-        checkpoint = next(waiting, None)
+        running = is_locked(output_dir)  # checked before listing, so that the last checkpoint is not missed
+        pending = (path for path in checkpoints(output_dir) if not (path in tried or _samples_dir(path).exists()))
+        checkpoint = next(pending, None)
         if checkpoint is None and not running:
             break
         if checkpoint is None:
             time.sleep(POLL_S)
             continue
         tried.add(checkpoint)
-        started = time.perf_counter()
-        artist.draw(checkpoint)
+        start = time.perf_counter()
+        drawer.draw(checkpoint)
         if _samples_dir(checkpoint).exists():
             drawn += 1
-            print(f"{checkpoint}: drawn in {time.perf_counter() - started:.0f} s", flush=True)
+            print(f"{checkpoint}: drawn in {time.perf_counter() - start:.0f} s", flush=True)
         else:
             failed += checkpoint.exists()
-    print(f"{output_dir}: the run has ended; {drawn} checkpoints drawn" + (f", {failed} not" if failed else ""))
+    print(f"{output_dir}: the run has ended; {drawn} checkpoints drawn" + (f", {failed} failed" if failed else ""))
     return int(failed > 0)
 
 
-def _readable(source):
-    """`source` of prompts; a file that is broken raises now, not at the first checkpoint."""
+def _checked(source):
+    """Returns `source`; reads a prompt file once, so that errors show now and not at the first checkpoint."""
     if isinstance(source, str):
         read_prompts(source)
     return source
 
 
 def _wait_for_run(output_dir):
-    """The run's settings, as its trainer parsed them."""
+    """Returns the run's flags, as parsed by the trainer."""
     path = output_dir / "args.json"
     if not path.exists():
-        print(f"{output_dir}: holds no run yet; waiting for one to begin", flush=True)
+        print(f"{output_dir}: waiting for a run to start there", flush=True)
     while not path.exists():
         time.sleep(POLL_S)
     return argparse.Namespace(**json.loads(path.read_text()))
@@ -84,23 +85,26 @@ def _samples_dir(checkpoint):
     return checkpoint.parent / "samples" / f"step-{step_of(checkpoint):06d}"
 
 
-class _Artist:
-    """Draws checkpoints as the run `run` draws its samples, but for what `args` say."""
+class _CheckpointDrawer:
+    """Draws checkpoints with the sample settings of the run (`run`), overridden by the flags (`args`)."""
 
     def __init__(self, args, run, source):
-        self.args, self.run, self.source, self.samples = args, run, source, None
+        self.args = args
+        self.run = run
+        self.source = source
+        self.samples = None
         self.device = load.pick_device(args.device)
-        # CPUs are slow in other types, some of them a hundred times.
+        # On a CPU always fp32: other dtypes can be a hundred times slower.
         self.precision = args.dtype or (run.precision if self.device.type == "cuda" else "fp32")
         self.open_index = functools.cache(lambda: open_index(run, World())[0])
 
     def draw(self, checkpoint):
-        """Draws a checkpoint; a failure is a warning."""
+        """Draws a checkpoint; warns on failure."""
         try:
             unet = self._load_unet(checkpoint)
-            self._use(checkpoint, unet)
+            self._open_samples(checkpoint, unet)
         except FAILURES as error:
-            reason = error if checkpoint.exists() else "it was removed before it was drawn"
+            reason = error if checkpoint.exists() else "the checkpoint was removed before it was drawn"
             warn(f"no samples of {checkpoint}: {reason}")
             return
         autocast = autocast_for(self.device, self.precision)
@@ -108,17 +112,17 @@ class _Artist:
 
     def _load_unet(self, checkpoint):
         files = read_manifest(checkpoint)
-        averaged = "unet_ema/config.json" in files and not self.args.raw_weights
-        weights = "unet_ema" if averaged else "unet"
+        use_ema = "unet_ema/config.json" in files and not self.args.raw_weights
+        weights = "unet_ema" if use_ema else "unet"
         missing = [name for name in files if name.startswith(f"{weights}/") and not (checkpoint / name).exists()]
-        if missing:  # without weights a config would give a fresh UNet
-            raise ValueError(f"it lacks {', '.join(missing)}")
+        if missing:  # load_unet would return a fresh UNet for a config without weights
+            raise ValueError(f"files are missing: {', '.join(missing)}")
         return load.load_unet(
             checkpoint / weights, torch.bfloat16 if self.precision == "bf16_pure" else torch.float32
         )
 
-    def _use(self, checkpoint, unet):
-        """Opens the Samples at the first checkpoint; later ones have the same text encoder and VAE."""
+    def _open_samples(self, checkpoint, unet):
+        """Creates the SampleImages at the first checkpoint; text encoder and VAE are the same in later ones."""
         if self.samples is None:
             args, run, info = self.args, self.run, checkpoint_info(checkpoint)
             defaults = Prompts(
@@ -141,4 +145,4 @@ class _Artist:
             )
             samples.latent_size = default_latent_size(args, info, unet, samples.vae)
             self.samples = samples
-        self.samples.model_dir = checkpoint  # the one before may have been removed
+        self.samples.model_dir = checkpoint  # the previous checkpoint may have been removed

@@ -1,1 +1,1 @@
-"""Stage 2: sidecars in, a trained UNet out."""
+"""Stage 2: trains a UNet from the caches."""

@@ -1,8 +1,9 @@
-"""Refuses what does not fit together before anything is trained, and says what to do where memory runs out."""
+"""Checks before training that caches, model and disk fit the run, and advice for when memory runs out."""
 
 from __future__ import annotations
 
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -16,43 +17,56 @@ from cachetrain.modeling.conditioning import check_unet
 from cachetrain.training.optimizers import OPTIMIZERS
 
 
-def check_fit(index, config, args):
-    """Refuses caches that do not fit a UNet of this config (dict), before it is loaded."""
+def check_fit(index, config: dict, args: Namespace) -> None:
+    """Checks that the caches fit the UNet, before its weights are loaded.
+
+    Args:
+        index: PairIndex.
+        config: config of the UNet2DConditionModel.
+        args: parsed command line.
+
+    Raises:
+        ValueError: the caches do not fit.
+    """
     where = args.train_data_dir[0]
     for shape in index.shapes:
         if shape[0] != config["in_channels"]:
             raise ValueError(
-                f"{where}: latents are {shape}, the UNet wants {config['in_channels']} channels; cache the images "
-                "with this model's VAE"
+                f"{where}: latents are {shape}, the UNet expects {config['in_channels']} channels; cache the images "
+                "with the VAE of this model"
             )
     check_unet(index.text_kind, index.text_widths, config, where)
     if load.has_text_projection(config) and index.text_settings.get("raw") is False:
         raise ValueError(
-            f"{where}: captions were cached through a projection, the UNet has one; cache them with "
-            "create_t5cache_768.py --raw"
+            f"{where}: captions were cached with a projection, but the UNet has a projection itself; cache the "
+            "captions with create_t5cache_768.py --raw"
         )
     if args.cond_dropout > 0.25:
-        warn(f"--cond_dropout {args.cond_dropout}: above 0.25 the model learns little from captions")
+        warn(f"--cond_dropout {args.cond_dropout}: above 0.25 the model learns little from captions; default: 0.04")
 
 
-def check_vae(index, model_dir):
-    """Warns where the model would decode with another VAE than the one that made the caches."""
-    recorded = index.image_header.metadata.get("encoder")
+def check_vae(index, model_dir: Path) -> None:
+    """Warns if the image caches were made with another VAE than the model's."""
+    cached_with = index.image_header.metadata.get("encoder")
     if index.image_settings.get("custom"):
-        return  # their fingerprint covers the repository's code too
-    if recorded and (model_dir / "vae").is_dir() and load.fingerprint(model_dir / "vae") != recorded:
+        return  # the fingerprint of a custom VAE includes its code, so it cannot be compared with that of a directory
+    if cached_with and (model_dir / "vae").is_dir() and load.fingerprint(model_dir / "vae") != cached_with:
         warn(
-            f"{model_dir / 'vae'} is not the VAE that made the image caches; "
-            "samples and checkpoints decode with the wrong one: compose the model with that VAE, or cache again"
+            f"{model_dir / 'vae'} is not the VAE that made the image caches; samples and checkpoints would decode "
+            "wrongly: compose the model with the VAE of the caches, or cache the images again"
         )
 
 
-def check_start(run, resumed):
-    """Refuses what cannot run, before anything big is loaded: widths that do not fit, flags that name nothing, no
-    space for a checkpoint.
+def check_start(run, resumed) -> None:
+    """Checks, before weights are loaded, that the caches fit the UNet, that the --unfreeze_* flags name existing
+    parts, and that the disk has room for a checkpoint.
 
     Args:
-        resumed: Resumed; its checkpoint's frozen parts are linked, not copied, where they are intact.
+        run: Run.
+        resumed: Resumed; if the frozen parts of its checkpoint are intact, they are linked, not copied.
+
+    Raises:
+        ValueError: one of these is not so.
     """
     args, plan, model_dir = run.args, run.plan, run.model_dir
     config = UNet2DConditionModel.load_config(load.component_dir(model_dir, "unet"))
@@ -65,16 +79,16 @@ def check_start(run, resumed):
     size = 2 if args.precision == "bf16_pure" else 4
     needed = num_all * (size + (4 if args.ema_decay else 0))
     needed += num_trained * OPTIMIZERS[args.optimizer].state_bytes(size)
-    once = _frozen_bytes(model_dir) if resumed.frozen is None else 0
-    _check_space(Path(args.output_dir), needed + once, "a checkpoint")
+    frozen = _frozen_bytes(model_dir) if resumed.frozen is None else 0  # stored once for all checkpoints
+    _check_space(Path(args.output_dir), needed + frozen, "a checkpoint")
     if args.ckpt_dir:
-        _check_space(Path(args.ckpt_dir), num_all * 4, "its single file")
-    saves = -(-(plan.max_steps - resumed.step) // plan.save_steps)
-    saves = min(saves, args.keep_last + 1) if args.keep_last else saves
+        _check_space(Path(args.ckpt_dir), num_all * 4, "a single-file checkpoint")
+    num_saves = -(-(plan.max_steps - resumed.step) // plan.save_steps)
+    num_saves = min(num_saves, args.keep_last + 1) if args.keep_last else num_saves
     free = shutil.disk_usage(args.output_dir).free
-    if free < saves * needed + once:
+    if free < num_saves * needed + frozen:
         warn(
-            f"{args.output_dir}: a checkpoint takes {needed / 2**30:.1f} GiB, and {saves} are planned; "
+            f"{args.output_dir}: a checkpoint takes {needed / 2**30:.1f} GiB, and {num_saves} are planned, but only "
             f"{free / 2**30:.1f} GiB are free: use --keep_last or a higher --save_steps"
         )
 
@@ -88,16 +102,22 @@ def _check_space(directory, needed, what):
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise ValueError(
-            f"{directory}: {what} takes {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; make "
+            f"{directory}: {what} takes {needed / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB are free; make "
             "room, or choose another directory"
         )
 
 
-def check_model(run):
-    """Checks that the model's VAE made the caches (a warning), and that --ckpt_dir can be written (a ValueError).
+def check_model(run) -> list[str]:
+    """Checks the model's VAE, and whether the model can be exported where --ckpt_dir is given.
+
+    Args:
+        run: Run.
 
     Returns:
-        list of str, what the single files of --ckpt_dir will lack.
+        notes for users of the files in --ckpt_dir.
+
+    Raises:
+        ValueError: the model cannot be exported as a single file.
     """
     check_vae(run.index, run.model_dir)
     if not run.args.ckpt_dir:
@@ -105,17 +125,17 @@ def check_model(run):
     return [f"--ckpt_dir: {note}" for note in check_exportable(run.model_dir, run.noise_scheduler)[0]]
 
 
-def is_out_of_memory(error):
-    """Whether an exception says that a device or the host had no memory left."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception was raised because the device or the host ran out of memory."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
-def memory_advice(args, error):
-    """What to change after running out of memory, most effective first."""
+def memory_advice(args: Namespace, error: BaseException) -> str:
+    """The error message for running out of memory: flags to change, most effective first."""
     advice = [f"--batch_size below {args.batch_size} (and --gradient_accum up by the same factor)"]
     advice += [] if args.gradient_checkpointing else ["--gradient_checkpointing"]
     advice += [] if args.cpu_offload or args.fsdp else ["--cpu_offload"]
     if OPTIMIZERS[args.optimizer].state_tensors > OPTIMIZERS["lion"].state_tensors:
-        advice.append("--optimizer lion, which keeps half the state of adamw")
+        advice.append("--optimizer lion (half the state of adamw)")
     advice += [] if args.precision == "bf16_pure" else ["--precision bf16_pure"]
     return f"out of memory ({str(error).splitlines()[0]}); try " + ", ".join(advice)

@@ -2,9 +2,9 @@
 
 import math
 
-POLYNOMIAL_END = 1e-7  # an absolute rate, as get_scheduler of diffusers
+POLYNOMIAL_END = 1e-7  # a learning rate, not a share of the peak, as in diffusers' get_scheduler
 
-# Rate / peak after the warm-up: of the progress through the decay (0..1) and the end rate / peak.
+# Learning rate / peak after the warm-up. Arguments: progress through the decay, 0 to 1; final learning rate / peak.
 _DECAYS = {
     "constant": lambda progress, end: 1.0,
     "constant_with_warmup": lambda progress, end: 1.0,
@@ -21,18 +21,18 @@ SCHEDULES = tuple(_DECAYS)
 def lr_factor(
     schedule: str, step: int, warmup_steps: int, decay_steps: int, *, min_lr_rate: float = 0.1, peak_lr: float = 1.0
 ) -> float:
-    """The learning rate over its peak, for the update after `step` finished ones.
+    """Returns the learning rate / peak of the optimizer step after `step` finished steps.
 
-    As diffusers' get_scheduler, and transformers' for cosine_with_min_lr. Rises linearly from 0 during the warm-up
-    (not for "constant"), never rises again, and stays at its end value past `decay_steps`.
+    As diffusers' get_scheduler, and transformers' for cosine_with_min_lr. The learning rate rises linearly from 0
+    during the warm-up (except for "constant"), never rises again, and stays at its final value after `decay_steps`.
 
     Args:
         schedule: one of SCHEDULES.
         step: finished optimizer steps, from 0.
         warmup_steps: optimizer steps.
-        decay_steps: the step at which the rate has come to its end value, warm-up included.
-        min_lr_rate: end value / peak of cosine_with_min_lr.
-        peak_lr: the peak itself; only polynomial needs it, which ends at an absolute rate.
+        decay_steps: optimizer steps until the final learning rate is reached, warm-up included.
+        min_lr_rate: final learning rate / peak of cosine_with_min_lr.
+        peak_lr: peak learning rate, used by polynomial, whose final learning rate is POLYNOMIAL_END.
     """
     if step < warmup_steps and schedule != "constant":
         return step / warmup_steps

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradients are not finite: no weight, moment or average sees them, and their files are named."""
+"""Skips optimizer steps whose loss or gradients are NaN or infinite, and lists the files of their samples."""
 
 from pathlib import Path
 
@@ -10,9 +10,10 @@ QUARANTINE = "quarantine.tsv"
 
 
 def backward_seed(loss: torch.Tensor) -> torch.Tensor:
-    """The gradient that backpropagation of a 0-dim loss starts with: 1, or nan where the loss is not finite.
+    """Returns the gradient to start the backward pass of a 0-dim loss with: 1, or nan if the loss is not finite.
 
-    With nan all gradients of that pass are nan, so once they have been reduced every rank sees the bad loss.
+    nan makes all gradients of the backward pass nan, so that every rank notices the bad loss once gradients have been
+    reduced.
     """
     return torch.where(loss.isfinite(), torch.ones_like(loss), torch.nan)
 
@@ -20,43 +21,46 @@ def backward_seed(loss: torch.Tensor) -> torch.Tensor:
 def step_if_finite(
     optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, finite: torch.Tensor
 ) -> bool | torch.Tensor:
-    """Steps, unless the gradients are not finite: weights and moments then stay bit-for-bit as they are.
+    """Steps the optimizer if the gradients are finite; otherwise weights and optimizer state do not change by a bit.
 
-    An optimizer that can skip on the device (optimizers.Implementation.skips_on_device) is told there. For any other
-    the host waits for the device here, once a step: to copy what the step would change, and back, would take longer.
+    Optimizers with optimizers.Implementation.skips_on_device skip the step on the device. For the others the host
+    waits for the device here, once a step; saving and restoring what a step changes would take longer.
 
     Args:
-        optimizer: of optim.make_optimizer; one without `implementation` is taken for one that cannot skip.
-        scaler: of optim.loss_scaler; with float16 it looks at the gradients itself.
-        finite: bool 0-dim on the device, the same on all ranks.
+        optimizer: of optim.make_optimizer; without an `implementation`, it is assumed not to skip on the device.
+        scaler: of optim.loss_scaler; with float16 it checks the gradients itself.
+        finite: bool 0-dim on the device, whether the gradients are finite; the same on all ranks.
 
     Returns:
-        True or False where the host knows whether it stepped, else `finite`.
+        whether the optimizer has stepped: True or False if the host knows, else `finite`.
     """
     if scaler.is_enabled():
         scaler.step(optimizer)
         scaler.update()
         return finite
     if getattr(getattr(optimizer, "implementation", None), "skips_on_device", False):
-        optimizer.found_inf = (~finite).float()  # as GradScaler does
+        optimizer.found_inf = (~finite).float()  # as GradScaler sets it
         optimizer.step()
         return finite
-    if not finite.item():  # the host waits here
+    if not finite.item():  # the host waits for the device
         return False
     optimizer.step()
     return True
 
 
 class NonfiniteSteps:
-    """Names the files of steps that were skipped, and tells when there were too many in a row.
+    """Lists the files of skipped steps in quarantine.tsv, and counts skipped steps in a row.
 
     Args:
         index: PairIndex.
-        output_dir: of the run; the names are appended to its quarantine.tsv.
-        world: World; all ranks see the same steps.
-        limit: number of skipped steps in a row that end the run.
-        scaled: float16's loss scaling skips steps with too large gradients as a matter of course, so that only losses
-            count.
+        output_dir: of the run; quarantine.tsv is written there.
+        world: World.
+        limit: number of skipped steps in a row that ends the run.
+        scaled: whether float16 loss scaling is on. Scaling overflows the gradients now and then, so that only
+            steps with a loss that is not finite count as skipped.
+
+    Attributes:
+        in_a_row: number of skipped steps in a row, up to the last `read`.
     """
 
     def __init__(self, index, output_dir: Path, world, limit: int, scaled: bool):
@@ -67,28 +71,29 @@ class NonfiniteSteps:
         self.scaled = scaled
         self.in_a_row = 0
         self._steps = []
-        self._parts = []
-        self._last_skipped = None  # step
+        self._micro_batches = []  # (sample numbers, losses) of the current step
+        self._last_skipped = None  # step number
 
     def add(self, samples: torch.Tensor, loss: torch.Tensor) -> None:
-        """Remembers a micro-batch until the next `read`.
+        """Keeps a micro-batch until the next `read`.
 
         Args:
-            samples: int64 [B], numbers of its pairs; loss: float32 [B]; on the device.
+            samples: int64 [B], numbers of the pairs, on the device.
+            loss: float32 [B], on the device.
         """
-        # All tensors of a batch share one block of memory, which a reference to one of them would keep.
-        self._parts.append((samples.clone(), loss))
+        # Cloned because all tensors of a batch share one block of memory, which a reference would keep alive.
+        self._micro_batches.append((samples.clone(), loss))
 
     def end_step(self, step: int, finite: torch.Tensor) -> None:
-        """Ends a step. `finite`: as for step_if_finite."""
-        self._steps.append((step, finite, self._parts))
-        self._parts = []
+        """Ends optimizer step `step`. `finite`: as for step_if_finite."""
+        self._steps.append((step, finite, self._micro_batches))
+        self._micro_batches = []
 
     def read(self, num_skipped: int) -> bool:
-        """Looks at the steps since the last call; to be called at a log step, by all ranks.
+        """Checks the steps since the last call and lists the skipped ones. Called at log steps, by all ranks.
 
         Args:
-            num_skipped: how many of them the statistics have counted as skipped; 0: nothing is read.
+            num_skipped: number of skipped steps since the last call, of Statistics; if 0, no tensor is read.
 
         Returns:
             whether `limit` steps in a row were skipped.
@@ -98,9 +103,10 @@ class NonfiniteSteps:
             self.in_a_row = 0
             return False
         lines = []
-        for step, finite, parts in steps:
-            losses, samples = torch.cat([loss for _, loss in parts]), torch.cat([ids for ids, _ in parts])
-            bad = ~losses.isfinite()  # the host waits here
+        for step, finite, micro_batches in steps:
+            samples, losses = (torch.cat(tensors) for tensors in zip(*micro_batches, strict=True))
+            bad = ~losses.isfinite()
+            # The host waits for the device here.
             skipped = self.world.any(bool(bad.any()) or not (self.scaled or finite.item()))
             self.in_a_row = self.in_a_row + 1 if skipped else 0
             if skipped:
@@ -112,30 +118,34 @@ class NonfiniteSteps:
         return self.in_a_row >= self.limit
 
     def advice(self) -> str:
-        """What to say when `read` has found too many."""
+        """The error message for `limit` skipped steps in a row."""
         return (
             f"loss or gradients were not finite in {self.in_a_row} steps in a row, up to step {self._last_skipped}: "
-            f"look at {self.path}, lower --lr or use --precision fp32, and resume with --resume_anyway"
+            f"check the files listed in {self.path}, lower --lr or use --precision fp32, and resume with "
+            "--resume_anyway"
         )
 
     def _lines(self, step, samples, losses, bad):
-        """A line for each pair, of any rank, whose loss is not finite; if there is none, for each of the step."""
+        """Returns lines for quarantine.tsv: the pairs of all ranks with a bad loss; if none, all of the step."""
         pairs = list(zip(samples.tolist(), losses.tolist(), bad.tolist(), strict=True))
-        pairs = [pair for part in self.world.gather(pairs) for pair in part]
-        own = [(i, f"loss {loss}") for i, loss, is_bad in pairs if is_bad]
-        named = own or [(i, "gradients of its step") for i, _, _ in pairs]
-        paths = [(why, self.index.image_path(i), self.index.text_path(i)) for i, why in named]
-        return [f"{step}\t{why}\t{image}\t{text}\n" for why, image, text in paths]
+        pairs = [pair for of_rank in self.world.gather(pairs) for pair in of_rank]
+        bad_losses = [(number, f"loss {loss}") for number, loss, is_bad in pairs if is_bad]
+        listed = bad_losses or [(number, "gradients of its step") for number, _, _ in pairs]
+        return [
+            f"{step}\t{reason}\t{self.index.image_path(number)}\t{self.index.text_path(number)}\n"
+            for number, reason in listed
+        ]
 
     def _write(self, lines):
         if not lines or not self.world.main:
             return
         steps = sorted({int(line.split("\t")[0]) for line in lines})
-        message = f"loss or gradients were not finite at step {', '.join(map(str, steps[:5]))}"
-        message += (f" and {len(steps) - 5} more" if len(steps) > 5 else "") + ": skipped, weights are as before"
+        more = f" and {len(steps) - 5} more" if len(steps) > 5 else ""
+        message = f"loss or gradients were not finite at step {', '.join(map(str, steps[:5]))}{more}: "
+        message += "skipped, the weights have not changed"
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.writelines(lines)
-            warn(f"{message}; {len(lines)} pairs are named in {self.path}")
+            warn(f"{message}; {len(lines)} pairs are listed in {self.path}")
         except OSError as error:
-            warn(f"{message}; {self.path}: {error.strerror}, so here are its lines:\n{''.join(lines)}")
+            warn(f"{message}; {self.path}: {error.strerror}; the lines are:\n{''.join(lines)}")

@@ -1,4 +1,4 @@
-"""Makes optimizers, and what each precision needs around the step."""
+"""Makes the optimizer, the loss scaler and gradient clipping."""
 
 import importlib
 from collections.abc import Callable, Iterable
@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from cachetrain.distributed import local_parts
+from cachetrain.distributed import local_shards
 from cachetrain.training.optimizers import OPTIMIZERS, check_optimizer
 
 
@@ -20,17 +20,17 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Makes the optimizer of the trained parameters.
 
-    Weight decay is decoupled in all of them: the weight loses lr x weight_decay of itself at each step (StableAdamW
-    and Prodigy: with the rate that they derive from lr). bfloat16 parameters get Kahan-compensated updates; their
-    gradients are overwritten by the step.
+    Weight decay is decoupled in all optimizers: each step multiplies a weight by 1 - lr x weight_decay (StableAdamW
+    and Prodigy: with the learning rate that they derive from lr). bfloat16 parameters get Kahan-compensated updates;
+    their gradients are overwritten by the step.
 
-    Prodigy waits for the device once per tensor; so does StableAdamW where optimi does not use its Triton kernels
-    (sharded weights).
+    In a step of Prodigy the host waits for the device once per tensor; also in one of StableAdamW where optimi does
+    not use its Triton kernels (sharded weights).
 
     Args:
         name: one of optimizers.OPTIMIZERS.
-        parameters: those that are trained, of one dtype.
-        lr: peak learning rate; the loop sets param_groups[...]["lr"] before each step.
+        parameters: the trained parameters, all of one dtype.
+        lr: peak learning rate; the training loop sets param_groups[...]["lr"] before each step.
         betas: (first, second).
         weight_decay: decoupled.
         cpu_offload: keep the optimizer's state in CPU memory (CpuOffload).
@@ -39,7 +39,7 @@ def make_optimizer(
         the optimizer; its attribute `implementation` is an optimizers.Implementation.
 
     Raises:
-        ValueError: see optimizers.check_optimizer; or the optimizer's package is not installed.
+        ValueError: of optimizers.check_optimizer; or the optimizer's package is not installed.
     """
     parameters = list(parameters)
     assert len({p.dtype for p in parameters}) == 1, "one dtype for all trained parameters"
@@ -51,40 +51,40 @@ def make_optimizer(
 
 def _make(name, parameters, lr, betas, weight_decay, bf16):
     implementation = OPTIMIZERS[name].for_weights(bf16)
-    module, _, kind = implementation.constructor.rpartition(".")
+    module, _, class_name = implementation.constructor.rpartition(".")
     options = dict(implementation.options)
-    # optimi's StableAdamW takes its Triton kernels wherever Triton is installed, for tensors they cannot read too.
+    # optimi's StableAdamW uses Triton kernels if Triton is installed, even for tensors that the kernels cannot read.
     if module == "optimi" and not all(p.is_cuda and type(p) is torch.nn.Parameter for p in parameters):
         options["triton"] = False
-    # The decay is given by group because Prodigy's constructor would print a line about it.
+    # Set per group because Prodigy's constructor prints a line if it gets a weight decay itself.
     groups = [{"params": parameters, "weight_decay": 0.0 if bf16 else weight_decay}]
-    optimizer = getattr(_imported(module, OPTIMIZERS[name].package), kind)(groups, lr=lr, betas=betas, **options)
+    optimizer = getattr(_import(module, OPTIMIZERS[name].package), class_name)(groups, lr=lr, betas=betas, **options)
     optimizer.implementation = implementation
     if bf16:
-        optimizer.param_groups[0]["pending_decay"] = 0.0  # in the group, so that state_dict has it
+        optimizer.param_groups[0]["pending_decay"] = 0.0  # in the group, to be part of state_dict
         optimizer.register_step_post_hook(partial(_decay_bf16, weight_decay))
     return optimizer
 
 
 @torch.no_grad()
 def _decay_bf16(weight_decay, optimizer, args, kwargs):
-    """Decays bfloat16 weights after a step, through their Kahan compensation.
+    """Applies weight decay to bfloat16 weights after a step, through their Kahan compensation.
 
-    optimi multiplies the weight by 1 - lr x weight_decay, which in bfloat16 is 1 below 2^-9. The compensation holds
-    8 more bits, and the decay waits until 2^-14 of a weight has come together, so that it is not lost there either.
-    (StableAdamW's is then of the plain rate, not of its clipped one.)
+    optimi multiplies the weight by 1 - lr x weight_decay, which rounds to 1 in bfloat16 if lr x weight_decay is below
+    2^-9. The compensation holds 8 more bits; for smaller decays still, the decay of several steps is added up and
+    applied once it reaches 2^-14. (StableAdamW thus decays with the plain learning rate, not with its clipped one.)
     """
     for group in optimizer.param_groups:
         group["pending_decay"] += group["lr"] * weight_decay
         if group["pending_decay"] < 2**-14:
             continue
-        weights = [p for p in group["params"] if p in optimizer.state]  # those that have had a gradient
+        weights = [p for p in group["params"] if p in optimizer.state]  # parameters with a gradient so far
         compensations = [optimizer.state[p]["kahan_comp"] for p in weights]
         torch._foreach_add_(compensations, weights, alpha=-group["pending_decay"])
         group["pending_decay"] = 0.0
 
 
-def _imported(module, package):
+def _import(module, package):
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError:
@@ -96,13 +96,16 @@ def _imported(module, package):
 class CpuOffload(torch.optim.Optimizer):
     """Runs an optimizer on copies of the parameters in CPU memory, so that its state takes no device memory.
 
-    At a step the gradients come to the CPU, the optimizer steps there, and the weights go back: the host waits for
-    the device each step. The arithmetic and state_dict are those of the optimizer itself, so a run may be resumed
-    with or without it. torch has no such optimizer; FSDP's CPUOffloadPolicy is the same for sharded models.
+    Each step copies the gradients to the CPU, steps there and copies the weights back; the host waits for the device
+    once a step. Arithmetic and state_dict are those of the wrapped optimizer, so that a run can be resumed with or
+    without CpuOffload. torch has no such optimizer; FSDP's CPUOffloadPolicy does the same for sharded models.
 
     Args:
-        parameters: those that are trained; one group.
-        make: function of a list of parameters that returns their optimizer.
+        parameters: the trained parameters; they form one group.
+        make: function that returns the optimizer of a list of parameters.
+
+    Attributes:
+        cpu_parameters: the copies, equal to the parameters after each step.
     """
 
     def __init__(self, parameters: list[torch.nn.Parameter], make: Callable[..., torch.optim.Optimizer]):
@@ -110,7 +113,7 @@ class CpuOffload(torch.optim.Optimizer):
         self.cpu_parameters = [_cpu_copy(p, pin).requires_grad_() for p in parameters]
         self._gradients = [_cpu_copy(p, pin) for p in parameters]
         self._optimizer = make(self.cpu_parameters)
-        # Its weights go back to the device whatever the optimizer did, so the host decides whether to step.
+        # Weights are copied back whether or not the optimizer skipped the step, so the host must decide to step.
         self.implementation = self._optimizer.implementation._replace(skips_on_device=False)
         super().__init__(parameters, {"lr": self._optimizer.param_groups[0]["lr"]})
 
@@ -124,19 +127,19 @@ class CpuOffload(torch.optim.Optimizer):
                 gradient.copy_(parameter.grad, non_blocking=True)
             copy.grad = None if parameter.grad is None else gradient
         if parameters[0].is_cuda:
-            torch.cuda.current_stream(parameters[0].device).synchronize()  # host waits for the gradients
+            torch.cuda.current_stream(parameters[0].device).synchronize()  # the host waits for the gradients
         self._optimizer.param_groups[0]["lr"] = self.param_groups[0]["lr"]
         self._optimizer.step()
         for parameter, copy in zip(parameters, self.cpu_parameters, strict=True):
             parameter.copy_(copy, non_blocking=True)
 
     def state_dict(self):
-        """The state of the optimizer on the CPU."""
+        """Returns the state of the wrapped optimizer."""
         return self._optimizer.state_dict()
 
     @torch.no_grad()
     def load_state_dict(self, state_dict):
-        """Takes the optimizer's state, and the weights from the parameters, which must have been loaded before."""
+        """Loads the optimizer's state, and copies the parameters, which must have been loaded before, to the CPU."""
         for copy, parameter in zip(self.cpu_parameters, self.param_groups[0]["params"], strict=True):
             copy.copy_(parameter)
         self._optimizer.load_state_dict(state_dict)
@@ -148,23 +151,28 @@ def _cpu_copy(tensor, pin):
 
 
 def loss_scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:
-    """The loss scaler of float16 training; with other precisions it passes everything through.
+    """Makes the loss scaler of float16 training; with other precisions it does nothing.
 
-    Only fused AdamW skips a bad step on the device then; for the others GradScaler asks the host, which waits for the
-    device once a step.
+    With float16, fused AdamW skips a bad step on the device; for other optimizers GradScaler lets the host decide,
+    which waits for the device once a step.
 
     Args:
-        device: torch.device, cpu included.
-        precision: of the command line.
+        device: cuda or cpu.
+        precision: value of --precision.
     """
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[torch.nn.Parameter], norm: torch.Tensor, max_norm: float) -> None:
-    """Scales gradients in place to a global norm of `max_norm` where `norm`, measured before, is larger.
+    """Scales gradients in place to a global norm of `max_norm`, if `norm` is larger.
 
-    As torch.nn.utils.clip_grads_with_norm_, for sharded gradients too. No host-device wait.
+    As torch.nn.utils.clip_grads_with_norm_, also for sharded gradients. Does not wait for the device.
+
+    Args:
+        parameters: parameters with gradients.
+        norm: float32 0-dim, the global norm as measured before.
+        max_norm: largest global norm allowed.
     """
-    gradients = local_parts([parameter.grad for parameter in parameters if parameter.grad is not None])
+    gradients = local_shards([parameter.grad for parameter in parameters if parameter.grad is not None])
     torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))

@@ -1,20 +1,27 @@
-"""How long a run is: what the flags say in steps or epochs, resolved into optimizer steps."""
+"""Lengths of a run: converts the flags, in steps or epochs, into optimizer steps."""
 
 from __future__ import annotations
 
 import math
+from argparse import Namespace
 from typing import NamedTuple
 
 import numpy as np
 
 
 class Plan(NamedTuple):
-    """Lengths in optimizer steps.
+    """Lengths of a run, in optimizer steps unless noted.
 
     Attributes:
-        effective_batch: samples of one step, over all ranks.
-        steps_per_epoch, validation_steps: floats.
-        peak_lr: learning rate at its peak.
+        effective_batch: samples in one step, over all ranks.
+        steps_per_epoch: need not be whole.
+        max_steps: length of the run.
+        warmup_steps: length of the learning rate's warm-up.
+        decay_steps: steps until the final learning rate is reached, warm-up included.
+        save_steps: steps between scheduled checkpoints.
+        save_start: first step with scheduled checkpoints.
+        validation_steps: steps between validations; need not be whole.
+        peak_lr: peak learning rate.
     """
 
     effective_batch: int
@@ -28,16 +35,16 @@ class Plan(NamedTuple):
     peak_lr: float
 
     def ends_epoch(self, step: int) -> bool:
-        """Whether an epoch has come to its end within this step."""
+        """Whether an epoch ends within optimizer step `step`."""
         return int(step / self.steps_per_epoch) > int((step - 1) / self.steps_per_epoch)
 
 
-def make_plan(args, samples_per_epoch: float, ranks: int) -> Plan:
-    """Resolves epochs into steps, and what was not given into its default."""
+def make_plan(args: Namespace, samples_per_epoch: float, ranks: int) -> Plan:
+    """Converts epochs into steps, and fills in defaults."""
     effective_batch = args.batch_size * args.gradient_accum * ranks
     per_epoch = samples_per_epoch / effective_batch
     max_steps = max(1, args.max_steps.resolve(per_epoch))
-    # Slightly longer than the run, so that the learning rate ends above zero.
+    # By default slightly longer than the run, so that the learning rate ends above zero.
     decay_steps = args.lr_decay_steps.resolve(per_epoch) if args.lr_decay_steps else round(1.1 * max_steps)
     warmup_steps = args.warmup_steps.resolve(per_epoch) if args.warmup_steps else round(0.02 * decay_steps)
     return Plan(
@@ -53,30 +60,39 @@ def make_plan(args, samples_per_epoch: float, ranks: int) -> Plan:
     )
 
 
-def coverage(index, plan: Plan, global_batch: int) -> str:
-    """One line on how often the run comes to each sample, and which sizes are too rare to fill a batch in it.
+def planned_coverage(index, plan: Plan, global_batch: int) -> str:
+    """Describes, in one line, the epochs of the run and the share of each latent shape.
+
+    A shape with too few samples to fill a batch during the run is marked: its samples are never trained.
 
     Args:
-        global_batch: samples of one backward pass, over all ranks.
+        index: PairIndex of the training pairs.
+        plan: Plan.
+        global_batch: samples in one backward pass, over all ranks.
     """
     num_samples = plan.max_steps * plan.effective_batch
-    lines = [
+    parts = [
         f"{num_samples / index.samples_per_epoch:.2f} epochs of {index.samples_per_epoch:,.0f} samples, "
         f"from {len(index):,} pairs"
     ]
     for number, shape in enumerate(index.shapes):
         share = float(index.repeats[index.shape_ids == number].sum(dtype=np.float64)) / index.samples_per_epoch
         fills = share * num_samples >= global_batch
-        lines.append(f"{'x'.join(map(str, shape))}: {share:.1%}" + ("" if fills else ", NEVER FILLS A BATCH"))
-    return "; ".join(lines)
+        parts.append(f"{'x'.join(map(str, shape))}: {share:.1%}" + ("" if fills else ", NEVER FILLS A BATCH"))
+    return "; ".join(parts)
 
 
-def leftover(index, batch_sampler) -> str:
-    """One line on what was not trained, at the end of a run."""
+def data_coverage(index, batch_sampler) -> str:
+    """Describes, in one line at the end of a run, how many pairs were trained and how many wait for a full batch.
+
+    Args:
+        index: PairIndex of the training pairs.
+        batch_sampler: BatchSampler of the run.
+    """
     waiting = ", ".join(
         f"{count} of {'x'.join(map(str, index.shapes[shape]))}"
         for shape, count in sorted(batch_sampler.waiting.items())
     )
-    never = int((~batch_sampler.trained & (index.repeats > 0)).sum())
-    line = f"coverage: {len(index) - never:,} of {len(index):,} pairs trained"
+    num_untrained = int((~batch_sampler.trained & (index.repeats > 0)).sum())
+    line = f"coverage: {len(index) - num_untrained:,} of {len(index):,} pairs trained"
     return line + (f"; waiting for a full batch: {waiting}" if waiting else "")

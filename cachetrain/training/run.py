@@ -1,4 +1,4 @@
-"""A run, opened: what it trains, on what, with what."""
+"""Sets up a run: settings, model, optimizer, data, samples and validation."""
 
 from __future__ import annotations
 
@@ -31,26 +31,28 @@ from cachetrain.sampling.samples import SampleImages
 from cachetrain.training.ema import Ema
 from cachetrain.training.lr_schedule import lr_factor
 from cachetrain.training.optim import loss_scaler, make_optimizer
-from cachetrain.training.plan import Plan, coverage, make_plan
+from cachetrain.training.plan import Plan, make_plan, planned_coverage
 from cachetrain.training.validation import Validation
 
 
 @dataclass(frozen=True)
 class Run:
-    """What does not change while a run lasts.
+    """Everything about a run that does not change during training.
 
     Attributes:
         args: the parsed command line.
-        world: the ranks; device: this rank's.
+        world: the ranks.
+        device: torch.device of this rank.
         output_dir: of the run; its name is the run's name.
         model_dir: pipeline directory, or a bare UNet, that the run starts from.
-        index: the pairs trained on; held_out: those validated on, or None.
+        index: the training pairs.
+        held_out: the validation pairs, or None.
         noise_scheduler: diffusers scheduler of the objective, saved with each checkpoint.
         objective: "epsilon", "v_prediction" or "flow".
         alphas_cumprod: float32 [T] on the device, None for flow matching.
         plan: lengths in steps.
         conditioning: how captions condition the UNet.
-        autocast: function that opens the autocast context of --precision.
+        autocast: function that returns the autocast context of --precision.
     """
 
     args: Namespace
@@ -68,7 +70,7 @@ class Run:
     autocast: Callable
 
     def learning_rate(self, step: int) -> float:
-        """The learning rate of an optimizer step, from 1."""
+        """Returns the learning rate of optimizer step `step`, from 1."""
         plan, args = self.plan, self.args
         return plan.peak_lr * lr_factor(
             args.scheduler,
@@ -80,26 +82,29 @@ class Run:
         )
 
     def data_info(self) -> dict:
-        """What cachetrain.json of its checkpoints says besides the step."""
+        """Returns the content of cachetrain.json in the run's checkpoints, except the step."""
         return {"objective": self.objective, **data_info(self.index, self.args.text_scaling_factor)}
 
     def describe(self, resumed) -> list[str]:
-        """Lines on what the run is going to do. `resumed`: Resumed."""
+        """Returns lines that describe the run at its start. `resumed`: Resumed."""
         args, ranks = self.args, self.world.ranks
         line = f"{self.plan.max_steps} steps of {args.batch_size} x {args.gradient_accum} x {ranks} = "
-        line += f"{self.plan.effective_batch}; {self.objective}; {args.precision} on {self.device}"
+        line += f"{self.plan.effective_batch} samples; {self.objective}; {args.precision} on {self.device}"
         if resumed.path:
-            line += f"; resumes after step {resumed.step} of {resumed.path}"
-        return [coverage(self.index, self.plan, args.batch_size * ranks), line]
+            line += f"; resumes from {resumed.path}, after step {resumed.step}"
+        return [planned_coverage(self.index, self.plan, args.batch_size * ranks), line]
 
 
 class TrainState(NamedTuple):
-    """What training changes.
+    """Everything that training changes.
 
     Attributes:
-        unet: the module itself; model: what the loop calls, the UNet or its distributed wrapper.
-        trained: the parameters that are trained, in the optimizer's order.
-        ema: Ema, or None.
+        unet: UNet2DConditionModel.
+        model: the UNet or its distributed wrapper; the training loop calls it.
+        trained: the trained parameters, in the optimizer's order.
+        optimizer: of optim.make_optimizer.
+        scaler: of optim.loss_scaler.
+        ema: moving average of the weights, or None.
     """
 
     unet: torch.nn.Module
@@ -110,12 +115,14 @@ class TrainState(NamedTuple):
     ema: Ema | None
 
     def to_save(self, step: int, num_trained: int, settings: dict, statistics, validation) -> dict:
-        """What a checkpoint holds besides weights and averages.
+        """Returns what a checkpoint holds besides weights and averages.
 
         Args:
-            step: optimizer steps done; num_trained: samples trained on until then.
+            step: optimizer steps done.
+            num_trained: samples trained on so far.
             settings: of resume.settings_of.
-            statistics, validation: of the run; validation may be None.
+            statistics: Statistics.
+            validation: Validation or None.
         """
         return run_state(
             step,
@@ -130,10 +137,10 @@ class TrainState(NamedTuple):
 
 
 def open_run(args: Namespace, world: World) -> Run:
-    """Lists the data and reads the model's settings; loads no weights.
+    """Lists the data and reads the model's configuration; loads no weights.
 
     Raises:
-        ValueError, OSError: there are no pairs, or caches or model cannot be used.
+        ValueError, OSError: there are no pairs, or the caches or the model cannot be used.
     """
     index, held_out = open_index(args, world)
     model_dir = load.resolve_model(args.model, args.revision)
@@ -156,26 +163,30 @@ def open_run(args: Namespace, world: World) -> Run:
     )
 
 
-def open_noise_scheduler(model_dir, objective, zero_terminal_snr=False):
-    """The model's noise scheduler, or that of --objective; a bare UNet has none and gets Stable Diffusion's."""
-    of_model = load.load_scheduler(model_dir / "scheduler") if (model_dir / "scheduler").is_dir() else None
-    if of_model is not None and not objective and not zero_terminal_snr:
-        return of_model
-    objective = objective or (objective_of(of_model) if of_model else "epsilon")
-    return make_scheduler(objective, of_model, zero_terminal_snr)
+def open_noise_scheduler(model_dir: Path, objective: str | None, zero_terminal_snr: bool = False):
+    """Makes the noise scheduler, a diffusers scheduler: the model's, or the one that the flags ask for.
+
+    A bare UNet has no scheduler and gets Stable Diffusion's.
+    """
+    model_scheduler = load.load_scheduler(model_dir / "scheduler") if (model_dir / "scheduler").is_dir() else None
+    if model_scheduler is not None and not objective and not zero_terminal_snr:
+        return model_scheduler
+    objective = objective or (objective_of(model_scheduler) if model_scheduler else "epsilon")
+    return make_scheduler(objective, model_scheduler, zero_terminal_snr)
 
 
 def open_train_state(run: Run, resumed):
-    """Loads the UNet and what trains it, and puts back what a checkpoint holds of both.
+    """Loads the UNet, makes its optimizer, loss scaler and EMA, and restores them from the checkpoint, if any.
 
     Args:
+        run: Run.
         resumed: Resumed.
 
     Returns:
-        (TrainState, table of what is trained).
+        (TrainState, table of the trained parts).
     """
     args = run.args
-    unet, chosen = open_unet(run, resumed.path)
+    unet, trained_table = open_unet(run, resumed.path)
     model = wrap(unet, run.world, args.fsdp)
     trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(
@@ -183,15 +194,15 @@ def open_train_state(run: Run, resumed):
     )
     ema = None
     if args.ema_decay:
-        offloaded = ("cpu", optimizer.cpu_parameters) if args.cpu_offload else ()
-        ema = Ema(trained, args.ema_decay, *offloaded)
+        offload = {"device": "cpu", "sources": optimizer.cpu_parameters} if args.cpu_offload else {}
+        ema = Ema(trained, args.ema_decay, **offload)
     scaler = loss_scaler(run.device, args.precision)
     resumed.restore(unet, trained, optimizer, ema, scaler)
-    return TrainState(unet, model, trained, optimizer, scaler, ema), chosen
+    return TrainState(unet, model, trained, optimizer, scaler, ema), trained_table
 
 
 def restore_logs(resumed, statistics, validation) -> None:
-    """Puts back what logs and validation had counted when the checkpoint was saved, if there is one."""
+    """Restores the counters of logs and validation from the checkpoint, if any."""
     if not resumed.path:
         return
     statistics.load_state_dict(resumed.state["statistics"])
@@ -200,35 +211,36 @@ def restore_logs(resumed, statistics, validation) -> None:
 
 
 def open_unet(run: Run, checkpoint: Path | None = None):
-    """Loads the UNet, re-initialises and freezes what the flags say.
+    """Loads the UNet, re-initialises and freezes its parts as the flags say, and moves it to the device.
 
     Args:
-        checkpoint: to take the weights from, already trained; default: the model's.
+        run: Run.
+        checkpoint: to load the weights from, for a resumed run; default: the model of the run.
 
     Returns:
-        (UNet, table of what is trained).
+        (UNet, table of the trained parts).
     """
     args, device = run.args, run.device
     dtype = torch.bfloat16 if args.precision == "bf16_pure" else torch.float32
     directory = checkpoint / "unet" if checkpoint else load.component_dir(run.model_dir, "unet")
     unet = load.load_unet(directory, dtype, args.seed)
-    chosen = trainable.apply(unet, args, args.seed, resumed=checkpoint is not None)
+    trained_table = trainable.apply(unet, args, args.seed, resumed=checkpoint is not None)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    torch.backends.cudnn.allow_tf32 = args.allow_tf32  # torch allows it in convolutions unless told otherwise
+    torch.backends.cudnn.allow_tf32 = args.allow_tf32  # torch's default for convolutions is True
     torch.set_float32_matmul_precision("high" if args.allow_tf32 else "highest")
     if args.allow_tf32 and device.type != "cuda":
         warn("--allow_tf32 does nothing without CUDA")
     unet.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.preserve_format)
     if args.compile:
-        # A graph for each latent size: inductor's symbolic shapes fail in the backward pass of masked attention.
+        # One graph per latent size: inductor's symbolic shapes fail in the backward pass of masked attention.
         torch._dynamo.config.recompile_limit = max(8, 2 * len(run.index.shapes))
-        unet.compile(fullgraph=True, dynamic=False)  # in place: names, saving and wrappers see the same module
-    return unet, chosen
+        unet.compile(fullgraph=True, dynamic=False)  # in place: parameter names do not change
+    return unet, trained_table
 
 
 def open_pairs(run: Run) -> CachedPairs:
-    """The samples that are trained on: scaling factors from the caches, the null condition from the data root."""
+    """Opens the training samples; the latents' scaling factor is read from the caches, unless a flag gives it."""
     args, index = run.args, run.index
     draws = Draws(
         seed=args.seed,
@@ -242,23 +254,23 @@ def open_pairs(run: Run) -> CachedPairs:
     )
     sidecars = RamCache(index) if args.cache_in_ram else None
     return CachedPairs(
-        index, _latent_scaling(run, warns=True), run.conditioning, draws, _null_condition(run), sidecars
+        index, _latent_scaling(run, warn_if_different=True), run.conditioning, draws, _null_condition(run), sidecars
     )
 
 
-def _latent_scaling(run, warns):
-    """Of the caches' VAE, or of the flag. `warns`: where the two differ."""
+def _latent_scaling(run, warn_if_different):
+    """LatentScaling of --vae_scaling_factor, or of the caches' VAE; `warn_if_different`: warn if the two differ."""
     metadata = run.index.image_header.metadata
-    of_caches = float(metadata.get("scaling_factor") or 0)
-    scaling = run.args.vae_scaling_factor or of_caches
-    if warns and of_caches and not math.isclose(scaling, of_caches, rel_tol=0.01):
+    cached_factor = float(metadata.get("scaling_factor") or 0)
+    factor = run.args.vae_scaling_factor or cached_factor
+    if warn_if_different and cached_factor and not math.isclose(factor, cached_factor, rel_tol=0.01):
         warn(
-            f"--vae_scaling_factor {scaling}: the VAE that made the caches has {of_caches}; samples and checkpoints "
-            "are decoded with that"
+            f"--vae_scaling_factor {factor}: the VAE that made the caches has {cached_factor}, with which samples "
+            f"and checkpoints are decoded; omit the flag to train with {cached_factor}"
         )
-    if not scaling:
-        raise ValueError("the image caches do not say their VAE's scaling_factor; pass --vae_scaling_factor")
-    return LatentScaling(scaling, float(metadata.get("shift_factor") or 0))
+    if not factor:
+        raise ValueError("the image caches do not record the scaling_factor of their VAE; pass --vae_scaling_factor")
+    return LatentScaling(factor, float(metadata.get("shift_factor") or 0))
 
 
 def _null_condition(run):
@@ -277,14 +289,16 @@ def _null_condition(run):
 
 
 def open_loader(run: Run, pairs: CachedPairs, start_step: int = 0, num_seen: int = 0):
-    """Opens the loader of finished batches.
+    """Opens the loader of training batches.
 
     Args:
-        start_step: optimizer step that a resumed run starts after.
-        num_seen: samples trained on until then.
+        run: Run.
+        pairs: of `open_pairs`.
+        start_step: optimizer steps done, in a resumed run.
+        num_seen: samples trained on so far, in a resumed run.
 
     Returns:
-        (DataLoader, the BatchSampler it follows).
+        (DataLoader, its BatchSampler).
     """
     args, world = run.args, run.world
     first = -(-num_seen // (args.batch_size * world.ranks))
@@ -298,13 +312,13 @@ def open_loader(run: Run, pairs: CachedPairs, start_step: int = 0, num_seen: int
         ranks=world.ranks,
         first=first,
     )
-    # A compiled UNet sees one text length, the longest: each other length would be another graph.
+    # With --compile, texts are padded to the longest: each other length would compile another graph.
     multiple = -(-int(run.index.tokens.max()) // 8) * 8 if args.compile else 8
     return make_loader(pairs, batch_sampler, args.num_workers, run.device.type == "cuda", multiple), batch_sampler
 
 
 def open_samples(run: Run) -> SampleImages | None:
-    """Encodes the sample prompts, or returns None without any."""
+    """Encodes the sample prompts; returns None if there are none."""
     args = run.args
     if not (source := args.sample_prompts or args.sample_prompt):
         return None
@@ -325,8 +339,11 @@ def open_samples(run: Run) -> SampleImages | None:
 
 
 def open_validation(run: Run) -> Validation | None:
-    """What measures `val/loss`, or None without pairs to validate on: no dropout, no flips, noise that is the same in
-    runs of any seed."""
+    """Opens the validation, without dropout and flips, and with noise that does not depend on --seed.
+
+    Returns:
+        None if there are no validation pairs.
+    """
     if run.held_out is None:
         return None
     args, index = run.args, run.held_out
@@ -338,5 +355,6 @@ def open_validation(run: Run) -> Validation | None:
         fixed=bool(args.overfit),
     )
     sidecars = RamCache(index) if args.cache_in_ram else None
-    pairs = CachedPairs(index, _latent_scaling(run, warns=False), run.conditioning, draws, sidecars=sidecars)
+    scaling = _latent_scaling(run, warn_if_different=False)
+    pairs = CachedPairs(index, scaling, run.conditioning, draws, sidecars=sidecars)
     return Validation(run, pairs)

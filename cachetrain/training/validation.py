@@ -1,5 +1,6 @@
-"""The loss on pairs that are not trained on, always with the same noise and timesteps."""
+"""The validation loss: on pairs held out from training, always with the same noise and timesteps."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import numpy as np
@@ -10,25 +11,30 @@ from cachetrain.data.loader import make_loader, on_device
 from cachetrain.log import warn
 
 QUANTILES = 4
-_PATIENCE = 5
+_PATIENCE = 5  # validations without improvement before a warning
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
 class FixedBatches:
-    """Batches of SampleKey, of one latent shape each: every sample once in each of QUANTILES parts of the timesteps.
+    """A batch sampler that draws every sample once in each of QUANTILES equal ranges of timesteps.
 
-    So all quantiles are equally filled and hold the same samples. Within a quantile the timesteps of sample after
-    sample follow the golden ratio's low-discrepancy sequence. Nothing depends on a seed, an epoch or the ranks.
+    All quantiles thus have the same samples. Within a quantile, the timesteps of successive samples follow the
+    low-discrepancy sequence of the golden ratio. Nothing depends on the seed, the epoch or the number of ranks.
+
+    A batch is a list of SampleKey, all of one latent shape.
 
     Args:
         shape_ids: int [N], the latent shape of each sample.
+        batch_size: samples in a batch of one rank.
+        rank: this rank.
+        ranks: number of ranks.
     """
 
-    def __init__(self, shape_ids, batch_size, rank=0, ranks=1):
+    def __init__(self, shape_ids: np.ndarray, batch_size: int, rank: int = 0, ranks: int = 1):
         self.batch_size = batch_size
         self.rank = rank
         self.ranks = ranks
-        # Positions sorted by shape, and where each shape ends: no Python object per sample.
+        # Arrays in place of a list of batches: no Python object per sample.
         self._order = np.argsort(shape_ids, kind="stable")
         ends = np.cumsum(np.bincount(shape_ids)) * QUANTILES
         starts = np.concatenate([[0], ends[:-1]])
@@ -39,37 +45,37 @@ class FixedBatches:
         ]
 
     def __len__(self):
-        """The same on every rank, for sharded models take their steps together."""
+        """Number of batches, the same on every rank: a forward pass of a sharded model needs all ranks."""
         return -(-len(self._bounds) // self.ranks)
 
     def __iter__(self):
         return (self.batch(number) for number in range(len(self)))
 
-    def batch(self, number):
-        """The rank's batch of that number, a list of SampleKey."""
-        first, end = self._bounds[self._global(number) % len(self._bounds)]
-        return [self._key(place) for place in range(first, end)]
+    def batch(self, number: int) -> list[SampleKey]:
+        """Returns batch `number` of this rank."""
+        first, end = self._bounds[self._global_number(number) % len(self._bounds)]
+        return [self._key(position) for position in range(first, end)]
 
-    def counts(self, number):
-        """Whether the batch counts: some ranks repeat one at the end, so that all take equally many steps."""
-        return self._global(number) < len(self._bounds)
+    def counts(self, number: int) -> bool:
+        """Whether batch `number` of this rank counts. Batches that only fill up the last round of ranks do not."""
+        return self._global_number(number) < len(self._bounds)
 
-    def _global(self, number):
+    def _global_number(self, number):
         return number * self.ranks + self.rank
 
-    def _key(self, place):
-        sample, quantile = int(self._order[place // QUANTILES]), place % QUANTILES
+    def _key(self, position):
+        sample, quantile = int(self._order[position // QUANTILES]), position % QUANTILES
         within = (0.5 + sample * _GOLDEN_RATIO) % 1.0
-        # The quantile stands in for the epoch, so that each has noise of its own.
+        # The quantile is used as the epoch, so that the noise differs between quantiles.
         return SampleKey(quantile, sample, uniform=(quantile + within) / QUANTILES)
 
 
 class Validation:
-    """Measures `val/loss`. Draws only from generators of its own and touches no state of training.
+    """Measures `val/loss`, without changing the state of training or of global random number generators.
 
     Args:
-        run: Run; a forward pass takes a batch of training's size.
-        pairs: CachedPairs of the validation pairs, made without dropout and flips, and with seed 0 in every run.
+        run: Run; batches have the size of training batches.
+        pairs: CachedPairs of the validation pairs, without dropout and flips, and with seed 0 in every run.
     """
 
     def __init__(self, run, pairs):
@@ -79,27 +85,35 @@ class Validation:
         self.world = run.world
         self._batches = FixedBatches(pairs.index.shape_ids, run.args.batch_size, run.world.rank, run.world.ranks)
         self._loader = make_loader(pairs, self._batches, min(2, run.args.num_workers), run.device.type == "cuda")
-        self._best, self._stale, self._told = float("inf"), 0, False
+        self._best = float("inf")
+        self._num_stale = 0  # validations since the best loss
+        self._warned = False
 
-    def state_dict(self):
-        """What the notice about a plateau goes by, JSON-able."""
-        return {"best": self._best, "stale": self._stale, "told": self._told}
+    def state_dict(self) -> dict:
+        """Returns the state of the plateau warning, JSON-able."""
+        return {"best": self._best, "stale": self._num_stale, "told": self._warned}
 
-    def load_state_dict(self, state):
-        self._best, self._stale, self._told = state["best"], state["stale"], state["told"]
+    def load_state_dict(self, state: dict) -> None:
+        self._best = state["best"]
+        self._num_stale = state["stale"]
+        self._warned = state["told"]
 
-    def due(self, step, max_steps):
-        """Whether to measure after optimizer step `step`."""
+    def due(self, step: int, max_steps: int) -> bool:
+        """Whether to validate after optimizer step `step`."""
         return step // self.every_n_steps > (step - 1) // self.every_n_steps or step == max_steps
 
-    def measure(self, unet, forward, step, ema=None):
-        """Returns {tag: float}: val/loss, val/loss_q1 (least noise) to q4, of weighted losses val/loss_raw; with EMA
-        val/loss_ema, val/loss_ema_q1 to q4. This is a place where the host waits for the device. All ranks take part.
+    def measure(self, unet: torch.nn.Module, forward: Callable, step: int, ema=None) -> dict[str, float]:
+        """Measures the validation loss. Called by all ranks; the host waits for the device here.
 
         Args:
-            unet: the module itself; its mode is put back.
-            forward: function (unet, batch on the device) that returns `loss` and `squared_error`, float32 [B] each.
-            ema: Ema, whose `applied()` puts the averages into `unet` for a while.
+            unet: UNet2DConditionModel, not its distributed wrapper.
+            forward: function of (unet, batch on the device), returns `loss` and `squared_error`, float32 [B] each.
+            step: optimizer steps done.
+            ema: Ema, to measure the averaged weights too, or None.
+
+        Returns:
+            {tag: value}: val/loss, val/loss_q1 (least noise) to val/loss_q4; val/loss_raw if losses are weighted;
+            with EMA also val/loss_ema, val/loss_ema_q1 to val/loss_ema_q4.
         """
         loss, raw = self._means(unet, forward, nullcontext())
         values = _by_quantile("val/loss", loss)
@@ -108,15 +122,19 @@ class Validation:
         if ema is not None:
             values |= _by_quantile("val/loss_ema", self._means(unet, forward, ema.applied())[0])
         values = {tag: float(value) for tag, value in values.items()}
-        self._watch(values.get("val/loss_ema", values["val/loss"]), step)
+        self._check_plateau(values.get("val/loss_ema", values["val/loss"]), step)
         return values
 
     @torch.no_grad()
     def _means(self, unet, forward, weights):
-        """Means over each quantile: float64 numpy [2, QUANTILES], of the loss and of the plain squared error."""
+        """Returns the means of `loss` and `squared_error` in each quantile, float64 numpy [2, QUANTILES].
+
+        Args:
+            weights: context manager in which the UNet has the weights to measure.
+        """
         sums = torch.zeros(3, QUANTILES, dtype=torch.float64, device=self.device)
         training = unet.training
-        with weights, torch.compiler.set_stance("force_eager"):  # its batch sizes would be compiled one by one
+        with weights, torch.compiler.set_stance("force_eager"):  # each batch size would compile another graph
             unet.eval()
             try:
                 for number, batch in enumerate(on_device(self._loader, self.device)):
@@ -131,18 +149,18 @@ class Validation:
         sums = self.world.sum(sums).cpu().numpy()
         return sums[:2] / sums[2]
 
-    def _watch(self, loss, step):
-        """Says once, on the first rank, that the loss has stopped improving."""
-        self._stale = 0 if loss < self._best else self._stale + 1
+    def _check_plateau(self, loss, step):
+        """Warns once in a run, on rank 0, if the loss has stopped improving."""
+        self._num_stale = 0 if loss < self._best else self._num_stale + 1
         self._best = min(self._best, loss)
-        if self._stale == _PATIENCE and self.world.main and not self._told:
-            self._told = True
+        if self._num_stale == _PATIENCE and self.world.main and not self._warned:
+            self._warned = True
             warn(
                 f"the validation loss has not improved in {_PATIENCE} validations (step {step}: {loss:.5f}, best "
-                f"{self._best:.5f}); from here on training may only memorise"
+                f"{self._best:.5f}); further training may only memorise the training data"
             )
 
 
 def _by_quantile(tag, loss):
-    """{tag: mean, tag_q1 ...: part} of float [QUANTILES]."""
-    return {tag: loss.mean()} | {f"{tag}_q{quantile + 1}": mean for quantile, mean in enumerate(loss)}
+    """Returns {tag: mean, tag_q1: first quantile, ...} of losses, float [QUANTILES]."""
+    return {tag: loss.mean()} | {f"{tag}_q{quantile + 1}": value for quantile, value in enumerate(loss)}

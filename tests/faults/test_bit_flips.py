@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_training import refused, run
+from helpers import WEIGHTS, refused, train
 
 from cachetrain.checkpoints.manifest import NAME, damages, read_manifest, write_manifest
 from cachetrain.checkpoints.resume import find_checkpoint
@@ -18,7 +18,7 @@ FLAGS = ["--batch_size", 2, "--save_steps", 1, "--lr", 1e-3]
 def trained(shapes, model_t5, tmp_path_factory):
     """output_dir of a run with checkpoints of three steps. Copy it before damaging anything."""
     out = tmp_path_factory.mktemp("trained") / "run"
-    run(shapes, model_t5, out, "--max_steps", 3, *FLAGS, "--ema_decay", 0.9)
+    train(shapes, model_t5, out, "--max_steps", 3, *FLAGS, "--ema_decay", 0.9)
     return out
 
 
@@ -132,10 +132,10 @@ def test_a_manifest_of_other_content_is_damaged(content, tmp_path):
 def test_resume_steps_over_a_damaged_checkpoint_and_ends_like_the_undisturbed_run(
     trained, output_dir, shapes, model_t5, capsys
 ):
-    weights = "unet/diffusion_pytorch_model.safetensors"
+    weights = f"unet/{WEIGHTS}"
     third = output_dir / "checkpoint-000003"
     (third / weights).write_bytes(DAMAGES["a bit at 50%"]((third / weights).read_bytes()))
-    run(shapes, model_t5, output_dir, "--max_steps", 3, *FLAGS, "--ema_decay", 0.9, "--resume", "latest")
+    train(shapes, model_t5, output_dir, "--max_steps", 3, *FLAGS, "--ema_decay", 0.9, "--resume", "latest")
     said = capsys.readouterr()
     assert f"{third}: IS DAMAGED and stepped over: {weights} does not match its SHA-256" in said.err
     assert f"resumes after step 2 of {output_dir / 'checkpoint-000002'}" in said.out
@@ -148,11 +148,11 @@ def test_resume_steps_over_a_damaged_checkpoint_and_ends_like_the_undisturbed_ru
 def test_resume_with_damaged_frozen_parts_goes_on_and_saves_the_models_own(
     damage, output_dir, shapes, model_t5, capsys
 ):
-    name = "vae/diffusion_pytorch_model.safetensors"
+    name = f"vae/{WEIGHTS}"
     second, third = output_dir / "checkpoint-000002", output_dir / "checkpoint-000003"
     content = DAMAGES[damage]((third / name).read_bytes())
     (third / name).unlink() if content is None else (third / name).write_bytes(content)
-    run(shapes, model_t5, output_dir, "--max_steps", 4, *FLAGS, "--ema_decay", 0.9,
+    train(shapes, model_t5, output_dir, "--max_steps", 4, *FLAGS, "--ema_decay", 0.9,
         "--resume", "latest", "--resume_anyway")  # fmt: skip
     assert f"{third / name}: IS DAMAGED" in capsys.readouterr().err
     fourth = output_dir / "checkpoint-000004"
@@ -183,5 +183,8 @@ def test_several_damaged_checkpoints_are_put_aside_beside_earlier_ones(output_di
     errors = capsys.readouterr().err
     assert f"{third}: has no {NAME}" in errors and "training_state/state.json has 2 bytes" in errors
     assert {path.name for path in output_dir.glob("checkpoint*")} == {
-        "checkpoint-000001", "checkpoint-000002.damaged", "checkpoint-000003.damaged", "checkpoint-000003.damaged2",
-    }  # fmt: skip
+        "checkpoint-000001",
+        "checkpoint-000002.damaged",
+        "checkpoint-000003.damaged",
+        "checkpoint-000003.damaged2",
+    }

@@ -1,6 +1,5 @@
 """No room while a checkpoint is saved: training goes on and says so, what existed stays, and later saves succeed."""
 
-import json
 import os
 import resource
 import shutil
@@ -11,9 +10,8 @@ from errno import ENOSPC
 from types import SimpleNamespace
 
 import pytest
+from helpers import json_lines, load_script, read_events, refused, train, trainer_argv
 from save_faults import NEW, NEXT, OLD, FullDisk, Run, check, copy, undisturbed, watched_disk
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_training import refused, run, trainer
 
 from cachetrain import cli
 from cachetrain.atomic import staged_directory
@@ -63,7 +61,7 @@ def test_failed_single_file_is_said_beside_the_checkpoint_that_is_complete(saved
     shutil.rmtree(run.ckpt_dir)
     run.ckpt_dir.touch()  # no directory
     path = run.save(NEW)
-    assert f"{path} is complete, but its single file is not written" in capsys.readouterr().err
+    assert f"{path} is complete, but its single file in --ckpt_dir was not written" in capsys.readouterr().err
     assert damages(path) == {}
 
 
@@ -134,7 +132,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", tmp_path / "small"], check=True)
 
 
-def train(disk, full_at, argv, log):
+def train_in_fork(disk, full_at, argv, log):
     """Trains in a forked process for which there is no room at the steps `full_at`; returns its exit code."""
     pid = os.fork()
     if pid:
@@ -149,6 +147,7 @@ def train(disk, full_at, argv, log):
             saving._thread.join()  # what is full then does not hit other files
 
         Saving.save = save
+        trainer = load_script("train_from_cached.py")
         cli.run(lambda: trainer.main(argv))
     except SystemExit as end:
         sys.stdout.flush()
@@ -163,10 +162,9 @@ def test_training_goes_on_while_there_is_no_room_and_saves_once_there_is(
     kind, full_at, code, kept, shapes, model_t5, tmp_path, request
 ):
     disk = FileSizeLimit(tmp_path) if kind == "file size limit" else request.getfixturevalue("small_disk")
-    argv = ["--train_data_dir", shapes, "--model", model_t5, "--output_dir", disk.output_dir, "--max_steps", 5]
-    argv += ["--logdir", tmp_path / "tb", "--batch_size", 2, "--save_steps", 1, "--ema_decay", 0.9, "--device", "cpu"]
-    argv += ["--num_workers", 0, "--precision", "fp32"]
-    assert train(disk, full_at, list(map(str, argv)), tmp_path / "log") == code
+    flags = ["--logdir", tmp_path / "tb", "--max_steps", 5, "--batch_size", 2, "--save_steps", 1, "--ema_decay", 0.9]
+    argv = trainer_argv(shapes, model_t5, disk.output_dir, *flags)
+    assert train_in_fork(disk, full_at, argv, tmp_path / "log") == code
     said = (tmp_path / "log").read_text().replace("\r", "\n").splitlines()
     failures = [line for line in said if "warning: saving step" in line]
     assert len(failures) == len(full_at)
@@ -175,7 +173,7 @@ def test_training_goes_on_while_there_is_no_room_and_saves_once_there_is(
     found = checkpoints(disk.output_dir)
     assert [step_of(path) for path in found] == kept and all(damages(path) == {} for path in found)
     assert not list(disk.output_dir.glob(".*.stage"))
-    assert len((disk.output_dir / "metrics.jsonl").read_text().splitlines()) == 5
+    assert len(json_lines(disk.output_dir / "metrics.jsonl")) == 5
     if code:
         assert "the last save failed: " in said[-1] and said[-1].endswith(f"newest checkpoint is {found[-1]}")
         assert "Traceback" not in "\n".join(said)
@@ -204,12 +202,9 @@ def test_logs_lose_what_a_full_disk_refuses_and_nothing_else(tmp_path):
     with os.fdopen(reading) as pipe:
         said = [line for line in pipe if line.startswith("warning")]
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [{"step": 1, "loss": 1.0}, {"step": 3, "loss": 3.0}]
-    events = EventAccumulator(str(tmp_path / "tb"))
-    events.Reload()
-    assert {1, 3} == {event.step for event in events.Scalars("loss")}
-    assert len(said) == 2 and all("what is logged now is lost; training goes on" in line for line in said)
+    assert json_lines(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 1.0}, {"step": 3, "loss": 3.0}]
+    assert {1, 3} == {event.step for event in read_events(tmp_path / "tb").Scalars("loss")}
+    assert len(said) == 2 and all("log entries are lost until writing works again" in line for line in said)
 
 
 def pretend_free(monkeypatch, free):
@@ -223,22 +218,22 @@ def test_run_without_room_for_a_checkpoint_is_refused_before_anything_is_loaded(
     monkeypatch.setattr(checks.load, "load_unet", lambda *_: pytest.fail("loaded"))
     pretend_free(monkeypatch, 2.5 * GIB)
     message = refused(shapes, model_t5, tmp_path / "run")
-    assert f"{tmp_path / 'run'}: a checkpoint takes 3.0 GiB, 2.5 GiB are free" in message
+    assert f"{tmp_path / 'run'}: a checkpoint takes 3.0 GiB, but only 2.5 GiB are free" in message
     assert not (tmp_path / "run" / "args.json").exists()  # the next attempt needs no other directory
 
 
 @pytest.mark.parametrize("flags", [[], ["--ema_decay", 0.9], ["--precision", "bf16_pure"], ["--optimizer", "lion"],
                                    ["--unfreeze_attn2", "--ema_decay", 0.9]])  # fmt: skip
 def test_room_that_is_asked_for_is_what_a_checkpoint_takes(flags, shapes, model_t5, tmp_path, monkeypatch, capsys):
-    run(shapes, model_t5, tmp_path / "run", "--max_steps", 1, "--batch_size", 2, *flags)
+    train(shapes, model_t5, tmp_path / "run", "--max_steps", 1, "--batch_size", 2, *flags)
     files = [path for path in (tmp_path / "run" / "checkpoint-000001").rglob("*") if path.is_file()]
     size = sum(path.stat().st_size for path in files)
     assert "planned" not in capsys.readouterr().err
     pretend_free(monkeypatch, 0.9 * size)
     assert "are free" in refused(shapes, model_t5, tmp_path / "refused", *flags)
     pretend_free(monkeypatch, 1.05 * size)
-    run(shapes, model_t5, tmp_path / "tight", "--max_steps", 2, "--save_steps", 1, "--batch_size", 2, *flags)
-    assert "are planned; 0.0 GiB are free: use --keep_last or a higher --save_steps" in capsys.readouterr().err
+    train(shapes, model_t5, tmp_path / "tight", "--max_steps", 2, "--save_steps", 1, "--batch_size", 2, *flags)
+    assert "are planned, but only 0.0 GiB are free: use --keep_last" in capsys.readouterr().err
 
 
 def test_room_is_asked_for_where_the_single_files_go(shapes, model_t5, tmp_path, monkeypatch):
@@ -247,4 +242,4 @@ def test_room_is_asked_for_where_the_single_files_go(shapes, model_t5, tmp_path,
         shutil, "disk_usage", lambda path: SimpleNamespace(free=1000) if path == tmp_path / "web" else real(path)
     )
     message = refused(shapes, model_t5, tmp_path / "run", "--ckpt_dir", tmp_path / "web")
-    assert f"{tmp_path / 'web'}: its single file takes" in message
+    assert f"{tmp_path / 'web'}: a single-file checkpoint takes" in message

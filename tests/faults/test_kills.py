@@ -5,15 +5,15 @@ import json
 import random
 import shutil
 import signal
-import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from helpers import wait_until
 from kill_points import IN_A_STEP, LOADING, Point, watch_and_kill, watched_saves
-from test_resume import RESUME, Runs, content, events, metrics
-from train_ranks import HANG_S, Ranks, seen_by, watched_rank
+from runs import RESUME, Runs, content, events, metrics
+from train_ranks import Ranks, seen_by, watched_rank
 
 from cachetrain.checkpoints.save import checkpoint_path, checkpoints, step_of
 
@@ -104,10 +104,7 @@ def check_kills(runs, undisturbed, kills, seed):
         assert not list(out.glob(".checkpoint-*"))
         shutil.rmtree(out)
     assert workers
-    deadline_s = time.monotonic() + HANG_S
-    while alive := [pid for pid in workers if Path("/proc", pid).exists()]:
-        assert time.monotonic() < deadline_s, f"workers {alive} outlive their run"
-        time.sleep(0.05)
+    wait_until(lambda: not any(Path("/proc", pid).exists() for pid in workers))  # none outlives its run
 
 
 def test_run_killed_at_random_moments_and_resumed_is_bit_exact(runs, undisturbed):

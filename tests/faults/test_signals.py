@@ -14,13 +14,13 @@ import time
 from functools import partial
 
 import pytest
-from train_ranks import _IMPORTED, HANG_S, REPO, digest, free_port, open_trainer
+from helpers import HANG_S, REPO, digest, trainer_argv, wait_until
+from train_ranks import _IMPORTED, before, free_port, open_trainer
 
 STEPS = 20
 FLAGS = ["--max_steps", STEPS, "--batch_size", 2, "--lr", 1e-3, "--ema_decay", 0.9,
          "--cond_dropout", 0.2, "--val_split", 0.1, "--val_steps", 2, "--sample_steps", 2, "--sampler_steps", 1,
-         "--sample_cfgs", 1, "--save_steps", 2, "--keep_last", 2, "--log_step", 1, "--log_groups", 1, 3,
-         "--precision", "fp32", "--device", "cpu"]  # fmt: skip
+         "--sample_cfgs", 1, "--save_steps", 2, "--keep_last", 2, "--log_groups", 1, 3]  # fmt: skip
 PROMPTS = {"samples": [{"prompt": "a star"}], "generate_pretrain_samples": True}
 # Where a signal comes, in the order in which the run is stopped there again and again.
 LOADING = ["loading", "first samples"]
@@ -62,10 +62,7 @@ class Trainer:
         return self.process.exitcode
 
     def wait_until_stuck(self):
-        deadline_s = time.monotonic() + HANG_S
-        while not self.stuck.exists():
-            assert self.process.exitcode is None and time.monotonic() < deadline_s, self.log.read_text()
-            time.sleep(0.005)
+        wait_until(self.stuck.exists, self.process.is_alive)
 
     @property
     def output(self):
@@ -81,11 +78,11 @@ def _train(argv, log, came, stage, number, group, after, env, stuck):
     if stuck:
         from cachetrain.checkpoints import save
 
-        def stop():
+        def stop(*_):
             stuck.touch()
             threading.Event().wait()
 
-        _before(save, "write_state", stop)
+        before(save, "write_state", stop)
     trainer.cli.run(trainer.main)
 
 
@@ -138,25 +135,18 @@ def _signal_at(trainer, stage, after, came, send):
         unet.conv_out.bias.register_hook(lambda _: at("backward"))
         return unet, chosen
 
+    def watch(owner, name, reached):
+        before(owner, name, lambda *_, **__: at(reached()))
+
     Saving.due, Saving.save, opening.open_unet = seen_due, awaited_save, hooked
-    _before(torch.utils.data._utils.worker, "_worker_loop", lambda: at("worker starts"))
-    _before(dataset.CachedPairs, "_latents", lambda: at("read" if os.getpid() == pid else "worker works"))
-    _before(trainer, "forward_pass", lambda: at("forward"))
-    _before(nonfinite, "step_if_finite", lambda: at("optimizer"))
-    _before(Logs, "write", lambda: at("log"))
-    _before(Validation, "measure", lambda: at("validation"))
-    _before(SampleImages, "draw", lambda: at("samples" if decided else "first samples"))
-    _before(Saving, "_write", lambda: at("writing"))
-
-
-def _before(owner, name, look):
-    original = getattr(owner, name)
-
-    def replacement(*args, **kwargs):
-        look()
-        return original(*args, **kwargs)
-
-    setattr(owner, name, replacement)
+    watch(torch.utils.data._utils.worker, "_worker_loop", lambda: "worker starts")
+    watch(dataset.CachedPairs, "_latents", lambda: "read" if os.getpid() == pid else "worker works")
+    watch(trainer, "forward_pass", lambda: "forward")
+    watch(nonfinite, "step_if_finite", lambda: "optimizer")
+    watch(Logs, "write", lambda: "log")
+    watch(Validation, "measure", lambda: "validation")
+    watch(SampleImages, "draw", lambda: "samples" if decided else "first samples")
+    watch(Saving, "_write", lambda: "writing")
 
 
 def argv_of(dataset, model, folder, *more):
@@ -164,8 +154,7 @@ def argv_of(dataset, model, folder, *more):
     prompts.parent.mkdir(exist_ok=True)
     prompts.write_text(json.dumps(PROMPTS))
     resume = ["--resume", "latest"] if (out / "args.json").exists() else []
-    return ["--train_data_dir", dataset, "--model", model, "--output_dir", out, "--logdir", folder / "tb", *FLAGS,
-            "--sample_prompts", prompts, "--num_workers", 0, *resume, *more]  # fmt: skip
+    return trainer_argv(dataset, model, out, *FLAGS, "--sample_prompts", prompts, *resume, *more)
 
 
 def last_state(folder, step=STEPS):
@@ -289,9 +278,9 @@ def test_signals_at_random_steps_and_stages_change_nothing(signals, start, undis
     draw, codes = random.Random(0), []
     while len(codes) < signals or codes[-1]:
         folder, number = tmp_path / str(codes.count(0)), draw.choice([signal.SIGTERM, signal.SIGINT])
-        before = newest(folder)
-        if before < STEPS - 1:
-            stage, after = draw.choice(["loading", *STAGES]), draw.randrange(before + 1, STEPS)
+        kept = newest(folder)
+        if kept < STEPS - 1:
+            stage, after = draw.choice(["loading", *STAGES]), draw.randrange(kept + 1, STEPS)
         else:  # of the last step it is decided right before the optimizer takes it
             stage, after = draw.choice(STAGES[STAGES.index("optimizer") :]), STEPS
         if len(codes) >= signals:
@@ -302,7 +291,7 @@ def test_signals_at_random_steps_and_stages_change_nothing(signals, start, undis
         assert "Traceback" not in trainer.output
         assert trainer.came.exists() == (stage is not None)
         if stage == "loading":
-            assert codes[-1] == 128 + number and newest(folder) == before, trainer.output
+            assert codes[-1] == 128 + number and newest(folder) == kept, trainer.output
             continue
         stopped = min(int(trainer.came.read_text()) + 1, STEPS) if stage else STEPS
         assert codes[-1] == (128 + number if stopped < STEPS else 0) and newest(folder) == stopped, trainer.output

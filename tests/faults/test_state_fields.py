@@ -6,14 +6,13 @@ import shutil
 
 import pytest
 import torch
+from helpers import WEIGHTS
+from runs import BRIEF, RESUME, Runs, content, metrics
 from safetensors.torch import load_file, save_file
-from test_resume import BRIEF, RESUME, Runs, content, metrics
 
 from cachetrain.checkpoints.manifest import write_manifest
 from cachetrain.checkpoints.save import checkpoint_path
 from cachetrain.checkpoints.state import read_state, split_tensors, write_state
-
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +218,7 @@ def test_missing_state_is_refused(whole):
     run = whole.interrupted("")
     shutil.rmtree(checkpoint_path(run, 2) / "training_state")
     write_manifest(checkpoint_path(run, 2))
-    assert "has no training_state; a new run can start from it with --model" in error_of(whole, run)
+    assert "has no training_state; to start a new run from it, pass it as --model" in error_of(whole, run)
 
 
 def test_state_of_another_step_is_refused(whole):

@@ -1,1 +1,1 @@
-"""What a run tells about itself: 15 groups of scalars, histograms, pictures and text (docs/logging.md)."""
+"""The logs of a run: 15 groups of scalars, histograms, images and text (docs/logging.md)."""

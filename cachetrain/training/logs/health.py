@@ -1,77 +1,90 @@
-"""Notices attention layers whose queries and keys have stopped learning, which a mean over all layers hides."""
+"""Warns of attention layers whose queries and keys have stopped learning, which a mean over all layers hides."""
 
 import numpy as np
 
 from cachetrain.log import warn
 
-PATIENCE = 20  # log steps running; also how many make the early median
-LOWEST_RMS, LOWEST_SHARE, LOWEST_RATIO = 1e-7, 0.01, 1e-3
+PATIENCE = 20  # log steps in a row before a warning; also log steps in the early median
+LOWEST_RMS = 1e-7  # of query and key gradients
+LOWEST_SHARE = 0.01  # of the early median
+LOWEST_RATIO = 1e-3  # of query and key gradients to value gradients
 _MAX_NAMES = 6
 
 
 class Health:
-    """Warns on stderr, by name, once for each layer and condition.
+    """Warns of each layer by name, once per condition.
 
     Args:
         layers: names of the attention layers.
-        warmup_steps: of the learning rate; small gradients count only after them.
-        loss_scaling: float16 training, where the scaler skips the steps whose gradients are not finite.
+        warmup_steps: of the learning rate; small gradients are ignored until then.
+        loss_scaling: float16 training, where overflowing gradients are normal and their steps are skipped.
     """
 
-    def __init__(self, layers, warmup_steps, loss_scaling=False):
-        self.layers, self.warmup_steps, self.loss_scaling = np.array(layers), warmup_steps, loss_scaling
-        # With a warm-up from zero the first update changes nothing: zero-initialised outputs still block the second.
+    def __init__(self, layers: list[str], warmup_steps: int, loss_scaling: bool = False):
+        self.layers = np.array(layers)
+        self.warmup_steps = warmup_steps
+        self.loss_scaling = loss_scaling
+        # Zero-initialised outputs block gradients at the first step, and at the second if the first update changed
+        # nothing, as with a warm-up from 0.
         self._first_steps = 2 if warmup_steps else 1
-        self._early, self._early_norm = None, None
-        self._early_rms, self._early_norms = [], []
-        self._low, self._low_ratio = np.zeros(len(layers), int), np.zeros(len(layers), int)
-        self._told = {}
+        self._early_rms = []
+        self._early_norms = []
+        self._early_median_rms = None
+        self._early_median_norm = None
+        self._low_steps = np.zeros(len(layers), int)  # log steps in a row
+        self._low_ratio_steps = np.zeros(len(layers), int)
+        self._warned = {}
 
-    def watch(self, step, qk_rms, v_ratio, grad_norm):
-        """Looks at one log step.
+    def watch(self, step: int, qk_rms: np.ndarray, v_ratio: np.ndarray, grad_norm: float) -> None:
+        """Checks the gradients of a log step.
 
         Args:
-            qk_rms, v_ratio: float [layers], Gradients' attributes; v_ratio is nan where it is not known.
+            step: optimizer step.
+            qk_rms, v_ratio: float [layers], attributes of Gradients; v_ratio is nan where unknown.
             grad_norm: global norm of all gradients.
         """
         finite = np.isfinite(qk_rms)
         if not self.loss_scaling:
-            self._tell("not finite", ~finite, f"query and key gradients are not finite at step {step}")
+            self._warn_once("not finite", ~finite, f"query and key gradients are not finite at step {step}")
         if step > self._first_steps:
-            self._tell("zero", qk_rms == 0, f"query and key gradients are exactly zero at step {step}")
+            self._warn_once("zero", qk_rms == 0, f"query and key gradients are exactly zero at step {step}")
         if step <= self.warmup_steps or not (finite.all() and np.isfinite(grad_norm)):
             return
         self._count(qk_rms, v_ratio, grad_norm)
-        self._tell(
+        self._warn_once(
             "low",
-            (self._low >= PATIENCE) & (qk_rms > 0),
-            f"query and key gradients have faded, and the others have not (step {step}; RMS below "
-            f"{LOWEST_RMS:g}, or below {LOWEST_SHARE:.0%} of what it was early on)",
+            (self._low_steps >= PATIENCE) & (qk_rms > 0),
+            f"query and key gradients have vanished, and other gradients have not (step {step}; RMS below "
+            f"{LOWEST_RMS:g}, or below {LOWEST_SHARE:.0%} of its early median)",
         )
-        self._tell(
+        self._warn_once(
             "ratio",
-            (self._low_ratio >= PATIENCE) & (qk_rms > 0),
+            (self._low_ratio_steps >= PATIENCE) & (qk_rms > 0),
             f"query and key gradients stay below {LOWEST_RATIO:g} of the value gradients (step {step})",
         )
 
     def _count(self, qk_rms, v_ratio, grad_norm):
-        """Counts how many log steps running each layer has been low."""
+        """Counts for how many log steps in a row the gradients of each layer have been low."""
         low = qk_rms < LOWEST_RMS
-        if self._early is not None:
-            # Where all gradients have fallen alike, the model has learned, or the loss is scaled otherwise.
-            low = (low | (qk_rms < LOWEST_SHARE * self._early)) & (grad_norm >= LOWEST_SHARE * self._early_norm)
+        if self._early_median_rms is not None:
+            # If all gradients have fallen together, the model has learned, or the scale of the loss has changed.
+            others_high = grad_norm >= LOWEST_SHARE * self._early_median_norm
+            low = (low | (qk_rms < LOWEST_SHARE * self._early_median_rms)) & others_high
         else:
             self._early_rms.append(qk_rms)
             self._early_norms.append(grad_norm)
             if len(self._early_norms) == PATIENCE:
-                self._early, self._early_norm = np.median(self._early_rms, axis=0), np.median(self._early_norms)
-        self._low = np.where(low, self._low + 1, 0)
-        self._low_ratio = np.where(np.nan_to_num(v_ratio, nan=1.0) < LOWEST_RATIO, self._low_ratio + 1, 0)
+                self._early_median_rms = np.median(self._early_rms, axis=0)
+                self._early_median_norm = np.median(self._early_norms)
+        low_ratio = np.nan_to_num(v_ratio, nan=1.0) < LOWEST_RATIO
+        self._low_steps = np.where(low, self._low_steps + 1, 0)
+        self._low_ratio_steps = np.where(low_ratio, self._low_ratio_steps + 1, 0)
 
-    def _tell(self, condition, affected, message):
-        told = self._told.setdefault(condition, np.zeros(len(self.layers), bool))
-        names = self.layers[affected & ~told].tolist()
-        told |= affected
+    def _warn_once(self, condition, holds, message):
+        """Warns of the layers for which the condition holds (bool [layers]) and of which no warning was given yet."""
+        warned = self._warned.setdefault(condition, np.zeros(len(self.layers), bool))
+        names = self.layers[holds & ~warned].tolist()
+        warned |= holds
         if names:
             more = f" and {len(names) - _MAX_NAMES} more layers" if len(names) > _MAX_NAMES else ""
             warn(f"{', '.join(names[:_MAX_NAMES])}{more}: {message}; see 11_Gradient_Stats/qk_rms")

@@ -1,7 +1,9 @@
-"""How fast the run goes and what it takes from the machine."""
+"""Speed of the run, and its use of memory and disk."""
 
 import os
 import shutil
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -9,7 +11,7 @@ from cachetrain.modeling.conditioning import predict
 
 GIB = 2**30
 
-# Dense bfloat16 peak in TFLOP/s, of the vendors' data sheets. The first name found in the device's counts.
+# Dense bfloat16 peak in TFLOP/s, from the vendors' data sheets. The first name found in the device name is used.
 PEAK_TFLOPS = {
     "H200": 989, "H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "GH200": 989, "B200": 2250, "A100": 312,
     "L40S": 362, "L40": 181, "L4": 121, "A40": 150, "A10G": 70, "A10": 125, "A6000": 155,
@@ -17,8 +19,8 @@ PEAK_TFLOPS = {
 }  # fmt: skip
 
 
-def peak_tflops(device):
-    """Peak of the GPU in bfloat16, or None where it is not known: a CPU, another GPU, a slice of one (MIG)."""
+def peak_tflops(device: torch.device) -> float | None:
+    """Returns the dense bfloat16 peak of a GPU in TFLOP/s; None for CPUs, other GPUs and slices of a GPU (MIG)."""
     if device.type != "cuda":
         return None
     words = torch.cuda.get_device_name(device).replace("-", " ").split()
@@ -26,13 +28,13 @@ def peak_tflops(device):
     return None if "MIG" in words else next((p for known, p in PEAK_TFLOPS.items() if f" {known} " in name), None)
 
 
-def forward_flops(unet, latent_shape, example):
-    """Floating-point operations of one image's forward pass, counted by torch on a copy without data.
+def forward_flops(unet, latent_shape: tuple[int, int, int], example: Callable[[], dict]) -> int:
+    """Counts the floating-point operations of the forward pass of one image, on a copy of the UNet without data.
 
     Args:
         unet: UNet2DConditionModel; only its config is used.
         latent_shape: (C, h, w).
-        example: function that returns the UNet's arguments for one sample, Conditioning.example.
+        example: function that returns the UNet's conditioning arguments for one sample (Conditioning.example).
     """
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -45,13 +47,24 @@ def forward_flops(unet, latent_shape, example):
     return counter.get_total_flops()
 
 
-def speed_tags(images, steps, elapsed_s, wait_s, flops_per_image, peak):
-    """Group 05.
+def speed_tags(
+    images: int,
+    steps: int,
+    elapsed_s: float,
+    wait_s: float,
+    *,
+    flops_per_image: int | None = None,
+    peak: float | None = None,
+) -> dict[str, float]:
+    """Returns the scalars of group 05.
 
     Args:
-        images, steps: of all ranks in `elapsed_s` of wall time, of which the loop waited `wait_s` for batches.
-        flops_per_image: of the forward pass, or None. Backward costs twice as much; what gradient checkpointing
-            computes again is no work of the model and does not count (PaLM, Chowdhery et al. 2022, appendix B).
+        images: images trained on in `elapsed_s`, by all ranks.
+        steps: optimizer steps in `elapsed_s`.
+        elapsed_s: wall time.
+        wait_s: part of `elapsed_s` in which this rank waited for batches.
+        flops_per_image: of the forward pass, or None. The backward pass costs twice as much; recomputation by
+            gradient checkpointing does not count (PaLM, Chowdhery et al. 2022, appendix B).
         peak: TFLOP/s of all GPUs together, or None.
     """
     tags = {
@@ -67,8 +80,8 @@ def speed_tags(images, steps, elapsed_s, wait_s, flops_per_image, peak):
     return tags
 
 
-def system_tags(device, output_dir):
-    """Group 14, of this process and its GPU. Peaks are since the start."""
+def system_tags(device: torch.device, output_dir: Path) -> dict[str, float]:
+    """Returns the scalars of group 14, for this process and its GPU. Peaks are since the start of the process."""
     tags = {"14_System/disk_free_gib": shutil.disk_usage(output_dir).free / GIB}
     if device.type == "cuda":
         tags["14_System/gpu_peak_gib"] = torch.cuda.max_memory_allocated(device) / GIB

@@ -1,4 +1,4 @@
-"""All logging of a run behind a few calls: what is collected each step, and what is written at a log step."""
+"""All logging of a run: statistics collected each step, and written at log steps."""
 
 import math
 from contextlib import nullcontext
@@ -6,7 +6,11 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+import torch
+from tqdm import tqdm
+
 from cachetrain.data.dataset import SampleKey
+from cachetrain.log import info
 from cachetrain.training.logs import describe, wandb_mirror
 from cachetrain.training.logs.diagnostics import Diagnostics, FixedLatent
 from cachetrain.training.logs.health import Health
@@ -14,27 +18,31 @@ from cachetrain.training.logs.machine import forward_flops
 from cachetrain.training.logs.metrics import open_metrics
 from cachetrain.training.logs.statistics import Statistics
 
-_IN_LINE = {
+# Name in the console line of a log step: tag.
+_LINE_TAGS = {
     "val/loss": "val/loss", "val/loss_ema": "val/loss_ema", "lr": "01_Training/learning_rate",
     "grad_norm": "01_Training/grad_norm", "images/s": "05_Performance/images_per_second",
 }  # fmt: skip
 
 
 class Logs:
-    """The 15 groups of docs/logging.md, those that `--log_groups` names.
+    """The log groups of docs/logging.md that --log_groups selects.
 
     Args:
-        unet: the module itself; what is trained is final.
-        pairs: CachedPairs that are trained on.
-        scaler: torch.amp.GradScaler.
-        start_step: of a run that is resumed; None: a new one.
+        run: Run.
+        unet: UNet2DConditionModel, not its distributed wrapper; requires_grad must not change afterwards.
+        pairs: CachedPairs of the training pairs.
+        scaler: of optim.loss_scaler.
+        start_step: optimizer steps done, in a resumed run; None: a new run.
 
     Attributes:
-        metrics: Metrics of rank 0, or what takes its calls and writes nothing.
-        statistics: Statistics; the loop hands it every micro-batch, and the seconds it waited for one.
+        metrics: Metrics on rank 0, NoMetrics on other ranks.
+        statistics: Statistics; the training loop adds every micro-batch and the time it waited for batches.
     """
 
-    def __init__(self, run, unet, pairs, scaler, start_step=None):
+    def __init__(
+        self, run, unet: torch.nn.Module, pairs, scaler: torch.amp.GradScaler, start_step: int | None = None
+    ):
         args, world = run.args, run.world
         self.run = run
         self.groups = frozenset(args.log_groups)
@@ -65,10 +73,10 @@ class Logs:
         return forward_flops(unet, index.shapes[0], example)
 
     def _describe(self, unet, start_step):
-        """Writes what is logged once; after a resume only what the purged steps have taken with them."""
+        """Writes what is logged once; in a resumed run, only what was removed from the log with the later steps."""
         run = self.run
         if 4 in self.groups:
-            describe.planned_rates(self.metrics, run.learning_rate, run.plan.max_steps, start_step or 0)
+            describe.planned_learning_rate(self.metrics, run.learning_rate, run.plan.max_steps, start_step or 0)
         if 15 in self.groups:
             fingerprint = describe.cache_fingerprint(run.index)
             describe.configuration(self.metrics, vars(run.args), fingerprint, run.device, start_step)
@@ -79,25 +87,27 @@ class Logs:
         if 8 in self.groups:
             describe.architecture(self.metrics, unet)
 
-    def close(self):
-        """Waits until all is written, and mirrored."""
+    def close(self) -> None:
+        """Waits until everything is written, and sent to Weights & Biases with --wandb."""
         self.metrics.close()
         if self._wandb:
             wandb_mirror.finish(self._wandb)
 
-    def due(self, step):
-        """Whether scalars are read and written after this step."""
+    def due(self, step: int) -> bool:
+        """Whether optimizer step `step` is a log step."""
         regular = step % self.run.args.log_step == 0 or step in (1, self.run.plan.max_steps)
         return regular or self.diagnostics.due(step)
 
-    def write(self, step, optimizer, extra):
-        """Reads what has been collected since the last call and writes it. The host waits for the device here.
+    def write(self, step: int, optimizer: torch.optim.Optimizer, extra: dict[str, float]) -> dict[str, float]:
+        """Writes the statistics since the last call. Called by all ranks; the host waits for the device here.
 
         Args:
-            extra: {tag: float} to write with it.
+            step: optimizer steps done.
+            optimizer: its learning rates are logged.
+            extra: {tag: value} of further scalars.
 
         Returns:
-            {tag: float}, all that was written.
+            {tag: value} of all scalars written.
         """
         tags, histograms = self.statistics.read(step, optimizer, self.scaler)
         more_tags, more_histograms = self.diagnostics.after(step)
@@ -112,22 +122,23 @@ class Logs:
             self.metrics.image("13_Noise_Visualization/fixed_latent", self.fixed_latent.picture(), step)
         return tags
 
-    def show(self, progress, say, step, tags):
-        """Shows a log step: beside the progress bar, or as a line where there is none.
+    def show(self, progress: tqdm, step: int, tags: dict[str, float]) -> None:
+        """Shows a log step: in the progress bar, or as a line on stdout if the bar is hidden.
 
         Args:
-            progress: tqdm; say: prints a line.
-            tags: {tag: float} that `write` has returned.
+            progress: the progress bar.
+            step: optimizer steps done.
+            tags: result of `write`.
         """
         speed = tags.get("05_Performance/images_per_second", math.nan)
         progress.set_postfix(loss=f"{self.statistics.loss_raw:.4f}", img_s=f"{speed:.1f}", refresh=False)
-        if progress.disable:  # not a terminal
-            say(self.line(step, tags))
+        if progress.disable:  # stderr is not a terminal
+            info(self.line(step, tags))
 
-    def line(self, step, tags):
-        """A log step in one line; groups that are off are left out."""
+    def line(self, step: int, tags: dict[str, float]) -> str:
+        """Describes a log step in one line; values of groups that are off are left out."""
         values = {"loss": self.statistics.loss_raw} | {
-            name: tags[tag] for name, tag in _IN_LINE.items() if tag in tags
+            name: tags[tag] for name, tag in _LINE_TAGS.items() if tag in tags
         }
         line = f"step {step:,} of {self.run.plan.max_steps:,}: "
         line += ", ".join(f"{name} {value:.4g}" for name, value in values.items())

@@ -1,9 +1,11 @@
-"""What happened since the last log step, kept on the device.
+"""Statistics of the steps since the last log step.
 
-Every step only adds to small tensors; a log step sums them over the ranks and copies them to the host, once.
+Each step only adds to small tensors on the device; a log step sums them over the ranks and copies them to the host.
 """
 
 import time
+from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,44 +15,46 @@ from cachetrain.modeling.conditioning import token_norms
 from cachetrain.training.logs.gradients import Gradients
 from cachetrain.training.logs.machine import peak_tflops, speed_tags, system_tags
 
-BINS, CELLS = 8, 40  # bins of the loss tags, cells of the histogram: both divide the 1000 timesteps
+BINS = 8  # ranges of timesteps with a loss tag each; must divide CELLS and 1000
+CELLS = 40  # bins of the timestep histogram; must divide 1000
 BIN_NAMES = tuple(f"t{first:03d}-{first + 1000 // BINS - 1:03d}" for first in range(0, 1000, 1000 // BINS))
-_MAX_LOG_SNR = 20.0  # pure noise and pure signal have an infinite one
+_MAX_LOG_SNR = 20.0  # the log SNR of pure noise and pure signal is infinite
 
 
 class Statistics:
     """Collects the scalars and histograms of groups 01 to 07, 11 and 14.
 
     Args:
-        unet: the module itself, not its distributed wrapper; what is trained is final.
+        unet: UNet2DConditionModel, not its distributed wrapper; requires_grad must not change afterwards.
         objective: "epsilon", "v_prediction" or "flow".
         world: World.
-        device: torch.device.
+        device: of the UNet.
         groups: numbers of the groups to log; the others cost nothing.
-        output_dir: of the run, whose disk is watched.
-        gradient_clip: maximal global norm; 0: off.
-        weighted: the loss is weighted (Min-SNR), so that it is shown beside the plain one.
-        flops_per_image: machine.forward_flops, or None.
+        output_dir: of the run; the free space of its disk is logged.
+        gradient_clip: largest global gradient norm; 0: off.
+        weighted: whether the loss is weighted (Min-SNR); the weighted loss is then logged beside the plain one.
+        flops_per_image: of machine.forward_flops, or None.
 
     Attributes:
-        wait_s: the loop adds the seconds that it waited for a batch.
-        loss, loss_raw, grad_norm: floats of the last `read`, whatever the groups; losses are of finite samples.
-        num_not_finite: steps since the read before whose gradients were not.
-        measured: Gradients, which holds qk_rms and v_ratio of the last `read` where group 11 is on.
+        wait_s: seconds that the training loop waited for batches since the last `read`; the loop adds to it.
+        loss, loss_raw: mean losses at the last `read`, of samples with a finite loss; set whatever the groups.
+        grad_norm: global gradient norm at the last `read`.
+        num_not_finite: steps whose gradients were not finite, between the last two calls of `read`.
+        measured: Gradients, with qk_rms and v_ratio of the last `read` if group 11 is on.
     """
 
     def __init__(
         self,
-        unet,
-        objective,
+        unet: torch.nn.Module,
+        objective: str,
         world,
-        device,
-        groups,
-        output_dir,
+        device: torch.device,
+        groups: Iterable[int],
+        output_dir: Path,
         *,
-        gradient_clip=0.0,
-        weighted=False,
-        flops_per_image=None,
+        gradient_clip: float = 0.0,
+        weighted: bool = False,
+        flops_per_image: int | None = None,
     ):
         self.objective = objective
         self.world = world
@@ -66,25 +70,29 @@ class Statistics:
         self._rows = ["count", "raw", "loss"]
         self._rows += ["x0_mse", "log_snr"] if 6 in self.groups else []
         self._rows += ["std_ratio", "cosine"] if 7 in self.groups else []
-        self._epoch, self._epoch_start_s = np.zeros(6), time.perf_counter()
+        self._epoch = np.zeros(6)  # sums of the current epoch, up to the last `read`; see `epoch_end`
+        self._epoch_start_s = time.perf_counter()
         self._reset()
 
     def _reset(self):
-        # A column for each cell of timesteps with a caption, then for each without.
+        # Columns: each cell of timesteps for captioned samples, then each cell for dropped captions.
         self._table = torch.zeros(len(self._rows), 2 * CELLS, device=self.device)
         self._steps = torch.zeros(3, device=self.device)  # all, clipped, not finite
-        self._epoch_ends, self._last = [], None
-        self._images = self._num_steps = 0
-        self.wait_s, self._start_s = 0.0, time.perf_counter()
+        self._epoch_ends = []
+        self._last_batch = None
+        self._images = 0
+        self._num_steps = 0
+        self.wait_s = 0.0
+        self._start_s = time.perf_counter()
 
     @torch.no_grad()
-    def add(self, batch, result):
+    def add(self, batch: dict, result) -> None:
         """Adds a micro-batch.
 
         Args:
-            batch: dict as data.collate makes it, on the device.
-            result: of the forward pass: loss, what is optimised, and squared_error, float32 [B]; prediction and
-                target [B, C, h, w]; alpha and sigma, float32 [B, 1, 1, 1].
+            batch: dict of data.batching.collate, on the device.
+            result: of the forward pass, with loss (weighted) and squared_error, float32 [B]; prediction and target,
+                [B, C, h, w]; alpha and sigma, float32 [B, 1, 1, 1].
         """
         loss, squared_error = result.loss.detach(), result.squared_error.detach()
         finite = loss.isfinite()
@@ -92,20 +100,19 @@ class Statistics:
         if 6 in self.groups:
             rows += self._diffusion(squared_error, result.alpha.flatten(), result.sigma.flatten())
         if 7 in self.groups:
-            predicted, wanted = result.prediction.float().flatten(1), result.target.float().flatten(1)
-            pair = torch.stack([predicted, wanted])
-            deviations = torch.linalg.vector_norm(
-                pair - pair.mean(2, keepdim=True), dim=2
-            )  # std(2) takes 5 x as long
-            rows += [deviations[0] / deviations[1], F.cosine_similarity(predicted, wanted)]
-            self._last = batch  # its latents and text are looked at if this was the last one before a log step
+            prediction, target = result.prediction.float().flatten(1), result.target.float().flatten(1)
+            both = torch.stack([prediction, target])
+            # Standard deviations up to a common factor; std(2) takes five times as long.
+            deviations = torch.linalg.vector_norm(both - both.mean(2, keepdim=True), dim=2)
+            rows += [deviations[0] / deviations[1], F.cosine_similarity(prediction, target)]
+            self._last_batch = batch  # a log step measures the latents and text of the last micro-batch
         cells = (batch["timesteps"] * (CELLS / 1000)).long().clamp_(max=CELLS - 1) + CELLS * batch["dropped"]
-        rows = torch.where(finite, torch.stack(rows), 0.0)  # a sample that is not would hide all others
+        rows = torch.where(finite, torch.stack(rows), 0.0)  # one NaN would spoil the sums
         self._table.index_add_(1, cells, rows)
         self._images += len(loss) * self.world.ranks
 
     def _diffusion(self, squared_error, alpha, sigma):
-        """Squared error of the predicted x_0, which follows from that of the target, and log(alpha^2 / sigma^2).
+        """Returns the squared error of the predicted x_0, from that of the prediction, and log(alpha^2 / sigma^2).
 
         epsilon: x_0 = (x_t - sigma epsilon) / alpha; v: x_0 = alpha x_t - sigma v; flow: x_0 = x_t - sigma v.
         """
@@ -114,11 +121,14 @@ class Statistics:
         return [squared_error * scale.square(), log_snr.clamp_(-_MAX_LOG_SNR, _MAX_LOG_SNR)]
 
     @torch.no_grad()
-    def gradients(self, log_now):
-        """Measures the gradients after the last backward pass of a step, unscaled and before clipping.
+    def gradients(self, log_now: bool) -> torch.Tensor:
+        """Measures the gradients of a step, unscaled and before clipping.
+
+        Args:
+            log_now: whether this is a log step.
 
         Returns:
-            float32 0-dim, the global norm, to clip with.
+            float32 0-dim, the global norm.
         """
         norm = self.measured.measure(log_now)
         flags = [torch.ones_like(norm), norm > (self.gradient_clip or torch.inf), ~norm.isfinite()]
@@ -126,55 +136,62 @@ class Statistics:
         self._num_steps += 1
         return norm
 
-    def state_dict(self):
-        """The sums of the epoch that has begun, JSON-able; right after a `read`."""
+    def state_dict(self) -> dict:
+        """Returns the sums of the current epoch, JSON-able. To be called right after `read`."""
         return {"epoch": self._epoch.tolist(), "seconds": time.perf_counter() - self._epoch_start_s}
 
-    def load_state_dict(self, state):
-        self._epoch, self._epoch_start_s = np.array(state["epoch"]), time.perf_counter() - state["seconds"]
+    def load_state_dict(self, state: dict) -> None:
+        self._epoch = np.array(state["epoch"])
+        self._epoch_start_s = time.perf_counter() - state["seconds"]
 
-    def epoch_end(self):
-        """Marks that the steps so far were the last of an epoch; the next `read` has its summary. No wait."""
+    def epoch_end(self) -> None:
+        """Marks the end of an epoch, whose summary the next `read` returns. Does not wait for the device."""
         sums = torch.cat([self._table[:3].sum(1), self._steps])
         self._epoch_ends.append((sums, time.perf_counter()))
-        del self._epoch_ends[:-2]  # of epochs shorter than a log step the last one is shown
+        del self._epoch_ends[:-2]  # if several epochs end before a log step, the last one is logged
 
     @torch.no_grad()
-    def read(self, step, optimizer, scaler=None):
-        """Returns ({tag: float}, {tag: (counts, edges)}) of the steps since the last call, and starts afresh.
+    def read(
+        self, step: int, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None
+    ) -> tuple[dict[str, float], dict[str, tuple]]:
+        """Returns the statistics of the steps since the last call, and resets them.
 
-        This is where the host waits for the device: everything leaves it as ONE tensor. All ranks take part.
+        Called by all ranks. The host waits for the device here, once: all sums are copied as one tensor.
 
         Args:
             step: optimizer steps done.
             optimizer: its learning rates are logged.
-            scaler: torch.amp.GradScaler, or None.
+            scaler: its scale is logged.
+
+        Returns:
+            ({tag: value} of scalars, {tag: (counts, edges)} of histograms).
         """
-        parts = {"table": self._table, "steps": self._steps, **self.measured.sums(), **self._contents()}
+        parts = {"table": self._table, "steps": self._steps, **self.measured.sums(), **self._batch_sums()}
         parts |= {f"epoch_{i}": sums for i, (sums, _) in enumerate(self._epoch_ends)}
         if 14 in self.groups and scaler is not None and scaler.is_enabled():
             parts["grad_scale"] = scaler.scale(torch.ones((), device=self.device)) / self.world.ranks
         flat = self.world.sum(torch.cat([part.reshape(-1).float() for part in parts.values()]))
         host = np.split(flat.cpu().numpy(), np.cumsum([part.numel() for part in parts.values()])[:-1])
         tags, histograms = self._tags(dict(zip(parts, host, strict=True)))
-        tags |= self._rates(step, optimizer)
+        tags |= self._learning_rates(step, optimizer)
         self._reset()
         return tags, histograms
 
-    def _contents(self):
-        """Sums over the latents and text of the last micro-batch."""
-        if self._last is None:
+    def _batch_sums(self):
+        """Returns {name: float32 tensor}, sums over the latents and text of the last micro-batch."""
+        if self._last_batch is None:
             return {}
-        latents = self._last["latents"]
+        latents = self._last_batch["latents"]
         count = torch.full((1,), latents[:, 0].numel(), device=self.device)
-        text = token_norms(self._last["conditioning"])
+        text = token_norms(self._last_batch["conditioning"])
         return {"latents": torch.cat([count, latents.sum((0, 2, 3)), latents.square().sum((0, 2, 3))]), "text": text}
 
     def _tags(self, host):
         table = host["table"].reshape(len(self._rows), 2, CELLS).astype(np.float64)
         totals = dict(zip(self._rows, table.sum((1, 2)), strict=True))
         self.loss, self.loss_raw = (_mean(totals[row], totals["count"]) for row in ("loss", "raw"))
-        self.grad_norm, self.num_not_finite = float(host["grad_norm"][0]), round(float(host["steps"][2]))
+        self.grad_norm = float(host["grad_norm"][0])
+        self.num_not_finite = round(float(host["steps"][2]))
         tags, histograms = self.measured.tags(host), {}
         by_bin = table.reshape(len(self._rows), 2, BINS, -1).sum((1, 3))
         if 1 in self.groups:
@@ -185,7 +202,12 @@ class Statistics:
         if 5 in self.groups:
             elapsed_s = time.perf_counter() - self._start_s
             tags |= speed_tags(
-                self._images, self._num_steps, elapsed_s, self.wait_s, self.flops_per_image, self._peak
+                self._images,
+                self._num_steps,
+                elapsed_s,
+                self.wait_s,
+                flops_per_image=self.flops_per_image,
+                peak=self._peak,
             )
         if 6 in self.groups and totals["count"]:
             tags |= {f"06_Diffusion/{row}": totals[row] / totals["count"] for row in ("x0_mse", "log_snr")}
@@ -213,18 +235,20 @@ class Statistics:
         return tags | _means("02_Loss_Components/loss_raw_", ("captioned", "dropped"), by_caption[1], by_caption[0])
 
     def _epoch_summary(self, host, window):
-        """Group 03 where an epoch has ended. An epoch is the sum of whole windows and of the parts before its marks.
+        """Returns the scalars of group 03 if an epoch has ended since the last log step, else {}.
 
         Args:
-            window: float64 [6], this window's sums in the order of `epoch_end`.
+            host: sums since the last log step, by name; those of `epoch_end` reach up to the end of the epoch.
+            window: float64 [6], all sums since the last log step, in the order of `epoch_end`.
         """
         if not self._epoch_ends:
             self._epoch += window
             return {}
-        marks = [host[f"epoch_{i}"].astype(np.float64) for i in range(len(self._epoch_ends))]
-        times = [self._epoch_start_s, *(at for _, at in self._epoch_ends)]
-        count, _, loss, steps, _, not_finite = marks[-1] - (marks[-2] if len(marks) > 1 else -self._epoch)
-        self._epoch, self._epoch_start_s = window - marks[-1], times[-1]
+        ends = [host[f"epoch_{i}"].astype(np.float64) for i in range(len(self._epoch_ends))]
+        times = [self._epoch_start_s, *(end_s for _, end_s in self._epoch_ends)]
+        count, _, loss, steps, _, not_finite = ends[-1] - (ends[-2] if len(ends) > 1 else -self._epoch)
+        self._epoch = window - ends[-1]
+        self._epoch_start_s = times[-1]
         if 3 not in self.groups:
             return {}
         return {
@@ -245,12 +269,12 @@ class Statistics:
             for channel, (mean, std) in enumerate(zip(first / count, deviation, strict=True)):
                 tags[f"07_Noise_Analysis/latent_mean_c{channel}"] = float(mean)
                 tags[f"07_Noise_Analysis/latent_std_c{channel}"] = float(std)
-            norm, seen, places = host["text"]
-            tags["07_Noise_Analysis/embedding_norm"] = float(norm / seen)
-            tags["07_Noise_Analysis/padded_fraction"] = float(1 - seen / places)
+            norm, num_tokens, num_positions = host["text"]
+            tags["07_Noise_Analysis/embedding_norm"] = float(norm / num_tokens)
+            tags["07_Noise_Analysis/padded_fraction"] = float(1 - num_tokens / num_positions)
         return tags
 
-    def _rates(self, step, optimizer):
+    def _learning_rates(self, step, optimizer):
         tags = {}
         if 1 in self.groups:
             tags["01_Training/images_seen"] = step * self._images // max(1, self._num_steps)
@@ -258,18 +282,18 @@ class Statistics:
         if 4 in self.groups:
             for number, group in enumerate(optimizer.param_groups):
                 tags[f"04_Learning_Rate/group_{number}"] = group["lr"]
-                if "d" in group:  # Prodigy's own estimate, by which the rate is multiplied
+                if "d" in group:  # Prodigy's estimate, by which the learning rate is multiplied
                     tags[f"04_Learning_Rate/prodigy_d_{number}"] = float(group["d"])
         return tags
 
 
 def _mean(total, count):
-    """nan where no sample was finite: 0 would look like a perfect loss."""
+    """Returns total / count; nan for a count of 0, since 0 would look like a perfect loss."""
     return float(total / count) if count else float("nan")
 
 
 def _means(prefix, names, sums, counts):
-    """Scalars of what has been seen: a bin without samples has no value."""
+    """Returns {prefix + name: mean}; names without samples are left out."""
     return {
         f"{prefix}{name}": float(total / count)
         for name, total, count in zip(names, sums, counts, strict=True)

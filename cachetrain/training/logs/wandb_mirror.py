@@ -1,4 +1,4 @@
-"""--wandb: Weights & Biases reads the TensorBoard log as it grows. What fails there never ends a run."""
+"""--wandb: sends the TensorBoard log to Weights & Biases while it is written. Errors in wandb never end a run."""
 
 import io
 import os
@@ -6,40 +6,47 @@ import re
 import sys
 import time
 import uuid
+from argparse import Namespace
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from cachetrain.atomic import atomic_write
 from cachetrain.log import warn
 
-ID = "wandb_id"  # file of a run's output_dir: a resumed run goes on in the same wandb run
-_START_S, _END_S = 30, 120  # how long wandb may wait for its server at the start and at the end of a run
-_MAX_AHEAD_S = 5  # an event file of a later second than now: the clock has been set back
+ID = "wandb_id"  # file in a run's output_dir, with which a resumed run continues the same wandb run
+_INIT_TIMEOUT_S = 30
+_FINISH_TIMEOUT_S = 120
+_MAX_AHEAD_S = 5  # event files that are newer still are not waited for: the clock has been set back
 
 
-def start(args):
-    """Returns the wandb run, or None where there can be none.
+def start(args: Namespace):
+    """Starts a wandb run; without a login or a network an offline run in the output_dir, for `wandb sync`.
 
-    Without a login or a network it is kept in the output_dir, for `wandb sync`.
+    Returns:
+        the wandb run, or None if it cannot be started.
     """
     import wandb
 
     for mode in (None, "offline"):
         try:
             return _start(args, mode)
-        except Exception as error:  # whatever it is, a mirror is not worth a run
-            then = "it is not mirrored" if mode else "the mirror is kept on this disk, `wandb sync` uploads it"
-            warn(f"--wandb: {_words(error)}: {then}")
+        except Exception as error:  # any: a run is not ended because wandb failed
+            if mode is None:
+                consequence = "logging offline instead; upload the log with `wandb sync`"
+            else:
+                consequence = "the run is logged without Weights & Biases"
+            warn(f"--wandb: {_describe(error)}: {consequence}")
             wandb.teardown()
     return None
 
 
 @contextmanager
-def following(log_dir):
-    """Has wandb follow the event files of the SummaryWriter that is opened meanwhile in `log_dir`.
+def following(log_dir: Path) -> Iterator[None]:
+    """Lets wandb follow the event files of the SummaryWriter that is opened in `log_dir` inside the block.
 
-    Not wandb.init(sync_tensorboard=True): that ends 10 s late, because it waits for a second directory to find the
-    root of both, and reads all again for each writer that Metrics opens after an error.
+    wandb.init(sync_tensorboard=True) is not used: it delays the end of the run by 10 s, waiting for a second
+    directory to find the common root, and sends everything again for each writer that Metrics opens after an error.
     """
     import wandb
 
@@ -50,15 +57,15 @@ def following(log_dir):
         wandb.tensorboard.unpatch()
 
 
-def finish(run):
-    """Waits, not for long, until all is uploaded; the run has failed where an exception is ending it."""
+def finish(run) -> None:
+    """Waits until everything is uploaded, up to a timeout; the run counts as failed if an exception is ending it."""
     try:
         run.finish(exit_code=int(sys.exc_info()[0] is not None))
     except Exception as error:
-        warn(f"--wandb: {_words(error)}")
+        warn(f"--wandb: {_describe(error)}: the log may not be uploaded completely")
 
 
-def _words(error):
+def _describe(error):
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
@@ -69,15 +76,15 @@ def _start(args, mode):
         return os.environ.get(f"WANDB_{name}", default)
 
     output_dir = Path(args.output_dir)
-    _wait_for_a_new_second(Path(args.logdir) / output_dir.name)
+    _wait_for_new_second(Path(args.logdir) / output_dir.name)
     if not (output_dir / ID).exists():
         atomic_write(output_dir / ID, uuid.uuid4().hex[:8].encode())
     settings = wandb.Settings(
         console=setting("CONSOLE", "off"),
-        init_timeout=setting("INIT_TIMEOUT", _START_S),
-        finish_timeout=setting("FINISH_TIMEOUT", _END_S),
+        init_timeout=setting("INIT_TIMEOUT", _INIT_TIMEOUT_S),
+        finish_timeout=setting("FINISH_TIMEOUT", _FINISH_TIMEOUT_S),
     )
-    with _nobody_to_ask():
+    with _hidden_terminal():
         run = wandb.init(
             project=setting("PROJECT", "cachetrain"),
             name=setting("NAME", output_dir.resolve().name),
@@ -92,11 +99,11 @@ def _start(args, mode):
     return run
 
 
-def _wait_for_a_new_second(log_dir):
+def _wait_for_new_second(log_dir):
     """Waits while an event file in `log_dir` has the current second in its name, or one of the next few.
 
-    wandb mirrors every event file whose name has the second of wandb's start or a later one. That of an earlier run,
-    stopped within the same second, would be mirrored again: all of its values would be there twice.
+    wandb sends every event file whose name has the second of wandb's start or a later one. The event file of an
+    earlier process, stopped within the same second, would be sent again, and all of its values would be doubled.
     """
     names = os.listdir(log_dir) if log_dir.is_dir() else []
     opened_s = {int(match[1]) for name in names if (match := re.search(r"tfevents\.(\d+)\.", name))}
@@ -105,8 +112,8 @@ def _wait_for_a_new_second(log_dir):
 
 
 @contextmanager
-def _nobody_to_ask():
-    """Hides the terminal, where wandb would ask who is there, and wait for the answer."""
+def _hidden_terminal():
+    """Hides the terminal from wandb, which would otherwise ask for a login and wait for the answer."""
     stdin, sys.stdin = sys.stdin, io.StringIO()
     try:
         yield

@@ -9,8 +9,8 @@ from itertools import count
 import numpy as np
 import pytest
 import torch
+from helpers import T5, digest, json_lines, load_script, run_script, train, trainer_argv, weights_of
 from safetensors.torch import load_file
-from test_training import T5, digest, run, trainer
 from train_ranks import Ranks
 
 from cachetrain.data.batching import BatchSampler
@@ -20,6 +20,7 @@ from cachetrain.training import nonfinite
 from cachetrain.training import run as opening
 from cachetrain.training.nonfinite import QUARANTINE, NonfiniteSteps
 
+trainer = load_script("train_from_cached.py")
 STEPS, BAD = 4, 2
 COMMON = ["--lr", 1e-3, "--ema_decay", 0.9, "--cond_dropout", 0]
 EACH = ["--max_steps", STEPS, "--save_steps", 1, *COMMON]  # a checkpoint of each step
@@ -29,20 +30,15 @@ NAN, INF = math.nan, math.inf
 def state_after(out, step):
     """A hash of all tensors that a step left: weights, averages, optimizer; and of what else the optimizer counts."""
     folder = out / f"checkpoint-{step:06d}"
-    tensors = {f"{path}/{name}": tensor for path in folder.glob("[ut][nr]*/*.safetensors")
-               for name, tensor in as_bytes(load_file(path)).items()}  # fmt: skip
+    tensors = {
+        f"{path}/{name}": tensor
+        for path in folder.glob("[ut][nr]*/*.safetensors")
+        for name, tensor in load_file(path).items()
+    }
     optimizer = json.loads((folder / "training_state/state.json").read_text())["optimizer"]
     tensors = {name.removeprefix(str(folder)): tensor for name, tensor in tensors.items()}
     assert {name.split("/")[1] for name in tensors} == {"unet", "unet_ema", "training_state"}
     return digest(tensors), json.dumps(optimizer, sort_keys=True)
-
-
-def as_bytes(tensors):
-    return {name: tensor.contiguous().view(-1).view(torch.uint8) for name, tensor in tensors.items()}
-
-
-def weights_of(folder):
-    return digest(as_bytes(load_file(folder / "diffusion_pytorch_model.safetensors")))
 
 
 def quarantined(out):
@@ -120,7 +116,7 @@ def reference(shapes, model_t5, tmp_path_factory):
         out = tmp_path_factory.mktemp("reference") / "run"
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(nonfinite, "step_if_finite", step_plainly)
-            run(shapes, model_t5, out, "--max_steps", STEPS, *COMMON, "--log_groups", 1, *flags)
+            train(shapes, model_t5, out, "--max_steps", STEPS, *COMMON, "--log_groups", 1, *flags)
         assert not (out / QUARANTINE).exists()
         return state_after(out, STEPS)
 
@@ -134,16 +130,23 @@ def assert_skipped(out, step, expected):
 
 
 KINDS = [(what, value) for what in ("latent", "emb", "loss", "gradient") for value in (NAN, INF)]
-MICROS = [("latent", NAN, 3, 0), ("emb", INF, 3, 2), *(("loss", INF, 3, micro) for micro in range(3)),
-          ("gradient", INF, 3, 1)]  # fmt: skip
+MICROS = [
+    ("latent", NAN, 3, 0),
+    ("emb", INF, 3, 2),
+    *(("loss", INF, 3, micro) for micro in range(3)),
+    ("gradient", INF, 3, 1),
+]
 ALL_MICROS = [(*kind, 3, micro) for kind in KINDS for micro in range(3)]
 
 
 @pytest.mark.parametrize(
     ("what", "value", "accum", "micro"),
-    [*((*kind, 1, 0) for kind in KINDS), *MICROS,
-     *(pytest.param(*case, marks=pytest.mark.slow) for case in ALL_MICROS if case not in MICROS)],
-)  # fmt: skip
+    [
+        *((*kind, 1, 0) for kind in KINDS),
+        *MICROS,
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ALL_MICROS if case not in MICROS),
+    ],
+)
 def test_a_bad_number_changes_no_weight_moment_or_average_and_is_named(
     what, value, accum, micro, shapes, model_t5, tmp_path, monkeypatch, reference, capsys
 ):
@@ -158,7 +161,7 @@ def test_a_bad_number_changes_no_weight_moment_or_average_and_is_named(
     else:
         add_to_gradient(monkeypatch, {call: value})
         named, reason = [sample for part in parts for sample in part], "gradients of its step"
-    run(data, model_t5, tmp_path / "run", *EACH, *flags, "--log_groups", 1)
+    train(data, model_t5, tmp_path / "run", *EACH, *flags, "--log_groups", 1)
     assert_skipped(tmp_path / "run", BAD, reference(BAD, *flags))
     lines = [(str(BAD), reason, index.image_path(i), index.text_path(i)) for i in named]
     assert quarantined(tmp_path / "run") == lines
@@ -167,20 +170,26 @@ def test_a_bad_number_changes_no_weight_moment_or_average_and_is_named(
 
 OPTIMIZERS = [("adamw", "bf16"), ("adamw", "bf16_pure"), ("lion", "fp32"), ("stableadamw", "bf16_pure"),
               ("prodigy", "fp32"), ("adamw", "fp32", "--cpu_offload")]  # fmt: skip
-MORE = [("lion", "bf16_pure"), ("stableadamw", "fp32"), ("adamw", "bf16_pure", "--cpu_offload"),
-        ("adamw", "fp32", "--gradient_clip", 0)]  # fmt: skip
+MORE = [
+    ("lion", "bf16_pure"),
+    ("stableadamw", "fp32"),
+    ("adamw", "bf16_pure", "--cpu_offload"),
+    ("adamw", "fp32", "--gradient_clip", 0),
+]
 
 
 @pytest.mark.parametrize(
     ("optimizer", "precision", "more"),
-    [*((o, p, more) for o, p, *more in OPTIMIZERS),
-     *(pytest.param(o, p, more, marks=pytest.mark.slow) for o, p, *more in MORE)],
-)  # fmt: skip
+    [
+        *((o, p, more) for o, p, *more in OPTIMIZERS),
+        *(pytest.param(o, p, more, marks=pytest.mark.slow) for o, p, *more in MORE),
+    ],
+)
 def test_no_optimizer_sees_a_bad_step(optimizer, precision, more, shapes, model_t5, tmp_path, reference):
     flags = ["--batch_size", 2, "--optimizer", optimizer, "--precision", precision, *more]
     flags += ["--lr", 1.0] if optimizer == "prodigy" else []
     data = poisoned_copy(shapes, tmp_path, "latent", NAN, pairs_of(shapes, BAD)[1][0][0])
-    run(data, model_t5, tmp_path / "run", *EACH, *flags, "--log_groups", 1)
+    train(data, model_t5, tmp_path / "run", *EACH, *flags, "--log_groups", 1)
     assert_skipped(tmp_path / "run", BAD, reference(BAD, *flags))
 
 
@@ -188,8 +197,8 @@ def test_no_optimizer_sees_a_bad_step(optimizer, precision, more, shapes, model_
 def test_the_first_step_may_be_bad(optimizer, shapes, model_t5, tmp_path, reference):
     flags = ["--batch_size", 2, "--optimizer", optimizer]
     data = poisoned_copy(shapes, tmp_path, "latent", NAN, pairs_of(shapes, 1)[1][0][0])
-    run(data, model_t5, tmp_path / "run", *EACH, *flags, "--log_groups", 1)
-    assert weights_of(tmp_path / "run/checkpoint-000001/unet") == weights_of(model_t5 / "unet")
+    train(data, model_t5, tmp_path / "run", *EACH, *flags, "--log_groups", 1)
+    assert digest(weights_of(tmp_path / "run/checkpoint-000001/unet")) == digest(weights_of(model_t5 / "unet"))
     assert state_after(tmp_path / "run", STEPS) == reference(1, *flags)
 
 
@@ -200,10 +209,10 @@ def test_float16_overflow_is_skipped_as_a_matter_of_course(
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60, backoff_factor=2.0**-50)
     monkeypatch.setattr(opening, "loss_scaler", lambda *_: scaler)
     flags = ["--precision", "fp16", "--optimizer", optimizer, "--batch_size", 1, "--max_nonfinite", 1]
-    run(shapes, model_t5, tmp_path / "run", "--max_steps", 2, "--save_steps", 1, *COMMON, *flags)
+    train(shapes, model_t5, tmp_path / "run", "--max_steps", 2, "--save_steps", 1, *COMMON, *flags)
     for name in ("unet", "unet_ema"):
-        first, second = (weights_of(tmp_path / f"run/checkpoint-{step:06d}" / name) for step in (1, 2))
-        assert first == weights_of(model_t5 / "unet") != second
+        first, second = (digest(weights_of(tmp_path / f"run/checkpoint-{step:06d}" / name)) for step in (1, 2))
+        assert first == digest(weights_of(model_t5 / "unet")) != second
     assert scaler.get_scale() == 2.0**10
     assert not (tmp_path / "run" / QUARANTINE).exists() and "skipped" not in capsys.readouterr().err
 
@@ -212,7 +221,7 @@ def test_a_bad_sample_in_float16_is_skipped_and_named(shapes, model_t5, tmp_path
     sample = pairs_of(shapes, BAD, batch_size=1)[1][0][0]
     data = poisoned_copy(shapes, tmp_path, "latent", NAN, sample)
     flags = ["--precision", "fp16", "--batch_size", 1]
-    run(data, model_t5, tmp_path / "run", "--max_steps", 3, "--save_steps", 1, *COMMON, *flags)
+    train(data, model_t5, tmp_path / "run", "--max_steps", 3, "--save_steps", 1, *COMMON, *flags)
     assert state_after(tmp_path / "run", BAD) == state_after(tmp_path / "run", BAD - 1)
     assert state_after(tmp_path / "run", BAD) != state_after(tmp_path / "run", BAD + 1)
     index = PairIndex([data], *T5)
@@ -221,8 +230,7 @@ def test_a_bad_sample_in_float16_is_skipped_and_named(shapes, model_t5, tmp_path
     ]
 
 
-@pytest.mark.parametrize("flags", [[], ["--fsdp"], ["--fsdp", "--optimizer", "lion"],
-                                   ["--log_groups", 3]])  # fmt: skip
+@pytest.mark.parametrize("flags", [[], ["--fsdp"], ["--fsdp", "--optimizer", "lion"], ["--log_groups", 3]])
 def test_a_bad_sample_of_one_rank_is_skipped_by_all(flags, shapes, model_t5, tmp_path):
     own = pairs_of(shapes, BAD, batch_size=4)[1][0]
     data = poisoned_copy(shapes, tmp_path, "latent", NAN, own[1])  # every second one is rank 1's
@@ -261,7 +269,7 @@ def test_metrics_are_of_the_finite_samples(shapes, model_t5, tmp_path, monkeypat
         "--diagnostic_steps",
         STEPS,
     ]
-    first, last = run(data, model_t5, tmp_path / "run", *flags)[0]
+    first, last = train(data, model_t5, tmp_path / "run", *flags)[0]
     assert first["step"] == 1 and None not in {*first.values(), *last.values()}
     loss, raw = (torch.cat([parts[i].detach() for parts in seen]) for i in (0, 1))
     assert loss.isfinite().sum() == 23
@@ -274,11 +282,11 @@ def test_metrics_are_of_the_finite_samples(shapes, model_t5, tmp_path, monkeypat
 
 def test_a_loss_of_nothing_is_unknown_not_zero(shapes, model_t5, tmp_path, monkeypatch, capsys):
     add_to_loss(monkeypatch, {2: NAN, 3: NAN})
-    argv = ["--train_data_dir", shapes, "--model", model_t5, "--output_dir", tmp_path / "run", "--precision", "fp32"]
-    argv += ["--logdir", tmp_path / "tb", "--num_workers", 0, "--device", "cpu", "--overfit", 1, "--batch_size", 1]
-    assert trainer.main([*map(str, argv), "--max_steps", "3", "--log_step", "1"]) == 1
+    flags = ["--overfit", 1, "--batch_size", 1, "--max_steps", 3]
+    argv = trainer_argv(shapes, model_t5, tmp_path / "run", *flags)
+    assert run_script("train_from_cached.py", *argv) == 1
     assert "not below a tenth" in capsys.readouterr().out
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = json_lines(tmp_path / "run" / "metrics.jsonl")
     assert [line["01_Training/loss"] is None for line in lines] == [False, True, True]
 
 
@@ -292,26 +300,26 @@ def test_three_bad_steps_in_a_row_end_the_run(
 ):
     out, save_steps = tmp_path / "run", 4 if log_step == 25 else 100
     flags = ["--max_steps", 9, "--batch_size", 1, "--log_step", log_step, "--save_steps", save_steps]
-    train = partial(run, shapes, model_t5, out, *COMMON, *flags, "--max_nonfinite", 3, "--log_groups", 1)
+    start = partial(train, shapes, model_t5, out, *COMMON, *flags, "--max_nonfinite", 3, "--log_groups", 1)
     with monkeypatch.context() as patch:
         add_to_loss(patch, dict.fromkeys(bad_steps, NAN))
         if ends_at is None:
-            train()
+            start()
             return
         with pytest.raises(ValueError) as error:
-            train()
+            start()
     said, kept = str(error.value), out / f"checkpoint-{ends_at:06d}"
     assert f"3 steps in a row, up to step {last_bad}: look at {out / QUARANTINE}, lower --lr" in said
     assert said.endswith(f"the last good weights are in {kept}") and "\n" not in said
     assert [int(step) for step, *_ in quarantined(out)] == bad_steps[-3:] or ends_at == 8
     assert all(tensor.isfinite().all() for path in kept.rglob("*.safetensors") for tensor in load_file(path).values())
-    train("--resume", "latest")
+    start("--resume", "latest")
 
 
 def test_a_run_that_ends_with_bad_steps_keeps_the_last_good_state(shapes, model_t5, tmp_path, monkeypatch):
     add_to_loss(monkeypatch, {3: INF, 4: NAN})
     with pytest.raises(ValueError, match="2 steps in a row, up to step 4"):
-        run(
+        train(
             shapes,
             model_t5,
             tmp_path / "run",
@@ -336,9 +344,8 @@ def test_two_ranks_end_together_after_bad_steps(shapes, model_t5, tmp_path):
         poison(
             index.image_path(pairs_of(data, step)[1][0][step % 2]), "latent", NAN
         )  # of one rank, then of the other
-    argv = ["--train_data_dir", data, "--model", model_t5, "--output_dir", tmp_path / "run", *EACH]
-    argv += ["--logdir", tmp_path / "tb", "--num_workers", 0, "--device", "cpu", "--precision", "fp32"]
-    ranks = Ranks([*argv, "--batch_size", 1, "--max_nonfinite", 2], 2, tmp_path / "ranks").finish()
+    argv = trainer_argv(data, model_t5, tmp_path / "run", *EACH, "--batch_size", 1, "--max_nonfinite", 2)
+    ranks = Ranks(argv, 2, tmp_path / "ranks").finish()
     assert [rank.code for rank in ranks] == [2, 2]
     for rank in ranks:
         assert "Traceback" not in rank.output
@@ -358,6 +365,6 @@ def test_a_list_that_cannot_be_written_is_said_instead_and_training_goes_on(
 ):
     (tmp_path / "run" / QUARANTINE).mkdir(parents=True)  # in its place, so that opening it fails
     add_to_loss(monkeypatch, {BAD: NAN})
-    run(shapes, model_t5, tmp_path / "run", "--max_steps", 3, *COMMON)
+    train(shapes, model_t5, tmp_path / "run", "--max_steps", 3, *COMMON)
     said = capsys.readouterr().err
     assert f"step {BAD}: skipped" in said and "Is a directory" in said and ".img_sdxl" in said

@@ -10,17 +10,15 @@ import sys
 import threading
 
 import pytest
-from helpers import REPO
+from helpers import HANG_S, REPO, WEIGHTS, digest, load_script, refused, train, weights_of
 from safetensors.torch import load_file
-from test_training import digest, refused, run, trainer
-from train_ranks import HANG_S
 
 from cachetrain import atomic
 from cachetrain.checkpoints import save
 from cachetrain.checkpoints.manifest import damages
 from cachetrain.checkpoints.save import Saving, checkpoints, step_of
 
-WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+trainer = load_script("train_from_cached.py")
 
 
 class Gate:
@@ -41,16 +39,12 @@ class Gate:
         monkeypatch.setattr(Saving, "_write", write)
 
 
-def digest_of(unet):
-    return digest({name: tensor.detach().clone() for name, tensor in unet.state_dict().items()})
-
-
 def test_training_goes_on_while_a_checkpoint_of_its_own_step_is_written(shapes, model_t5, tmp_path, monkeypatch):
     gate, asked, passes = Gate(monkeypatch), {}, []
     real_save, real_forward = Saving.save, trainer.forward_pass
 
     def save(self, step, unet, *args):
-        asked[step] = digest_of(unet)
+        asked[step] = digest(unet.state_dict())
         real_save(self, step, unet, *args)
 
     def forward(*args, **kwargs):
@@ -63,11 +57,11 @@ def test_training_goes_on_while_a_checkpoint_of_its_own_step_is_written(shapes, 
     monkeypatch.setattr(Saving, "save", save)
     monkeypatch.setattr(trainer, "forward_pass", forward)
     flags = ["--max_steps", 5, "--save_steps", 2, "--batch_size", 2, "--lr", 1e-2, "--ema_decay", 0.5]
-    run(shapes, model_t5, tmp_path / "run", *flags)
+    train(shapes, model_t5, tmp_path / "run", *flags)
     assert list(asked) == [2, 4, 5] and len(set(asked.values())) == 3
     for step, expected in asked.items():
         path = tmp_path / "run" / f"checkpoint-{step:06d}"
-        assert digest(load_file(path / WEIGHTS)) == expected and damages(path) == {}
+        assert digest(weights_of(path / "unet")) == expected and damages(path) == {}
         state = load_file(path / "training_state" / "tensors.safetensors")
         steps = {int(tensor) for name, tensor in state.items() if name.endswith(".step")}
         assert steps == {step}  # the optimizer's, too
@@ -83,7 +77,7 @@ def test_one_save_at_most_is_in_flight(shapes, model_t5, tmp_path, monkeypatch):
         real(self)
 
     monkeypatch.setattr(Saving, "wait", wait)
-    run(shapes, model_t5, tmp_path / "run", "--max_steps", 4, "--save_steps", 1, "--batch_size", 2)
+    train(shapes, model_t5, tmp_path / "run", "--max_steps", 4, "--save_steps", 1, "--batch_size", 2)
     assert [step_of(path) for path in checkpoints(tmp_path / "run")] == [1, 2, 3, 4] and gate.most == 1
 
 
@@ -104,7 +98,7 @@ def test_whatever_goes_wrong_in_a_save_is_said_at_the_next_step(shapes, model_t5
 
     monkeypatch.setattr(Saving, "_write", write)
     monkeypatch.setattr(trainer, "forward_pass", forward)
-    run(shapes, model_t5, tmp_path / "run", "--max_steps", 6, "--save_steps", 2, "--batch_size", 2)
+    train(shapes, model_t5, tmp_path / "run", "--max_steps", 6, "--save_steps", 2, "--batch_size", 2)
     # Saved behind the second step, failed during the third at the latest, said before the fourth.
     assert "saving step 2 failed: MemoryError: no room for a copy" in said[2] + said[3]
     assert "failed" not in "".join(said[:2] + said[4:])
@@ -116,20 +110,20 @@ def kept(shapes, model_t5, tmp_path_factory):
     """output_dir of a run of five saves that keeps the last two."""
     out = tmp_path_factory.mktemp("kept") / "run"
     flags = ["--max_steps", 5, "--save_steps", 1, "--keep_last", 2, "--batch_size", 2, "--ema_decay", 0.5]
-    run(shapes, model_t5, out, *flags)
+    train(shapes, model_t5, out, *flags)
     return out
 
 
 def test_frozen_parts_are_one_file_however_many_checkpoints_have_been_removed(kept, model_t5):
     first, second = checkpoints(kept)
     names = [name for name in save.read_manifest(second) if save.is_frozen(name)]
-    assert {name.split("/")[0] for name in names} == {
-        "vae", "text_encoder", "tokenizer", "projection", "pipeline.py",
-    }  # fmt: skip
+    assert {name.split("/")[0] for name in names} == {"vae", "text_encoder", "tokenizer", "projection", "pipeline.py"}
     for name in names:
         assert (second / name).samefile(first / name) and (second / name).stat().st_nlink == 2
         assert (second / name).read_bytes() == (model_t5 / name).read_bytes()
-    assert not (second / WEIGHTS).samefile(first / WEIGHTS) and damages(first) == damages(second) == {}
+    assert (
+        not (second / "unet" / WEIGHTS).samefile(first / "unet" / WEIGHTS) and damages(first) == damages(second) == {}
+    )
 
 
 def test_frozen_parts_are_copied_where_there_are_no_hard_links(shapes, model_t5, tmp_path, monkeypatch):
@@ -137,7 +131,7 @@ def test_frozen_parts_are_copied_where_there_are_no_hard_links(shapes, model_t5,
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(os, "link", link)
-    run(shapes, model_t5, tmp_path / "run", "--max_steps", 2, "--save_steps", 1, "--batch_size", 2)
+    train(shapes, model_t5, tmp_path / "run", "--max_steps", 2, "--save_steps", 1, "--batch_size", 2)
     first, second = checkpoints(tmp_path / "run")
     name = "vae/diffusion_pytorch_model.safetensors"
     assert damages(first) == damages(second) == {} and not (second / name).samefile(first / name)
@@ -155,7 +149,7 @@ def test_frozen_parts_that_somebody_removes_are_taken_from_the_model(shapes, mod
         real(self, step, *args)
 
     monkeypatch.setattr(Saving, "_write", write)
-    run(shapes, model_t5, tmp_path / "run", "--max_steps", 3, "--save_steps", 1, "--batch_size", 2)
+    train(shapes, model_t5, tmp_path / "run", "--max_steps", 3, "--save_steps", 1, "--batch_size", 2)
     last = checkpoints(tmp_path / "run")[-1]
     assert step_of(last) == 3 and damages(last) == {}
     for path in (model_t5 / "vae").iterdir():
@@ -192,7 +186,7 @@ def test_leftovers_of_killed_saves_are_removed_at_the_next_start(kept, shapes, m
         path.mkdir(parents=True)
         (path / ".tmpAbCdEf").write_bytes(bytes(1000))
     flags = ["--save_steps", 1, "--batch_size", 2, "--ema_decay", 0.5, "--resume", "latest", "--resume_anyway"]
-    run(shapes, model_t5, out, "--max_steps", 6, *flags, "--ckpt_dir", web)
+    train(shapes, model_t5, out, "--max_steps", 6, *flags, "--ckpt_dir", web)
     assert {path.name for path in out.glob(".*")} == {atomic.LOCK}
     assert sorted(web.glob(".*")) == sorted(others)  # other runs may be writing these
     assert [path.name for path in web.glob("[!.]*.safetensors")] == ["run-000006.safetensors"]
@@ -222,7 +216,7 @@ def test_second_process_on_an_output_dir_is_refused_until_the_first_is_dead(shap
         assert {path.name for path in out.iterdir()} == {atomic.LOCK, ".checkpoint-000001.stage"}
         first.kill()
         assert first.wait() == -signal.SIGKILL
-        run(shapes, model_t5, out, "--max_steps", 1, "--batch_size", 2)
+        train(shapes, model_t5, out, "--max_steps", 1, "--batch_size", 2)
         assert {path.name for path in out.glob(".*")} == {atomic.LOCK}
         os.killpg(first.pid, 0)  # its child lived all the while
     finally:

@@ -15,8 +15,12 @@ from cachetrain.modeling import load, trainable
 TINY_CONFIG = UNet2DConditionModel.load_config(TINY / "unet")
 # The published configs: SD1.5's is the class's default but for these; SD2's adds heads by level and linear proj_in.
 SD15 = {"sample_size": 64, "cross_attention_dim": 768}
-SD2 = {"sample_size": 96, "cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20],
-       "use_linear_projection": True}  # fmt: skip
+SD2 = {
+    "sample_size": 96,
+    "cross_attention_dim": 1024,
+    "attention_head_dim": [5, 10, 20, 20],
+    "use_linear_projection": True,
+}
 TEXT_PROJ = {**TINY_CONFIG, "encoder_hid_dim": 48, "encoder_hid_dim_type": "text_proj"}
 
 
@@ -211,7 +215,7 @@ def test_without_flags_everything_trains_but_what_the_model_itself_freezes():
     ("--unfreeze_up_blocks 1 7", {}, r"--unfreeze_up_blocks 7: .* up_blocks.0, up_blocks.1, mid_block"),
     ("--unfreeze_mid_block", {"mid_block_type": None}, "--unfreeze_mid_block: "),
     ("--unfreeze_text_proj", {}, "--unfreeze_text_proj: "),
-    ("--targetted_training", {}, "--targetted_training: nothing is named"),
+    ("--targetted_training", {}, "--targetted_training: there is nothing to train"),
     ("--reinit_crossattn", {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2,
                             "mid_block_type": None}, "--reinit_crossattn: "),
 ])  # fmt: skip
