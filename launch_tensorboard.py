@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Shows the logs of all runs in a browser, on this machine only.
+"""Starts TensorBoard on the logs of all runs, reachable from this machine only.
 
     ./launch_tensorboard.py --logdir tensorboard
 
-Prints the address. To see a remote machine's logs: ssh -L 6006:localhost:6006 user@machine
+TensorBoard prints the address. To view the logs on a remote machine: ssh -L 6006:localhost:6006 user@machine
 """
 
+import argparse
 import importlib.util
 import os
 import sys
@@ -19,21 +20,21 @@ except ModuleNotFoundError as error:
 
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
-    parser.add_argument("--logdir", default="tensorboard", help="directory that holds the runs, as given to training")
+    parser.add_argument("--logdir", default="tensorboard", help="the --logdir of training")
     parser.add_argument(
         "--port",
         type=cli.port,
-        help="port to listen on; 0: any free one; default: the first free one from 6006",
+        help="port to listen on; 0: any free port; default: the first free port from 6006",
     )
     return parser.parse_args(argv)
 
 
-def command(args):
-    """The command line of TensorBoard itself."""
-    # Of 10 images per tag, its default, the slider would skip most. 0, said to mean all, shows none in 2.21.
-    words = [sys.executable, "-m", "tensorboard.main", "--logdir", args.logdir, "--host", "127.0.0.1"]
-    words += ["--samples_per_plugin", "images=1000"]
-    return words + ([] if args.port is None else ["--port", str(args.port)])
+def command(args: argparse.Namespace) -> list[str]:
+    """Returns the command that starts TensorBoard."""
+    argv = [sys.executable, "-m", "tensorboard.main", "--logdir", args.logdir, "--host", "127.0.0.1"]
+    # By default the slider shows 10 images per tag. 0 is documented as all, but shows none in TensorBoard 2.21.
+    argv += ["--samples_per_plugin", "images=1000"]
+    return argv + ([] if args.port is None else ["--port", str(args.port)])
 
 
 def main(argv=None):
@@ -42,10 +43,14 @@ def main(argv=None):
         print(f"{sys.argv[0]}: {args.logdir}: no such directory; pass the --logdir of training", file=sys.stderr)
         return 2
     if importlib.util.find_spec("tensorboard") is None:
-        print("no tensorboard here: run ./quickstart.sh once, then `source .venv/bin/activate`", file=sys.stderr)
+        print(
+            f"{sys.argv[0]}: tensorboard is not installed: run ./quickstart.sh once, then "
+            "`source .venv/bin/activate`",
+            file=sys.stderr,
+        )
         return 2
-    words = command(args)
-    os.execv(words[0], words)
+    argv = command(args)
+    os.execv(argv[0], argv)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
 #!/usr/bin/env python3
-"""Measures the cache scripts against the parts they consist of, run beside them on the same files.
+"""Measures the cache scripts against their parts (decoding, VAE, T5) run alone on the same files.
 
     ./benchmarks/cache_throughput.py --work /tmp/cache_throughput
 
-Images: photographs of scikit-image (test extra) as JPEGs of 512 to 4000 pixels, cached at 256x256 with a random VAE
-of Stable Diffusion's size and with the tiny VAE; beside them decoding on all cores alone, and the VAE alone on one
-resident batch. Text: captions of 5 to 200 tokens through a random T5 of t5-small's size, beside a loop over them one
-by one. Scan: 100,000 empty images, captions and real sidecars are listed and checked, and indexed as for training.
-Start: `--help` of each cache script. The last column is what the project wants of each ratio. About eight minutes on
-two CPU cores and 1.5 GB of disk; what --work holds already is used again.
+images: photographs from scikit-image (test extra) as JPEGs of 512 to 4000 pixels, cached at 256x256 with a random VAE
+        of Stable Diffusion's size and with the tiny VAE. Reference: decoding alone, on all cores, and the VAE alone,
+        on one resident batch.
+text:   captions of 5 to 200 tokens, encoded by a random T5 of t5-small's size. Reference: the same, one by one.
+scan:   100,000 empty images, captions and real sidecars, listed and checked, and indexed as for training.
+start:  `--help` of each cache script.
+
+The last column is the project's target for each ratio. Takes about eight minutes on two CPU cores and 1.5 GB of disk.
+Files already in --work are reused.
 """
 
 import json
@@ -32,13 +35,13 @@ PARTS = ("images", "text", "scan", "start")
 
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
-    parser.add_argument("--work", required=True, help="directory for models, pictures and caches; kept")
+    parser.add_argument("--work", required=True, help="directory for models, pictures and caches; not deleted")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
     parser.add_argument(
         "--num_images",
         type=cli.positive_int,
         default=24,
-        help="images for the VAE of full size; the tiny VAE gets ten times as many",
+        help="images for the full-size VAE; the tiny VAE gets ten times as many",
     )
     parser.add_argument("--num_captions", type=cli.positive_int, default=400, help="captions to encode")
     parser.add_argument("--num_pairs", type=cli.positive_int, default=100_000, help="images with captions to scan")
@@ -47,14 +50,14 @@ def parse_args(argv=None):
 
 
 def seconds(function, *arguments):
-    """Returns (seconds that one call took, its result)."""
+    """Calls a function; returns (elapsed seconds, result)."""
     start = time.perf_counter()
     result = function(*arguments)
     return time.perf_counter() - start, result
 
 
 def run_script(name, *argv):
-    """Runs main() of a cache script in this process, where torch is imported already."""
+    """Runs main() of a cache script in this process, in which torch is already imported."""
     import importlib.util
 
     spec = importlib.util.spec_from_file_location(name, REPO / "cache" / f"{name}.py")
@@ -73,7 +76,7 @@ def shared_arguments(args):
 
 
 def make_photographs(folder, count):
-    """Writes `count` JPEGs, the four photographs in turn, of each size in turn; returns their paths."""
+    """Writes `count` JPEGs, cycling through the four photographs and the sizes; returns the paths."""
     import skimage.data
     from PIL import Image
 
@@ -92,7 +95,7 @@ def make_photographs(folder, count):
 
 
 def make_vae(work):
-    """A random VAE of Stable Diffusion's size."""
+    """Saves a random VAE of Stable Diffusion's size; returns its directory."""
     import torch
     from diffusers import AutoencoderKL
 
@@ -116,15 +119,14 @@ def decode_256(path):
 
 
 def decode_alone(paths):
-    """Seconds to decode all files on all cores, processes started before."""
-
+    """Returns the seconds needed to decode all files on all cores, without starting the processes."""
     with multiprocessing.get_context("fork").Pool(cli.available_cores()) as pool:
         pool.map(decode_256, paths[: 2 * cli.available_cores()])
         return seconds(pool.map, decode_256, paths, 4)[0]
 
 
 def encode_alone(args, vae_dir, count, batch_size=8):
-    """Seconds to encode `count` images: the median of some passes over one resident batch, times their number."""
+    """Returns the seconds needed to encode `count` images, from the median time of one resident batch."""
     import torch
 
     from cachetrain.caching.encoders import encode_images
@@ -157,7 +159,7 @@ def measure_images(args, work):
 
 
 def measure_draft(paths):
-    """Full against reduced-scale decoding of the large ones: the pictures' PSNR, and the time."""
+    """Returns the row that compares reduced-scale with full-scale decoding of large images: PSNR and time."""
     import math
 
     import numpy as np
@@ -180,7 +182,7 @@ def measure_draft(paths):
 
 
 def make_t5(work):
-    """A random T5 encoder of t5-small's size behind the tiny tokenizer, whose words are one token each."""
+    """Saves a random T5 encoder of t5-small's size with the tiny tokenizer, in which each word is one token."""
     import torch
     from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
@@ -196,7 +198,7 @@ def make_t5(work):
 
 
 def make_captions(folder, count):
-    """Writes captions of 5 to 200 tokens, short ones more often (log-uniform), as {image, caption} pairs."""
+    """Writes empty images with captions of 5 to 200 tokens (log-uniform, so mostly short); returns the captions."""
     import numpy as np
 
     words = "a small red circle on the left on a blue background".split()
@@ -204,7 +206,7 @@ def make_captions(folder, count):
     folder.mkdir(parents=True, exist_ok=True)
     captions = []
     for index, length in enumerate(lengths):
-        order = np.random.default_rng(index).integers(0, len(words), length - 1)  # and the closing </s>
+        order = np.random.default_rng(index).integers(0, len(words), length - 1)  # the last token is </s>
         captions.append(" ".join(words[word] for word in order))
         (folder / f"{index:05}.jpg").touch()
         (folder / f"{index:05}.txt").write_text(captions[-1])
@@ -212,7 +214,7 @@ def make_captions(folder, count):
 
 
 def measure_text(args, work):
-    """Yields the rows of both T5s, and how much of what they computed was padding."""
+    """Yields the rows for speed and for the share of padding."""
     folder = work / f"captions_{args.num_captions}"
     captions = make_captions(folder, args.num_captions)
     row, lengths = measure_t5(args, folder, captions, make_t5(work))
@@ -221,7 +223,7 @@ def measure_text(args, work):
 
 
 def measure_t5(args, folder, captions, model):
-    """Returns (row, token counts of the captions)."""
+    """Compares the cache script with encoding one by one; returns (row, number of tokens of each caption)."""
     import torch
     from transformers import T5EncoderModel, T5Tokenizer, logging
 
@@ -239,7 +241,7 @@ def measure_t5(args, folder, captions, model):
         ids = [tokenizer(caption, return_tensors="pt").input_ids.to(device) for caption in captions]
         return [encoder(row).last_hidden_state[0].float().cpu() for row in ids]
 
-    encoder(torch.zeros(1, 8, dtype=torch.long, device=device))  # first calls are slow
+    encoder(torch.zeros(1, 8, dtype=torch.long, device=device))  # warm up
     single_s, expected = seconds(one_by_one)
     argv = ["--data_root", folder, "--model", model, "--raw", "--store_dtype", "fp32", "--overwrite"]
     script_s = seconds(run_script, "create_t5cache_768", *argv, *shared_arguments(args))[0]
@@ -261,7 +263,7 @@ def measure_padding(lengths):
 
 
 def make_pairs(root, count, per_folder=1000):
-    """Writes empty images, captions, and small but whole sidecars whose sources look unchanged."""
+    """Writes empty images and captions, with small but valid sidecars that are fresh."""
     import torch
 
     from cachetrain.data.sidecar import write_sidecar
@@ -290,7 +292,7 @@ def make_pairs(root, count, per_folder=1000):
 
 
 def check(root, suffix):
-    """What a cache script does before it encodes: lists all files and checks their sidecars."""
+    """Lists all files and checks their sidecars, as a cache script does before encoding."""
     from cachetrain.caching import selection
     from cachetrain.caching.freshness import image_source
     from cachetrain.caching.summary import RunSummary
@@ -302,20 +304,20 @@ def check(root, suffix):
 
 
 def index(root):
-    """What the trainer does before its first step."""
+    """Builds the index, as the trainer does before the first step."""
     from cachetrain.data.index import PairIndex
 
     return PairIndex([str(root)], ".img_sdxl", ".txt_t5cache")
 
 
 def bytes_per_pair(function, arguments, count):
-    """Returns (peak, kept) memory of one call, in bytes a pair."""
+    """Returns (peak memory during a call, memory of its result), in bytes per pair."""
     tracemalloc.start()
     result = function(*arguments)
-    kept, peak = tracemalloc.get_traced_memory()
+    retained, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     del result
-    return peak / count, kept / count
+    return peak / count, retained / count
 
 
 def measure_scan(args, work):
@@ -327,10 +329,10 @@ def measure_scan(args, work):
         ("check, all missing", check, (root, ".img_none")),
         ("training index", index, (root,)),
     ):
-        elapsed_s = min(seconds(function, *arguments)[0] for _ in range(3))  # the first one warms the file system
-        peak, kept = bytes_per_pair(function, arguments, count)
+        elapsed_s = min(seconds(function, *arguments)[0] for _ in range(3))  # the first one fills the page cache
+        peak, retained = bytes_per_pair(function, arguments, count)
         yield f"{count} pairs, {label}: {elapsed_s:.1f} s", f"bound {bound_s:.0f} s", elapsed_s / bound_s, "<= 1"
-        yield f"  memory: peak {peak:.0f}, kept {kept:.0f} bytes a pair", "bound 200", peak / 200, "<= 1"
+        yield f"  memory: peak {peak:.0f}, retained {retained:.0f} bytes per pair", "bound 200", peak / 200, "<= 1"
 
 
 def measure_start(args, work):
@@ -348,9 +350,9 @@ def main(argv=None):
     work.mkdir(parents=True, exist_ok=True)
     measures = {"images": measure_images, "text": measure_text, "scan": measure_scan, "start": measure_start}
     rows = [row for part in args.parts for row in measures[part](args, work)]
-    print(f"\n{'measured':62}{'against':34}{'ratio':>6}  wanted")
-    for measured, against, ratio, wanted in rows:
-        print(f"{measured:62}{against:34}{ratio:6.2f}  {wanted}")
+    print(f"\n{'measured':62}{'reference':34}{'ratio':>6}  target")
+    for measured, reference, ratio, target in rows:
+        print(f"{measured:62}{reference:34}{ratio:6.2f}  {target}")
     return 0
 
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Trains the embedded default with every objective, flavour and precision, and scores how prompts are followed.
+"""Trains the quickstart's model with every objective, text encoder and precision, and scores prompt following.
 
     ./benchmarks/prompt_following.py --work /tmp/prompt_following
 
-All runs have the same data, steps and settings: the quickstart's, but that epsilon has Min-SNR. A prompt counts when
-background, colour, shape, place and size are all right; half of the prompts ask for a shape in a colour that it was
-never trained in. What is done is skipped when the script is started again. On one CPU core a run takes six minutes;
-there are eighteen.
+All runs have the same data, steps and settings: those of the quickstart, except that epsilon uses Min-SNR. A picture
+counts as right if background, colour, shape, place and size are all right. Half of the prompts ask for a pair of
+shape and colour that was held out of training. Finished runs are skipped when the script is started again. There are
+18 runs; each takes six minutes on one CPU core.
 """
 
 import json
@@ -21,13 +21,13 @@ from cachetrain import cli
 REPO = Path(__file__).resolve().parent.parent
 TINY = REPO / "models" / "tiny"
 FLAVOURS, PRECISIONS = ("t5", "sd"), ("fp32", "bf16", "bf16_pure")
-# Gamma of Min-SNR, 0: off. The plain loss of epsilon hardly counts high noise, where the background is decided.
+# Gamma of Min-SNR; 0: off. Epsilon's plain loss gives little weight to high noise, which determines the background.
 OBJECTIVES = {"epsilon": 5, "v_prediction": 0, "flow": 0}
 
 
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
-    parser.add_argument("--work", required=True, type=Path, help="directory for data, models and runs; kept")
+    parser.add_argument("--work", required=True, type=Path, help="directory for data, models and runs; not deleted")
     parser.add_argument("--steps", type=cli.positive_int, default=3200, help="optimizer steps of each run")
     parser.add_argument("--num_images", type=cli.positive_int, default=6000, help="training images")
     for name, choices in (("flavours", FLAVOURS), ("objectives", OBJECTIVES), ("precisions", PRECISIONS)):
@@ -36,7 +36,7 @@ def parse_args(argv=None):
 
 
 def script(name, *argv, **environment):
-    """Runs a script of the repository on one thread; the tiny model is fastest there."""
+    """Runs a script of this repository on one thread, which is fastest for the tiny model."""
     command = [sys.executable, REPO / name, *argv] if name.endswith(".py") else [REPO / name, *argv]
     settings = {key: str(value) for key, value in environment.items()} | {"OMP_NUM_THREADS": "1"}
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -47,21 +47,12 @@ def script(name, *argv, **environment):
 
 
 def prepare(args):
-    """Draws the data, composes the models and caches for both flavours, unless done."""
+    """Draws the data, composes the models and caches with both text encoders, unless done."""
     data = args.work / "data"
     if (args.work / "prepared").exists():
         return
-    script(
-        "dataset_scripts/draw_shapes.py",
-        "--out",
-        data,
-        "--num_images",
-        args.num_images,
-        "--prompts",
-        args.work / "prompts.txt",
-        "--num_prompts",
-        120,
-    )
+    drawn = ["--out", data, "--num_images", args.num_images]
+    script("dataset_scripts/draw_shapes.py", *drawn, "--prompts", args.work / "prompts.txt", "--num_prompts", 120)
     for flavour, cache, encoder in (("t5", "create_t5cache_768.py", "t5"), ("sd", "create_clipl.py", "clip")):
         model = args.work / f"model_{flavour}"
         compose = "models/compose_t5_sd.py" if flavour == "t5" else "models/compose_sd.py"
@@ -73,7 +64,7 @@ def prepare(args):
 
 
 def score(args, flavour, objective, precision):
-    """Trains, draws and scores one combination, unless done; returns the JSON of score_shapes.py."""
+    """Trains, samples and scores one combination, unless done; returns the JSON of score_shapes.py."""
     gamma = OBJECTIVES[objective]
     out = args.work / f"{flavour}-{objective}-{precision}-g{gamma}-s{args.steps}"
     result = out / "score.json"
@@ -82,13 +73,7 @@ def score(args, flavour, objective, precision):
     subprocess.run(["rm", "-rf", out], check=True)
     script(
         f"train_{flavour}.sh",
-        "--betas",
-        0.9,
-        0.99,
-        "--warmup_steps",
-        100,
-        "--lr_decay_steps",
-        args.steps,
+        *["--betas", 0.9, 0.99, "--warmup_steps", 100, "--lr_decay_steps", args.steps],
         MODEL=args.work / f"model_{flavour}",
         DATADIR=args.work / "data",
         OUTPUT=out,
@@ -105,19 +90,9 @@ def score(args, flavour, objective, precision):
         OBJECTIVE=objective,
         PRECISION=precision,
     )
-    script(
-        "sample.py",
-        "--model",
-        out / f"checkpoint-{args.steps:06d}",
-        "--prompts",
-        args.work / "prompts.txt",
-        "--out",
-        out / "drawn",
-        "--cfgs",
-        3,
-        "--batch_size",
-        60,
-    )
+    sampling = ["--model", out / f"checkpoint-{args.steps:06d}", "--prompts", args.work / "prompts.txt"]
+    sampling += ["--out", out / "drawn", "--cfgs", 3, "--batch_size", 60]
+    script("sample.py", *sampling)
     script("dataset_scripts/score_shapes.py", out / "drawn", "--json", out / "score.part")
     (out / "score.part").rename(result)
     return json.loads(result.read_text())

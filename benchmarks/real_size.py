@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
-"""Runs the real size on whatever machine this is: SD1.5's UNet, SD's and SDXL's VAE, CLIP-L; random weights.
+"""Caches and trains with models of real size: SD1.5's UNet, SD's and SDXL's VAE, CLIP-L; random weights, on the CPU.
 
     ./benchmarks/real_size.py --work /tmp/real_size
 
-Photographs of scikit-image (test extra) are cached at 512x512 through the scripts, then the UNet trains a few steps
-at batch 1. Each is compared with its bare counterpart, run beside it on the same inputs: the VAE or text tower alone
-on one resident batch, and a loop of forward, backward and AdamW on one resident batch. Caching counts the loading of
-the model. Needs 20 GB of memory and 15 GB of disk; about ten minutes on two CPU cores.
+The scripts cache photographs from scikit-image (test extra) at 512x512, then train the UNet for a few steps at batch
+size 1. Each script is compared with a bare counterpart on inputs of the same size: the VAE or text encoder alone on
+one resident batch, or a loop of forward, backward and AdamW on one resident batch. Times of cache scripts include
+loading the model. Needs 20 GB of memory and 15 GB of disk; takes about ten minutes on two CPU cores.
 """
 
+import argparse
 import json
 import os
 import re
@@ -30,19 +31,18 @@ CAPTIONS = {
 
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
-    parser.add_argument("--work", required=True, help="directory for models, caches and the run; kept")
+    parser.add_argument("--work", required=True, help="directory for models, caches and the run; not deleted")
     parser.add_argument(
         "--steps", type=cli.Number(int, 2), default=4, help="training steps; the first one is not timed"
     )
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of training")
-    parser.add_argument(
-        "--bare", choices=("vae", "clip", "unet"), help="run only this bare counterpart (used by itself)"
-    )
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="precision of training")
+    # The script calls itself with this flag, to measure one counterpart in a separate process.
+    parser.add_argument("--bare", choices=("vae", "clip", "unet"), help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
 def make_models(work):
-    """Saves random pipelines sd/ and sdxl_vae/ of the real sizes; returns nothing, skips what is there."""
+    """Saves the pipeline sd/ and the VAE sdxl_vae/, of real size with random weights, unless they exist."""
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -70,7 +70,7 @@ def make_models(work):
     )
     CLIPTextModel(config).save_pretrained(work / "clip" / "text_encoder")
     (work / "clip" / "tokenizer").mkdir()
-    for path in tiny.iterdir():  # its ids are few, but the tower costs the same whatever the ids
+    for path in tiny.iterdir():  # the tiny tokenizer will do, because the cost does not depend on the token ids
         (work / "clip" / "tokenizer" / path.name).write_bytes(path.read_bytes())
     parts = ["--unet", work / "unet", "--vae", work / "sd_vae", "--clip", work / "clip", "--out", work / "sd"]
     subprocess.run([sys.executable, REPO / "models" / "compose_sd.py", *parts], check=True)
@@ -88,18 +88,18 @@ def make_photographs(data):
 
 
 def measured(*command):
-    """Runs a command; returns (seconds, peak memory of that process in GiB, its standard output)."""
+    """Runs a Python script; returns (seconds, peak memory of the process in GiB, standard output)."""
     start = time.perf_counter()
     process = subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.PIPE, text=True)
     output = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     if status:
-        raise ValueError(f"{command[0]} failed with status {status}")
+        raise ValueError(f"{command[0]} failed with exit code {os.waitstatus_to_exitcode(status)}")
     return time.perf_counter() - start, usage.ru_maxrss / 2**20, output
 
 
 def bare(what, work, args):
-    """The counterpart without our code around it; prints seconds per image as JSON."""
+    """Measures a bare counterpart, without the code of this project; prints seconds per image as JSON."""
     import torch
 
     from cachetrain.modeling import load
@@ -107,22 +107,21 @@ def bare(what, work, args):
     if what == "unet":
         return bare_loop(work, args)
     if what == "vae":
-        vae, x = load.load_vae(work / "sd_vae"), torch.rand(1, 3, 512, 512)
-        call = lambda: vae.encode(x).latent_dist.mean  # noqa: E731
+        batch = torch.rand(1, 3, 512, 512)
+        encode = load.load_vae(work / "sd_vae").encode
     else:
-        clip = load.load_text_encoder(work / "clip" / "text_encoder")
-        ids = torch.zeros(4, 77, dtype=torch.long)
-        call = lambda: clip(ids).last_hidden_state  # noqa: E731
+        batch = torch.zeros(4, 77, dtype=torch.long)
+        encode = load.load_text_encoder(work / "clip" / "text_encoder")
     with torch.no_grad():
-        call()
+        encode(batch)
         start = time.perf_counter()
         for _ in range(3):
-            call()
-    print(json.dumps((time.perf_counter() - start) / 3 / (4 if what == "clip" else 1)))
+            encode(batch)
+    print(json.dumps((time.perf_counter() - start) / 3 / len(batch)))
 
 
 def bare_loop(work, args):
-    """Seconds per step of forward, backward and AdamW on one resident batch of one."""
+    """Prints the seconds per step of forward, backward and AdamW on one resident batch of size 1."""
     import torch
 
     from cachetrain.modeling import load
@@ -143,9 +142,39 @@ def bare_loop(work, args):
 
 
 def encode_seconds(output):
-    """Seconds per sidecar out of a cache script's last line, loading the model included."""
+    """Parses seconds per sidecar from a cache script's summary; loading the model is included."""
     encoded, elapsed_s = re.search(r"(\d+) encoded.* in ([\d.]+) s", output).groups()
     return float(elapsed_s) / int(encoded)
+
+
+def measure_counterparts(args, work):
+    """Returns {counterpart: seconds per image}."""
+    settings = ["--work", work, "--steps", args.steps, "--precision", args.precision]
+    return {what: float(measured(__file__, *settings, "--bare", what)[2]) for what in ("vae", "clip", "unet")}
+
+
+def measure_caching(work, data, counterparts):
+    """Yields (label, seconds per image, seconds of the counterpart, total seconds, peak GiB) per cache script."""
+    for script, model, what in (
+        ("create_img_sdvae.py", ["--model", work / "sd"], "vae"),
+        ("create_img_sdxl.py", ["--model", work / "sdxl_vae", "--vae"], "vae"),
+        ("create_clipl.py", ["--model", work / "sd"], "clip"),
+    ):
+        flags = ["--data_root", data, "--overwrite", "--batch_size", "4" if what == "clip" else "1"]
+        seconds, gib, output = measured(REPO / "cache" / script, *flags, *model)
+        yield f"cache/{script}, 512x512", encode_seconds(output), counterparts[what], seconds, gib
+
+
+def measure_training(args, work, data, counterparts):
+    """Returns the same row for the trainer."""
+    out = work / f"run-{int(time.time())}"
+    flags = ["--model", work / "sd", "--train_data_dir", data, "--output_dir", out, "--logdir", work / "tensorboard"]
+    flags += ["--imgcache_suffix", ".img_sdvae", "--txtcache_suffix", ".txt_clipl", "--batch_size", 1]
+    flags += ["--max_steps", args.steps, "--log_step", 1, "--precision", args.precision]
+    seconds, gib, _ = measured(REPO / "train_from_cached.py", *flags)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][1:]
+    step_s = sum(1 / line["05_Performance/images_per_second"] for line in lines) / len(lines)
+    return f"train_from_cached.py, {args.precision}, batch 1", step_s, counterparts["unet"], seconds, gib
 
 
 def main(argv=None):
@@ -157,50 +186,8 @@ def main(argv=None):
     work.mkdir(parents=True, exist_ok=True)
     make_models(work)
     make_photographs(data := work / "data")
-    counterpart = {
-        what: float(measured(__file__, "--work", work, "--bare", what, "--steps", args.steps,
-                             "--precision", args.precision)[2])
-        for what in ("vae", "clip", "unet")
-    }  # fmt: skip
-
-    rows = []
-    for script, model, what in (
-        ("create_img_sdvae.py", ["--model", work / "sd"], "vae"),
-        ("create_img_sdxl.py", ["--model", work / "sdxl_vae", "--vae"], "vae"),
-        ("create_clipl.py", ["--model", work / "sd"], "clip"),
-    ):
-        flags = ["--data_root", data, "--overwrite", "--batch_size", "4" if what == "clip" else "1"]
-        seconds, gib, output = measured(REPO / "cache" / script, *flags, *model)
-        rows.append((f"cache/{script}, 512x512", encode_seconds(output), counterpart[what], seconds, gib))
-
-    name = f"run-{int(time.time())}"
-    seconds, gib, _ = measured(
-        REPO / "train_from_cached.py",
-        "--model",
-        work / "sd",
-        "--train_data_dir",
-        data,
-        "--output_dir",
-        work / name,
-        "--logdir",
-        work / "tensorboard",
-        "--imgcache_suffix",
-        ".img_sdvae",
-        "--txtcache_suffix",
-        ".txt_clipl",
-        "--batch_size",
-        "1",
-        "--max_steps",
-        args.steps,
-        "--log_step",
-        "1",
-        "--precision",
-        args.precision,
-    )
-    lines = [json.loads(line) for line in (work / name / "metrics.jsonl").read_text().splitlines()][1:]
-    step_s = sum(1 / line["05_Performance/images_per_second"] for line in lines) / len(lines)
-    rows.append((f"train_from_cached.py, {args.precision}, batch 1", step_s, counterpart["unet"], seconds, gib))
-
+    counterparts = measure_counterparts(args, work)
+    rows = [*measure_caching(work, data, counterparts), measure_training(args, work, data, counterparts)]
     print(f"{'':44}{'s/image':>9}{'bare':>9}{'ratio':>7}{'total s':>9}{'peak GiB':>10}")
     for label, per_image, reference, total, gib in rows:
         print(f"{label:44}{per_image:9.2f}{reference:9.2f}{per_image / reference:7.2f}{total:9.0f}{gib:10.1f}")

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Measures how long a checkpoint of SD1.5's UNet (random weights, fp32, Lion) holds training up.
+"""Measures how long saving a checkpoint of SD1.5's UNet (random weights, fp32, Lion) blocks training.
 
     ./benchmarks/save_stall.py --work /tmp/save_stall
 
-Held up is the call in the loop; the floor beside it is a bare copy of the same tensors to host memory. Needs 15 GB of
-memory and of disk.
+The column "blocked" is the duration of the call in the training loop; "bare copy" is the time to copy the same
+tensors to host memory, the lower bound. Needs 15 GB of memory and 15 GB of disk.
 """
 
 import shutil
@@ -18,7 +18,7 @@ from cachetrain import cli
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     parser.add_argument("--work", required=True, type=Path, help="directory for the checkpoints; removed afterwards")
-    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    parser.add_argument("--device", help="torch device; default: cuda if there is one, else cpu")
     parser.add_argument("--saves", type=cli.positive_int, default=2, help="checkpoints to write, one after the other")
     return parser.parse_args(argv)
 
@@ -49,7 +49,7 @@ def main(argv=None):
     )
     saving = Saving(run, {"objective": "epsilon"})
     args.work.mkdir(parents=True, exist_ok=True)
-    print(f"{'save':>6}{'bare copy, s':>14}{'held up, s':>12}{'ratio':>7}{'on disk, s':>12}{'checked, s':>12}")
+    print(f"{'save':>6}{'bare copy, s':>14}{'blocked, s':>12}{'ratio':>7}{'on disk, s':>12}{'checked, s':>12}")
     for step in range(1, args.saves + 1):
         copies, start = [], time.perf_counter()
         for parameter in unet.parameters():
@@ -58,15 +58,15 @@ def main(argv=None):
         del copies
         start = time.perf_counter()
         saving.save(step, unet, None, {"optimizer": moments})
-        held_up_s = time.perf_counter() - start
+        blocked_s = time.perf_counter() - start
         checkpoint = saving.finish()
         on_disk_s = time.perf_counter() - start
         assert checkpoint == checkpoint_path(args.work, step)
         start = time.perf_counter()
         assert not damages(checkpoint)
         checked_s = time.perf_counter() - start
-        ratio = held_up_s / bare_s
-        print(f"{step:6}{bare_s:14.1f}{held_up_s:12.1f}{ratio:7.2f}{on_disk_s:12.1f}{checked_s:12.1f}", flush=True)
+        ratio = blocked_s / bare_s
+        print(f"{step:6}{bare_s:14.1f}{blocked_s:12.1f}{ratio:7.2f}{on_disk_s:12.1f}{checked_s:12.1f}", flush=True)
     shutil.rmtree(args.work)
     return 0
 

@@ -1,23 +1,27 @@
 #!/usr/bin/env python3
-"""Measures the training loop against a bare loop: the same step on one resident batch, no loader, no logging.
+"""Measures the training loop against a bare loop: the same step on one resident batch, without loader and logging.
 
     ./benchmarks/train_throughput.py --work /tmp/train_throughput
     ./benchmarks/train_throughput.py --work /tmp/train_throughput --unet sd15 --memory_gib 24
 
-The whole loop is train_from_cached.py with its default logging, on caches of random numbers that are made here. The
-bare loop has the same model, optimizer, precision, clipping and EMA. Each runs in a process of its own, in turns, and
-is timed in windows from one log step to the next. Ratios are of the medians of wall time and of CPU time of the
-process (all its threads, the loader's workers not): on a shared machine the latter says more; on a GPU only the
-former counts. The last column is what the project wants.
+The whole loop is train_from_cached.py with default logging, on caches of random numbers. The bare loop has the same
+model, optimizer, precision, clipping and EMA. The loops run alternately, each in a separate process, and are timed in
+windows from one log step to the next. Ratios compare medians of wall time and of the process's CPU time (all threads,
+without the loader's workers). CPU time is more reliable on a shared machine; on a GPU only wall time is compared. The
+last column is the project's target.
 
-tiny: the embedded T5 flavour at the quickstart's settings for a CPU (batch 16, float32, one thread, EMA); about
-twenty minutes on two cores. sd15: the UNet of SD1.5 with random weights, CLIP embeddings, 512x512, at the trainer's
-defaults; wants a GPU with 80 GB at batch 64 and 20 GB of disk. There it also runs against a plain loop as in scripts
-of diffusers (float32 weights, bfloat16 autocast, AdamW as torch makes it, NCHW, eager), every wait of the host for
-the device outside log steps is counted (torch.cuda.set_sync_debug_mode), and --memory_gib finds the largest batch
-that fits a card of that size. The same code runs with --unet tiny on a GPU, and without one as far as it applies.
+--unet tiny: the quickstart's model with T5 and the quickstart's settings for a CPU (batch 16, float32, one thread,
+EMA). Takes about twenty minutes on two cores.
+
+--unet sd15: SD1.5's UNet with random weights, CLIP embeddings, 512x512, the trainer's defaults. Needs a GPU with 80
+GB at batch 64, and 20 GB of disk. Also compares with a plain loop like the training scripts of diffusers (float32
+weights, bfloat16 autocast, torch's default AdamW, NCHW, eager).
+
+On a GPU, waits of the host for the device outside log steps are counted (torch.cuda.set_sync_debug_mode), and
+--memory_gib finds the largest batch that fits on a card of that size.
 """
 
+import argparse
 import json
 import os
 import statistics
@@ -31,47 +35,45 @@ from pathlib import Path
 from cachetrain import cli
 
 REPO = Path(__file__).resolve().parent.parent
-LOG_STEP = 25  # the trainer's default; also the bare loop's window
-MLPERF_H200 = 128.3  # images/s of SD2's UNet on one of eight, MLPerf training v4.0
-# As quickstart.sh sets it for a tiny model on a CPU.
+LOG_STEP = 25  # steps per window; the trainer's default
+MLPERF_H200 = 128.3  # images/s per GPU of SD2's UNet on eight GPUs, MLPerf training v4.0
+# As set by quickstart.sh for the tiny model on a CPU.
 CPU_ENV = {"OMP_NUM_THREADS": "1", "MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
-QUICKSTART = [
-    "--lr",
-    "2e-3",
-    "--scheduler",
-    "cosine",
-    "--betas",
-    "0.9",
-    "0.99",
-    "--cond_dropout",
-    "0.1",
-    "--cache_in_ram",
-]
+QUICKSTART = "--lr 2e-3 --scheduler cosine --betas 0.9 0.99 --cond_dropout 0.1 --cache_in_ram".split()
 
 
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
-    parser.add_argument("--work", required=True, help="directory for models, caches and runs; kept")
-    parser.add_argument("--unet", choices=("tiny", "sd15"), default="tiny")
+    parser.add_argument("--work", required=True, help="directory for models, caches and runs; not deleted")
+    parser.add_argument("--unet", choices=("tiny", "sd15"), default="tiny", help="model to train, see above")
     parser.add_argument("--device", help="torch device; default: cuda if there is one, else cpu")
     parser.add_argument(
         "--precisions",
         nargs="+",
         choices=("fp32", "bf16", "bf16_pure"),
-        help="default: tiny all, sd15 bf16 and bf16_pure",
+        help="precisions to measure; default: all for tiny, bf16 and bf16_pure for sd15",
     )
-    parser.add_argument("--modes", nargs="+", choices=("eager", "compiled"), default=("eager", "compiled"))
+    parser.add_argument(
+        "--modes",
+        nargs="+",
+        choices=("eager", "compiled"),
+        default=("eager", "compiled"),
+        help="measure with and without torch.compile",
+    )
     parser.add_argument(
         "--batch_size", type=cli.positive_int, help="samples per step; default: 16 for tiny, 64 for sd15"
     )
     parser.add_argument(
-        "--windows", type=cli.positive_int, default=4, help=f"windows of {LOG_STEP} steps, timed in each turn"
+        "--windows", type=cli.positive_int, default=4, help=f"number of timed windows of {LOG_STEP} steps per turn"
     )
     parser.add_argument("--turns", type=cli.positive_int, default=3, help="how often each loop runs")
     parser.add_argument(
-        "--memory_gib", type=cli.positive_float, help="also find the largest batch in this much GPU memory"
+        "--memory_gib",
+        type=cli.positive_float,
+        help="also find the largest batch size that fits into this much GPU memory, in GiB",
     )
-    parser.add_argument("--loop", choices=("whole", "bare", "plain"), help="run only this one (used by itself)")
+    # The script calls itself with this flag, to measure one loop in a separate process.
+    parser.add_argument("--loop", choices=("whole", "bare", "plain"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.tiny = args.unet == "tiny"
     args.precisions = args.precisions or (["fp32", "bf16", "bf16_pure"] if args.tiny else ["bf16", "bf16_pure"])
@@ -83,10 +85,10 @@ def parse_args(argv=None):
 
 
 def make_inputs(work, tiny):
-    """Writes a bare UNet and caches of random numbers, whose captions are equally long once padded, unless there.
+    """Writes a UNet and caches of random numbers, unless they exist; all captions have the same padded length.
 
     Returns:
-        (model directory, data directory, the trainer's flags that name the caches).
+        (model directory, data directory, trainer flags with the cache suffixes).
     """
     import torch
     from diffusers import UNet2DConditionModel
@@ -98,7 +100,7 @@ def make_inputs(work, tiny):
         return model, data, flags
     config = UNet2DConditionModel.load_config(REPO / "models" / "tiny" / "unet") if tiny else {}
     config |= {} if tiny else {"sample_size": 64, "cross_attention_dim": 768}
-    # A config without weights: all loops start from the same random ones.
+    # Only a config, so that all loops start from the same random weights.
     with torch.device("meta"):
         UNet2DConditionModel.from_config(config).save_config(model / "unet")
     data.mkdir(parents=True, exist_ok=True)
@@ -125,14 +127,15 @@ def write(path, tensors, kind, **more):
     write_sidecar(path, tensors, {"kind": kind, "encoder": "0" * 64, "settings": "{}", **more})
 
 
-# The loops: each prints its measurements as JSON
+# The loops. Each prints its measurements as JSON.
 
 
 class Clock:
-    """Notes wall and CPU time at the end of each window, when the device is done."""
+    """Records wall time and CPU time at the end of each window, after waiting for the device."""
 
     def __init__(self, device):
-        self.device, self.marks = device, []
+        self.device = device
+        self.marks = []
 
     def mark(self):
         import torch
@@ -142,7 +145,7 @@ class Clock:
         self.marks.append((time.perf_counter(), time.process_time()))
 
     def result(self, **more):
-        """Seconds per step of each window after the first two marks: those saw the start and what is compiled."""
+        """Prints seconds per step of each window, without the first steps, which include start-up and compilation."""
         pairs = list(zip(self.marks[1:], self.marks[2:], strict=False))
         wall, cpu = ([(b[i] - a[i]) / LOG_STEP for a, b in pairs] for i in (0, 1))
         print(json.dumps({"wall": wall, "cpu": cpu, **more}))
@@ -158,7 +161,7 @@ def trainer_flags(args, work, model, data, steps):
 
 
 def whole_loop(args, work, model, data, flags):
-    """train_from_cached.py in this process, with marks after each log step."""
+    """Runs train_from_cached.py in this process, with a mark after each log step."""
     import importlib.util
 
     import torch
@@ -181,7 +184,7 @@ def whole_loop(args, work, model, data, flags):
             wait_shares.append(tags["05_Performance/data_wait_fraction"])
         return tags
 
-    def save_uncounted(self, *rest):  # the last step's save copies everything to the host, and must wait
+    def save_uncounted(self, *rest):  # the save in the last step has to wait, because it copies to the host
         with waits.allowed():
             save(self, *rest)
 
@@ -197,10 +200,11 @@ def whole_loop(args, work, model, data, flags):
 
 
 class Waits:
-    """Counts waits of the host for a CUDA device after the first log step, except in log steps and saves."""
+    """Counts how often the host waits for a CUDA device, from the first log step, without log steps and saves."""
 
     def __init__(self):
-        self.count, self._counting = 0, False
+        self.count = 0
+        self._counting = False
 
     @contextmanager
     def counted(self, device):
@@ -218,7 +222,7 @@ class Waits:
 
     @contextmanager
     def allowed(self):
-        """Around a log step or a save; counting starts after the first one."""
+        """Context of a log step or a save, where waits are not counted; counting starts after the first one."""
         import torch
 
         if self._counting:
@@ -229,7 +233,7 @@ class Waits:
 
 
 def bare_loop(args, work, model, data, flags):
-    """The same step on one resident batch; `plain`: as a script of diffusers would set it up."""
+    """Runs the same step on one resident batch; --loop plain: set up like the training scripts of diffusers."""
     import torch
 
     from cachetrain.modeling import load
@@ -276,7 +280,7 @@ def bare_loop(args, work, model, data, flags):
 
 
 def resident_batch(args, data, flags, device):
-    """(latents, noise, encoder_hidden_states, encoder_attention_mask or None, timesteps) of the first pairs."""
+    """Returns a batch: latents, noise, encoder_hidden_states, encoder_attention_mask (or None), timesteps."""
     import torch
 
     from cachetrain.data.sidecar import read_sidecar
@@ -296,7 +300,7 @@ def resident_batch(args, data, flags, device):
 
 
 def run_loop(args, loop, precision, mode, batch_size, windows=None, memory_gib=None):
-    """Runs one loop in a process of its own; returns its measurements, or None if memory ran out."""
+    """Runs one loop in a separate process; returns its measurements, or None if memory ran out."""
     import torch
 
     command = [__file__, "--work", args.work, "--unet", args.unet, "--loop", loop, "--precisions", precision]
@@ -313,16 +317,18 @@ def run_loop(args, loop, precision, mode, batch_size, windows=None, memory_gib=N
 
 
 def in_turns(args, loops, precision, mode, batch_size):
-    """Runs the loops in turns; returns {loop: measurements of all turns together}."""
+    """Runs the loops alternately; returns {loop: measurements of all turns}."""
     results = {}
     for _ in range(args.turns):
         for loop in loops:
             measured = run_loop(args, loop, precision, mode, batch_size)
             if measured is None:
-                raise ValueError(f"--loop {loop} has no memory for --batch_size {batch_size}")
-            earlier = results.setdefault(loop, measured | {"wall": [], "cpu": []})
+                raise ValueError(
+                    f"--loop {loop} ran out of memory with --batch_size {batch_size}; pass a smaller --batch_size"
+                )
+            combined = results.setdefault(loop, measured | {"wall": [], "cpu": []})
             for key in ("wall", "cpu"):
-                earlier[key] += measured[key]
+                combined[key] += measured[key]
             print(
                 f"{precision} {mode} {loop}: " + " ".join(f"{1e3 * s:.1f}" for s in measured["wall"]) + " ms",
                 file=sys.stderr,
@@ -331,18 +337,19 @@ def in_turns(args, loops, precision, mode, batch_size):
 
 
 def compare(args, precision, mode, batch_size):
-    """Yields the rows of one setting."""
-    label, against = f"{precision}, {mode}, batch {batch_size}", [] if args.tiny else ["plain"]
-    results = in_turns(args, ["whole", "bare", *against], precision, mode, batch_size)
+    """Yields the rows for one precision, mode and batch size."""
+    label, references = f"{precision}, {mode}, batch {batch_size}", ["bare"] if args.tiny else ["bare", "plain"]
+    results = in_turns(args, ["whole", *references], precision, mode, batch_size)
     whole, bare = results["whole"], results["bare"]
     on_gpu = whole["device"] != "cpu"
     for key in ("wall",) if on_gpu else ("wall", "cpu"):
-        (own, other), name = (statistics.median(m[key]) for m in (whole, bare)), f"{key} time"
-        yield f"{label}: {1e3 * own:.1f} ms a step, {name}", f"bare loop {1e3 * other:.1f} ms", own / other, "<= 1.03"
+        whole_s, bare_s = (statistics.median(measurements[key]) for measurements in (whole, bare))
+        measured = f"{label}: {1e3 * whole_s:.1f} ms per step, {key} time"
+        yield measured, f"bare loop {1e3 * bare_s:.1f} ms", whole_s / bare_s, "<= 1.03"
     step_s = statistics.median(whole["wall"])
     images_per_s = batch_size / step_s
     speed = f"  {images_per_s:.1f} images/s"
-    yield "  its wait for data, as a share of time", "", whole["data_wait"], ""
+    yield "  fraction of time waiting for data", "", whole["data_wait"], ""
     if whole["waits"] is not None:
         yield "  waits of the host for the device outside log steps", "", whole["waits"], "0"
     if "plain" in results:
@@ -353,14 +360,14 @@ def compare(args, precision, mode, batch_size):
 
 
 def largest_batch(args, precision, mode):
-    """The largest batch size, a multiple of 2, with which the whole loop runs in --memory_gib; 0: none."""
+    """Returns the largest even batch size with which the whole loop fits into --memory_gib; 0: none fits."""
     fits, too_large = 0, None
     while too_large is None or too_large - fits > 2:
-        tried = (fits * 2 or 2) if too_large is None else (fits + too_large) // 4 * 2
-        if run_loop(args, "whole", precision, mode, tried, windows=1, memory_gib=args.memory_gib):
-            fits = tried
+        batch_size = (fits * 2 or 2) if too_large is None else (fits + too_large) // 4 * 2
+        if run_loop(args, "whole", precision, mode, batch_size, windows=1, memory_gib=args.memory_gib):
+            fits = batch_size
         else:
-            too_large = tried
+            too_large = batch_size
     return fits
 
 
@@ -369,7 +376,7 @@ def main(argv=None):
     import torch
 
     if args.memory_gib and not torch.cuda.is_available():
-        raise ValueError("--memory_gib limits the memory of a GPU: there is none here")
+        raise ValueError("--memory_gib limits GPU memory, but this machine has no GPU; omit the flag")
     work = Path(args.work) / args.unet
     inputs = make_inputs(work, args.tiny)
     if args.loop:
@@ -379,17 +386,19 @@ def main(argv=None):
         (whole_loop if args.loop == "whole" else bare_loop)(args, work, *inputs)
         return 0
     rows = [
-        row for precision in args.precisions for mode in args.modes
+        row
+        for precision in args.precisions
+        for mode in args.modes
         for row in compare(args, precision, mode, args.batch_size)
-    ]  # fmt: skip
+    ]
     if args.memory_gib:
         for precision in args.precisions:
             batch_size = largest_batch(args, precision, args.modes[0])
             rows.append((f"{precision}, {args.modes[0]}: batch in {args.memory_gib:g} GiB", "", batch_size, ""))
             rows += compare(args, precision, args.modes[0], batch_size) if batch_size else []
-    print(f"\n{'measured':62}{'against':28}{'ratio':>7}  wanted")
-    for measured, against, ratio, wanted in rows:
-        print(f"{measured:62}{against:28}{ratio:7.3f}  {wanted}")
+    print(f"\n{'measured':62}{'reference':28}{'ratio':>7}  target")
+    for measured, reference, ratio, target in rows:
+        print(f"{measured:62}{reference:28}{ratio:7.3f}  {target}")
     return 0
 
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Trains the embedded default well and broken in three ways, and draws the pictures of docs/logging.md.
+"""Trains one healthy and three broken runs, and makes the pictures in docs/logging.md from their reports.
 
     ./quickstart.sh && ./benchmarks/what_goes_wrong.py --work /tmp/wrong
 
-Takes data, caches and model of the finished quickstart. Each broken run differs from the healthy one in a single
-thing. What is done is skipped when the script is started again. On one CPU core a run takes two minutes. Needs the
-test extra and a Chromium for the pictures, which are parts of what report.py writes.
+Uses data, caches and model of the finished quickstart. Each broken run differs from the healthy run in one setting.
+Finished runs are skipped when the script is started again. A run takes two minutes on one CPU core. Needs the test
+extra, and Chromium for taking screenshots of the pages that report.py writes.
 """
 
 import io
@@ -25,33 +25,36 @@ MODEL = QUICKSTART / "model_t5"
 STEPS, WIDTH = 1000, 980
 DEAD_LAYER = "up_blocks.1.attentions.0.transformer_blocks.0.attn2"
 
-# Run -> (settings of train_t5.sh, flags) that differ from the healthy one's.
+# Run -> (settings of train_t5.sh, flags) that differ from those of the healthy run.
 RUNS = {
     "healthy": ({}, []),
     "lr_too_high": ({"LR": 5e-2}, []),
-    "dead_qk": ({"MODEL": "model_dead_qk"}, []),  # made below: a layer whose query and key weights are zero
-    "wrong_vae_scale": ({}, ["--vae_scaling_factor", 0.13025]),  # SDXL's, where the tiny VAE has 0.82702
+    "dead_qk": ({"MODEL": "model_dead_qk"}, []),  # see make_dead_model
+    "wrong_vae_scale": ({}, ["--vae_scaling_factor", 0.13025]),  # SDXL's; the tiny VAE's is 0.82702
 }
-# Picture -> (the run that is compared with the healthy one, or None; its charts; prompts whose samples are shown).
+# Picture -> (run to compare with the healthy one, or None; titles of the charts; number of prompts to show).
 PICTURES = {
     "healthy": (None, ["Loss", "Validation loss", "Gradient norm, before clipping",
                        "Query and key gradients, each attention layer"], 2),
     "lr_too_high": ("lr_too_high", ["Loss", "Gradient norm, before clipping", "Validation loss",
                                     "Query and key gradients, each attention layer"], 2),
-    "dead_qk": ("dead_qk", ["Query and key gradients, each attention layer", "The same over the value gradients"], 0),
+    "dead_qk": ("dead_qk", ["Query and key gradients, each attention layer",
+                            "Query and key over value gradients, each attention layer"], 0),
     "wrong_vae_scale": ("wrong_vae_scale", ["Latents: standard deviation by channel", "Validation loss"], 2),
 }  # fmt: skip
 
 
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
-    parser.add_argument("--work", required=True, type=Path, help="directory for the runs; kept")
-    parser.add_argument("--out", type=Path, default=REPO / "docs", help="directory for the pictures")
-    return parser.parse_args(argv)
+    parser.add_argument("--work", required=True, type=Path, help="directory for the runs; not deleted")
+    parser.add_argument("--out", type=Path, help="directory for the pictures; default: docs in this repository")
+    args = parser.parse_args(argv)
+    args.out = args.out or REPO / "docs"
+    return args
 
 
 def make_dead_model(directory):
-    """A copy of the model in which DEAD_LAYER's queries and keys are zero, so that neither has a gradient."""
+    """Copies the model and zeroes query and key weights of DEAD_LAYER, so that neither gets a gradient."""
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(MODEL, directory, dirs_exist_ok=True)
@@ -64,7 +67,7 @@ def make_dead_model(directory):
 
 def train(work, name):
     """Trains one run, unless done."""
-    different, flags = RUNS[name]
+    changes, flags = RUNS[name]
     out = work / name
     if (out / f"checkpoint-{STEPS:06d}").exists():
         return
@@ -76,34 +79,16 @@ def train(work, name):
         "SAMPLE_PROMPTS": QUICKSTART / "sample_prompts_t5.txt", "SAMPLE_STEPS": 250, "SAVE_STEPS": STEPS,
         "VAL_SPLIT": 0.02, "OMP_NUM_THREADS": 1,
     }  # fmt: skip
-    settings |= {key: work / value if key == "MODEL" else value for key, value in different.items()}
-    flags = [
-        "--betas",
-        0.9,
-        0.99,
-        "--warmup_steps",
-        100,
-        "--lr_decay_steps",
-        STEPS,
-        "--sample_cfgs",
-        1,
-        3,
-        7,
-        "--cache_in_ram",
-        "--val_steps",
-        100,
-        "--log_step",
-        10,
-        "--diagnostic_steps",
-        100,
-        *flags,
-    ]
+    settings |= {key: work / value if key == "MODEL" else value for key, value in changes.items()}
+    common = ["--betas", 0.9, 0.99, "--warmup_steps", 100, "--lr_decay_steps", STEPS, "--sample_cfgs", 1, 3, 7]
+    common += ["--cache_in_ram", "--val_steps", 100, "--log_step", 10, "--diagnostic_steps", 100]
+    flags = [*common, *flags]
     environment = os.environ | {key: str(value) for key, value in settings.items()}
     subprocess.run([REPO / "train_t5.sh", *map(str, flags)], check=True, env=environment)
 
 
 def draw(browser, page_path, titles, num_prompts, picture):
-    """Takes charts, and the samples of the last step, out of a page of report.py."""
+    """Saves a screenshot of some charts and of the samples at the last step, from a page of report.py."""
     page = browser.new_page(viewport={"width": WIDTH, "height": 800}, color_scheme="light")
     page.goto(page_path.as_uri())
     page.evaluate(
@@ -123,16 +108,16 @@ def draw(browser, page_path, titles, num_prompts, picture):
     page.wait_for_timeout(200)
     data = page.locator("#picture").screenshot()
     page.close()
-    Image.open(io.BytesIO(data)).quantize(256).save(picture, optimize=True)  # a third of the size
+    Image.open(io.BytesIO(data)).quantize(256).save(picture, optimize=True)  # a palette: a third of the size
 
 
 def main(argv=None):
     args = parse_args(argv)
     if not (QUICKSTART / "samples_t5.png").exists():
-        raise ValueError(f"{QUICKSTART}: no finished quickstart there; run ./quickstart.sh first")
+        raise ValueError(f"{QUICKSTART}: no finished quickstart found; run ./quickstart.sh first")
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if chromium is None:
-        raise ValueError("no chromium, chromium-browser or google-chrome in PATH")
+        raise ValueError("no chromium, chromium-browser or google-chrome in PATH; install Chromium")
     args.work.mkdir(parents=True, exist_ok=True)
     make_dead_model(args.work / "model_dead_qk")
     for name in RUNS:

@@ -7,8 +7,8 @@ Writes 00000.png and 00000.txt ("a small red circle on the left on a blue backgr
 colors, five places and two sizes give 3,360 captions. Six pairs of shape and color are held out and never drawn: a
 model that draws them has learned to combine words, not only to memorise pictures.
 
-Image i depends only on i and the seed. A larger data set therefore starts with the same images as a smaller one, and a
-second run draws only missing images.
+Image i depends only on i and the seed. A larger data set therefore starts with the same images as a smaller one, and
+a second run draws only missing images.
 """
 
 import hashlib
@@ -135,9 +135,7 @@ OUTLINES = {  # in units of the radius, centered on 0
 }  # fmt: skip
 
 
-def shape_mask(
-    shape: str, center: tuple[float, float], radius: float, image_size: int = IMAGE_SIZE
-) -> Image.Image:
+def shape_mask(shape: str, center: tuple[float, float], radius: float, image_size: int = IMAGE_SIZE) -> Image.Image:
     """Renders the mask of a shape.
 
     Args:

@@ -3,9 +3,10 @@
 
     ./dataset_scripts/score_shapes.py output/samples/step-002800
 
-A PNG's prompt is read from its text chunk `prompt`, else from a .txt file beside it. Five attributes are read from the
-pixels and compared with the prompt: background, color, shape, place and size. A picture counts as right if all five are
-right. PNGs without a caption of draw_shapes.py as prompt (a grid, for example) are left out; their number is printed.
+A PNG's prompt is read from its text chunk `prompt`, else from a .txt file beside it. Five attributes are read from
+the pixels and compared with the prompt: background, color, shape, place and size. A picture counts as right if all
+five are right. PNGs without a caption of draw_shapes.py as prompt (a grid, for example) are left out; their number is
+printed.
 
 The score of pictures drawn by draw_shapes.py is 100%, and 0% with shuffled captions.
 """
@@ -88,7 +89,11 @@ def split_foreground(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray | None,
 
 
 def crop_to_box(coverage: np.ndarray) -> tuple[np.ndarray, tuple[int, int, int, int]]:
-    """Crops to the bounding box of the shape; returns (crop scaled to [32, 32], (left, top, right, bottom) in pixels)."""
+    """Crops to the shape's bounding box.
+
+    Returns:
+        (crop scaled to [32, 32], (left, top, right, bottom) in pixels).
+    """
     rows, columns = np.nonzero(coverage > 0.5)
     box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
     image = Image.fromarray(coverage.astype(np.float32))
@@ -166,7 +171,7 @@ def percent(flags: Sequence[bool]) -> float | None:
 
 
 def summarize(judgements: Iterable[Judgement]) -> dict[str, dict]:
-    """Returns {"trained": {...}, "held_out": {...}}: num_images, and the percentage right per attribute and of `all`."""
+    """Returns {"trained": {...}, "held_out": {...}}: num_images, and percent right per attribute and for `all`."""
     groups = {"trained": [], "held_out": []}
     for judgement in judgements:
         groups["held_out" if judgement.held_out else "trained"].append(judgement)
@@ -201,7 +206,9 @@ def print_report(summary: dict[str, dict]) -> None:
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     parser.add_argument("folder", type=Path, help="directory of pictures, subdirectories included")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the scores of all pictures to this file")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the scores of all pictures to this file"
+    )
     percent = cli.Number(float, 0, 100)
     parser.add_argument(
         "--min_trained",
@@ -226,13 +233,14 @@ def main(argv=None):
     judgements, left_out = judge_folder(args.folder)
     if left_out:
         print(
-            f"left out {len(left_out)} pictures without a caption of draw_shapes.py as prompt, such as {left_out[0]}",
+            f"left out {len(left_out)} pictures whose prompt is not a caption of draw_shapes.py, such as "
+            f"{left_out[0]}",
             file=sys.stderr,
         )
     if not judgements:
         print(
-            f"error: {args.folder}: found no PNG with a caption of draw_shapes.py as prompt; expected the prompt in a "
-            "text chunk `prompt`, as written by sample.py, or in a .txt file beside the PNG",
+            f"error: {args.folder}: found no PNG with a caption of draw_shapes.py as prompt; expected the prompt in "
+            "a text chunk `prompt`, as written by sample.py, or in a .txt file beside the PNG",
             file=sys.stderr,
         )
         return 2

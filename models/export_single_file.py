@@ -22,7 +22,9 @@ def parse_args(argv=None):
     parser.add_argument(
         "--dtype", choices=("fp32", "bf16", "fp16"), help="dtype of all weights in the file; default: as stored"
     )
-    parser.add_argument("--raw_weights", action="store_true", help="use the trained weights instead of the EMA weights")
+    parser.add_argument(
+        "--raw_weights", action="store_true", help="use the trained weights instead of the EMA weights"
+    )
     return parser.parse_args(argv)
 
 

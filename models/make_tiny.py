@@ -199,7 +199,7 @@ def clip_reader(hidden_size: int, num_attributes: int) -> torch.nn.Module:
 
 
 def make_clip(out: Path, device: str) -> None:
-    """Writes a CLIP text encoder, trained so that the caption's attributes can be read from its tokens, and its tokenizer.
+    """Writes a CLIP text encoder from whose tokens the caption's attributes can be read, and its tokenizer.
 
     A random text encoder is not enough: a UNet early in training cannot read the shape from its output. The training
     head reads all 77 tokens, padding included, as Stable Diffusion does, and also the second-to-last layer, for
@@ -261,9 +261,7 @@ def make_vae(out: Path, device: str) -> None:
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     parser.add_argument("--stage", choices=(*STAGES, "all"), default="all", help="part to make")
-    parser.add_argument(
-        "--out", type=Path, help="directory for the parts; default: models/tiny in this repository"
-    )
+    parser.add_argument("--out", type=Path, help="directory for the parts; default: models/tiny in this repository")
     args = parser.parse_args(argv)
     args.out = args.out or ROOT / "models" / "tiny"
     return args

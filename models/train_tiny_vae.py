@@ -4,8 +4,8 @@
     ./dataset_scripts/draw_shapes.py --out shapes --num_images 12000 --seed 1
     ./models/train_tiny_vae.py --data_root shapes --out models/tiny/vae
 
-Takes half an hour on one CPU core. The VAE is saved at every evaluation, so a usable one exists early. models/tiny/vae
-was made with these two commands.
+Takes half an hour on one CPU core. The VAE is saved at every evaluation, so a usable one exists early.
+models/tiny/vae was made with these two commands.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def to_float(images: torch.Tensor) -> torch.Tensor:
 
 
 def with_smooth_field(batch: torch.Tensor) -> torch.Tensor:
-    """Replaces the first picture by a random smooth color field, so that the VAE copes with other kinds of pictures."""
+    """Replaces the first picture by a smooth random color field, so that the VAE can encode other pictures too."""
     import torch
     import torch.nn.functional as F
 
@@ -73,8 +73,8 @@ def vae_loss(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
     """Weighted squared error plus a KL term, which adds as much noise to the latents as reconstruction tolerates.
 
     Plain squared error stalls near 23 dB with the shapes washed out, because shapes cover only a few percent of the
-    pixels. Pixels of a shape therefore weigh five times as much; pixels near a shape do too, or else notches and holes
-    fill up.
+    pixels. Pixels of a shape therefore weigh five times as much; pixels near a shape do too, or else notches and
+    holes fill up.
     """
     import torch
     import torch.nn.functional as F
@@ -161,7 +161,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if len(list(args.data_root.glob("*.png"))) <= NUM_VALIDATION:
         parser.error(
-            f"--data_root {args.data_root}: expected more than {NUM_VALIDATION} PNGs; run dataset_scripts/draw_shapes.py"
+            f"--data_root {args.data_root}: expected more than {NUM_VALIDATION} PNGs; "
+            "run dataset_scripts/draw_shapes.py"
         )
     return args
 

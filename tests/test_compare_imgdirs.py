@@ -467,9 +467,9 @@ def test_three_directories_show_all_and_any_two_overlaid(browser, runs, tmp_path
 def test_unreadable_image_is_named_not_fatal(browser, runs, tmp_path):
     (runs[1] / "samples" / IMAGE).write_bytes(b"\x89PNG cut")
     with opened(browser, runs, tmp_path) as (page, _):
-        assert page.text_content(".note") == "this image cannot be read"
+        assert page.text_content(".note") == "unreadable image"
         page.keyboard.press("3")
-        assert page.text_content(".note") == "this image cannot be read"
+        assert page.text_content(".note") == "unreadable image"
 
 
 def test_served_page_loads_only_what_is_shown(browser, runs):

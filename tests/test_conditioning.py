@@ -87,7 +87,7 @@ def test_sidecar_without_one_of_the_tensors_is_refused_by_name(row, data, tmp_pa
 
 
 def test_unknown_kind_is_refused_by_name(data):
-    with pytest.raises(ValueError, match=f"text caches of kind '{KIND}' are not supported; expected one of txt_clipl"):
+    with pytest.raises(ValueError, match=f"'{KIND}' are not supported; expected one of txt_clipl"):
         PairIndex([data], ".img_sdxl", SUFFIX)
 
 

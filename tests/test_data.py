@@ -143,7 +143,7 @@ def test_caches_that_do_not_fit_into_memory_are_refused_and_the_estimate_is_clos
     assert 0.5 * real < ram.needed_bytes(index) < 2 * real
     assert len(ram.RamCache(index)._data) == real
     monkeypatch.setattr(ram, "available_bytes", lambda: 50_000)
-    with pytest.raises(ValueError, match="--cache_in_ram: the caches take"):
+    with pytest.raises(ValueError, match="--cache_in_ram: the caches need"):
         ram.RamCache(index)
 
 

@@ -251,7 +251,7 @@ def test_ranks_that_list_different_pairs_are_refused(launcher, folders, tmp_path
     ranks = launcher.fail("differ", launcher.argv("differ", folders=["data"]), cwds=cwds)
     assert [rank.code for rank in ranks] == [2, 2]
     assert all(
-        "the ranks list different pairs: 24 pairs, the first data/00000; 24 pairs" in rank.output for rank in ranks
+        "different pairs: 24 pairs, the first data/00000; 24 pairs" in rank.output for rank in ranks
     )
 
 

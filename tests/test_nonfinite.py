@@ -309,7 +309,9 @@ def test_three_bad_steps_in_a_row_end_the_run(
         with pytest.raises(ValueError) as error:
             start()
     said, kept = str(error.value), out / f"checkpoint-{ends_at:06d}"
-    assert f"3 steps in a row, up to step {last_bad}: look at {out / QUARANTINE}, lower --lr" in said
+    assert (
+        f"3 steps in a row, up to step {last_bad}: check the files listed in {out / QUARANTINE}, lower --lr" in said
+    )
     assert said.endswith(f"the last good weights are in {kept}") and "\n" not in said
     assert [int(step) for step, *_ in quarantined(out)] == bad_steps[-3:] or ends_at == 8
     assert all(tensor.isfinite().all() for path in kept.rglob("*.safetensors") for tensor in load_file(path).values())
@@ -357,7 +359,9 @@ def test_what_is_remembered_of_a_step_does_not_keep_its_batch(shapes, tmp_path):
     batch = torch.zeros(1000, dtype=torch.int64)  # as data.unpack gives them, all tensors of a batch are one memory
     remembered = NonfiniteSteps(None, tmp_path, None, 10, False)
     remembered.add(batch[:2], torch.zeros(2))
-    assert all(tensor.untyped_storage().nbytes() < 100 for part in remembered._parts for tensor in part)
+    assert all(
+        tensor.untyped_storage().nbytes() < 100 for micro_batch in remembered._micro_batches for tensor in micro_batch
+    )
 
 
 def test_a_list_that_cannot_be_written_is_said_instead_and_training_goes_on(

@@ -40,7 +40,7 @@ def test_captions_round_trip():
     ["", "a photo of a cat", "a small red circle on the left", "a small red circle on the left on a red background"],
 )
 def test_captions_of_other_worlds_are_refused(caption):
-    with pytest.raises(ValueError, match="not a caption of this world"):
+    with pytest.raises(ValueError, match="not a caption of this data set"):
         draw_shapes.parse_caption(caption)
 
 
@@ -83,7 +83,7 @@ def test_second_run_draws_only_what_is_missing(tmp_path, capsys):
     (tmp_path / "00003.txt").unlink()  # as a run killed between picture and caption leaves it
     kept = (tmp_path / "00002.png").stat().st_mtime_ns
     assert run_script("dataset_scripts/draw_shapes.py", *arguments) == 0
-    assert "1 images drawn, 5 were there already" in capsys.readouterr().out
+    assert "1 images drawn, 5 existed already" in capsys.readouterr().out
     assert (tmp_path / "00002.png").stat().st_mtime_ns == kept
     assert run_script("dataset_scripts/draw_shapes.py", *arguments, "--seed", 1) == 1
     assert "'seed': 0" in capsys.readouterr().err

@@ -215,7 +215,7 @@ def observe(trainer, moment=None):
     before(index, "read_header", header)
     before(trainer, "forward_pass", forward)
     before(Saving, "save", save)
-    before(Saving, "_bring_frozen_parts", lambda *_: at("save"))
+    before(Saving, "_add_frozen_parts", lambda *_: at("save"))
     _watch_exchanges(distributed, seen)
     return seen
 

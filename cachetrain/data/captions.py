@@ -53,7 +53,7 @@ def read_caption(pair: Pair) -> Caption:
 
 
 def find_caption(stem: str) -> Caption:
-    """Looks for the caption file of the image `stem`.* (which need not exist) and reads it; raises as read_caption."""
+    """Finds and reads the caption of the image `stem`.*, which need not exist; raises like read_caption."""
     path = next((stem + suffix for suffix in CAPTION_SUFFIXES if os.path.exists(stem + suffix)), None)
     return _caption_from_name(stem) if path is None else read_caption(Pair(stem, path))
 

@@ -131,7 +131,7 @@ def _collate_packed(conditioning, multiple, samples):
 
 
 def on_device(loader: Iterable[Packed], device: torch.device) -> Iterator[dict]:
-    """Yields the loader's batches, unpacked, on `device`; on CUDA the next batch is copied during the current step."""
+    """Yields the loader's batches on `device`, unpacked; on CUDA the next batch is copied during the current step."""
     if device.type != "cuda":
         for packed in loader:
             yield unpack(_to_device(packed, device))

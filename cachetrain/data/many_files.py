@@ -45,7 +45,7 @@ class PackedStrings:
 
 
 def random_subset(items: Iterable, number: int, seed: int) -> Iterable:
-    """Returns `number` random items, in their original order; 0: all items. Holds only the selected ones in memory."""
+    """Returns `number` random items in their original order, holding only these in memory; 0: all items."""
     if not number:
         return items
     draw = random.Random(seed).random

@@ -30,8 +30,8 @@ class RamCache:
         needed, free = needed_bytes(index), available_bytes()
         if free is not None and needed > 0.9 * free:
             raise ValueError(
-                f"--cache_in_ram: the caches need {needed / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB of memory "
-                "are free; omit the flag (--num_workers read the files ahead of time)"
+                f"--cache_in_ram: the caches need {needed / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB of "
+                "memory are free; omit the flag (--num_workers read the files ahead of time)"
             )
         # A text sidecar used for all images is stored once, after the images.
         path_functions = [index.image_path] if index.one_text else [index.image_path, index.text_path]

@@ -29,7 +29,7 @@ def timestep_fraction(sampling: str, uniform: float) -> float:
 
 
 def stratified(offset: float, slot: int, batch_size: int) -> float:
-    """Returns the uniform number for one sample, such that each of `batch_size` equal parts of [0, 1) gets one number.
+    """Returns the uniform number for one sample; each of `batch_size` equal parts of [0, 1) gets one number.
 
     frac(offset + slot / batch_size), the low-discrepancy sampler of Kingma et al. 2021.
 

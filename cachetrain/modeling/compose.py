@@ -1,4 +1,4 @@
-"""Builds pipeline directories from parts. Frozen parts are copied byte for byte, so their fingerprints do not change."""
+"""Builds pipeline directories from parts. Frozen parts are copied byte for byte, which keeps their fingerprints."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The UNet's conditioning, from a sample's sidecars to the UNet's keyword arguments.
 
-Each kind of text sidecar has a row in KINDS: which tensors the sidecars hold, and how the UNet takes these tensors. No
-other module depends on the number of tensors. The data takes three forms:
+Each kind of text sidecar has a row in KINDS: which tensors the sidecars hold, and how the UNet takes these tensors.
+No other module depends on the number of tensors. The data takes three forms:
 
     tensors    one text sidecar as stored: {"emb": [T, D]}
     condition  one sample: the same names, scaled, in the training dtype; plus time ids, if the kind has them
@@ -171,14 +171,14 @@ class Conditioning:
         return arguments
 
     def example(self, widths: Mapping[str, int], num_tokens: int) -> dict:
-        """Returns uninitialised arguments for one sample of `num_tokens` tokens, to count FLOPs on the meta device."""
+        """Returns uninitialised arguments for one sample, to count operations on the meta device."""
         sequence = {self.row.sequence: torch.empty(num_tokens, widths[self.row.sequence])}
         vectors = {name: torch.empty(widths[name]) for name in self.row.vectors}
         return self.collate([sequence | vectors | ({TIME_IDS: torch.empty(6)} if self.row.time_ids else {})], 1)
 
 
 def predict(unet, latents: torch.Tensor, timesteps: torch.Tensor, arguments: Mapping) -> torch.Tensor:
-    """Returns the UNet's prediction [B, C, h, w]. Training, validation, diagnostics and sampling all go through here.
+    """Returns the UNet's prediction [B, C, h, w]; used by training, validation, diagnostics and sampling alike.
 
     Args:
         unet: UNet2DConditionModel, or a distributed wrapper around one.

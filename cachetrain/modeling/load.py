@@ -1,7 +1,7 @@
 """Loads model components one by one, with known classes, from safetensors only.
 
-No code from a model directory is run and no pickle is read. The one exception is `load_custom_pipeline`, which scripts
-call only if the user passed `--custom`.
+No code from a model directory is run and no pickle is read. The one exception is `load_custom_pipeline`, which
+scripts call only if the user passed `--custom`.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def resolve_model(
 
     kinds = [*WEIGHT_PATTERNS, *CONFIG_PATTERNS, *(["*.py"] if code else [])]
     patterns = [f"{folder}/{kind}" for folder in subfolders or ("*",) for kind in kinds]
-    # The files of a bare component are at the root of the repository. Pipelines keep single-file copies of all weights
-    # there, under other names, which must not be downloaded.
+    # The files of a bare component are at the root of the repository. Pipelines keep single-file copies of all
+    # weights there, under other names, which must not be downloaded.
     patterns += ["model*.safetensors*", "diffusion_pytorch_model*.safetensors*", *kinds[len(WEIGHT_PATTERNS) :]]
     try:
         # Variants (fp16, non_ema) are never read.

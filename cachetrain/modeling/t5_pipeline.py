@@ -92,7 +92,7 @@ def decode_latents(vae, latents: torch.Tensor) -> torch.Tensor:
 
 
 def vae_reduction(vae) -> int:
-    """Returns the VAE's spatial downsampling factor; same as cachetrain.modeling.vae, which cannot be imported here."""
+    """Returns the VAE's downsampling factor; same as cachetrain.modeling.vae, which cannot be imported here."""
     if getattr(vae, "spatial_compression_ratio", None):
         return vae.spatial_compression_ratio
     keys = ("down_block_out_channels", "encoder_block_out_channels", "block_out_channels")

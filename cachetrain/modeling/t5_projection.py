@@ -1,4 +1,7 @@
-"""The frozen projection from T5's width to the UNet's. Copied into model directories, so it must not import cachetrain."""
+"""The frozen projection from T5's width to the UNet's.
+
+This file is copied into model directories, so it must not import cachetrain.
+"""
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -8,9 +11,9 @@ from diffusers.models.modeling_utils import ModelMixin
 class T5Projection(ModelMixin, ConfigMixin):
     """`scaling_factor * (W x + b)`: T5 hidden states [B, T, in_features] -> [B, T, out_features].
 
-    W has orthonormal rows, either random or the principal components of a set of captions (then b centres the result).
-    scaling_factor is 1 / (standard deviation of W x + b), so that the UNet's cross-attention gets unit variance as with
-    CLIP.
+    W has orthonormal rows, either random or the principal components of a set of captions (then b centres the
+    result). scaling_factor is 1 / (standard deviation of W x + b), so that the UNet's cross-attention gets unit
+    variance as with CLIP.
     """
 
     @register_to_config

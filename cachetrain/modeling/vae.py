@@ -20,8 +20,8 @@ def vae_reduction(vae: ModelMixin) -> int:
     # AutoencoderDC and most newer classes.
     if getattr(vae, "spatial_compression_ratio", None):
         return vae.spatial_compression_ratio
-    # All encoder blocks but one halve the sides. AsymmetricAutoencoderKL and AutoencoderTiny have separate config keys
-    # for the encoder's blocks; their `block_out_channels` describe the decoder. AutoencoderTiny's
+    # All encoder blocks but one halve the sides. AsymmetricAutoencoderKL and AutoencoderTiny have separate config
+    # keys for the encoder's blocks; their `block_out_channels` describe the decoder. AutoencoderTiny's
     # `spatial_scale_factor` is computed from the number of color channels, so it is right only for four blocks.
     for key in ("down_block_out_channels", "encoder_block_out_channels", "block_out_channels"):
         if blocks := getattr(vae.config, key, None):

@@ -42,7 +42,9 @@ def read_run(output_dir: str | Path) -> dict:
     """
     output_dir = Path(output_dir)
     if not (output_dir / "args.json").is_file():
-        raise ValueError(f"{output_dir}: has no args.json, so no run was written here; pass the --output_dir of training")
+        raise ValueError(
+            f"{output_dir}: has no args.json, so no run was written here; pass the --output_dir of training"
+        )
     settings = json.loads((output_dir / "args.json").read_text(encoding="utf-8"))
     scalars = read_scalars(output_dir / "metrics.jsonl")
     step = max((steps[-1] for steps, _ in scalars.values()), default=0)
@@ -116,8 +118,8 @@ def _lines(path):
 def thinned(steps: Sequence[int], values: Sequence[float]) -> list[list]:
     """Reduces a curve to about MAX_POINTS points; returns [steps, values], values to 5 digits, None if not finite.
 
-    A longer curve is cut into segments. Each segment keeps its lowest and its highest point, so that no spike is lost,
-    and one value that is not finite, if there is any.
+    A longer curve is cut into segments. Each segment keeps its lowest and its highest point, so that no spike is
+    lost, and one value that is not finite, if there is any.
     """
     values, positions = np.asarray(values, np.float64), np.arange(len(values))
     if len(values) > MAX_POINTS:

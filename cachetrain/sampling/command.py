@@ -4,8 +4,8 @@
     ./sample.py --watch output/run1 --device cpu
 
 EMA weights are used if the checkpoint has them. Writes one PNG per prompt and guidance scale (cfg); the PNG's text
-chunks hold the settings. All cfgs start from the same noise, and a seed gives the same noise on every device. --prompts
-also accepts a sample_prompts.json, as in training; the file overrides the flags.
+chunks hold the settings. All cfgs start from the same noise, and a seed gives the same noise on every device.
+--prompts also accepts a sample_prompts.json, as in training; the file overrides the flags.
 
 --watch draws each checkpoint of a run that has no samples yet, in a separate process and on any device. The PNGs are
 written to OUTPUT_DIR/samples, with the prompts and settings of the run unless flags override them. The script exits
@@ -41,7 +41,16 @@ def parse_args(argv=None):
         "--negative_prompt", default="", help="negative prompt; a .json file can set another one for each prompt"
     )
     parser.add_argument("--out", metavar="DIR", help="directory for the PNGs; required with --model")
-    drawing = parser.add_argument_group("drawing")
+    _add_drawing_arguments(parser.add_argument_group("drawing"))
+    args = parser.parse_args(argv)
+    if args.watch and (args.out or args.grid):
+        parser.error("--watch draws to OUTPUT_DIR/samples; it cannot be combined with --out or --grid")
+    if args.model and not (args.out and (args.prompt or args.prompts)):
+        parser.error("--model requires --out, and --prompt or --prompts")
+    return args
+
+
+def _add_drawing_arguments(drawing):
     drawing.add_argument(
         "--cfgs",
         type=cli.not_negative,
@@ -88,12 +97,6 @@ def parse_args(argv=None):
     drawing.add_argument(
         "--grid_size", type=cli.positive_int, default=64, metavar="N", help="maximum number of pictures in --grid"
     )
-    args = parser.parse_args(argv)
-    if args.watch and (args.out or args.grid):
-        parser.error("--watch draws to OUTPUT_DIR/samples; it cannot be combined with --out or --grid")
-    if args.model and not (args.out and (args.prompt or args.prompts)):
-        parser.error("--model requires --out, and --prompt or --prompts")
-    return args
 
 
 def main(argv=None):
@@ -128,9 +131,7 @@ def main(argv=None):
     return 0
 
 
-def open_samples(
-    args: argparse.Namespace, model_dir: Path, device: torch.device
-) -> tuple[SampleImages, dict]:
+def open_samples(args: argparse.Namespace, model_dir: Path, device: torch.device) -> tuple[SampleImages, dict]:
     """Returns (SampleImages for --prompt or --prompts, the dict of checkpoint_info)."""
     from cachetrain.checkpoints.info import checkpoint_info
     from cachetrain.modeling import load

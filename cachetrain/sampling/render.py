@@ -42,9 +42,7 @@ class Renderer(NamedTuple):
     num_inference_steps: int
     batch_size: int
 
-    def draw(
-        self, drawings: Sequence[Drawing], cfgs: Sequence[float]
-    ) -> Iterator[tuple[int, float, Image.Image]]:
+    def draw(self, drawings: Sequence[Drawing], cfgs: Sequence[float]) -> Iterator[tuple[int, float, Image.Image]]:
         """Draws pictures of any sizes; a batch holds up to `batch_size` pictures of the same size.
 
         Args:

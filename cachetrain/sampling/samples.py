@@ -217,7 +217,7 @@ class SampleImages:
         return drawings
 
     def _caption_of_data(self, sample, slot, step, last_samples):
-        """Returns (name, caption, condition) for a pair of the training data; None: the last batch had too few pairs."""
+        """Returns (name, caption, condition) for a pair of the training data; None if the last batch is too small."""
         if self.open_index is None:
             raise ValueError('"random_caption" needs training data, which is not available here; use "prompt"')
         index = self.open_index()
@@ -333,9 +333,7 @@ def default_latent_size(
 
 def completed(prompts: Prompts, defaults: Prompts, negative_prompt: str = "") -> Prompts:
     """Fills in settings that are None from `defaults`; if there are no samples, captions of the data are drawn."""
-    settings = (
-        default if setting is None else setting for setting, default in zip(prompts, defaults, strict=True)
-    )
+    settings = (default if setting is None else setting for setting, default in zip(prompts, defaults, strict=True))
     samples = prompts.samples or (Sample(),) * _NUM_CAPTIONS
     samples = (sample._replace(negative_prompt=sample.negative_prompt or negative_prompt) for sample in samples)
     return Prompts(*settings)._replace(samples=tuple(samples))
