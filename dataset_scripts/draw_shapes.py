@@ -11,6 +11,8 @@ Image i depends only on i and the seed. A larger data set therefore starts with 
 a second run draws only missing images.
 """
 
+from __future__ import annotations
+
 import hashlib
 import itertools
 import json

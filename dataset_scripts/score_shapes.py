@@ -11,6 +11,8 @@ printed.
 The score of pictures drawn by draw_shapes.py is 100%, and 0% with shuffled captions.
 """
 
+from __future__ import annotations
+
 import json
 import sys
 from collections.abc import Iterable, Sequence

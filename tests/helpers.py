@@ -4,6 +4,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +33,7 @@ def load_script(relative):
     path = REPO / relative
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # where dataclasses look up annotations
     spec.loader.exec_module(module)
     return module
 

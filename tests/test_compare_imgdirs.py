@@ -154,7 +154,7 @@ def test_large_pages_warn_and_too_large_ones_are_refused(runs, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(compare, "LARGE_PAGE_BYTES", 100)
     assert run_script(SCRIPT, *runs) == 0
-    assert "--serve is better" in capsys.readouterr().err
+    assert "better use --serve" in capsys.readouterr().err
     monkeypatch.setattr(compare, "MAX_PAGE_BYTES", 100)
     assert run_script(SCRIPT, *runs, "--out", "refused.html") == 1
     assert "use --serve" in capsys.readouterr().err and not (tmp_path / "refused.html").exists()
@@ -206,7 +206,7 @@ def test_contact_sheet_is_written_as_png_and_a_huge_one_is_refused(runs, tmp_pat
         assert (sheet.format, sheet.width) == ("PNG", 12 + 2 * 268)
     monkeypatch.setattr(compare, "MAX_SHEET_PIXELS", 1000)
     assert run_script(SCRIPT, *runs, "--png", target) == 1
-    assert "compare one step" in capsys.readouterr().err
+    assert "compare the directories of one step" in capsys.readouterr().err
 
 
 # ---- server

@@ -250,9 +250,7 @@ def test_ranks_that_list_different_pairs_are_refused(launcher, folders, tmp_path
     cwds = [tmp_path / "rank0", tmp_path / "rank1"]
     ranks = launcher.fail("differ", launcher.argv("differ", folders=["data"]), cwds=cwds)
     assert [rank.code for rank in ranks] == [2, 2]
-    assert all(
-        "different pairs: 24 pairs, the first data/00000; 24 pairs" in rank.output for rank in ranks
-    )
+    assert all("different pairs: 24 pairs, the first data/00000; 24 pairs" in rank.output for rank in ranks)
 
 
 def test_ranks_end_with_code_2_before_training_where_one_process_would(launcher, folders, tmp_path):

@@ -90,7 +90,7 @@ def test_resume_in_a_fresh_process_is_bit_exact(runs):
 
     fresh(whole)
     run = runs.interrupted(whole, 2)
-    assert f"resumes after step 2 of {checkpoint_path(run, 2)}" in fresh(run, *RESUME)
+    assert f"resumes from {checkpoint_path(run, 2)}, after step 2" in fresh(run, *RESUME)
     runs.train(here, *BRIEF)
     assert content(run, 4) == content(whole, 4) == content(here, 4)
     assert metrics(run) == metrics(whole) == metrics(here)

@@ -577,7 +577,7 @@ def test_front_end_saves_the_running_run_when_asked_and_resumes_it(shapes, model
     goes_on = front_end("t5", "resume", "--num_workers", "0", STEPS=last + 2, **settings)
     said, errors = goes_on.communicate()
     assert goes_on.returncode == 0, errors
-    assert f"resumes after step {last} of {saved[-1]}" in said and (out / f"checkpoint-{last + 2:06d}").exists()
+    assert f"resumes from {saved[-1]}, after step {last}" in said and (out / f"checkpoint-{last + 2:06d}").exists()
 
 
 @pytest.mark.parametrize(

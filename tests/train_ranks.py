@@ -185,9 +185,9 @@ def observe(trainer, moment=None):
     Args:
         moment: at which the process kills itself: "read" (of a header), "forward" (the fourth), "save".
     """
-    from cachetrain import distributed
     from cachetrain.checkpoints.save import Saving
     from cachetrain.data import index
+    from cachetrain.training import run
 
     seen = {"headers": [], "samples": [], "exchanges": 0, "weights": [], "averages": []}
 
@@ -216,7 +216,7 @@ def observe(trainer, moment=None):
     before(trainer, "forward_pass", forward)
     before(Saving, "save", save)
     before(Saving, "_add_frozen_parts", lambda *_: at("save"))
-    _watch_exchanges(distributed, seen)
+    _watch_exchanges(run, seen)
     return seen
 
 
@@ -289,13 +289,13 @@ def _digest_of(unet):
     return digest({n: t.full_tensor() if hasattr(t, "full_tensor") else t for n, t in tensors.items()})
 
 
-def _watch_exchanges(distributed, seen):
+def _watch_exchanges(run, seen):
     import torch
     import torch.distributed as dist
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
     from torch.nn.parallel import DistributedDataParallel
 
-    wrap = distributed.wrap
+    wrap = run.wrap
 
     def count(*_, **__):
         seen["exchanges"] += 1
@@ -312,7 +312,7 @@ def _watch_exchanges(distributed, seen):
         seen["own"] = sum(getattr(p, "_local_tensor", p).numel() for p in model.parameters())
         return model
 
-    distributed.wrap = watched_wrap
+    run.wrap = watched_wrap
     for name in ("reduce_scatter_tensor", "reduce_scatter_single"):  # fully_shard's, by torch's version
         if hasattr(dist, name):
             before(dist, name, count)

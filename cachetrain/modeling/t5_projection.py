@@ -1,7 +1,4 @@
-"""The frozen projection from T5's width to the UNet's.
-
-This file is copied into model directories, so it must not import cachetrain.
-"""
+"""The frozen map from T5's width to the UNet's. Copied into model directories, so it imports nothing of ours."""
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -11,9 +8,8 @@ from diffusers.models.modeling_utils import ModelMixin
 class T5Projection(ModelMixin, ConfigMixin):
     """`scaling_factor * (W x + b)`: T5 hidden states [B, T, in_features] -> [B, T, out_features].
 
-    W has orthonormal rows, either random or the principal components of a set of captions (then b centres the
-    result). scaling_factor is 1 / (standard deviation of W x + b), so that the UNet's cross-attention gets unit
-    variance as with CLIP.
+    W has orthonormal rows (random, or principal components of a caption set, then b centres); scaling_factor is
+    1/std of the result, so that the UNet's cross-attention sees unit variance as it does with CLIP.
     """
 
     @register_to_config
@@ -21,5 +17,5 @@ class T5Projection(ModelMixin, ConfigMixin):
         super().__init__()
         self.linear = torch.nn.Linear(in_features, out_features)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states):
         return self.linear(hidden_states) * self.config.scaling_factor

@@ -138,7 +138,7 @@ def test_resume_steps_over_a_damaged_checkpoint_and_ends_like_the_undisturbed_ru
     train(shapes, model_t5, output_dir, "--max_steps", 3, *FLAGS, "--ema_decay", 0.9, "--resume", "latest")
     said = capsys.readouterr()
     assert f"{third}: IS DAMAGED and stepped over: {weights} does not match its SHA-256" in said.err
-    assert f"resumes after step 2 of {output_dir / 'checkpoint-000002'}" in said.out
+    assert f"resumes from {output_dir / 'checkpoint-000002'}, after step 2" in said.out
     for name in (weights, weights.replace("unet", "unet_ema", 1), "training_state/tensors.safetensors"):
         assert (third / name).read_bytes() == (trained / third.name / name).read_bytes()
     assert set(damages(third.with_name(f"{third.name}.damaged"))) == {weights}

@@ -134,7 +134,7 @@ def test_ranks_of_which_one_is_killed_end_with_one_line_and_resume_bit_exact(run
     said = killed[1 - rank].output
     assert "Traceback" not in said
     error, last = said.splitlines()[-1].split("; last checkpoint: ")
-    assert error.endswith(f": rank {1 - rank}: another rank has ended, its own output says why")
+    assert error.endswith(f": rank {1 - rank}: another rank has ended; see the output of that rank")
     # Rank 0 waits for the save of the third step before it ends, or is killed in the fourth.
     start = 0 if moment == "save" else 3
     assert newest(out) == start and last == (str(checkpoint_path(out, 3)) if start else "none yet")
