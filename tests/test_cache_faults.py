@@ -1,7 +1,7 @@
 """The cache scripts under real faults: killed, stopped, out of space, several at once, launched as ranks.
 
 Whatever happens, what stands under a final name is whole and right, and running the same command again makes what is
-missing: equal, bit by bit, to what an undisturbed run makes. The clock does not decide where a signal falls: the
+missing: bit-for-bit equal to what an undisturbed run makes. The clock does not decide where a signal falls: the
 script stops before a given operation and gets the signal there.
 """
 

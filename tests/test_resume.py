@@ -1,4 +1,4 @@
-"""A run that was interrupted and resumed is the run that was not: its weights, moments and averages bit by bit, its
+"""A run that was interrupted and resumed is the run that was not: weights, moments and averages bit for bit, its
 samples in their order, and its logs."""
 
 import os
@@ -60,7 +60,7 @@ def test_batches_from_any_number_on_are_the_tail_of_all(mixed, weighted, batch_s
             assert tail.waiting == whole.waiting and (tail.trained == whole.trained).all()
 
 
-# Bit by bit
+# Bit for bit
 
 
 @pytest.mark.parametrize(

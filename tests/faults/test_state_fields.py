@@ -33,7 +33,7 @@ class Whole:
         return self.made[flags]
 
     def interrupted(self, flags, change=None):
-        """A copy that goes on from step 2, after `change` (a function that alters the dict) of its state."""
+        """A copy that resumes from step 2, after `change` (a function that alters the dict) of its state."""
         run = self.runs.interrupted(self(flags), 2)
         if change:
             alter_state(checkpoint_path(run, 2), change)
