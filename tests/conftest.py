@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import tempfile
 
 import pytest
@@ -12,6 +13,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Where diffusers copies a directory's own pipeline code before it runs it.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="cachetrain-test-modules-")
+
+# A shell starts a background job with SIGINT ignored, and all processes started from here would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CHROMIUM_ARGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
                  "--disable-sync", "--no-first-run"]  # fmt: skip
