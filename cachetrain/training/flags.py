@@ -23,6 +23,7 @@ from cachetrain.training.optimizers import OPTIMIZERS
 GROUPS = tuple(range(1, 16))  # of the logs
 MEANINGS = ("same", "rounding", "free", "silent")
 
+_SAMPLES = cli.Number(int, 1, 65536)
 _REPEATS = cli.Number(float, 0.001, 10_000)
 _TIMESTEP = cli.Number(int, 0, 1000)
 _BELOW_1 = cli.Number(float, 0, 1, exclude=(1,))
@@ -147,10 +148,10 @@ def _objective_flags(group):
 
 
 def _optimization_flags(group):
-    _flag(group, "--batch_size", type=cli.positive_int, default=64, metavar="N",
+    _flag(group, "--batch_size", type=_SAMPLES, default=64, metavar="N",
           resume="free",  # samples of a backward pass on all ranks are compared
           help="samples in one backward pass of each rank; lower it first when memory runs out")
-    _flag(group, "--gradient_accum", "--grad_accum", type=cli.positive_int, default=1, metavar="N",
+    _flag(group, "--gradient_accum", "--grad_accum", type=_SAMPLES, default=1, metavar="N",
           help="backward passes in one optimizer step, to train with a larger batch than memory holds")
     _flag(group, "--max_steps", type=_STEPS, default=cli.Steps("10000"), metavar="N|Ne", resume="free",
           help="length of the run: optimizer steps, or epochs like 2e")
