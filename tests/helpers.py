@@ -21,7 +21,7 @@ T5, CLIP = (".img_sdxl", ".txt_t5cache"), (".img_sdxl", ".txt_clipl")
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name
 # Of a cache script: latents wider than those of the fixture `shapes`.
 WIDE = ("--target_width", 96, "--target_height", 64, "--num_workers", 0)
-HANG_S = 300  # a test that waits for longer hangs; so long that no loaded machine gets there
+HANG_S = 600  # a test that waits for longer hangs; so long that no loaded machine gets there
 
 
 # Scripts

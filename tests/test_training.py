@@ -250,7 +250,7 @@ def test_cond_dropout_replaces_the_share_of_captions_asked_for(shapes):
 
 def test_flip_uses_latent_flip_and_says_how_to_get_it(shapes, tmp_path):
     index = PairIndex([shapes], *T5)
-    with pytest.raises(ValueError, match=r"cache with --flip"):
+    with pytest.raises(ValueError, match=r"cache the images with --flip"):
         open_pairs(index, flip_p=1.0)[SampleKey(0, 0)]
     data = tmp_path / "data"
     shutil.copytree(shapes, data)
@@ -433,7 +433,7 @@ def test_a_scaling_factor_that_contradicts_the_caches_is_warned_of_once(shapes, 
 
 
 def test_caches_that_do_not_fit_the_unet_are_refused(shapes, model_t5, tmp_path):
-    for field, value, word in (("in_channels", 8, "channels"), ("cross_attention_dim", 32, "wide")):
+    for field, value, word in (("in_channels", 8, "channels"), ("cross_attention_dim", 32, "width")):
         model = tmp_path / field
         UNet2DConditionModel.from_config(
             UNet2DConditionModel.load_config(model_t5 / "unet"), **{field: value}
@@ -465,7 +465,7 @@ def test_headerless_caches_train_with_one_warning(shapes, model_t5, tmp_path, ca
 def test_zero_terminal_snr_is_trained_and_saved_with_the_checkpoint(shapes, model_t5, tmp_path):
     flags = ["--max_steps", 2, "--batch_size", 4, "--zero_terminal_snr", "--use_snr", "--offset_noise", 0.1]
     flags += ["--timestep_sampling", "stratified", "--grad_accum", 2]
-    with pytest.raises(ValueError, match="epsilon cannot tell"):
+    with pytest.raises(ValueError, match="epsilon cannot be trained at pure noise"):
         train(shapes, model_t5, tmp_path / "epsilon", *flags)
     lines, _ = train(shapes, model_t5, tmp_path / "v", *flags, "--objective", "v_prediction")
     assert all(0 < line["01_Training/loss_raw"] < 10 for line in lines)

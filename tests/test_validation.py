@@ -79,7 +79,7 @@ def test_a_split_leaves_each_pair_on_one_side_and_refuses_an_empty_side(index):
     names = [index.stem(i).split("/")[-1] for i in range(len(index))]
     expected = {index.stem(i) for i in np.flatnonzero(split_positions(names, 0.3))}
     assert stems[1] == expected
-    with pytest.raises(ValueError, match=r"--val_split 1e-09: takes 0 of 24"):
+    with pytest.raises(ValueError, match=r"--val_split 1e-09: selects 0 of 24"):
         split_index(index, 1e-9)
 
 
