@@ -261,7 +261,13 @@ def test_sidecars_that_cannot_be_decoded_are_named_and_the_rest_is_done(root, tm
     assert files_of(tmp_path / "out") == ["sub/00005.img_sdxl.png"]
     output = capsys.readouterr()
     lines = sorted(output.err.splitlines())
-    reasons = ["header expects", "SHA-256", r"\[16, 8, 8\].*wants \[4, h, w\]", "not finite", "has no latent, only emb"]
+    reasons = [
+        "header expects",
+        "SHA-256",
+        r"\[16, 8, 8\].*wants \[4, h, w\]",
+        "not finite",
+        "has no latent, only emb",
+    ]
     assert len(lines) == 5 and "1 of 6 latents decoded, 5 failed" in output.out
     for name, reason in zip(NAMES, reasons, strict=False):
         (line,) = (line for line in lines if name in line)
