@@ -42,7 +42,10 @@ def test_console_script_prints_the_help_of_its_executable_without_torch(name):
     """
     installed = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, cwd=REPO)
     assert installed.returncode == 0, installed.stderr
-    assert installed.stdout == subprocess.run([executable, "--help"], capture_output=True, text=True).stdout
+    assert (
+        installed.stdout
+        == subprocess.run([sys.executable, executable, "--help"], capture_output=True, text=True).stdout
+    )
     assert importlib.import_module(module).__doc__.strip() in installed.stdout
 
 
