@@ -13,9 +13,9 @@ last column is the project's target.
 --unet tiny: the quickstart's model with T5 and the quickstart's settings for a CPU (batch 16, float32, one thread,
 EMA). Takes about twenty minutes on two cores.
 
---unet sd15: SD1.5's UNet with random weights, CLIP embeddings, 512x512, the trainer's defaults. Needs a GPU with 80
-GB at batch 64, and 20 GB of disk. Also compares with a plain loop like the training scripts of diffusers (float32
-weights, bfloat16 autocast, torch's default AdamW, NCHW, eager).
+--unet sd15: SD1.5's UNet with random weights, CLIP embeddings, 512x512, the trainer's defaults. Needs a GPU with
+141 GB at batch 64, or with 80 GB at --batch_size 48, and 20 GB of disk. Also compares with a plain loop like the
+training scripts of diffusers (float32 weights, bfloat16 autocast, torch's default AdamW, NCHW, eager).
 
 On a GPU, waits of the host for the device outside log steps are counted (torch.cuda.set_sync_debug_mode), and
 --memory_gib finds the largest batch that fits on a card of that size.
