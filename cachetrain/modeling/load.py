@@ -211,14 +211,19 @@ def load_scheduler(directory: str | Path) -> SchedulerMixin:
     """Loads the noise scheduler named in the directory's config.
 
     Raises:
-        ValueError: the config names no diffusers scheduler.
+        ValueError: the config names no diffusers scheduler, or one that cannot be made of it.
     """
     import diffusers
 
-    name = json.loads((Path(directory) / "scheduler_config.json").read_text())["_class_name"]
-    if not hasattr(diffusers, name) or not name.endswith("Scheduler"):
-        raise ValueError(f"{directory}: {name} is not a diffusers scheduler")
-    return getattr(diffusers, name).from_pretrained(directory)
+    path = Path(directory) / "scheduler_config.json"
+    try:
+        name = json.loads(path.read_text(encoding="utf-8"))["_class_name"]
+        if not (isinstance(name, str) and name.endswith("Scheduler") and hasattr(diffusers, name)):
+            raise ValueError(f"{name} is not a diffusers scheduler")
+        return getattr(diffusers, name).from_pretrained(directory)
+    except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
+        reason = "has no _class_name" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path}: {reason}; expected the config of a scheduler, as diffusers saves it") from error
 
 
 def load_custom_pipeline(
