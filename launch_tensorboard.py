@@ -1,4 +1,4 @@
-#!/usr/bin/env python3
+#!/usr/bin/env -S python3 -P
 """Starts TensorBoard on the logs of all runs, reachable from this machine only.
 
     ./launch_tensorboard.py --logdir tensorboard
@@ -14,8 +14,9 @@ from pathlib import Path
 
 try:
     from cachetrain import cli
-except ModuleNotFoundError as error:
-    raise SystemExit(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`") from None
+except ImportError as error:
+    print(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`", file=sys.stderr)
+    sys.exit(2)
 
 
 def parse_args(argv=None):
@@ -31,7 +32,7 @@ def parse_args(argv=None):
 
 def command(args: argparse.Namespace) -> list[str]:
     """Returns the command that starts TensorBoard."""
-    argv = [sys.executable, "-m", "tensorboard.main", "--logdir", args.logdir, "--host", "127.0.0.1"]
+    argv = [sys.executable, "-P", "-m", "tensorboard.main", "--logdir", args.logdir, "--host", "127.0.0.1"]
     # By default the slider shows 10 images per tag. 0 is documented as all, but shows none in TensorBoard 2.21.
     argv += ["--samples_per_plugin", "images=1000"]
     return argv + ([] if args.port is None else ["--port", str(args.port)])
@@ -42,7 +43,7 @@ def main(argv=None):
     if not Path(args.logdir).is_dir():
         print(f"{sys.argv[0]}: {args.logdir}: no such directory; pass the --logdir of training", file=sys.stderr)
         return 2
-    if importlib.util.find_spec("tensorboard") is None:
+    if getattr(importlib.util.find_spec("tensorboard"), "origin", None) is None:  # a folder of logs has none
         print(
             f"{sys.argv[0]}: tensorboard is not installed: run ./quickstart.sh once, then "
             "`source .venv/bin/activate`",

@@ -1,4 +1,4 @@
-#!/usr/bin/env python3
+#!/usr/bin/env -S python3 -P
 """Shows the same images of two or more directories side by side, matched by relative path.
 
     ./dataset_scripts/compare_imgdirs.py output/baseline output/min_snr           # writes compare.html

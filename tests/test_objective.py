@@ -19,7 +19,6 @@ from cachetrain.diffusion.objective import (
     target_of,
     timestep_fraction,
 )
-
 from cachetrain.modeling.load import load_scheduler
 
 
