@@ -47,6 +47,8 @@ def main(argv=None):
     if args.fit_captions:
         with open(args.fit_captions, encoding="utf-8") as file:
             captions = [line.strip() for line in file if line.strip()]
+        if not captions:
+            raise ValueError(f"{args.fit_captions}: contains no captions; add some, or omit --fit_captions")
     from cachetrain.modeling.compose import ProjectionOptions, Target, compose_t5
     from cachetrain.modeling.load import pick_device, pick_dtype
 
