@@ -3,8 +3,10 @@
 
     ./launch_tensorboard.py --logdir tensorboard
 
-TensorBoard prints the address. Unlike compare_imgdirs.py, it answers requests for any host name and has no flag against
-that: while it runs, a web page that you visit could read the logs by DNS rebinding. To view the logs on a remote machine: ssh -L 6006:localhost:6006 user@machine
+TensorBoard prints the address. To view the logs on a remote machine: ssh -L 6006:localhost:6006 user@machine
+
+TensorBoard answers requests for any host name and has no flag against that: while it runs, a hostile web page that is
+open in your browser could read the logs (DNS rebinding).
 """
 
 import argparse

@@ -269,7 +269,8 @@ def test_a_hub_model_is_fetched_by_parts_without_pickles_copies_and_code(monkeyp
 
 
 @pytest.mark.parametrize(
-    "path", ["models/t5_sd15", "output/checkpoint-000001", "here/t5", "here", "t5_sd15", "./t5", "a/b/c", "/a/b", "~/b"]
+    "path",
+    ["models/t5_sd15", "output/checkpoint-000001", "here/t5", "here", "t5_sd15", "./t5", "a/b/c", "/a/b", "~/b"],
 )
 def test_what_looks_like_a_path_is_never_asked_of_the_hub(path, monkeypatch, tmp_path):
     import huggingface_hub

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from datetime import timedelta
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,11 +23,13 @@ from helpers import (
     WIDE,
     digest,
     distance,
+    load_script,
     open_pairs,
     read_events,
     refused,
     run_script,
     train,
+    trainer_argv,
     wait_until,
     weights_of,
     without_headers,
@@ -471,6 +474,41 @@ def test_zero_terminal_snr_is_trained_and_saved_with_the_checkpoint(shapes, mode
     assert all(0 < line["01_Training/loss_raw"] < 10 for line in lines)
     config = json.loads((tmp_path / "v/checkpoint-000002/scheduler/scheduler_config.json").read_text())
     assert config["rescale_betas_zero_snr"] and config["timestep_spacing"] == "trailing"
+
+
+@pytest.mark.parametrize(
+    ("flags", "saved", "expected"),
+    [
+        (["--objective", "epsilon", "--use_snr", "auto"], None, True),
+        (["--objective", "v_prediction", "--use_snr", "auto"], None, True),
+        (["--objective", "flow", "--use_snr", "auto"], None, False),
+        (["--objective", "flow", "--use_snr", "auto"], {"use_snr": True}, True),  # what a resumed run was saved with
+        (["--objective", "flow", "--use_snr"], None, True),
+        (["--objective", "flow"], {"use_snr": True}, False),  # another run, which is refused
+    ],
+)
+def test_automatic_min_snr_is_off_for_flow_and_a_resumed_run_keeps_it(
+    flags, saved, expected, shapes, model_t5, tmp_path
+):
+    from cachetrain.distributed import World
+    from cachetrain.training.run import open_run
+
+    args = load_script("train_from_cached.py").parse_args(trainer_argv(shapes, model_t5, tmp_path / "run", *flags))
+    run = open_run(args, World(torch.device("cpu")), saved)
+    assert run.args.use_snr is expected
+    assert ("Min-SNR" in "".join(run.describe(SimpleNamespace(path=None)))) is expected
+
+
+def test_flow_checkpoint_keeps_the_shift_and_draws_in_plain_diffusers(shapes, model_sd, tmp_path):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    model = shutil.copytree(model_sd, tmp_path / "model")
+    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(model / "scheduler")
+    flags = ["--max_steps", 1, "--batch_size", 2, "--objective", "flow"]
+    train(shapes, model, tmp_path / "run", *flags, suffixes=CLIP)
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "run" / "checkpoint-000001", safety_checker=None)
+    assert pipe.scheduler.config.flow_shift == 3.0
+    assert pipe("a star", num_inference_steps=1, output_type="latent").images.isfinite().all()
 
 
 def test_bucketed_caches_of_one_folder_train_together_each_batch_of_one_size(shapes, model_t5, tmp_path):

@@ -266,8 +266,8 @@ def make_projection(model_dir: Path, width: int, seed: int, options: ProjectionO
         )
     if options.captions and len(hidden) <= width:
         raise ValueError(
-            f"{len(options.captions)} captions of together {len(hidden)} tokens are too few to fit a projection to width "
-            f"{width}; give captions with more tokens than that, or omit --fit_captions"
+            f"{len(options.captions)} captions with {len(hidden)} tokens in all are too few to fit a projection of "
+            f"width {width}; give captions with more tokens than that, or omit --fit_captions"
         )
     projection = T5Projection(features, width)
     bias = torch.zeros(width)
