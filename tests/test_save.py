@@ -126,6 +126,31 @@ def test_frozen_parts_are_one_file_however_many_checkpoints_have_been_removed(ke
     )
 
 
+def test_only_files_that_are_read_are_copied_into_checkpoints(shapes, model_t5, tmp_path):
+    model, secret = tmp_path / "model", tmp_path / "secret.txt"
+    shutil.copytree(model_t5, model)
+    secret.write_text("of another program")
+    for name in ("vae", "text_encoder", "tokenizer", "projection"):
+        (model / name / "pytorch_model.bin").write_bytes(b"a pickle")
+        (model / name / "code.py").write_text("import os")
+        (model / name / "notes.txt").symlink_to(secret)
+        (model / name / "sub").mkdir()
+        (model / name / "sub" / "more.safetensors").write_bytes(b"")
+    for name in ("pipeline.py", "projection/t5_projection.py"):
+        (model / name).write_text("raise SystemExit('changed')")
+    (model / "safety_checker").mkdir()
+    index = json.loads((model / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    (model / "model_index.json").write_text(json.dumps(index))
+    for source, out in ((model, "other"), (model_t5, "plain")):
+        train(shapes, source, tmp_path / out, "--max_steps", 1, "--batch_size", 2, "--lr", 0)
+    other, plain = (checkpoints(tmp_path / out)[0] for out in ("other", "plain"))
+    files = {name for name in save.read_manifest(plain) if save.is_frozen(name)}
+    assert {name for name in save.read_manifest(other) if save.is_frozen(name)} == files
+    assert all((other / name).read_bytes() == (plain / name).read_bytes() for name in files)
+    assert json.loads((other / "model_index.json").read_text())["safety_checker"] == [None, None]
+
+
 def test_frozen_parts_are_copied_where_there_are_no_hard_links(shapes, model_t5, tmp_path, monkeypatch):
     def link(*_):
         raise OSError(95, "Operation not supported")

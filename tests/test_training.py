@@ -19,6 +19,7 @@ from helpers import (
     CLIP,
     REPO,
     T5,
+    WEIGHTS,
     WIDE,
     digest,
     distance,
@@ -32,7 +33,7 @@ from helpers import (
     without_headers,
 )
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from cachetrain.data import rng
 from cachetrain.data.batching import BatchSampler, collate
@@ -417,6 +418,47 @@ def test_a_model_with_another_vae_than_the_caches_is_warned_of(shapes, model_t5,
     train(shapes, model, tmp_path / "run", "--max_steps", 1, "--batch_size", 2)
     assert "not the VAE that made the image caches" in capsys.readouterr().err
     train(shapes, model_t5, tmp_path / "right", "--max_steps", 1, "--batch_size", 2)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("component", "suffixes"),
+    [("projection", T5), ("text_encoder", T5), ("tokenizer", T5), ("text_encoder", CLIP), ("tokenizer", CLIP)],
+)
+def test_a_model_that_encodes_captions_differently_than_the_caches_is_warned_of(
+    component, suffixes, shapes, model_t5, model_sd, tmp_path, capsys
+):
+    model = tmp_path / "model"
+    shutil.copytree(model_t5 if suffixes == T5 else model_sd, model)
+    if component == "tokenizer":
+        path = model / component / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"unk_token": "<other>"}))
+    else:
+        path = model / component / (WEIGHTS if component == "projection" else "model.safetensors")
+        save_file({name: tensor + 0.01 for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    flags = ["--max_steps", 1, "--batch_size", 2]
+    train(shapes, model, tmp_path / "run", *flags, suffixes=suffixes)
+    assert "are not those that made the text caches" in capsys.readouterr().err
+    train(shapes, model_t5 if suffixes == T5 else model_sd, tmp_path / "right", *flags, suffixes=suffixes)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("suffixes", [T5, CLIP])
+def test_a_model_with_a_text_encoder_of_another_kind_is_refused(suffixes, shapes, model_t5, model_sd, tmp_path):
+    message = refused(shapes, model_sd if suffixes == T5 else model_t5, tmp_path / "run", suffixes=suffixes)
+    found, cached = ("CLIP", "T5") if suffixes == T5 else ("T5", "CLIP")
+    assert f"the text encoder is {found}, but the captions were cached with {cached}" in message
+
+
+def test_raw_captions_are_compared_without_the_projection(shapes, model_t5, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(shapes, data)
+    assert run_script("cache/create_t5cache_768.py", "--data_root", data, "--model", model_t5, "--raw") == 0
+    model = tmp_path / "model"
+    shutil.copytree(model_t5, model)
+    shutil.rmtree(model / "projection")
+    capsys.readouterr()
+    train(data, model, tmp_path / "run", "--max_steps", 1, "--batch_size", 2)
     assert capsys.readouterr().err == ""
 
 

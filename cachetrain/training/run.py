@@ -25,6 +25,7 @@ from cachetrain.distributed import World, wrap
 from cachetrain.log import warn
 from cachetrain.modeling import load, trainable
 from cachetrain.modeling.conditioning import Conditioning
+from cachetrain.modeling.files import read_config
 from cachetrain.modeling.precision import autocast_for
 from cachetrain.sampling.prompts import Prompts
 from cachetrain.sampling.samples import SampleImages
@@ -223,7 +224,10 @@ def open_unet(run: Run, checkpoint: Path | None = None):
     args, device = run.args, run.device
     dtype = torch.bfloat16 if args.precision == "bf16_pure" else torch.float32
     directory = checkpoint / "unet" if checkpoint else load.component_dir(run.model_dir, "unet")
-    unet = load.load_unet(directory, dtype, args.seed)
+    if args.reinit_unet and not checkpoint:  # needs no weights
+        unet = load.fresh_unet(read_config(directory), args.seed).to(dtype)
+    else:
+        unet = load.load_unet(directory, dtype)
     trained_table = trainable.apply(unet, args, args.seed, resumed=checkpoint is not None)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()

@@ -17,6 +17,7 @@ from cachetrain.caching import images
 from cachetrain.caching.messages import failure_line, print_line
 from cachetrain.data import sidecar
 from cachetrain.modeling import load
+from cachetrain.modeling.files import component_files
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +70,7 @@ class Decoder:
         self.vae = load.load_vae(vae_dir, self.dtype).to(device)
         check_vae(self.vae, [])
         self.model = args.model
-        self.fingerprint = load.fingerprint(vae_dir)
+        self.fingerprint = load.fingerprint(component_files(vae_dir, "vae"))
         self.batch_size = args.batch_size
         self.fail = fail
         self.warned = False
