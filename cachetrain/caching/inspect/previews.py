@@ -170,7 +170,7 @@ def source_pixels(path: str, width: int, height: int, sha256: str | None = None)
     try:
         return images.decode(data, [(width, height)])[0]
     except UnidentifiedImageError as error:
-        raise ValueError(f"{path}: not an image that Pillow can identify") from error
+        raise ValueError(f"{path}: {images.NOT_AN_IMAGE}") from error
     # Pillow's plugins raise almost anything on malformed input.
     except Exception as error:
         raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
