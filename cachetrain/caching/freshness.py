@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cachetrain.data.captions import Pair, read_caption
+from cachetrain.data.many_files import open_regular
 from cachetrain.data.sidecar import Header, SidecarError, read_header, read_sidecar, write_sidecar
 
 FRESH, MISSING, STALE, CORRUPT, FOREIGN = "fresh", "missing", "stale", "corrupt", "foreign"
@@ -31,7 +32,7 @@ def image_source(pair: Pair) -> Source:
     stat = os.stat(pair.image)
 
     def sha256():
-        with open(pair.image, "rb") as file:
+        with open_regular(pair.image) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     return Source(str(stat.st_size), str(stat.st_mtime_ns), sha256)

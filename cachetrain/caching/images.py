@@ -12,6 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from cachetrain.caching.buckets import nearest_size
 from cachetrain.caching.metadata import with_less_metadata
 from cachetrain.caching.pixels import FORMATS, open_image, orientation, to_rgb, upright
+from cachetrain.data.many_files import open_regular
 from cachetrain.data.walk import Pairs
 
 # What `decode` always does; part of the settings in every image sidecar, so that a change makes old sidecars stale.
@@ -63,7 +64,7 @@ def decode_file(path: str, sizes: list[tuple[int, int]]) -> Decoded:
     Raises:
         OSError, ValueError and whatever Pillow raises on malformed input.
     """
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         stat = os.fstat(file.fileno())
         data = file.read()
     pixels, original_size, crop_box = decode(data, sizes)

@@ -73,7 +73,7 @@ def _jpeg_parts(data):
 
 
 def _tiff_parts(data):
-    """Returns (list of (kind, bytes) of the entries of the first directory, function that puts some into the file)."""
+    """Returns (list of (kind, bytes) of the entries of the first directory, function that puts some back)."""
     order = "<" if data.startswith(b"II") else ">"
     try:
         (start,) = struct.unpack_from(f"{order}I", data, 4)

@@ -79,7 +79,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def _gray_of_8_bits(image):
     """Scales gray of 9 to 16 bits to 8, which Pillow's own conversion clips at 255."""
-    if image.mode == "F" or image.mode == "I" and image.format != "PPM":
+    if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
         raise ValueError("has pixels of 32 bits, whose range the file does not give; convert it to 8 or 16 bits")
     tags = getattr(image, "tag_v2", {})
     most = 2 ** tags.get(_BITS_PER_SAMPLE, (16,))[0] - 1

@@ -1,10 +1,11 @@
 """What a cache run counts and times, and what it prints at the end."""
 
 import os
+import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from tqdm import tqdm
@@ -13,6 +14,8 @@ from cachetrain.caching import ranks
 from cachetrain.caching.buckets import Coverage, UpscaledList, is_upscaled
 from cachetrain.caching.freshness import CORRUPT, FOREIGN, FRESH, STALE
 from cachetrain.caching.messages import failure_line, print_line
+from cachetrain.data.walk import Sidecars
+from cachetrain.log import warn
 
 _MAX_LISTED = 50
 
@@ -21,22 +24,24 @@ class RunSummary:
     """Counts what a run does, for its last lines and its exit code.
 
     Args:
-        kind: of the sidecars.
-        root, suffix: enlarged images are listed in `root/_upscaled<suffix>.txt`.
+        kind, suffix: of the sidecars.
+        roots: the data roots. Enlarged images are listed in `_upscaled<suffix>.txt` of the first.
 
     Attributes:
         counts: number of sidecars by state ("fresh", "stale", ...), and of those "encoded", "failed", "truncated" and
             "upscaled".
+        sidecars: walk.Sidecars, which counts what the walk finds and this run does not use.
         times_s: "encoding", the whole loop; "waiting", the part of it in which the encoder had no data.
     """
 
-    def __init__(self, kind: str, root: str, suffix: str):
+    def __init__(self, kind: str, roots: Sequence[str], suffix: str):
         self.kind = kind
+        self.sidecars = Sidecars(suffix)
         self.counts = Counter()
         self.times_s = Counter()
         self.failures = []  # the first _MAX_LISTED
         self.coverage = Coverage()
-        self.upscaled = UpscaledList(os.path.join(root, f"_upscaled{suffix}.txt"))
+        self.upscaled = UpscaledList(os.path.join(roots[0], f"_upscaled{suffix}.txt"))
         self.started_s = time.perf_counter()
 
     def fail(self, path: str, reason: str | Exception) -> None:
@@ -144,6 +149,14 @@ class RunSummary:
         print(self.line())
         if self.counts["upscaled"]:
             print(f"upscaled images are listed in {self.upscaled.target}")
+        if line := self.sidecars.unused.line():
+            print(line)
+        if orphans := self.sidecars.orphans:
+            roots = shlex.join(word for root in orphans for word in ("--data_root", root))
+            warn(
+                f"{sum(orphans.values()):,} *{self.sidecars.suffix} have no image beside them and are still trained "
+                f"on; to delete them: cache/cache_status.py {roots} --prune"
+            )
 
 
 def _advice(error):

@@ -7,7 +7,6 @@ import hashlib
 import json
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -16,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from cachetrain.caching import images
 from cachetrain.caching.messages import failure_line, print_line
 from cachetrain.data import sidecar
+from cachetrain.data.many_files import open_regular
 from cachetrain.modeling import load
 
 if TYPE_CHECKING:
@@ -164,7 +164,8 @@ def source_pixels(path: str, width: int, height: int, sha256: str | None = None)
     Raises:
         OSError, ValueError: the file cannot be read, or is no image.
     """
-    data = Path(path).read_bytes()
+    with open_regular(path) as file:
+        data = file.read()
     if sha256 and hashlib.sha256(data).hexdigest() != sha256:
         return None
     try:
