@@ -462,6 +462,21 @@ def test_headerless_caches_train_with_one_warning(shapes, model_t5, tmp_path, ca
     assert capsys.readouterr().err.count("cannot be verified") == 1
 
 
+def test_null_caption_with_a_header_serves_caches_without_one(shapes, model_t5, tmp_path, capsys):
+    """As the text cache script makes it beside caches of another program."""
+    data, null = without_headers(shapes, tmp_path / "data"), "_null_caption.txt_t5cache"
+    flags = ["--max_steps", 1, "--batch_size", 2, "--vae_scaling_factor", 0.5, "--cond_dropout", 0.5]
+    (data / null).unlink()
+    assert "run the text cache script" in refused(data, model_t5, tmp_path / "a", *flags)
+    assert run_script("cache/create_t5cache_768.py", "--data_root", shapes, "--model", model_t5) == 0
+    shutil.copy(shapes / null, data)
+    train(data, model_t5, tmp_path / "b", *flags)
+    assert "as only one has a header" in capsys.readouterr().err
+    emb = read_sidecar(shapes / null)[0]["emb"]
+    write_sidecar(data / null, {"emb": emb[:, :-1]}, {"kind": "txt_t5cache"})
+    assert f"{data / null}: has tensors of width" in refused(data, model_t5, tmp_path / "c", *flags)
+
+
 def test_zero_terminal_snr_is_trained_and_saved_with_the_checkpoint(shapes, model_t5, tmp_path):
     flags = ["--max_steps", 2, "--batch_size", 4, "--zero_terminal_snr", "--use_snr", "--offset_noise", 0.1]
     flags += ["--timestep_sampling", "stratified", "--grad_accum", 2]

@@ -97,13 +97,16 @@ class UpscaledList:
         return str(part)
 
     def publish(self, parts: list[str]) -> None:
-        """Writes the file from these lines and the parts of other ranks; without any lines, removes an old one."""
+        """Writes the file from these lines and the parts of other ranks; without any lines, removes an old one.
+
+        A file that holds these lines already is left alone: nothing else may need to be written in its folder.
+        """
         try:
             lines = b"".join([self.lines, *(Path(part).read_bytes() for part in parts)])
-            if lines:
-                atomic_write(self.target, lines)
-            else:
+            if not lines:
                 self.target.unlink(missing_ok=True)
+            elif not self.target.is_file() or self.target.read_bytes() != lines:
+                atomic_write(self.target, lines)
         finally:
             for part in parts:
                 os.unlink(part)

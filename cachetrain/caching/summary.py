@@ -117,7 +117,7 @@ class RunSummary:
         Returns:
             exit code, the same on all ranks: 1 if anything failed on any.
         """
-        part = self.upscaled.write_part() if ranks.rank() else None
+        part = self._listed(self.upscaled.write_part) if ranks.rank() else None
         record = {
             "counts": self.counts,
             "times_s": self.times_s,
@@ -134,9 +134,17 @@ class RunSummary:
                 self.coverage.images.update(other["images"])
                 self.coverage.kept.update(other["kept"])
             if ranks.rank() == 0:
-                self.upscaled.publish([record["upscaled"] for record in records if record["upscaled"]])
+                self._listed(self.upscaled.publish, [record["upscaled"] for record in records if record["upscaled"]])
                 self._print(show_coverage)
         return 1 if self.counts["failed"] else 0
+
+    def _listed(self, write, *parts):
+        """Writes the list of upscaled images or a part of it. All sidecars are made: an error is only a warning."""
+        try:
+            return write(*parts)
+        except OSError as error:
+            print_line(f"warning: upscaled images are not listed: {error}")
+            return None
 
     def _print(self, show_coverage):
         if self.failures:
@@ -147,7 +155,7 @@ class RunSummary:
         if show_coverage and self.coverage.images:
             print(*self.coverage.table(), sep="\n")
         print(self.line())
-        if self.counts["upscaled"]:
+        if self.counts["upscaled"] and self.upscaled.target.exists():
             print(f"upscaled images are listed in {self.upscaled.target}")
         if line := self.sidecars.unused.line():
             print(line)

@@ -152,6 +152,27 @@ class PairIndex:
     def text_path(self, i: int) -> str:
         return self.one_text or self.stem(i) + self.text_suffix
 
+    def caption_stem(self, i: int) -> str:
+        """Path without suffix of the text sidecar of pair `i`, beside which its caption lies."""
+        return os.path.splitext(self.one_text)[0] if self.one_text else self.stem(i)
+
+    def check_null(self, path: str | os.PathLike, header: Header) -> None:
+        """Checks that the sidecar of the null caption fits the text sidecars; warns if headers cannot tell.
+
+        Raises:
+            ValueError: it was made by another encoder, with other settings, or has another width.
+        """
+        _, widths = check_shapes(self.text_kind, path, header.shapes)
+        if widths != self.text_widths:
+            raise ValueError(
+                f"{path}: has tensors of width {widths}, {self.text_path(0)} of {self.text_widths}; delete it, and "
+                "run the text cache script with the model of the other sidecars"
+            )
+        if not header.foreign and not self.text_header.foreign:
+            check_same_run(self.text_header, header, self.text_path(0), path)
+        elif not (header.foreign and self.text_header.foreign):
+            warn(f"{path} and {self.text_path(0)}: as only one has a header, one encoder may not have made both")
+
     def _list_pairs(self, repeats):
         """Lists the pairs of all directories; returns (repeats, number of pairs) of each folder."""
         folder_repeats, visited, directories = [], set(), []

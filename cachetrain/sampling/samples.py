@@ -229,7 +229,7 @@ class SampleImages:
         else:
             return None
         tensors, _ = read_sidecar(index.text_path(pair))
-        return name, caption_of(index.stem(pair)), self.conditioning.of_caption(tensors)
+        return name, caption_of(index.caption_stem(pair)), self.conditioning.of_caption(tensors)
 
     def images(
         self,
