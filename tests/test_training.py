@@ -563,6 +563,21 @@ def test_front_end_passes_its_settings_and_flags_given_to_it_win(flavour, shapes
     assert (tmp_path / "output" / name / "checkpoint-000001" / "model_index.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("data", "directories"),
+    [("my data", ["my data"]), ("my data:2.5", ["my data:2.5"]), ("a  b:2 c*", ["a", "b:2", "c*"])],
+)
+def test_front_end_takes_one_directory_with_spaces_in_its_name_or_several(data, directories, tmp_path):
+    (tmp_path / "my data").mkdir()
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "python3").write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    (tmp_path / "python3").chmod(0o755)
+    environment = os.environ | {"DATADIR": data, "VIRTUAL_ENV": "x", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run([REPO / "train_sd.sh"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    words = done.stdout.splitlines()
+    assert words[words.index("--train_data_dir") + 1 : words.index("--model")] == directories
+
+
 def test_front_ends_differ_in_their_settings_only():
     sd, t5 = ((REPO / f"train_{flavour}.sh").read_text().split("\nNAME=") for flavour in ("sd", "t5"))
     assert sd[1].removeprefix("${NAME:-sd") == t5[1].removeprefix("${NAME:-t5")

@@ -55,7 +55,7 @@ class ImageFiles:
             return path, NOT_AN_IMAGE
         # Pillow's plugins raise almost anything on malformed input, and one bad image must not stop the run.
         except Exception as error:
-            return path, f"{type(error).__name__}: {error}"
+            return path, getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
 
 
 def decode_file(path: str, sizes: list[tuple[int, int]]) -> Decoded:

@@ -18,6 +18,11 @@ from cachetrain.data.unused import Unused
 
 IMAGE_SUFFIXES = frozenset(".jpg .jpeg .jfif .jpe .png .webp .bmp .gif .tif .tiff .avif .jp2 .ppm .pgm .tga".split())
 
+_IMAGES, _SOURCES = (
+    tuple(IMAGE_SUFFIXES),
+    (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES),
+)  # for endswith, which takes a third of splitext
+
 SKIPPED_FOLDERS = frozenset(
     ("@eaDir", "__MACOSX", "#recycle", "@Recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 )
@@ -169,8 +174,7 @@ def pair_up(folder: Folder, on_error: OnError, unused: Unused | None = None) -> 
         captions |= {name[: -len(suffix)]: name for name in folder.names if name.lower().endswith(suffix)}
     image_of_stem = {}
     for name in folder.names:
-        stem, extension = os.path.splitext(name)
-        if extension.lower() not in IMAGE_SUFFIXES or stem == NULL_STEM:
+        if not is_image(name) or (stem := name[: name.rindex(".")]) == NULL_STEM:
             continue
         path = os.path.join(folder.path, name)
         if stem in image_of_stem:
@@ -220,12 +224,12 @@ def find_sidecars(paths: Iterable[str], suffixes: Iterable[str]) -> Iterator[str
 
 def is_image(name: str) -> bool:
     """Whether a file of this name is an image."""
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+    return name.lower().endswith(_IMAGES)
 
 
 def image_stems(names: Iterable[str]) -> set[str]:
     """Names of the images among some files, without their suffixes."""
-    return {os.path.splitext(name)[0] for name in names if is_image(name)}
+    return {name[: name.rindex(".")] for name in names if is_image(name)}
 
 
 def possible_image(name: str, stems: Collection[str]) -> str | None:
@@ -235,8 +239,7 @@ def possible_image(name: str, stems: Collection[str]) -> str | None:
 
 def is_source(name: str) -> bool:
     """Whether a file of this name is an image or a caption."""
-    extension = os.path.splitext(name)[1].lower()
-    return extension in IMAGE_SUFFIXES or extension in CAPTION_SUFFIXES
+    return name.lower().endswith(_SOURCES)
 
 
 def _is_dir(entry, on_error):
