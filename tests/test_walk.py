@@ -193,18 +193,10 @@ def test_caption_suffixes_may_be_in_capitals(tmp_path):
 def test_what_is_not_used_is_counted_in_one_line(tmp_path):
     """Lists of captions, formats that are not read, captions of no image, repeats in the name of a folder."""
     names = ["a.png", "a.txt", "b.png", "b.caption", "b.txt", "phone.heic", "phone.txt", "new.jxl", "LICENSE"]
-    names += [
-        "dog.png",
-        "dog.png.txt",
-        "LICENSE",
-        "10_cat/1.png",
-        "10_cat/1.txt",
-        "5_dog/1.png",
-        "5_dog/multiply.txt",
-    ]
+    names += ["metadata.jsonl", "dog.png", "dog.png.txt", "10_cat/1.png", "10_cat/1.txt", "5_dog/1.png"]
     names += [unicodedata.normalize("NFC", "\u00e9.png"), unicodedata.normalize("NFD", "\u00e9.txt")]
-    names += ["a.img_sdxl", "a.img_other", "_upscaled.img_sdxl.txt", "_null_caption.txt_clipl", "multiply.txt"]
-    for name in names:
+    ours = ["a.img_sdxl", "a.img_other", "_upscaled.img_sdxl.txt", "_null_caption.txt_clipl", "5_dog/multiply.txt"]
+    for name in names + ours:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     sidecars = Sidecars(".img_other")

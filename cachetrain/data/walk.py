@@ -18,6 +18,7 @@ from cachetrain.data.unused import Unused
 
 IMAGE_SUFFIXES = frozenset(".jpg .jpeg .jfif .jpe .png .webp .bmp .gif .tif .tiff .avif .jp2 .ppm .pgm .tga".split())
 
+# For str.endswith, which takes a third of the time of os.path.splitext.
 _IMAGES, _SOURCES = (
     tuple(IMAGE_SUFFIXES),
     (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES),
