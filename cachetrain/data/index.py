@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cachetrain.data import rng
-from cachetrain.data.many_files import PackedStrings, in_threads
+from cachetrain.data.many_files import PackedStrings, in_threads, open_regular
 from cachetrain.data.sidecar import NULL_STEM, RUN_KEYS, SUFFIXES, Header, read_header
 from cachetrain.data.split import check_apart, split_index
 from cachetrain.data.unused import MULTIPLY, is_numbered
@@ -317,7 +317,8 @@ def _warn_of_skipped_folder(folder, reason):
 
 
 def _read_multiple(path):
-    text = Path(path).read_text(encoding="utf-8").strip()
+    with open_regular(path) as file:
+        text = file.read().decode("utf-8-sig", "replace").strip()
     try:
         multiple = float(text)
     except ValueError:
