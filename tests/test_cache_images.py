@@ -399,16 +399,19 @@ def test_read_only_folder_in_which_all_is_fresh_is_no_error(cache, root, monkeyp
 
     for module in (buckets, sidecar):
         monkeypatch.setattr(module, "atomic_write", read_only)
+    monkeypatch.setattr(Path, "unlink", lambda path, missing_ok=False: read_only(path, None))  # of no file, too
     for change in (lambda: None, lambda: touch(root / "a.png")):
         change()
         capsys.readouterr()
         assert cache() == 0
         output = capsys.readouterr()
         assert "0 encoded, 4 fresh" in output.out and output.err == ""
-    (root / f"_upscaled{SUFFIX}.txt").unlink()
+    os.unlink(root / f"_upscaled{SUFFIX}.txt")
     assert cache() == 0
     output = capsys.readouterr()
     assert "warning: upscaled images are not listed: " in output.err and "are listed in" not in output.out
+    os.unlink(root / "small.png")
+    assert cache() == 0 and "not listed" not in capsys.readouterr().err
 
 
 def test_folder_that_cannot_be_written_is_found_out_before_anything_is_encoded(cache, root, monkeypatch, capsys):

@@ -99,14 +99,15 @@ class UpscaledList:
     def publish(self, parts: list[str]) -> None:
         """Writes the file from these lines and the parts of other ranks; without any lines, removes an old one.
 
-        A file that holds these lines already is left alone: nothing else may need to be written in its folder.
+        If nothing has changed, nothing is written: the folder may be read-only.
         """
         try:
             lines = b"".join([self.lines, *(Path(part).read_bytes() for part in parts)])
-            if not lines:
-                self.target.unlink(missing_ok=True)
-            elif not self.target.is_file() or self.target.read_bytes() != lines:
+            old = self.target.read_bytes() if self.target.is_file() else b""
+            if lines and lines != old:
                 atomic_write(self.target, lines)
+            elif old and not lines:
+                self.target.unlink()
         finally:
             for part in parts:
                 os.unlink(part)

@@ -79,7 +79,7 @@ def select(
             elif state != FOREIGN and can_write(os.path.dirname(pair.image)):
                 selected.append(pair)
             elif state != FOREIGN:
-                summary.fail(pair.image, "its sidecar cannot be written: this folder is read-only")
+                summary.fail(pair.image, "its sidecar cannot be written, as nothing can be in this folder")
     return selected
 
 

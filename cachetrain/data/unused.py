@@ -14,7 +14,7 @@ MULTIPLY = "multiply.txt"
 _MAX_KINDS, _MAX_LISTED = 100, 8
 _MAX_FILE_NAME_CAPTIONS = 0.1  # share of the captions above which a warning is due
 _NUMBERED = re.compile(r"\d+_.+")  # folders whose number other trainers take for repeats
-_OURS = ("_upscaled", NULL_STEM, MULTIPLY)
+_OURS = ("_upscaled", NULL_STEM, MULTIPLY, "shapes.json")
 
 
 def is_numbered(folder: str) -> bool:
