@@ -213,7 +213,9 @@ def thumbnail(path: Path, cell: int) -> Image.Image | str:
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
-            image = ImageOps.exif_transpose(image).convert("RGBA")
+            with contextlib.suppress(Exception):  # of EXIF data that cannot be read, Pillow raises almost anything
+                image = ImageOps.exif_transpose(image)
+            image = image.convert("RGBA")
     except UNREADABLE as error:
         print(f"warning: {path}: {error}", file=sys.stderr)
         return "unreadable"

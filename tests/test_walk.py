@@ -3,6 +3,7 @@
 import errno
 import os
 import unicodedata
+from argparse import Namespace
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,11 +13,12 @@ import torch
 
 from cachetrain.caching.images import decode_file
 from cachetrain.data.captions import Pair, find_caption, read_caption
-from cachetrain.data.index import PairIndex
+from cachetrain.data.index import PairIndex, open_index
 from cachetrain.data.sidecar import read_sidecar, write_sidecar
 from cachetrain.data.split import split_index
 from cachetrain.data.unused import Unused
-from cachetrain.data.walk import Folder, Pairs, Sidecars, find_images, find_sidecars, pair_up, walk_folders
+from cachetrain.data.walk import Folder, Leftovers, Pairs, find_images, find_sidecars, pair_up, walk_folders
+from cachetrain.distributed import World
 from cachetrain.sampling.prompts import caption_of
 
 IMAGE, TEXT = ".img_sdxl", ".txt_t5cache"
@@ -199,10 +201,10 @@ def test_what_is_not_used_is_counted_in_one_line(tmp_path):
     for name in names + ours:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    sidecars = Sidecars(".img_other")
-    pairs = list(find_images([str(tmp_path)], pytest.fail, sidecars))
+    leftovers = Leftovers(".img_other")
+    pairs = list(find_images([str(tmp_path)], pytest.fail, leftovers))
     assert len(pairs) == 6
-    start, line = sidecars.unused.line().split(": ", 1)
+    start, line = leftovers.unused.line().split(": ", 1)
     assert start == "found and not used"
     assert sorted(line.split("), ")) == [
         "1 *.heic (phone.heic",
@@ -214,7 +216,7 @@ def test_what_is_not_used_is_counted_in_one_line(tmp_path):
     ]
     (tmp_path / "clean").mkdir()
     (tmp_path / "clean/a.png").touch()
-    clean = Sidecars(".img_other")
+    clean = Leftovers(".img_other")
     assert len(list(find_images([str(tmp_path / "clean")], pytest.fail, clean))) == 1
     assert clean.unused.line() == ""
 
@@ -273,13 +275,23 @@ def test_overlapping_directories_give_each_pair_once_and_on_one_side_of_a_split(
     assert all(not name.startswith("..") for name in map(index.relative_name, range(40)))
 
 
-def test_pairs_without_an_image_are_counted_where_there_are_images(tmp_path):
-    for root, number in (("some", 4), ("none", 3)):
+def test_trainer_tells_what_a_user_may_not_expect_in_the_list_of_pairs(tmp_path, capsys):
+    """Pairs whose image is gone, directories of sidecars alone, repeats in the name of a folder."""
+    for root, number in (("some", 4), ("none", 3), ("some/10_cat", 1), ("some/5_dog", 1), ("some/b/3_x", 1)):
         for pair in range(number):
             write_pair(tmp_path / root / f"{pair}.x")
     (tmp_path / "some/1.x.JPG").touch()
-    assert PairIndex([tmp_path / "some", tmp_path / "none"], IMAGE, TEXT).num_without_image == 3
-    assert PairIndex([tmp_path / "none"], IMAGE, TEXT).num_without_image == 0
+    (tmp_path / "some/5_dog/multiply.txt").write_text("5")
+    (tmp_path / "some/b/multiply.txt").write_text("3")
+    data = [str(tmp_path / root) for root in ("some", "none")]
+    args = Namespace(train_data_dir=data, dir_weights=[1, 1], imgcache_suffix=IMAGE, txtcache_suffix=TEXT)
+    open_index(Namespace(force_txtcache=None, overfit=0, val_split=0, val_data_dir=None, **vars(args)), World())
+    output = capsys.readouterr()
+    assert "warning: 6 of 10 pairs have no image beside them and are trained on" in output.err
+    assert f"cache/cache_status.py --data_root {data[0]}" in output.err
+    assert "3 of 10 pairs are in directories of sidecars alone" in output.out
+    assert f"1 folders have a number in front, the first {data[0]}/10_cat; it is not used" in output.err
+    assert PairIndex(data[1:], IMAGE, TEXT).num_without_image == 0
 
 
 def test_pair_up_takes_the_first_of_two_images_of_one_stem():

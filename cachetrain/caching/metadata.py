@@ -10,11 +10,8 @@ _PNG_CHUNKS = dict.fromkeys((b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"), _PIXE
     b"iCCP": _PROFILE,
     b"eXIf": _EXIF,
 }
-_JPEG_TEXTS = {
-    0xFE,
-    *range(0xE1, 0xEE),
-    0xEF,
-}  # comments, and all APPn but APP0 (JFIF) and APP14 (the colour transform)
+# Comments, and all APPn but APP0 (JFIF) and APP14 (the colour transform).
+_JPEG_TEXTS = {0xFE, *range(0xE1, 0xEE), 0xEF}
 _START_OF_SCAN = 0xDA
 # TIFF 6.0: sizes, layout, compression, colour map, tiles, samples, JPEG tables, YCbCr.
 _TIFF_PIXELS = {*range(254, 267), 273, *range(277, 282), 284, 292, 293, 317, *range(320, 348), *range(512, 533)}

@@ -25,7 +25,7 @@ def find_pairs(args: Namespace, summary: RunSummary) -> Iterator[Pair]:
         ValueError: there are none.
     """
     empty = True
-    for pair in find_images(args.data_root, summary.fail, summary.sidecars):
+    for pair in find_images(args.data_root, summary.fail, summary.leftovers):
         empty = False
         yield pair
     if empty and not summary.counts["failed"]:

@@ -14,7 +14,7 @@ from cachetrain.caching import ranks
 from cachetrain.caching.buckets import Coverage, UpscaledList, is_upscaled
 from cachetrain.caching.freshness import CORRUPT, FOREIGN, FRESH, STALE
 from cachetrain.caching.messages import failure_line, print_line
-from cachetrain.data.walk import Sidecars
+from cachetrain.data.walk import Leftovers
 from cachetrain.log import warn
 
 _MAX_LISTED = 50
@@ -30,13 +30,13 @@ class RunSummary:
     Attributes:
         counts: number of sidecars by state ("fresh", "stale", ...), and of those "encoded", "failed", "truncated" and
             "upscaled".
-        sidecars: walk.Sidecars, which counts what the walk finds and this run does not use.
+        leftovers: walk.Leftovers: sidecars without an image, and what this run does not use.
         times_s: "encoding", the whole loop; "waiting", the part of it in which the encoder had no data.
     """
 
     def __init__(self, kind: str, roots: Sequence[str], suffix: str):
         self.kind = kind
-        self.sidecars = Sidecars(suffix)
+        self.leftovers = Leftovers(suffix)
         self.counts = Counter()
         self.times_s = Counter()
         self.failures = []  # the first _MAX_LISTED
@@ -157,12 +157,12 @@ class RunSummary:
         print(self.line())
         if self.counts["upscaled"] and self.upscaled.target.exists():
             print(f"upscaled images are listed in {self.upscaled.target}")
-        if line := self.sidecars.unused.line():
+        if line := self.leftovers.unused.line():
             print(line)
-        if orphans := self.sidecars.orphans:
+        if orphans := self.leftovers.orphans:
             roots = shlex.join(word for root in orphans for word in ("--data_root", root))
             warn(
-                f"{sum(orphans.values()):,} *{self.sidecars.suffix} have no image beside them and are still trained "
+                f"{sum(orphans.values()):,} *{self.leftovers.suffix} have no image beside them and are still trained "
                 f"on; to delete them: cache/cache_status.py {roots} --prune"
             )
 

@@ -70,7 +70,7 @@ def cache_captions(
     nulls = map(null_pair, dict.fromkeys(args.data_root))
     candidates = chain(nulls, selection.find_pairs(args, summary))
     pairs = selection.select(candidates, caption_source, fields, args, summary)
-    summary.sidecars.unused.warn_of_file_names()
+    summary.leftovers.unused.warn_of_file_names()
     if pairs:
         make_encoder = (
             partial(_custom_encoder, model_dir)

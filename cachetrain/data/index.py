@@ -22,7 +22,7 @@ from cachetrain.data.sidecar import NULL_STEM, RUN_KEYS, SUFFIXES, Header, read_
 from cachetrain.data.split import check_apart, split_index
 from cachetrain.data.unused import MULTIPLY, is_numbered
 from cachetrain.data.walk import image_stems, is_image, walk_folders
-from cachetrain.log import warn
+from cachetrain.log import info, warn
 from cachetrain.modeling.conditioning import check_shapes
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class PairIndex:
         image_header, text_header: headers of the first pair.
         num_unpaired: number of sidecars without a partner.
         num_without_image: number of pairs without an image beside them, in directories that hold images.
+        num_alone: number of pairs in directories that hold none.
         numbered_folders: PackedStrings of folders like 10_name, whose number counts only in a multiply.txt.
         num_foreign: number of pairs in which at least one sidecar has no cachetrain header.
     """
@@ -71,7 +72,7 @@ class PairIndex:
         self.text_suffix = text_suffix
         self.one_text = one_text
         self.directories = [os.fspath(directory) for directory in directories]
-        self.num_unpaired = self.num_without_image = 0
+        self.num_unpaired = self.num_without_image = self.num_alone = 0
         self.numbered_folders = PackedStrings()
         self._stems = PackedStrings()
         self._starts = []  # for each directory, the place of its first pair in _stems
@@ -227,10 +228,13 @@ class PairIndex:
             images = image_stems(names)
             has_images = has_images or bool(images)
             num_without_image += len(stems) - sum(stem in images for stem in stems)
-            if stems and is_numbered(folder) and MULTIPLY not in names:
+            if stems and multiple == 1.0 and MULTIPLY not in names and is_numbered(folder):
                 self.numbered_folders.append(folder)
             yield multiple, [os.path.join(folder, stem) for stem in stems]
-        self.num_without_image += num_without_image if has_images else 0
+        if has_images:
+            self.num_without_image += num_without_image
+        else:
+            self.num_alone += num_without_image
 
     def _paired(self, names):
         """The sorted stems that have both sidecars."""
@@ -369,6 +373,8 @@ def _warn_of_what_is_listed(index):
             f"{index.num_without_image} of {pairs} have no image beside them and are trained on; if the images were "
             f"deleted: cache/cache_status.py {roots} --prune"
         )
+    if index.num_alone:
+        info(f"{index.num_alone} of {pairs} are in directories of sidecars alone, without images")
     if folders := index.numbered_folders:
         warn(
             f"{len(folders)} folders have a number in front, the first {folders[0]}; it is not used: to repeat their "

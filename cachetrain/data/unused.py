@@ -14,6 +14,7 @@ MULTIPLY = "multiply.txt"
 _MAX_KINDS, _MAX_LISTED = 100, 8
 _MAX_FILE_NAME_CAPTIONS = 0.1  # share of the captions above which a warning is due
 _NUMBERED = re.compile(r"\d+_.+")  # folders whose number other trainers take for repeats
+_SIDECARS = tuple(SUFFIXES.values())
 _OURS = ("_upscaled", NULL_STEM, MULTIPLY, "shapes.json")
 
 
@@ -45,8 +46,8 @@ class Unused:
 
     def add_file(self, name: str) -> None:
         """Counts a file that is neither image nor caption; sidecars, and lists that cache scripts write, are not."""
-        if not name.endswith(tuple(SUFFIXES.values())) and not name.startswith(_OURS):
-            extension = os.path.splitext(name)[1]
+        if not name.endswith(_SIDECARS) and not name.startswith(_OURS):
+            extension = os.path.splitext(name)[1].lower()
             self._add(f"*{extension}" if extension else "without extension", name)
 
     def add_folder(self, path: str, captions: Collection[str], names: Collection[str]) -> None:

@@ -19,11 +19,10 @@ from cachetrain.data.unused import Unused
 IMAGE_SUFFIXES = frozenset(".jpg .jpeg .jfif .jpe .png .webp .bmp .gif .tif .tiff .avif .jp2 .ppm .pgm .tga".split())
 
 # For str.endswith, which takes a third of the time of os.path.splitext.
-_IMAGES, _SOURCES = (
-    tuple(IMAGE_SUFFIXES),
-    (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES),
-)  # for endswith, which takes a third of splitext
+_IMAGES = tuple(IMAGE_SUFFIXES)
+_SOURCES = (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES)
 
+# Where other programs keep thumbnails, resource forks and deleted files.
 SKIPPED_FOLDERS = frozenset(
     ("@eaDir", "__MACOSX", "#recycle", "@Recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 )
@@ -39,11 +38,11 @@ class Folder(NamedTuple):
     names: list[str]
 
 
-class Sidecars:
-    """Counts, while images are listed, the sidecars of one suffix whose image is gone.
+class Leftovers:
+    """Counts, while images are listed, the sidecars of one suffix whose image is gone, and what is not used at all.
 
     Attributes:
-        unused: counts all else that is not used.
+        unused: Unused.
     """
 
     def __init__(self, suffix: str):
@@ -147,25 +146,25 @@ def walk_folders(
         stack.extend(os.path.join(path, name) for name in sorted(subfolders, reverse=True))
 
 
-def find_images(roots: Iterable[str], on_error: OnError, sidecars: Sidecars | None = None) -> Iterator[Pair]:
+def find_images(roots: Iterable[str], on_error: OnError, leftovers: Leftovers | None = None) -> Iterator[Pair]:
     """Yields one Pair per image under `roots`; also removes temporary files left behind by killed cache runs.
 
     Args:
         on_error: called for each file or folder that cannot be read, and for each image whose sidecar name is already
             taken by another image.
-        sidecars: counts what else is found.
+        leftovers: counts what else is found.
 
     Raises:
         ValueError: a root is not a directory.
     """
-    visited, keep = set(), is_source if sidecars is None else sidecars.keep
+    visited, keep = set(), is_source if leftovers is None else leftovers.keep
     for root in roots:
         if not os.path.isdir(root):
             raise ValueError(f"--data_root {root}: no such directory")
         for folder in walk_folders(root, visited, keep, on_error, remove_abandoned=True):
-            yield from pair_up(folder, on_error, sidecars and sidecars.unused)
-            if sidecars is not None:
-                sidecars.add_folder(root, folder)
+            yield from pair_up(folder, on_error, leftovers and leftovers.unused)
+            if leftovers is not None:
+                leftovers.add_folder(root, folder)
 
 
 def pair_up(folder: Folder, on_error: OnError, unused: Unused | None = None) -> Iterator[Pair]:
