@@ -63,5 +63,7 @@ args=(--model "$MODEL" --imgcache_suffix "$IMGCACHE" --txtcache_suffix "$TXTCACH
 
 launch=("$PYTHON")
 [ "$GPUS" = 1 ] || launch+=(-m torch.distributed.run --standalone --nproc_per_node "$GPUS")
-# shellcheck disable=SC2086  # DATADIR may name several directories
-exec "${launch[@]}" "$HERE/train_from_cached.py" --train_data_dir $DATADIR "${args[@]}" "$@"
+# DATADIR names one directory, whose name may have spaces, or several.
+data=("$DATADIR")
+[ -d "${DATADIR%:*}" ] || read -r -d '' -a data <<< "$DATADIR" || true
+exec "${launch[@]}" "$HERE/train_from_cached.py" --train_data_dir "${data[@]}" "${args[@]}" "$@"

@@ -504,6 +504,21 @@ def test_headerless_caches_train_with_one_warning(shapes, model_t5, tmp_path, ca
     assert capsys.readouterr().err.count("cannot be verified") == 1
 
 
+def test_null_caption_with_a_header_serves_caches_without_one(shapes, model_t5, tmp_path, capsys):
+    """As the text cache script makes it beside caches of another program."""
+    data, null = without_headers(shapes, tmp_path / "data"), "_null_caption.txt_t5cache"
+    flags = ["--max_steps", 1, "--batch_size", 2, "--vae_scaling_factor", 0.5, "--cond_dropout", 0.5]
+    (data / null).unlink()
+    assert "run the text cache script" in refused(data, model_t5, tmp_path / "a", *flags)
+    assert run_script("cache/create_t5cache_768.py", "--data_root", shapes, "--model", model_t5) == 0
+    shutil.copy(shapes / null, data)
+    train(data, model_t5, tmp_path / "b", *flags)
+    assert "as only one has a header" in capsys.readouterr().err
+    emb = read_sidecar(shapes / null)[0]["emb"]
+    write_sidecar(data / null, {"emb": emb[:, :-1]}, {"kind": "txt_t5cache"})
+    assert f"{data / null}: has tensors of width" in refused(data, model_t5, tmp_path / "c", *flags)
+
+
 def test_zero_terminal_snr_is_trained_and_saved_with_the_checkpoint(shapes, model_t5, tmp_path):
     flags = ["--max_steps", 2, "--batch_size", 4, "--zero_terminal_snr", "--use_snr", "--offset_noise", 0.1]
     flags += ["--timestep_sampling", "stratified", "--grad_accum", 2]
@@ -588,6 +603,21 @@ def test_front_end_passes_its_settings_and_flags_given_to_it_win(flavour, shapes
     assert (args["learning_rate"], args["seed"], args["use_snr"], args["noise_gamma"]) == (3e-4, 7, True, 5.0)
     assert (tmp_path / "output" / name / f"train_{flavour}.sh").exists()
     assert (tmp_path / "output" / name / "checkpoint-000001" / "model_index.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "directories"),
+    [("my data", ["my data"]), ("my data:2.5", ["my data:2.5"]), ("a  b:2 c*", ["a", "b:2", "c*"])],
+)
+def test_front_end_takes_one_directory_with_spaces_in_its_name_or_several(data, directories, tmp_path):
+    (tmp_path / "my data").mkdir()
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "python3").write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    (tmp_path / "python3").chmod(0o755)
+    environment = os.environ | {"DATADIR": data, "VIRTUAL_ENV": "x", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run([REPO / "train_sd.sh"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    words = done.stdout.splitlines()
+    assert words[words.index("--train_data_dir") + 1 : words.index("--model")] == directories
 
 
 def test_front_ends_differ_in_their_settings_only():

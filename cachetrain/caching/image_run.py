@@ -39,7 +39,7 @@ def cache_images(args: Namespace, kind: str) -> int:
         ),
         "settings": json.dumps(_settings(args), sort_keys=True),
     }
-    summary = RunSummary(kind, args.data_root[0], args.cache_suffix)
+    summary = RunSummary(kind, args.data_root, args.cache_suffix)
     pairs = selection.select(selection.find_pairs(args, summary), image_source, fields, args, summary)
     if pairs:
         with summary.time_encoding():

@@ -61,10 +61,11 @@ def cache_captions(args: Namespace, kind: str, settings: dict) -> int:
         "encoder": load.fingerprint(_custom_files(model_dir) if custom else _encoder_files(model_dir, settings)),
         "settings": json.dumps(settings | dtypes, sort_keys=True),
     }
-    summary = RunSummary(kind, args.data_root[0], args.cache_suffix)
+    summary = RunSummary(kind, args.data_root, args.cache_suffix)
     nulls = map(null_pair, dict.fromkeys(args.data_root))
     candidates = chain(nulls, selection.find_pairs(args, summary))
     pairs = selection.select(candidates, caption_source, fields, args, summary)
+    summary.leftovers.unused.warn_of_file_names()
     if pairs:
         make_encoder = (
             partial(_custom_encoder, model_dir)

@@ -229,7 +229,7 @@ class SampleImages:
         else:
             return None
         tensors, _ = read_sidecar(index.text_path(pair))
-        return name, caption_of(index.stem(pair)), self.conditioning.of_caption(tensors)
+        return name, caption_of(index.caption_stem(pair)), self.conditioning.of_caption(tensors)
 
     def images(
         self,
@@ -299,7 +299,7 @@ def _frames(folders, names):
     for step, folder in folders.items():
         images = []
         for name in names.values():
-            with Image.open(folder / name) as image:
+            with Image.open(folder / name, formats=["PNG"]) as image:
                 image.thumbnail((_FRAME_SIDE, _FRAME_SIDE))
                 images.append(image.copy())
         frames.append(grid(images, [f"cfg {cfg:g}, step {step}" for cfg in names], len(names), min_side=1))

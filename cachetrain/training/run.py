@@ -15,7 +15,7 @@ from cachetrain.checkpoints.info import data_info
 from cachetrain.checkpoints.resume import run_state
 from cachetrain.data.batching import BatchSampler
 from cachetrain.data.dataset import CachedPairs, Draws, LatentScaling
-from cachetrain.data.index import PairIndex, check_same_run, null_caption_path, open_index
+from cachetrain.data.index import PairIndex, null_caption_path, open_index
 from cachetrain.data.loader import make_loader
 from cachetrain.data.ram import RamCache
 from cachetrain.data.sidecar import read_sidecar
@@ -288,7 +288,7 @@ def _null_condition(run):
             "or pass --cond_dropout 0"
         )
     tensors, header = read_sidecar(path)
-    check_same_run(index.text_header, header, index.text_path(0), path)
+    index.check_null(path, header)
     return run.conditioning.of_caption(tensors)
 
 
