@@ -1,9 +1,12 @@
-#!/usr/bin/env python3
+#!/usr/bin/env -S python3 -P
 """Starts TensorBoard on the logs of all runs, reachable from this machine only.
 
     ./launch_tensorboard.py --logdir tensorboard
 
-TensorBoard prints the address. To view the logs on a remote machine: ssh -L 6006:localhost:6006 user@machine
+TensorBoard prints the address. To view the logs of a remote machine: ssh -L 6006:localhost:6006 user@machine
+
+TensorBoard answers requests for any host name and has no flag to change that: while it runs, a web page that you visit
+could read the logs by DNS rebinding.
 """
 
 import argparse
@@ -14,8 +17,9 @@ from pathlib import Path
 
 try:
     from cachetrain import cli
-except ModuleNotFoundError as error:
-    raise SystemExit(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`") from None
+except ImportError as error:
+    print(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`", file=sys.stderr)
+    sys.exit(2)
 
 
 def parse_args(argv=None):
@@ -31,7 +35,7 @@ def parse_args(argv=None):
 
 def command(args: argparse.Namespace) -> list[str]:
     """Returns the command that starts TensorBoard."""
-    argv = [sys.executable, "-m", "tensorboard.main", "--logdir", args.logdir, "--host", "127.0.0.1"]
+    argv = [sys.executable, "-P", "-m", "tensorboard.main", "--logdir", args.logdir, "--host", "127.0.0.1"]
     # By default the slider shows 10 images per tag. 0 is documented as all, but shows none in TensorBoard 2.21.
     argv += ["--samples_per_plugin", "images=1000"]
     return argv + ([] if args.port is None else ["--port", str(args.port)])
@@ -42,7 +46,7 @@ def main(argv=None):
     if not Path(args.logdir).is_dir():
         print(f"{sys.argv[0]}: {args.logdir}: no such directory; pass the --logdir of training", file=sys.stderr)
         return 2
-    if importlib.util.find_spec("tensorboard") is None:
+    if getattr(importlib.util.find_spec("tensorboard"), "origin", None) is None:  # a folder of logs has none
         print(
             f"{sys.argv[0]}: tensorboard is not installed: run ./quickstart.sh once, then "
             "`source .venv/bin/activate`",

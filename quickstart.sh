@@ -20,7 +20,8 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
-cd "$(dirname "${BASH_SOURCE[0]}")"
+cd -P "$(dirname "${BASH_SOURCE[0]}")"
+export PYTHONSAFEPATH=1 # no file of the current directory takes the place of a Python package
 
 WORK=quickstart
 RUN=$FLAVOUR${OWN_DATA:+_own}
@@ -37,11 +38,6 @@ stage() { # stage TITLE COMMAND...: runs the command and prints how long it took
     printf '\n== %s\n' "$1"
     "${@:2}"
     printf '   %d s\n' $((SECONDS - start))
-}
-
-install() {
-    [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 }
 
 compose() {
@@ -115,7 +111,7 @@ draw_samples() {
 
 printf 'cachetrain quickstart: %s flavour, %s\n' "$FLAVOUR" "${OWN_DATA:-embedded shapes}"
 mkdir -p "$WORK"
-stage "install (.venv)" install
+stage "install (.venv)" .ci/make_venv
 # shellcheck disable=SC1091
 source .venv/bin/activate
 if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then

@@ -1,4 +1,4 @@
-#!/usr/bin/env python3
+#!/usr/bin/env -S python3 -P
 """Trains a Stable-Diffusion-class UNet from cached latents and text embeddings.
 
     ./train_from_cached.py --model models/t5_sd15 --train_data_dir /data --output_dir output/run1 \\
@@ -13,6 +13,7 @@ ranks samples.
 import json
 import shutil
 import signal
+import sys
 import time
 from contextlib import ExitStack, nullcontext
 from functools import partial
@@ -23,8 +24,9 @@ try:
     from cachetrain import cli
     from cachetrain.atomic import atomic_write
     from cachetrain.training import options
-except ModuleNotFoundError as error:
-    raise SystemExit(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`") from None
+except ImportError as error:
+    print(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`", file=sys.stderr)
+    sys.exit(2)
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -95,7 +97,7 @@ def train(args, resumed, world, cleanup, warning_log) -> int:
     from cachetrain.training.plan import data_coverage
 
     # Settings, model, optimizer and data.
-    run = setup.open_run(args, world)
+    run = setup.open_run(args, world, resumed.state.get("settings"))
     max_steps, settings = run.plan.max_steps, settings_of(args, run.plan, run.index, run.noise_scheduler, world)
     notes = checks.check_model(run) + resumed.check(settings, args.resume_anyway, flags.resume_meanings())
     if resumed.step >= max_steps:

@@ -8,7 +8,7 @@
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
-MODEL=${MODEL:-models/t5_sd15}          # made by models/compose_t5_sd.py
+MODEL=${MODEL:-$HERE/models/t5_sd15}    # made by models/compose_t5_sd.py
 DATADIR=${DATADIR:-/data}               # directories with caches: "/data/a /data/b:2.5" (b 2.5 times an epoch)
 IMGCACHE=${IMGCACHE:-.img_sdxl}         # made by cache/create_img_sdxl.py
 TXTCACHE=${TXTCACHE:-.txt_t5cache}      # made by cache/create_t5cache_768.py
@@ -19,7 +19,7 @@ STEPS=${STEPS:-10000}                   # optimizer steps, or epochs like 2e
 OPTIMIZER=${OPTIMIZER:-lion}            # adamw, lion, stableadamw, adamw8, prodigy
 LR=${LR:-1e-5}                          # peak; lion needs 3 to 10 times less than adamw, prodigy needs 1
 SCHED=${SCHED:-cosine}                  # constant(_with_warmup), linear, cosine(_with_min_lr), polynomial, rex
-GAMMA=${GAMMA:-5}                       # Min-SNR gamma; 0: off
+GAMMA=${GAMMA:-}                        # Min-SNR gamma; empty: 5, but off for flow matching; 0: off
 OBJECTIVE=${OBJECTIVE:-}                # epsilon, v_prediction, flow; empty: that of the model
 DROPOUT=${DROPOUT:-0.04}                # share of captions replaced by the empty caption, for guidance
 EMA=${EMA:-0}                           # decay of the moving average of the weights, like 0.9999; 0: off
@@ -31,19 +31,30 @@ VAL_SPLIT=${VAL_SPLIT:-0}               # share of the pairs held out for val/lo
 SAVE_STEPS=${SAVE_STEPS:-1000}          # optimizer steps between checkpoints, or epochs like 1e
 GPUS=${GPUS:-1}                         # GPUs of this machine to train on
 
-NAME=${NAME:-t5_${OPTIMIZER}_lr${LR}_b${BATCH}x${ACCUM}_${SCHED}_g${GAMMA}_s${STEPS}}
+NAME=${NAME:-t5_${OPTIMIZER}_lr${LR}_b${BATCH}x${ACCUM}_${SCHED}_g${GAMMA:-5}_s${STEPS}}
 OUTPUT=${OUTPUT:-output/$NAME}
 LOGDIR=${LOGDIR:-tensorboard}
 
+refuse() { # refuse MESSAGE: what the trainer cannot check
+    echo "$0: $1" >&2
+    exit 2
+}
+is_zero() { [[ $1 =~ ^0+(\.0*)?$ ]]; }
+
+[ -e "$HERE/train_from_cached.py" ] || refuse "no train_from_cached.py beside it; copy it to cachetrain's directory"
+[[ $GPUS =~ ^[1-9][0-9]*$ ]] || refuse "GPUS: expected a whole number from 1, got $GPUS"
+
+export PYTHONSAFEPATH=1 # no file of the current directory takes the place of a Python package
 PYTHON=python3
 [ -n "${VIRTUAL_ENV:-}" ] || [ ! -x "$HERE/.venv/bin/python" ] || PYTHON=$HERE/.venv/bin/python
 
 if [ "${1:-}" = checkpoint ]; then
-    is_locked='import sys; from cachetrain.atomic import is_locked; sys.exit(not is_locked(sys.argv[1]))'
-    if [ ! -e "$OUTPUT/args.json" ] || ! "$PYTHON" -c "$is_locked" "$OUTPUT"; then
-        echo "$OUTPUT: no run in progress; check OUTPUT and NAME" >&2
-        exit 2
-    fi
+    is_locked='import sys; from cachetrain.atomic import is_locked; print(is_locked(sys.argv[1]))'
+    case $([ ! -e "$OUTPUT/args.json" ] && echo False || "$PYTHON" -c "$is_locked" "$OUTPUT" 2>/dev/null) in
+        True) ;;
+        False) refuse "$OUTPUT: no run in progress; check OUTPUT and NAME" ;;
+        *) refuse "$PYTHON cannot run cachetrain; deactivate that environment, or \`source .venv/bin/activate\`" ;;
+    esac
     touch "$OUTPUT/trigger.checkpoint"
     echo "$OUTPUT: a checkpoint will be written after the current step"
     exit
@@ -56,10 +67,14 @@ args=(--model "$MODEL" --imgcache_suffix "$IMGCACHE" --txtcache_suffix "$TXTCACH
       --optimizer "$OPTIMIZER" --lr "$LR" --scheduler "$SCHED"
       --cond_dropout "$DROPOUT" --ema_decay "$EMA" --precision "$PRECISION"
       --output_dir "$OUTPUT" --logdir "$LOGDIR" --save_steps "$SAVE_STEPS" --copy_config "${BASH_SOURCE[0]}")
-[ "$GAMMA" = 0 ] || args+=(--use_snr --noise_gamma "$GAMMA")
+if [ -z "$GAMMA" ]; then
+    args+=(--use_snr auto)
+elif ! is_zero "$GAMMA"; then
+    args+=(--use_snr --noise_gamma "$GAMMA")
+fi
 [ -z "$OBJECTIVE" ] || args+=(--objective "$OBJECTIVE")
 [ -z "$SAMPLE_PROMPTS" ] || args+=(--sample_prompts "$SAMPLE_PROMPTS" --sample_every "$SAMPLE_STEPS")
-[ "$VAL_SPLIT" = 0 ] || args+=(--val_split "$VAL_SPLIT")
+is_zero "$VAL_SPLIT" || args+=(--val_split "$VAL_SPLIT")
 
 launch=("$PYTHON")
 [ "$GPUS" = 1 ] || launch+=(-m torch.distributed.run --standalone --nproc_per_node "$GPUS")

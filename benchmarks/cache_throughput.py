@@ -1,4 +1,4 @@
-#!/usr/bin/env python3
+#!/usr/bin/env -S python3 -P
 """Measures the cache scripts against their parts (decoding, VAE, T5) run alone on the same files.
 
     ./benchmarks/cache_throughput.py --work /tmp/cache_throughput

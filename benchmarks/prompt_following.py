@@ -1,4 +1,4 @@
-#!/usr/bin/env python3
+#!/usr/bin/env -S python3 -P
 """Trains the quickstart's model with every objective, text encoder and precision, and scores prompt following.
 
     ./benchmarks/prompt_following.py --work /tmp/prompt_following

@@ -1,4 +1,4 @@
-#!/usr/bin/env python3
+#!/usr/bin/env -S python3 -P
 """Caches and trains with models of real size: SD1.5's UNet, SD's and SDXL's VAE, CLIP-L; random weights, on the CPU.
 
     ./benchmarks/real_size.py --work /tmp/real_size

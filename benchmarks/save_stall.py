@@ -1,4 +1,4 @@
-#!/usr/bin/env python3
+#!/usr/bin/env -S python3 -P
 """Measures how long saving a checkpoint of SD1.5's UNet (random weights, fp32, Lion) blocks training.
 
     ./benchmarks/save_stall.py --work /tmp/save_stall

@@ -1,4 +1,4 @@
-#!/usr/bin/env python3
+#!/usr/bin/env -S python3 -P
 """Measures the training loop against a bare loop: the same step on one resident batch, without loader and logging.
 
     ./benchmarks/train_throughput.py --work /tmp/train_throughput
@@ -61,7 +61,7 @@ def parse_args(argv=None):
         help="measure with and without torch.compile",
     )
     parser.add_argument(
-        "--batch_size", type=cli.positive_int, help="samples per step; default: 16 for tiny, 64 for sd15"
+        "--batch_size", type=cli.batch_size, help="samples per step; default: 16 for tiny, 64 for sd15"
     )
     parser.add_argument(
         "--windows", type=cli.positive_int, default=4, help=f"number of timed windows of {LOG_STEP} steps per turn"

@@ -1,4 +1,4 @@
-#!/usr/bin/env python3
+#!/usr/bin/env -S python3 -P
 """Trains one healthy and three broken runs, and makes the pictures in docs/logging.md from their reports.
 
     ./quickstart.sh && ./benchmarks/what_goes_wrong.py --work /tmp/wrong

@@ -1,11 +1,14 @@
-#!/usr/bin/env python3
+#!/usr/bin/env -S python3 -P
 """Runs cachetrain/caching/commands/cache_status.py; `cache/cache_status.py --help` explains it."""
+
+import sys
 
 try:
     from cachetrain import cli
     from cachetrain.caching.commands.cache_status import main
-except ModuleNotFoundError as error:
-    raise SystemExit(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`") from None
+except ImportError as error:
+    print(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`", file=sys.stderr)
+    sys.exit(2)
 
 if __name__ == "__main__":
     cli.run(main)

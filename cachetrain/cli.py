@@ -5,7 +5,9 @@ import math
 import os
 import signal
 import sys
+import traceback
 from contextlib import contextmanager
+from pathlib import Path
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
@@ -39,8 +41,10 @@ def run(main):
     """Runs a script's main(argv); an expected error becomes one line on stderr and exit code 2.
 
     A signal ends it as an exception, so that what is open is closed; a second one ends it at once. Exit codes of
-    interrupted scripts are the shell's: 130 after Ctrl-C, 143 after SIGTERM.
+    interrupted scripts are the shell's: 130 after Ctrl-C, 143 after SIGTERM. An unexpected error is shown as it is,
+    with exit code 70: 1 is what main returns where part of its work failed.
     """
+    _guard_imports()
     main_pid, came = os.getpid(), []
 
     def interrupt(number, _):
@@ -61,6 +65,24 @@ def run(main):
         if came:  # libraries make their own errors of it
             _stop("terminated" if came[0] == signal.SIGTERM else "interrupted", 128 + came[0])
         _stop(error, 2)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(70)  # EX_SOFTWARE of sysexits.h
+
+
+def _guard_imports():
+    """Sees to it that this script runs the code of its checkout, and that no file that lies around takes the place of
+    a package: neither beside the script nor, in the processes that it starts, in the current directory."""
+    os.environ["PYTHONSAFEPATH"] = "1"
+    if not (main_file := getattr(sys.modules["__main__"], "__file__", None)):
+        return  # python -c
+    script = Path(main_file).resolve()
+    checkout = next((folder for folder in script.parents[:2] if (folder / "cachetrain" / "cli.py").exists()), None)
+    if checkout and not (checkout / "cachetrain" / "cli.py").samefile(__file__):
+        other = Path(__file__).parents[1]
+        _stop(f"would run the code in {other}; install that in {checkout}: cd there, then pip install -e .", 2)
+    if not sys.flags.safe_path and sys.path[0] == str(script.parent):
+        sys.path.append(sys.path.pop(0))
 
 
 @contextmanager
@@ -127,17 +149,20 @@ class Number:
             value = self.kind(text)
         except ValueError:
             value = None
-        if value is None or not self._holds(value):
+        if value is None or not self.holds(value):
             raise argparse.ArgumentTypeError(f"expected {self.expected}, got {text if text.strip() else repr(text)}")
         return value
 
-    def _holds(self, value):
+    def holds(self, value) -> bool:
+        """Whether a number is within the range."""
         most = math.inf if self.most is None else self.most
         if not self.least <= value <= most or value == math.inf or value in self.exclude:  # nan is refused, too
             return False
         return self.step is None or value % self.step == 0
 
 
+# Ranges of flags, and of the same numbers in files. Where they end well above any use, it is because a larger number
+# takes all memory, overflows, or makes a run that trains nothing.
 positive_int = Number(int, 1)
 count = Number(int, 0)
 positive_float = Number(float, 0, exclude=(0,))
@@ -147,6 +172,12 @@ seed = Number(int, 0, 2**63 - 1, range_text="from 0 to 2^63 - 1")
 port = Number(int, 0, 65535)
 denoising_steps = Number(int, 1, 1000)
 pixels = Number(int, 8, 8192)
+batch_size = Number(int, 1, 65536)
+workers = Number(int, 0, 1024)
+guidance = Number(float, 0, 1000)
+scaling_factor = Number(float, 0, 1000, exclude=(0,))
+repeats = Number(float, 0.001, 10_000)
+MAX_STEPS, MAX_EPOCHS = 10**9, 10**6
 
 
 class Steps(str):
@@ -171,11 +202,12 @@ class StepCount(Number):
     """
 
     def __init__(self, least):
-        super().__init__(Steps, least, range_text=f"steps from {least}, or epochs {'above' if least else 'from'} 0")
+        epochs = f"epochs {'above' if least else 'from'} 0 to {MAX_EPOCHS}"
+        super().__init__(Steps, least, range_text=f"steps from {least} to {MAX_STEPS}, or {epochs}")
         self.expected = f"a whole number of {self.range} with an e after it, like 0.5e"
 
-    def _holds(self, value):
-        return value.resolve(1) >= self.least
+    def holds(self, value) -> bool:
+        return self.least <= value.resolve(1) <= (MAX_EPOCHS if value.endswith("e") else MAX_STEPS)
 
 
 def add_device_arguments(parser):

@@ -1,4 +1,4 @@
-#!/usr/bin/env python3
+#!/usr/bin/env -S python3 -P
 """Shows the same images of two or more directories side by side, matched by relative path.
 
     ./dataset_scripts/compare_imgdirs.py output/baseline output/min_snr           # writes compare.html
@@ -79,10 +79,13 @@ def column_labels(directories: Sequence[str]) -> list[str]:
 
 
 def resolve_inside(root: Path, relative: str | Path) -> Path | None:
-    """Returns the image file `relative` under the resolved `root`; None if it is not an image or lies outside."""
+    """Returns the image file `relative` under the resolved `root`; None if it is not an image, is hidden, or lies
+    outside."""
     try:
         path = (root / relative).resolve()
-        inside = path.is_relative_to(root) and path.suffix.lower() in IMAGE_TYPES and path.is_file()
+        names = (root / relative).relative_to(root).parts + path.relative_to(root).parts
+        hidden = any(name.startswith(".") for name in names)
+        inside = not hidden and path.suffix.lower() in IMAGE_TYPES and path.is_file()
     except (OSError, ValueError, RuntimeError):  # name too long, NUL byte, symlink loop
         return None
     return path if inside else None
@@ -163,6 +166,8 @@ def make_server(roots: Sequence[Path], labels: list[str], port: int = 0) -> Thre
 class CompareHandler(BaseHTTPRequestHandler):
     """Handles GET and HEAD for /, /image/COLUMN/PATH and /text/COLUMN/PATH; other paths give 404."""
 
+    timeout = 30  # seconds that a connection may be silent
+
     def do_GET(self):
         if not LOOPBACK.fullmatch(self.headers.get("Host", "")):  # against DNS rebinding
             return self.send_error(HTTPStatus.FORBIDDEN, "Only for 127.0.0.1 and localhost")
@@ -199,7 +204,7 @@ class CompareHandler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
-            with contextlib.suppress(ConnectionError):  # the browser closed the connection
+            with contextlib.suppress(ConnectionError, TimeoutError):  # the browser has closed it, or does not read
                 self.wfile.write(body)
 
     def log_message(self, *args):

@@ -1,4 +1,4 @@
-#!/usr/bin/env python3
+#!/usr/bin/env -S python3 -P
 """Draws a data set of captioned shapes; score_shapes.py checks whether a model's pictures follow such captions.
 
     ./dataset_scripts/draw_shapes.py --out shapes --num_images 3000 --prompts shapes_prompts.txt
@@ -28,8 +28,9 @@ try:
     from PIL import Image, ImageDraw
 
     from cachetrain import cli
-except ModuleNotFoundError as error:
-    raise SystemExit(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`") from None
+except ImportError as error:
+    print(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`", file=sys.stderr)
+    sys.exit(2)
 
 IMAGE_SIZE = 64
 SUPERSAMPLE = 4  # antialiasing, which Pillow lacks: draw larger, then average

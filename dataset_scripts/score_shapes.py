@@ -28,8 +28,9 @@ try:
     from PIL import Image
 
     from cachetrain import cli
-except ModuleNotFoundError as error:
-    raise SystemExit(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`") from None
+except ImportError as error:
+    print(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`", file=sys.stderr)
+    sys.exit(2)
 
 ATTRIBUTES = ("background", "color", "shape", "place", "size")
 BORDER = 2  # pixels along the edge that count as background

@@ -1,4 +1,4 @@
-#!/usr/bin/env python3
+#!/usr/bin/env -S python3 -P
 """Composes a Stable Diffusion pipeline from parts: UNet + VAE + CLIP text encoder.
 
     ./models/compose_sd.py --unet stable-diffusion-v1-5/stable-diffusion-v1-5 --fresh_unet \\
@@ -7,10 +7,13 @@
 Each part is a Hugging Face model id, a pipeline directory, or a directory with only that part, in safetensors format.
 """
 
+import sys
+
 try:
     from cachetrain import cli
-except ModuleNotFoundError as error:
-    raise SystemExit(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`") from None
+except ImportError as error:
+    print(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`", file=sys.stderr)
+    sys.exit(2)
 
 
 def parse_args(argv=None):

@@ -1,4 +1,4 @@
-#!/usr/bin/env python3
+#!/usr/bin/env -S python3 -P
 """Composes a Stable Diffusion pipeline with T5: UNet + VAE + T5 encoder + a frozen projection to the UNet's width.
 
     ./models/compose_t5_sd.py --unet stable-diffusion-v1-5/stable-diffusion-v1-5 --vae stabilityai/sdxl-vae \\
@@ -13,10 +13,13 @@ and trains with the UNet, from the same initial values. Such a model needs text 
 hidden states: make them with cache/create_t5cache_768.py --raw.
 """
 
+import sys
+
 try:
     from cachetrain import cli
-except ModuleNotFoundError as error:
-    raise SystemExit(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`") from None
+except ImportError as error:
+    print(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`", file=sys.stderr)
+    sys.exit(2)
 
 
 def parse_args(argv=None):
@@ -44,6 +47,8 @@ def main(argv=None):
     if args.fit_captions:
         with open(args.fit_captions, encoding="utf-8") as file:
             captions = [line.strip() for line in file if line.strip()]
+        if not captions:
+            raise ValueError(f"{args.fit_captions}: contains no captions; add some, or omit --fit_captions")
     from cachetrain.modeling.compose import ProjectionOptions, Target, compose_t5
     from cachetrain.modeling.load import pick_device, pick_dtype
 

@@ -1,4 +1,4 @@
-#!/usr/bin/env python3
+#!/usr/bin/env -S python3 -P
 """Writes a checkpoint as one .safetensors file in the original Stable Diffusion key layout, for web UIs.
 
     ./models/export_single_file.py --model output/run1/checkpoint-010000 --out run1-010000.safetensors --dtype fp16
@@ -7,10 +7,13 @@ EMA weights are used if the checkpoint has them. Keep the .yaml file that is wri
 read from it what the keys cannot express. Further notes for users of the file are printed and stored in its metadata.
 """
 
+import sys
+
 try:
     from cachetrain import cli
-except ModuleNotFoundError as error:
-    raise SystemExit(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`") from None
+except ImportError as error:
+    print(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`", file=sys.stderr)
+    sys.exit(2)
 
 
 def parse_args(argv=None):

@@ -1,4 +1,4 @@
-#!/usr/bin/env python3
+#!/usr/bin/env -S python3 -P
 """Recreates models/tiny from scratch: the models of the quickstart, which train on one CPU core in minutes.
 
     ./models/make_tiny.py --stage all --out models/tiny
@@ -26,8 +26,9 @@ from typing import TYPE_CHECKING
 
 try:
     from cachetrain import cli
-except ModuleNotFoundError as error:
-    raise SystemExit(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`") from None
+except ImportError as error:
+    print(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`", file=sys.stderr)
+    sys.exit(2)
 
 if TYPE_CHECKING:
     import torch

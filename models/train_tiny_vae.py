@@ -1,4 +1,4 @@
-#!/usr/bin/env python3
+#!/usr/bin/env -S python3 -P
 """Trains a tiny VAE on small pictures of a single shape on a plain background.
 
     ./dataset_scripts/draw_shapes.py --out shapes --num_images 12000 --seed 1
@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import argparse
 import copy
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 try:
     from cachetrain import cli
-except ModuleNotFoundError as error:
-    raise SystemExit(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`") from None
+except ImportError as error:
+    print(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`", file=sys.stderr)
+    sys.exit(2)
 
 if TYPE_CHECKING:
     import torch
@@ -149,7 +151,7 @@ def parse_args(argv=None):
     parser.add_argument("--data_root", type=Path, required=True, help="directory of 64x64 PNGs")
     parser.add_argument("--out", type=Path, required=True, help="directory for the VAE, in diffusers format")
     parser.add_argument("--max_steps", type=cli.positive_int, default=6000, help="optimizer steps")
-    parser.add_argument("--batch_size", type=cli.positive_int, default=8, help="images per step")
+    parser.add_argument("--batch_size", type=cli.batch_size, default=8, help="images per step")
     parser.add_argument(
         "--learning_rate", "--lr", dest="lr", type=cli.positive_float, default=2e-3, help="peak learning rate"
     )

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -293,6 +294,28 @@ def test_server_confines_paths_to_its_directories(runs, tmp_path):
         assert request(server, "/image/0/inside.png")[0] == 200
         page = request(server, "/")[2].decode()
     assert "link.png" not in page and "secret" not in page
+
+
+def test_server_serves_no_hidden_file_that_is_named(runs, tmp_path):
+    for name in (".hidden.png", ".staged/x.png"):
+        (path := runs[0] / "samples" / name).parent.mkdir(exist_ok=True)
+        shutil.copy(runs[0] / "samples" / IMAGE, path)
+    (runs[0] / "samples" / "link.png").symlink_to(".hidden.png")
+    with serving(runs) as server:
+        for name in (".hidden.png", ".staged/x.png", "%2estaged/x.png", "link.png", "a/../b/../.hidden.png"):
+            for kind in ("image", "text"):
+                assert request(server, f"/{kind}/0/{name}")[0] == 404, name
+        assert request(server, f"/image/0/{IMAGE}")[0] == 200
+
+
+def test_server_closes_connections_that_send_half_a_request(runs, monkeypatch):
+    assert compare.CompareHandler.timeout <= 60
+    monkeypatch.setattr(compare.CompareHandler, "timeout", 0.05)
+    with serving(runs) as server:
+        for part in (b"", b"GET / HT", b"GET / HTTP/1.1\r\nHost: local"):
+            with socket.create_connection(server.server_address, timeout=HANG_S) as connection:
+                connection.sendall(part)
+                assert connection.recv(1) == b"", part  # closed
 
 
 def test_server_answers_only_loopback_host_names(runs):

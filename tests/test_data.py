@@ -89,6 +89,16 @@ def test_folder_weights_multiply_txt_and_repeats_multiply_and_the_nearest_file_c
     assert {index.stem(i).split("/")[-2] for i in counts} == {"a", "often", "deep", "b:1"}
     for i, repeats in enumerate(index.repeats):
         assert abs(counts[i] - 10 * repeats) <= repeats  # the last of them may wait in a batch
+    for content in (b"\xef\xbb\xbf2\r\n", b"\xff\xfe2\x00", b"\xfe\xff\x002"):  # as Windows writes it
+        (root / "multiply.txt").write_bytes(content)
+        assert PairIndex([root], *T5).repeats[0] == 2
+    for content in ("nan", "inf", "-1", "1e5", "2 3", ""):
+        (root / "multiply.txt").write_text(content)
+        with pytest.raises(ValueError, match=rf"multiply\.txt: '{content}'; expected one number from 0 to 10000"):
+            PairIndex([root], *T5)
+    (root / "multiply.txt").write_text("10000")
+    with pytest.raises(ValueError, match="comes up 20000 times in an epoch, more than 10000"):
+        PairIndex([root], *T5, [2.0])
     (root / "multiply.txt").write_text("often")
     with pytest.raises(ValueError, match=r"multiply\.txt: 'often'"):
         PairIndex([root], *T5)

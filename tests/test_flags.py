@@ -121,8 +121,8 @@ def test_help_names_the_range_of_a_number(script, flag):
         (
             "train_from_cached.py",
             "--save_steps 0e",
-            "--save_steps: expected a whole number of steps from 1, or "
-            "epochs above 0 with an e after it, like 0.5e, got 0e",
+            "--save_steps: expected a whole number of steps from 1 to 1000000000, or epochs above 0 to 1000000 with "
+            "an e after it, like 0.5e, got 0e",
         ),
         ("train_from_cached.py", "--ema_decay 1", "--ema_decay: expected a number from 0 to below 1, got 1"),
         ("train_from_cached.py", "--timestep_range 0 1001", "expected a whole number from 0 to 1000, got 1001"),
@@ -131,7 +131,24 @@ def test_help_names_the_range_of_a_number(script, flag):
         ("train_from_cached.py", "--train_data_dir /a /b:nan", "--train_data_dir: expected a number from 0.001"),
         ("train_from_cached.py", f"--seed {2**63}", "--seed: expected a whole number from 0 to 2^63 - 1, got"),
         ("train_from_cached.py", "--log_groups 16", "--log_groups: expected a whole number from 1 to 15, got 16"),
-        ("train_from_cached.py", "--lr nan", "--learning_rate/--lr: expected a number from 0, got nan"),
+        ("train_from_cached.py", "--lr nan", "--learning_rate/--lr: expected a number from 0 to 10, got nan"),
+        ("train_from_cached.py", "--max_steps 1e308e", "or epochs above 0 to 1000000 with an e after it"),
+        (
+            "train_from_cached.py",
+            "--max_epochs 1e308",
+            "expected a number above 0 to 1000000, got 1e308",
+        ),
+        (
+            "train_from_cached.py",
+            "--noise_gamma 1e-9",
+            "expected a number from 0.01 to 1000, got 1e-9",
+        ),
+        ("train_from_cached.py", "--text_scaling_factor 1e30", "expected a number above 0 to 1000, got 1e30"),
+        ("train_from_cached.py", "--vae_scaling_factor 1e30", "expected a number above 0 to 1000, got 1e30"),
+        ("train_from_cached.py", "--num_workers 9999", "--num_workers: expected a whole number from 0 to 1024"),
+        ("train_from_cached.py", "--sample_cfgs 1e30", "--sample_cfgs: expected a number from 0 to 1000, got 1e30"),
+        ("sample.py", "--batch_size 65537", "--batch_size: expected a whole number from 1 to 65536, got 65537"),
+        ("cache/create_t5cache_768.py", "--max_length 65536", "expected a whole number from 1 to 4096, got 65536"),
         ("sample.py", "--num_inference_steps 1001", "expected a whole number from 1 to 1000, got 1001"),
         ("launch_tensorboard.py", "--port 65536", "--port: expected a whole number from 0 to 65535, got 65536"),
         ("dataset_scripts/compare_imgdirs.py", "--serve 65536", "--serve: expected a whole number from 0 to 65535"),

@@ -120,6 +120,17 @@ def test_projection_fitted_to_captions_spans_their_principal_components(tmp_path
     assert projected.mean(0).abs().max() < 1e-3
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("", "captions.txt: contains no captions"), (" \n\n", "contains no captions"), ("a star", "too few to fit")],
+)
+def test_captions_that_cannot_fit_a_projection_are_refused(text, message, tmp_path):
+    (tmp_path / "captions.txt").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        compose("t5", tmp_path / "model", "--fit_captions", str(tmp_path / "captions.txt"))
+    assert not (tmp_path / "model").exists()
+
+
 def test_fresh_unet_comes_from_the_seed_and_leaves_the_global_generator_alone(tmp_path):
     state = torch.random.get_rng_state()
     compose("clip", tmp_path / "a", "--seed", "5")
@@ -259,6 +270,20 @@ def test_a_hub_model_is_fetched_by_parts_without_pickles_copies_and_code(monkeyp
     assert fetched["owner/t5"] == set(bare)
 
 
+@pytest.mark.parametrize(
+    "path",
+    ["models/t5_sd15", "output/checkpoint-000001", "here/t5", "here", "sd15", "./t5", "a/b/c", "/a/b", "~/b"],
+)
+def test_what_looks_like_a_path_is_never_asked_of_the_hub(path, monkeypatch, tmp_path):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir() if path != "here" else (tmp_path / "here").touch()
+    with pytest.raises(ValueError, match=f"{path}: no such directory; "):
+        load.resolve_model(path)
+
+
 def raw_embeddings(model_dir, prompts):
     """[B, T, 64] of tiny T5 itself, padded, and the mask."""
     text = TextEncoder(model_dir, raw=True)
@@ -279,7 +304,8 @@ def narrow_unet(tmp_path_factory):
 def test_unet_with_its_own_projection_predicts_as_with_the_frozen_one(fit, narrow_unet, tmp_path):
     flags = []
     if fit:
-        (tmp_path / "captions.txt").write_text("\n".join(f"a {c} star" for c in ("red", "green", "blue", "white")))
+        colours = ("red", "green", "blue", "white", "black", "orange", "purple", "yellow", "pink")
+        (tmp_path / "captions.txt").write_text("\n".join(f"a large {c} star on a {c} circle" for c in colours))
         flags = ["--fit_captions", str(tmp_path / "captions.txt")]
     compose("t5", tmp_path / "frozen", *flags, unet=narrow_unet)
     compose("t5", tmp_path / "own", *flags, "--train_projection", unet=narrow_unet)

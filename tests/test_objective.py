@@ -1,8 +1,11 @@
 """Objectives and loss weights against diffusers' own code and closed forms."""
 
+import re
+from functools import partial
+
 import pytest
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_snr
 
@@ -16,6 +19,7 @@ from cachetrain.diffusion.objective import (
     target_of,
     timestep_fraction,
 )
+from cachetrain.modeling.load import load_scheduler
 
 
 @pytest.fixture
@@ -99,6 +103,64 @@ def test_zero_terminal_snr_is_refused_where_it_means_nothing(objective):
         make_scheduler(objective, zero_terminal_snr=True)
 
 
+@pytest.mark.parametrize("from_objective", ["epsilon", "v_prediction"])
+def test_epsilon_on_a_schedule_that_ends_in_pure_noise_is_refused_in_training_and_drawing(from_objective):
+    config = make_scheduler("v_prediction", zero_terminal_snr=True).config
+    base = DDIMScheduler.from_config(config, prediction_type=from_objective)
+    with pytest.raises(ValueError, match=r"zero terminal SNR.*use --objective v_prediction"):
+        make_scheduler("epsilon", base)
+    with pytest.raises(ValueError, match="zero terminal SNR"):
+        sampler_for(DDIMScheduler.from_config(config, prediction_type="epsilon"))
+    assert make_scheduler("v_prediction", base).config.rescale_betas_zero_snr
+    one = DDIMScheduler(**SD_SCHEDULE | {"trained_betas": [0.001] * 999 + [1.0]})
+    with pytest.raises(ValueError, match="zero terminal SNR"):
+        make_scheduler("epsilon", one)
+
+
+def test_a_model_keeps_its_scheduler_where_it_has_the_objective():
+    for objective in ("epsilon", "v_prediction", "flow"):
+        scheduler = make_scheduler(objective)
+        assert make_scheduler(objective, scheduler) is scheduler
+    shifted = make_scheduler("flow", FlowMatchEulerDiscreteScheduler(shift=3.0))
+    assert shifted.config.flow_shift == 3.0 and make_scheduler("flow", shifted) is shifted
+    assert sampler_for(shifted).config.shift == sampler_for(shifted, "dpm++").config.flow_shift == 3.0
+    assert make_scheduler("epsilon", shifted).config.beta_end == SD_SCHEDULE["beta_end"]
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (DDIMScheduler(num_train_timesteps=100), "num_train_timesteps 100, expected 1000"),
+        (FlowMatchEulerDiscreteScheduler(num_train_timesteps=100), "num_train_timesteps 100, expected 1000"),
+        (FlowMatchEulerDiscreteScheduler(shift=-1.0), "shift -1.0, expected a number above 0"),
+        (EDMEulerScheduler(prediction_type="epsilon"), "no noise schedule like Stable Diffusion's"),
+        (DDIMScheduler(beta_start=float("nan")), "betas that are no noise schedule"),
+        (DDIMScheduler(beta_start=-0.1), "betas that are no noise schedule"),
+    ],
+)
+def test_noise_schedule_that_cannot_be_trained_is_refused_by_name(scheduler, message):
+    for make in (sampler_for, partial(make_scheduler, objective_of(scheduler))):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            make(scheduler) if make is sampler_for else make(base=scheduler)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("{", "scheduler_config.json: Expecting"),
+        ("[]", "expected the config of a scheduler"),
+        ('{"beta_start": 0.1}', "has no _class_name"),
+        ('{"_class_name": "UNet2DConditionModel"}', "UNet2DConditionModel is not a diffusers scheduler"),
+        ('{"_class_name": "DDIMScheduler", "beta_schedule": "sine"}', "sine"),
+        ('{"_class_name": "DDIMScheduler", "num_train_timesteps": "many"}', "expected the config of a scheduler"),
+    ],
+)
+def test_broken_scheduler_config_is_refused_by_name(config, message, tmp_path):
+    (tmp_path / "scheduler_config.json").write_text(config)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_scheduler(tmp_path)
+
+
 def test_logit_normal_timesteps_are_distributed_as_in_diffusers():
     uniform = (torch.arange(20_000) + 0.5) / 20_000
     ours = torch.tensor([timestep_fraction("logit_normal", u.item()) for u in uniform])
@@ -125,8 +187,6 @@ def test_squared_error_of_bf16_reduces_in_float32():
 @pytest.mark.parametrize("objective", ["epsilon", "v_prediction", "flow"])
 def test_scheduler_of_objective_says_and_samples_it(objective, tmp_path):
     make_scheduler(objective).save_pretrained(tmp_path)
-    from cachetrain.modeling.load import load_scheduler
-
     scheduler = load_scheduler(tmp_path)
     assert objective_of(scheduler) == objective
     assert objective_of(sampler_for(scheduler)) == objective

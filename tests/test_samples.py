@@ -8,7 +8,12 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, StableDiffusionPipeline
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusionPipeline,
+)
 from helpers import CLIP, T5, load_script, render, run_script, train
 from PIL import Image
 
@@ -101,6 +106,21 @@ def test_samplers_that_do_not_fit_the_model_are_refused_by_name():
     for name in ("heun", "pndm"):
         with pytest.raises(ValueError, match=f"{name}.*zero terminal SNR"):
             sampler_for(make_scheduler("v_prediction", None, True), name)
+
+
+@pytest.mark.parametrize("base", [None, FlowMatchEulerDiscreteScheduler(shift=3.0)], ids=["new", "FlowMatch"])
+def test_a_vanilla_flow_model_draws_in_plain_diffusers_what_we_draw(base, model_sd):
+    scheduler = make_scheduler("flow", base)
+    pipe = StableDiffusionPipeline.from_pretrained(
+        model_sd, scheduler=scheduler, torch_dtype=torch.float32, safety_checker=None
+    )
+    settings = {"num_inference_steps": 4, "guidance_scale": 3.0, "height": 64, "width": 64}
+    expected = pipe("a star", generator=torch.Generator().manual_seed(5), **settings).images[0]
+    text = TextEncoder(model_sd)
+    null, star = [text.encode_ids(text.tokenize([prompt])[0])[0] for prompt in ("", "a star")]
+    unet, vae = load.load_unet(model_sd / "unet").eval(), load.load_vae(model_sd / "vae")
+    (image,) = render(unet, vae, sampler_for(scheduler, "dpm++"), [star], null, 3.0, [5], 4, "txt_clipl")
+    assert np.abs(np.asarray(image).astype(int) - np.asarray(expected)).max() <= 1
 
 
 @pytest.mark.parametrize(

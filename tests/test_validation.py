@@ -7,13 +7,17 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from helpers import T5, bare_run, open_pairs
+from helpers import T5, bare_run, load_script, open_pairs, trainer_argv
 from safetensors.torch import load_file
 
 from cachetrain.data import rng
+from cachetrain.data.dataset import SampleKey
 from cachetrain.data.index import PairIndex
+from cachetrain.data.loader import on_device
 from cachetrain.data.split import check_apart, split_index, split_positions
+from cachetrain.distributed import World
 from cachetrain.modeling import load
+from cachetrain.training import run as setup
 from cachetrain.training.validation import QUANTILES, FixedBatches, Validation
 
 torch.set_num_threads(1)
@@ -149,6 +153,33 @@ def test_val_loss_is_the_same_each_time_and_touches_nothing_of_training(index, u
     assert torch.equal(state, torch.random.get_rng_state()) and (numpy_state == np.random.get_state()[1]).all()
     assert all(torch.equal(weights[name], tensor) for name, tensor in unet.state_dict().items())
     assert unet.training and all(parameter.grad is None for parameter in unet.parameters())
+
+
+def held_out(shapes, model_t5, out, *flags):
+    """The batches of the validation of a run with these flags."""
+    args = load_script("train_from_cached.py").parse_args(
+        trainer_argv(shapes, model_t5, out, "--val_split", 0.3, "--cond_dropout", 0, *flags)
+    )
+    return list(on_device(setup.open_validation(setup.open_run(args, World(CPU)))._loader, CPU))
+
+
+@pytest.mark.parametrize("objective", ["epsilon", "flow"])
+def test_what_validation_measures_does_not_depend_on_how_is_trained(objective, shapes, model_t5, tmp_path):
+    plain = held_out(shapes, model_t5, tmp_path, "--objective", objective)
+    flags = ["--seed", 3, "--timestep_sampling", "logit_normal", "--timestep_range", 0, 500, "--offset_noise", 0.3]
+    other = held_out(shapes, model_t5, tmp_path, "--objective", objective, *flags)
+    for one, two in zip(plain, other, strict=True):
+        assert all(torch.equal(one[name], two[name]) for name in ("latents", "noise", "timesteps"))
+    timesteps = torch.cat([batch["timesteps"] for batch in plain]).sort().values
+    assert timesteps[0] < 125 and timesteps[-1] > 875 and timesteps.float().mean() == pytest.approx(500, abs=50)
+
+
+def test_validation_noise_is_never_that_of_training(shapes, model_t5, tmp_path):
+    validation = torch.cat([batch["noise"] for batch in held_out(shapes, model_t5, tmp_path)])
+    pairs = open_pairs(PairIndex([shapes], *T5))  # seed 0
+    training = [pairs[SampleKey(epoch, i)]["noise"] for epoch in range(QUANTILES) for i in range(len(pairs))]
+    assert not (validation.flatten(1)[:, None, 0] == torch.stack(training).flatten(1)[None, :, 0]).any()
+    assert validation.std().item() == pytest.approx(1, abs=0.02)
 
 
 def test_ranks_together_measure_what_one_measures(index, unet, model_t5):

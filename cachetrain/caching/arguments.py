@@ -50,7 +50,7 @@ def image_parser(doc: str, kind: str, model: str) -> argparse.ArgumentParser:
     parser.add_argument("--store_posterior", action="store_true", help="also store the posterior's log-variance")
     parser.add_argument(
         "--num_workers",
-        type=cli.count,
+        type=cli.workers,
         default=max(1, min(8, cli.cores_of_this_rank() - 1)),
         help="processes that decode images; 0: decode in the main process",
     )
@@ -125,7 +125,7 @@ def add_model_arguments(
     parser.add_argument("--revision", help="branch, tag or commit of a Hugging Face model id")
     parser.add_argument(
         "--batch_size",
-        type=cli.positive_int,
+        type=cli.batch_size,
         default=batch_size,
         help="batch size of the model; a smaller one needs less memory",
     )

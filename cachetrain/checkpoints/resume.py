@@ -13,6 +13,7 @@ from cachetrain.checkpoints.manifest import damages
 from cachetrain.checkpoints.save import checkpoint_path, checkpoints, is_frozen, step_of
 from cachetrain.checkpoints.state import placed_like, read_state
 from cachetrain.diffusion.noise_schedulers import objective_of
+from cachetrain.diffusion.objective import noise_schedule
 from cachetrain.log import warn
 
 _FIELDS = {"step", "visits", "settings", "trained", "optimizer", "scaler", "statistics", "validation"}
@@ -144,7 +145,8 @@ def settings_of(args, plan, index, scheduler, world) -> dict:
         scheduler: the noise schedule, a scheduler of diffusers.
         world: World.
     """
-    alphas_cumprod = getattr(scheduler, "alphas_cumprod", torch.zeros(0))
+    alphas_cumprod = noise_schedule(scheduler, "cpu")
+    alphas_cumprod = torch.zeros(0) if alphas_cumprod is None else alphas_cumprod
     checksum = f"{zlib.crc32(alphas_cumprod.double().numpy().tobytes()):08x}"
     decay_steps = None if args.scheduler.startswith("constant") else plan.decay_steps
     return json.loads(json.dumps(vars(args))) | {

@@ -74,6 +74,7 @@ class Draws:
         offset_noise: standard deviation of a per-channel constant that is added to the noise
             (Guttenberg 2023, "Diffusion with offset noise").
         fixed: repeat the draws of a sample's first visit on every visit (--overfit).
+        noise_purpose: rng.NOISE, or rng.VALIDATION for noise that training never draws.
     """
 
     seed: int = 0
@@ -84,6 +85,7 @@ class Draws:
     timestep_range: tuple[int, int] = (0, 1000)
     offset_noise: float = 0.0
     fixed: bool = False
+    noise_purpose: int = rng.NOISE
 
 
 class CachedPairs(Dataset):
@@ -144,7 +146,7 @@ class CachedPairs(Dataset):
         return self._generator(key, purpose).random()
 
     def _noise(self, key, shape):
-        noise = self._generator(key, rng.NOISE).standard_normal(shape, dtype=np.float32)
+        noise = self._generator(key, self.draws.noise_purpose).standard_normal(shape, dtype=np.float32)
         if self.draws.offset_noise:
             offset = self._generator(key, rng.OFFSET).standard_normal(shape[0], dtype=np.float32)
             noise += self.draws.offset_noise * offset[:, None, None]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import codecs
 import copy
 import json
 import os
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
+from cachetrain import cli
 from cachetrain.data import rng
 from cachetrain.data.many_files import PackedStrings, in_threads, open_regular
 from cachetrain.data.sidecar import NULL_STEM, RUN_KEYS, SUFFIXES, Header, read_header
@@ -27,6 +30,8 @@ from cachetrain.modeling.conditioning import check_shapes
 
 if TYPE_CHECKING:
     from cachetrain.distributed import World
+
+_MULTIPLE = cli.Number(float, 0, cli.repeats.most)
 
 
 class PairIndex:
@@ -198,6 +203,11 @@ class PairIndex:
         return folder_repeats
 
     def _check_repeats(self):
+        if len(self.repeats) and self.repeats.max() > cli.repeats.most:
+            raise ValueError(
+                f"{self.stem(int(self.repeats.argmax()))}: comes up {self.repeats.max():g} times in an epoch, more "
+                f"than {cli.repeats.most}; lower --repeats, --train_data_dir DIR:REPEATS or the number in {MULTIPLY}"
+            )
         if len(self.repeats) and self.samples_per_epoch < 1:
             raise ValueError(
                 f"an epoch of {len(self.repeats)} pairs has {self.samples_per_epoch:g} samples; check --repeats, "
@@ -322,16 +332,16 @@ def _warn_of_skipped_folder(folder, reason):
 
 def _read_multiple(path):
     with open_regular(path) as file:
-        text = file.read().decode("utf-8-sig", "replace").strip()
+        content = file.read()
+    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # as Windows' editors and shells write it
+    text = content.decode("utf-16" if utf16 else "utf-8-sig", errors="replace").strip()
     try:
-        multiple = float(text)
-    except ValueError:
-        multiple = -1.0
-    if not 0 <= multiple < float("inf"):
+        return _MULTIPLE(text)
+    except argparse.ArgumentTypeError as error:
         raise ValueError(
-            f"{path}: {text[:40]!r}; expected one number: how often the images of this folder come up in an epoch"
-        )
-    return multiple
+            f"{path}: {text[:40]!r}; expected one number {_MULTIPLE.range}: how often the images of this folder come "
+            "up in an epoch"
+        ) from error
 
 
 def null_caption_path(directories: Iterable[str | os.PathLike], text_suffix: str) -> Path | None:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from cachetrain.diffusion.noise_schedulers import objective_of
+
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
@@ -99,4 +101,6 @@ def squared_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tenso
 
 def noise_schedule(scheduler: SchedulerMixin, device: torch.device) -> torch.Tensor | None:
     """Returns alphas_cumprod, float32 [T] on `device`, of a DDPM-type scheduler; None for flow matching."""
-    return scheduler.alphas_cumprod.to(device, torch.float32) if hasattr(scheduler, "alphas_cumprod") else None
+    if objective_of(scheduler) == "flow":
+        return None
+    return scheduler.alphas_cumprod.to(device, torch.float32)

@@ -251,7 +251,7 @@ def make_projection(model_dir: Path, width: int, seed: int, options: ProjectionO
         seed: seed of the random orthogonal map.
 
     Raises:
-        ValueError: T5's hidden states are narrower than `width`.
+        ValueError: T5's hidden states are narrower than `width`, or the captions have too few tokens to fit to.
     """
     import torch
 
@@ -265,6 +265,11 @@ def make_projection(model_dir: Path, width: int, seed: int, options: ProjectionO
     if features < width:
         raise ValueError(
             f"T5's hidden states have width {features}, expected at least the UNet's {width}; use a larger T5"
+        )
+    if options.captions and len(hidden) <= width:
+        raise ValueError(
+            f"{len(options.captions)} captions with {len(hidden)} tokens are too few to fit a projection to width "
+            f"{width}; use captions with more tokens than that, or omit --fit_captions"
         )
     projection = T5Projection(features, width)
     bias = torch.zeros(width)

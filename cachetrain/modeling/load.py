@@ -74,8 +74,9 @@ def resolve_model(
     path = Path(model).expanduser()
     if path.is_dir():
         return path.resolve()
-    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
-        raise ValueError(f"{model}: no such directory, and not a Hugging Face model id like owner/name")
+    owner, slash, name = str(model).partition("/")
+    if not (slash and name) or "/" in name or owner.startswith((".", "~")) or _is_local_folder(owner):
+        raise ValueError(f"{model}: no such directory{_where_it_comes_from(path)}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -94,6 +95,17 @@ def resolve_model(
             f"{model}: no such directory, and downloading from the Hugging Face Hub failed: {error}"
         ) from error
     return Path(snapshot)
+
+
+def _is_local_folder(name):
+    """Whether a path that begins with this folder means this machine: the folder exists, or our commands make it."""
+    return name in ("", "models", "output", "quickstart") or Path(name).exists()
+
+
+def _where_it_comes_from(path):
+    if path.parent.name == "models":
+        return "; make it with models/compose_sd.py or models/compose_t5_sd.py, or pass another model"
+    return "; a Hugging Face model id is owner/name, where no folder `owner` lies in the current directory"
 
 
 def component_dir(model_dir: str | Path, name: str) -> Path:
@@ -264,14 +276,19 @@ def load_scheduler(directory: str | Path) -> SchedulerMixin:
     """Loads the noise scheduler named in the directory's config.
 
     Raises:
-        ValueError: the config names no diffusers scheduler.
+        ValueError: the config names no diffusers scheduler, or one that cannot be made of it.
     """
     import diffusers
 
-    name = json.loads((Path(directory) / "scheduler_config.json").read_text())["_class_name"]
-    if not hasattr(diffusers, name) or not name.endswith("Scheduler"):
-        raise ValueError(f"{directory}: {name} is not a diffusers scheduler")
-    return getattr(diffusers, name).from_pretrained(directory)
+    path = Path(directory) / "scheduler_config.json"
+    try:
+        name = json.loads(path.read_text(encoding="utf-8"))["_class_name"]
+        if not (isinstance(name, str) and name.endswith("Scheduler") and hasattr(diffusers, name)):
+            raise ValueError(f"{name} is not a diffusers scheduler")
+        return getattr(diffusers, name).from_pretrained(directory)
+    except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
+        reason = "has no _class_name" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path}: {reason}; expected the config of a scheduler, as diffusers saves it") from error
 
 
 def load_custom_pipeline(

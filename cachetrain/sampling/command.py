@@ -53,7 +53,7 @@ def parse_args(argv=None):
 def _add_drawing_arguments(drawing):
     drawing.add_argument(
         "--cfgs",
-        type=cli.not_negative,
+        type=cli.guidance,
         nargs="+",
         metavar="SCALE",
         help="guidance scales at which each prompt is drawn; 1: no guidance; default: 4, or those of the run",
@@ -85,7 +85,7 @@ def _add_drawing_arguments(drawing):
         )
     drawing.add_argument(
         "--batch_size",
-        type=cli.positive_int,
+        type=cli.batch_size,
         metavar="N",
         help="pictures drawn at a time; lower the number if memory runs out; default: 16, or 8 with --watch",
     )

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cachetrain import cli
 from cachetrain.data.captions import find_caption
 from cachetrain.log import warn
 
@@ -61,6 +62,16 @@ def _is_int(least, most=2**63 - 1):
     return lambda value: isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
+def _is_in(number: cli.Number):
+    kind = int if number.kind is int else int | float
+    return lambda value: isinstance(value, kind) and not isinstance(value, bool) and number.holds(value)
+
+
+def _number(number: cli.Number) -> _Rule:
+    """The same range as that of a flag."""
+    return _Rule(_is_in(number), number.expected)
+
+
 def _is_number(value):
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -70,26 +81,25 @@ def _is_instance(kind):
 
 
 def _is_list_of_cfgs(value):
-    return isinstance(value, list) and value != [] and all(_is_number(cfg) and cfg >= 0 for cfg in value)
+    return isinstance(value, list) and value != [] and all(map(_is_in(cli.guidance), value))
 
 
 def _is_size(value):
     return isinstance(value, list) and len(value) == 2 and all(_is_int(64, 8192)(x) and x % 64 == 0 for x in value)
 
 
-_COUNT = _Rule(_is_int(1), "a whole number from 1")
 _FLAG = _Rule(_is_instance(bool), "true or false")
 _STRING = _Rule(_is_instance(str), "a string")
 _SEED = _Rule(_is_int(-1), "a whole number from 0, or -1 for a new one each time")
 
 _FILE_KEYS = {
-    "batch_size": _COUNT,
+    "batch_size": _number(cli.batch_size),
     "seed": _SEED,
-    "cfgs": _Rule(_is_list_of_cfgs, "a list of numbers from 0"),
+    "cfgs": _Rule(_is_list_of_cfgs, f"a list of numbers {cli.guidance.range}"),
     "scheduler": _STRING,
-    "num_inference_steps": _Rule(_is_int(1, 1000), "a whole number from 1 to 1000"),
+    "num_inference_steps": _number(cli.denoising_steps),
     "show_progress_bars": _FLAG,
-    "generate_samples_every_n_steps": _COUNT,
+    "generate_samples_every_n_steps": _number(cli.positive_int),
     "generate_pretrain_samples": _FLAG,
     "samples": _Rule(_is_instance(list), "a list"),
 }

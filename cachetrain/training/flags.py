@@ -23,9 +23,11 @@ from cachetrain.training.optimizers import OPTIMIZERS
 GROUPS = tuple(range(1, 16))  # of the logs
 MEANINGS = ("same", "rounding", "free", "silent")
 
-_SAMPLES = cli.Number(int, 1, 65536)
-_REPEATS = cli.Number(float, 0.001, 10_000)
 _TIMESTEP = cli.Number(int, 0, 1000)
+_GAMMA = cli.Number(float, 0.01, 1000)
+_RATE = cli.Number(float, 0, 10)
+_DECAY = cli.Number(float, 0, 100)
+_OFFSET = cli.Number(float, 0, 10)
 _BELOW_1 = cli.Number(float, 0, 1, exclude=(1,))
 _STEPS, _STEPS_OR_0 = cli.StepCount(1), cli.StepCount(0)
 _CORES = cli.cores_of_this_rank()
@@ -69,7 +71,7 @@ def directory_and_repeats(text: str) -> tuple[str, float]:
         float(repeats)
     except ValueError:
         return text, 1.0
-    return path, _REPEATS(repeats)
+    return path, cli.repeats(repeats)
 
 
 class _Epochs(cli.Number):
@@ -105,16 +107,16 @@ def _data_flags(group):
           help="file name suffix of the cached captions, as the text cache script wrote them")
     _flag(group, "--force_txtcache", metavar="FILE",
           help="use this one cached caption for every image, for training without captions")
-    _flag(group, "--repeats", type=_REPEATS, default=1.0, resume="free",  # what it comes to is compared
+    _flag(group, "--repeats", type=cli.repeats, default=1.0, resume="free",  # what it comes to is compared
           help="how often each pair comes up in an epoch, times REPEATS of its DIR and the number in multiply.txt; "
                "with 1.5 half of the pairs, drawn anew in each epoch, come up twice")
-    _flag(group, "--vae_scaling_factor", type=cli.positive_float, metavar="X",
+    _flag(group, "--vae_scaling_factor", type=cli.scaling_factor, metavar="X",
           help="multiplies the latents; give it only for caches that do not record the factor of their VAE")
-    _flag(group, "--text_scaling_factor", type=cli.positive_float, default=1.0, metavar="X",
+    _flag(group, "--text_scaling_factor", type=cli.scaling_factor, default=1.0, metavar="X",
           help="multiplies the text embeddings")
     _flag(group, "--cache_in_ram", action="store_true", resume="free",
           help="read all caches into memory before training, for slow disks; each rank keeps its own copy")
-    _flag(group, "--num_workers", type=cli.count, default=min(8, max(0, _CORES - 1)), metavar="N", resume="free",
+    _flag(group, "--num_workers", type=cli.workers, default=min(8, max(0, _CORES - 1)), metavar="N", resume="free",
           help="processes that load data, for each rank; 0: load between the steps. Does not change the result")
     _flag(group, "--overfit", type=cli.positive_int, metavar="N", resume="silent",
           help="check that training works: train N pairs with fixed noise until the loss is a tenth of the first; if "
@@ -126,13 +128,14 @@ def _objective_flags(group):
           resume="free",  # the noise schedule is compared
           help="what the UNet predicts: the noise, the velocity v, or the direction from image to noise (flow "
                "matching); default: what the model was trained for, epsilon for a bare UNet")
-    _flag(group, "--use_snr", action="store_true",
-          help="Min-SNR loss weights: timesteps with little noise count less; the plain loss is logged too")
-    _flag(group, "--noise_gamma", type=cli.positive_float, metavar="GAMMA",
+    _flag(group, "--use_snr", nargs="?", const=True, default=False, choices=("auto",), metavar="auto",
+          help="Min-SNR loss weights: timesteps with little noise count less; the plain loss is logged too. auto: "
+               "not for flow matching, which learns worse with them; a resumed run keeps what it had")
+    _flag(group, "--noise_gamma", type=_GAMMA, metavar="GAMMA",
           help="gamma of --use_snr: weights are cut where the signal-to-noise ratio is above it; default: 5")
     _flag(group, "--zero_terminal_snr", action="store_true", resume="free",  # the schedule is compared
           help="rescale the noise schedule so that the last timestep is pure noise; for v_prediction only")
-    _flag(group, "--offset_noise", type=cli.not_negative, default=0.0, metavar="STD",
+    _flag(group, "--offset_noise", type=_OFFSET, default=0.0, metavar="STD",
           help="add noise of this standard deviation that is the same in all pixels of a channel, to learn very dark "
                "and very bright images; 0: off, 0.1: common")
     _flag(group, "--timestep_sampling", choices=("uniform", "logit_normal", "stratified"), default="uniform",
@@ -148,18 +151,18 @@ def _objective_flags(group):
 
 
 def _optimization_flags(group):
-    _flag(group, "--batch_size", type=_SAMPLES, default=64, metavar="N",
+    _flag(group, "--batch_size", type=cli.batch_size, default=64, metavar="N",
           resume="free",  # samples of a backward pass on all ranks are compared
           help="samples in one backward pass of each rank; lower it first when memory runs out")
-    _flag(group, "--gradient_accum", "--grad_accum", type=_SAMPLES, default=1, metavar="N",
+    _flag(group, "--gradient_accum", "--grad_accum", type=cli.batch_size, default=1, metavar="N",
           help="backward passes in one optimizer step, to train with a larger batch than memory holds")
     _flag(group, "--max_steps", type=_STEPS, default=cli.Steps("10000"), metavar="N|Ne", resume="free",
           help="length of the run: optimizer steps, or epochs like 2e")
-    _flag(group, "--max_epochs", type=_Epochs(float, 0, exclude=(0,)), dest="max_steps", metavar="N",
+    _flag(group, "--max_epochs", type=_Epochs(float, 0, cli.MAX_EPOCHS, exclude=(0,)), dest="max_steps", metavar="N",
           default=argparse.SUPPRESS, resume="free",
           help="length of the run in epochs, like 2 or 0.5; of --max_steps and --max_epochs the last one counts")
     # Of the rate, the peak, the warm-up and the decay in steps are compared.
-    _flag(group, "--learning_rate", "--lr", type=cli.not_negative, default=1e-5, metavar="LR", resume="free",
+    _flag(group, "--learning_rate", "--lr", type=_RATE, default=1e-5, metavar="LR", resume="free",
           help="peak learning rate; lion needs 3 to 10 times less than adamw, prodigy needs 1")
     _flag(group, "--scale_lr", action="store_true", resume="free",
           help="multiply the learning rate by sqrt(batch_size x gradient_accum x ranks)")
@@ -180,7 +183,7 @@ def _optimization_flags(group):
     _flag(group, "--betas", type=_BELOW_1, nargs=2, metavar=("BETA1", "BETA2"),
           help="decay of the optimizer's running averages, of gradients and of their squares; default: 0.9 0.999, or "
                "0.9 0.99 for lion, stableadamw and bf16_pure")
-    _flag(group, "--weight_decay", type=cli.not_negative, default=0.01, metavar="X",
+    _flag(group, "--weight_decay", type=_DECAY, default=0.01, metavar="X",
           help="decoupled weight decay: a weight loses X x learning rate of itself in each step")
     _flag(group, "--gradient_clip", "--clip_grad_norm", type=cli.not_negative, default=1.0, metavar="NORM",
           help="scale gradients down where the norm of all of them together is larger; 0: off")
@@ -264,7 +267,7 @@ def _sample_flags(group):
     _flag(group, "--num_inference_steps", "--sampler_steps", dest="sampler_steps", type=cli.denoising_steps,
           default=30, metavar="N", resume="free",
           help="denoising steps of each sample: more are slower, too few leave it unfinished")
-    _flag(group, "--sample_cfgs", type=cli.not_negative, nargs="+", metavar="SCALE", resume="free",
+    _flag(group, "--sample_cfgs", type=cli.guidance, nargs="+", metavar="SCALE", resume="free",
           help="guidance scales at which each prompt is drawn; 1: no guidance; default: 1 4 7")
 
 

@@ -13,6 +13,7 @@ import torch
 
 from cachetrain.checkpoints.info import data_info
 from cachetrain.checkpoints.resume import run_state
+from cachetrain.data import rng
 from cachetrain.data.batching import BatchSampler
 from cachetrain.data.dataset import CachedPairs, Draws, LatentScaling
 from cachetrain.data.index import PairIndex, null_caption_path, open_index
@@ -90,7 +91,8 @@ class Run:
         """Returns lines that describe the run at its start. `resumed`: Resumed."""
         args, ranks = self.args, self.world.ranks
         line = f"{self.plan.max_steps} steps of {args.batch_size} x {args.gradient_accum} x {ranks} = "
-        line += f"{self.plan.effective_batch} samples; {self.objective}; {args.precision} on {self.device}"
+        objective = self.objective + (f" with Min-SNR gamma {args.noise_gamma:g}" if args.use_snr else "")
+        line += f"{self.plan.effective_batch} samples; {objective}; {args.precision} on {self.device}"
         if resumed.path:
             line += f"; resumes from {resumed.path}, after step {resumed.step}"
         return [planned_coverage(self.index, self.plan, args.batch_size * ranks), line]
@@ -137,8 +139,11 @@ class TrainState(NamedTuple):
         )
 
 
-def open_run(args: Namespace, world: World) -> Run:
-    """Lists the data and reads the model's configuration; loads no weights.
+def open_run(args: Namespace, world: World, saved_settings: dict | None = None) -> Run:
+    """Lists the data and reads the model's configuration; loads no weights. Resolves --use_snr auto in `args`.
+
+    Args:
+        saved_settings: of the checkpoint that the run resumes from, as of resume.settings_of; None: a new run.
 
     Raises:
         ValueError, OSError: there are no pairs, or the caches or the model cannot be used.
@@ -146,6 +151,8 @@ def open_run(args: Namespace, world: World) -> Run:
     index, held_out = open_index(args, world)
     model_dir = load.resolve_model(args.model, args.revision)
     noise_scheduler = open_noise_scheduler(model_dir, args.objective, args.zero_terminal_snr)
+    if args.use_snr == "auto":
+        args.use_snr = (saved_settings or {}).get("use_snr", objective_of(noise_scheduler) != "flow")
     dtype = torch.bfloat16 if args.precision.startswith("bf16") else torch.float32
     return Run(
         args=args,
@@ -165,13 +172,11 @@ def open_run(args: Namespace, world: World) -> Run:
 
 
 def open_noise_scheduler(model_dir: Path, objective: str | None, zero_terminal_snr: bool = False):
-    """Makes the noise scheduler, a diffusers scheduler: the model's, or the one that the flags ask for.
+    """Makes the noise scheduler, a diffusers scheduler: the model's, changed as far as the flags ask for.
 
     A bare UNet has no scheduler and gets Stable Diffusion's.
     """
     model_scheduler = load.load_scheduler(model_dir / "scheduler") if (model_dir / "scheduler").is_dir() else None
-    if model_scheduler is not None and not objective and not zero_terminal_snr:
-        return model_scheduler
     objective = objective or (objective_of(model_scheduler) if model_scheduler else "epsilon")
     return make_scheduler(objective, model_scheduler, zero_terminal_snr)
 
@@ -343,7 +348,9 @@ def open_samples(run: Run) -> SampleImages | None:
 
 
 def open_validation(run: Run) -> Validation | None:
-    """Opens the validation, without dropout and flips, and with noise that does not depend on --seed.
+    """Opens the validation: all timesteps, plain noise that training never draws, no dropout and no flips.
+
+    No flag that only says how to train changes what is measured.
 
     Returns:
         None if there are no validation pairs.
@@ -351,13 +358,7 @@ def open_validation(run: Run) -> Validation | None:
     if run.held_out is None:
         return None
     args, index = run.args, run.held_out
-    draws = Draws(
-        continuous=run.objective == "flow",
-        timestep_sampling=args.timestep_sampling,
-        timestep_range=args.timestep_range,
-        offset_noise=args.offset_noise,
-        fixed=bool(args.overfit),
-    )
+    draws = Draws(continuous=run.objective == "flow", noise_purpose=rng.VALIDATION)
     sidecars = RamCache(index) if args.cache_in_ram else None
     scaling = _latent_scaling(run, warn_if_different=False)
     pairs = CachedPairs(index, scaling, run.conditioning, draws, sidecars=sidecars)

@@ -19,7 +19,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = arguments.text_parser(__doc__, "txt_t5cache", None)
     parser.add_argument(
         "--max_length",
-        type=cli.positive_int,
+        type=cli.Number(int, 1, 4096),
         metavar="N",
         help="tokens kept of longer captions, </s> included; default: 256",
     )
