@@ -5,8 +5,8 @@
 
 TensorBoard prints the address. To view the logs of a remote machine: ssh -L 6006:localhost:6006 user@machine
 
-TensorBoard answers requests for any host name and has no flag to change that: while it runs, a web page that you visit
-could read the logs by DNS rebinding.
+TensorBoard answers requests for any host name and has no flag to change that: while it runs, a web page that you
+visit could read the logs by DNS rebinding.
 """
 
 import argparse
