@@ -118,7 +118,9 @@ def staged_directory(out: str | Path, overwrite: bool = False) -> Iterator[Path]
 
 
 def remove_directory(directory: Path) -> None:
-    """Removes a directory tree, whose name is gone at once, before its files are."""
+    """Removes a directory tree, whose name is gone at once, before its files are; of a link only the link."""
+    if directory.is_symlink():
+        return directory.unlink()
     removed = _set_aside(directory)
     _sync(directory.parent)  # or a crash could bring the name back without all of its files
     shutil.rmtree(removed)

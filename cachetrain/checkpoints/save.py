@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 
 from cachetrain.atomic import remove_directory, remove_leftovers, staged_directory
 from cachetrain.checkpoints.export import export_single_file
-from cachetrain.checkpoints.info import write_info
-from cachetrain.checkpoints.manifest import read_manifest, write_manifest
+from cachetrain.checkpoints.info import FILE, write_info
+from cachetrain.checkpoints.manifest import NAME, read_manifest, write_manifest
 from cachetrain.checkpoints.state import split_tensors, write_state
 from cachetrain.distributed import copy_to_host
 from cachetrain.log import warn
@@ -39,9 +39,12 @@ def step_of(checkpoint: Path) -> int | None:
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """Returns the checkpoints of a run, oldest first. They are complete, but may have been damaged since."""
-    found = Path(output_dir).glob("checkpoint-[0-9]*")
-    return sorted((path for path in found if step_of(path) is not None), key=step_of)
+    """Returns the checkpoints of a run, oldest first. They are complete, but may have been damaged since.
+
+    Directories of other trainers, which may have the same names, are left out.
+    """
+    found = (path for path in Path(output_dir).glob("checkpoint-[0-9]*") if step_of(path) is not None)
+    return sorted((path for path in found if any((path / name).exists() for name in (NAME, FILE))), key=step_of)
 
 
 class Saving:
@@ -193,7 +196,8 @@ class Saving:
         self._frozen = target
         self._frozen_files = files
         if self.keep_last:
-            for old in checkpoints(self.output_dir)[: -self.keep_last]:
+            until_now = [path for path in checkpoints(self.output_dir) if step_of(path) <= step]
+            for old in until_now[: -self.keep_last]:
                 remove_directory(old)
         if self.ckpt_dir:
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -142,7 +143,8 @@ class SampleImages:
         Args:
             directory: the run's samples directory; pictures after optimizer step `step` are ignored.
         """
-        folders = {int(path.name.removeprefix("step-")): path for path in directory.glob("step-[0-9]*")}
+        numbered = ((re.fullmatch(r"step-(\d+)", path.name), path) for path in directory.glob("step-*"))
+        folders = {int(match[1]): path for match, path in numbered if match and path.is_dir()}
         earlier = [(drawn_at, folders[drawn_at]) for drawn_at in sorted(folders) if drawn_at <= step]
         for tag, names in self._file_names.items():
             complete = [
