@@ -3,10 +3,10 @@
 
     ./launch_tensorboard.py --logdir tensorboard
 
-TensorBoard prints the address. To view the logs on a remote machine: ssh -L 6006:localhost:6006 user@machine
+TensorBoard prints the address. To view the logs of a remote machine: ssh -L 6006:localhost:6006 user@machine
 
-TensorBoard answers requests for any host name and has no flag against that: while it runs, a hostile web page that is
-open in your browser could read the logs (DNS rebinding).
+TensorBoard answers requests for any host name and has no flag to change that: while it runs, a web page that you
+visit could read the logs by DNS rebinding.
 """
 
 import argparse

@@ -113,7 +113,6 @@ def train(args, resumed, world, cleanup, warning_log) -> int:
     samples = setup.open_samples(run) if world.main else None
     validation = setup.open_validation(run)
     if world.main:
-        archive_settings(args, run.output_dir)
         warning_log.start(run.output_dir / "warnings.jsonl", resumed.step)
     logs = Logs(run, unet, pairs, scaler, resumed.step if args.resume else None)
     stats, metrics = logs.statistics, logs.metrics
@@ -128,6 +127,8 @@ def train(args, resumed, world, cleanup, warning_log) -> int:
     draw = partial(draw_if_due, run=run, samples=samples, unet=unet, ema=ema, metrics=metrics)
     if not resumed.path:
         draw(0, ())
+    if world.main:
+        archive_settings(args, run.output_dir)  # last: what fails before it leaves the directory free for another try
     started, first_loss = time.perf_counter(), None
     batches = on_device(loader, run.device)
     signals = cleanup.enter_context(cli.deferred_signals())  # a signal now ends the run after the current step
@@ -298,9 +299,9 @@ def open_output_dir(args: "Namespace", output_dir: Path, cleanup: ExitStack) -> 
 
 def archive_settings(args: "Namespace", output_dir: Path) -> None:
     """Writes the run's settings to its directory: args.json, and a copy of the file that --copy_config names."""
-    atomic_write(output_dir / "args.json", (json.dumps(vars(args), indent=2) + "\n").encode())
     if args.copy_config:
         shutil.copy(args.copy_config, output_dir)
+    atomic_write(output_dir / "args.json", (json.dumps(vars(args), indent=2) + "\n").encode())
 
 
 def report_stop(warning_log, signal_number: int, step: int, max_steps: int) -> int:

@@ -78,9 +78,7 @@ is_zero "$VAL_SPLIT" || args+=(--val_split "$VAL_SPLIT")
 
 launch=("$PYTHON")
 [ "$GPUS" = 1 ] || launch+=(-m torch.distributed.run --standalone --nproc_per_node "$GPUS")
-if [ -d "$DATADIR" ] || [ -d "${DATADIR%:*}" ]; then
-    directories=("$DATADIR") # one, perhaps with spaces
-else
-    read -rd '' -a directories <<<"$DATADIR" || true # several; unlike $DATADIR, without replacing * ? [ ]
-fi
-exec "${launch[@]}" "$HERE/train_from_cached.py" --train_data_dir "${directories[@]}" "${args[@]}" "$@"
+# DATADIR names one directory, whose name may have spaces, or several.
+data=("$DATADIR")
+[ -d "${DATADIR%:*}" ] || read -r -d '' -a data <<< "$DATADIR" || true
+exec "${launch[@]}" "$HERE/train_from_cached.py" --train_data_dir "${data[@]}" "${args[@]}" "$@"

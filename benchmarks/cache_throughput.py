@@ -299,7 +299,7 @@ def check(root, suffix):
 
     args = Namespace(data_root=[str(root)], cache_suffix=suffix, overwrite=False, full=False)
     wanted = {"kind": "img_sdxl", "encoder": "0" * 64, "settings": "{}"}
-    summary = RunSummary("img_sdxl", root, suffix)
+    summary = RunSummary("img_sdxl", [root], suffix)
     return selection.select(selection.find_pairs(args, summary), image_source, wanted, args, summary), summary
 
 

@@ -108,7 +108,9 @@ def draw(browser, page_path, titles, num_prompts, picture):
     page.wait_for_timeout(200)
     data = page.locator("#picture").screenshot()
     page.close()
-    Image.open(io.BytesIO(data)).quantize(256).save(picture, optimize=True)  # a palette: a third of the size
+    Image.open(io.BytesIO(data), formats=["PNG"]).quantize(256).save(
+        picture, optimize=True
+    )  # a palette: a third of the size
 
 
 def main(argv=None):

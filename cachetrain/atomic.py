@@ -4,9 +4,11 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from errno import EEXIST
 from pathlib import Path
 
 LOCK = ".lock"
@@ -39,8 +41,27 @@ def is_abandoned(path: str | Path) -> bool:
     return time.time() - os.stat(path).st_mtime > _ABANDONED_AGE_S
 
 
+def check_replaceable(path: str | Path) -> None:
+    """Checks that `path` is new or a regular file; renaming onto a device such as /dev/full would remove it.
+
+    Raises:
+        OSError: it is something else.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return  # a new name; what else is wrong with it, writing tells
+    if not stat.S_ISREG(mode):
+        raise OSError(EEXIST, "not a regular file, so not replaced; choose another name", str(path))
+
+
 def atomic_write(path: str | Path, data: bytes) -> None:
-    """Writes bytes to `path`, which holds either its old or its new content at every moment."""
+    """Writes bytes to `path`, which holds either its old or its new content at every moment.
+
+    Raises:
+        OSError: it cannot be written, or `path` is not a regular file.
+    """
+    check_replaceable(path)
     temporary = temporary_path(path)
     try:
         temporary.write_bytes(data)
@@ -60,6 +81,7 @@ def staged_file(path: str | Path) -> Iterator[Path]:
     remain if the process were killed.
     """
     path = Path(path)
+    check_replaceable(path)
     with _stage(path) as stage:
         yield stage / path.name
         _sync_tree(stage)
@@ -78,6 +100,8 @@ def staged_directory(out: str | Path, overwrite: bool = False) -> Iterator[Path]
     out = Path(out)
     if out.exists() and not overwrite:
         raise ValueError(f"{out}: exists; choose another --out, or pass --overwrite")
+    if out.exists() and (out.is_symlink() or not out.is_dir()):
+        raise ValueError(f"{out}: is not a directory, and is not replaced; choose another --out")
     with _stage(out) as stage:
         yield stage
         _sync_tree(stage)
@@ -94,7 +118,9 @@ def staged_directory(out: str | Path, overwrite: bool = False) -> Iterator[Path]
 
 
 def remove_directory(directory: Path) -> None:
-    """Removes a directory tree, whose name is gone at once, before its files are."""
+    """Removes a directory tree, whose name is gone at once, before its files are; of a link only the link."""
+    if directory.is_symlink():
+        return directory.unlink()
     removed = _set_aside(directory)
     _sync(directory.parent)  # or a crash could bring the name back without all of its files
     shutil.rmtree(removed)

@@ -220,7 +220,7 @@ def add_device_arguments(parser):
 
 
 def add_compose_arguments(parser):
-    parser.add_argument("--unet", required=True, help="where the UNet comes from; one without weights gets new ones")
+    parser.add_argument("--unet", required=True, help="where the UNet comes from")
     parser.add_argument(
         "--fresh_unet",
         action="store_true",

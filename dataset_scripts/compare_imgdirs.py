@@ -35,6 +35,14 @@ except ModuleNotFoundError:
 # No SVG, which can contain scripts.
 IMAGE_TYPES = {f".{name}": f"image/{name}" for name in ("avif", "bmp", "gif", "jpeg", "png", "webp")}
 IMAGE_TYPES[".jpg"] = "image/jpeg"
+FORMATS = (
+    "AVIF",
+    "BMP",
+    "GIF",
+    "JPEG",
+    "PNG",
+    "WEBP",
+)  # of any file name; Pillow also has decoders that run programs
 TEMPLATE = Path(__file__).with_suffix(".html")
 LARGE_PAGE_BYTES = 100 * 2**20
 MAX_PAGE_BYTES = 350 * 2**20  # in base64, just below Chromium's longest string (512 Mi characters)
@@ -113,7 +121,7 @@ def match_images(roots: Sequence[Path]) -> tuple[list[Row], list[Row]]:
 def read_text(file) -> dict[str, str]:
     """Returns the text metadata of an image, given as path or file object; empty if there is none."""
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=FORMATS) as image:
             return {key: value for key, value in image.info.items() if isinstance(value, str)}
     except UNREADABLE:
         return {}
@@ -209,8 +217,10 @@ def thumbnail(path: Path, cell: int) -> Image.Image | str:
     Small images are enlarged by a whole factor, without smoothing.
     """
     try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image).convert("RGBA")
+        with Image.open(path, formats=FORMATS) as image:
+            with contextlib.suppress(Exception):  # of EXIF data that cannot be read, Pillow raises almost anything
+                image = ImageOps.exif_transpose(image)
+            image = image.convert("RGBA")
     except UNREADABLE as error:
         print(f"warning: {path}: {error}", file=sys.stderr)
         return "unreadable"

@@ -159,7 +159,7 @@ def judge_folder(folder: Path) -> tuple[list[Judgement], list[Path]]:
     judgements, left_out = [], []
     for path in sorted(folder.rglob("*.png")):
         caption = path.with_suffix(".txt")
-        with Image.open(path) as image:
+        with Image.open(path, formats=["PNG"]) as image:
             prompt = image.info.get("prompt") or (caption.read_text() if caption.exists() else "")
             try:
                 judgements.append(judge(path, image, prompt.strip()))

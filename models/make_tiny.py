@@ -70,6 +70,9 @@ def make_unet(out: Path, device: str) -> None:
         norm_num_groups=8,
     )
     unet.save_config(out / "unet")
+    path = out / "unet" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({"_weights": "fresh", **config}, indent=2) + "\n")  # composing initialises them
 
 
 def write_t5_tokenizer(folder: Path) -> int:

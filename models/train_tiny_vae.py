@@ -36,7 +36,9 @@ def load_images(data_root: Path) -> torch.Tensor:
     import torch
     from PIL import Image
 
-    images = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(data_root.glob("*.png"))]
+    images = [
+        np.asarray(Image.open(path, formats=["PNG"]).convert("RGB")) for path in sorted(data_root.glob("*.png"))
+    ]
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 

@@ -1,5 +1,7 @@
 """cache/create_img_*.py: the latents are the VAE's, only what is needed is encoded, bad images stop nothing."""
 
+import copy
+import errno
 import io
 import json
 import math
@@ -23,9 +25,10 @@ from safetensors.torch import save_file
 from skimage import data as photographs
 
 from cachetrain.atomic import temporary_path
-from cachetrain.caching import encoders, images
+from cachetrain.caching import buckets, encoders, images
+from cachetrain.caching.freshness import is_of_others
 from cachetrain.caching.image_run import load as image_run_load
-from cachetrain.data import walk
+from cachetrain.data import sidecar, walk
 from cachetrain.data.sidecar import read_header, read_sidecar, write_sidecar
 
 SUFFIX = ".img_sdxl"
@@ -122,6 +125,14 @@ def test_deterministic_autoencoders_are_encoded_too():
         assert torch.equal(encoders.encode_images(vae, pixels), vae.encode(pixels, return_dict=False)[0])
 
 
+@torch.no_grad()
+def test_pixels_are_encoded_as_exactly_as_float32_allows(vae):
+    pixels = torch.tensor(picture(256, 256))[None]
+    latents = encoders.encode_images(vae, encoders.to_model_range(pixels, torch.float32))
+    exact = copy.deepcopy(vae).double().encode(encoded(pixels[0]).double()).latent_dist.mean
+    assert (latents - exact).norm() / exact.norm() < 1e-6
+
+
 def test_latent_is_float16_unless_a_value_overflows():
     assert encoders.storage_dtype(torch.tensor([65504.0])).dtype == torch.float16
     assert encoders.storage_dtype(torch.tensor([-65520.0])).dtype == torch.float32
@@ -162,13 +173,6 @@ def test_transparency_shows_white_however_it_is_stored():
     assert np.array_equal(decoded(Image.fromarray(gray)), expected)
 
 
-def test_16_bit_gray_is_scaled_and_not_clipped():
-    wide = np.random.default_rng(0).integers(0, 65536, (16, 16), dtype=np.uint16)
-    expected = np.rint(wide / 257).astype(np.uint8)
-    assert np.array_equal(decoded(Image.fromarray(wide)), expected[..., None].repeat(3, -1))
-    assert np.array_equal(decoded(Image.fromarray(wide), format="TIFF"), expected[..., None].repeat(3, -1))
-
-
 def test_cmyk_jpeg_shows_its_colours():
     cmyk = np.empty((16, 16, 4), np.uint8)
     cmyk[:] = (255, 0, 0, 64)  # cyan, a quarter black
@@ -186,13 +190,9 @@ def test_gray_bilevel_and_animated_images_decode():
     assert np.array_equal(first, np.broadcast_to([255, 0, 0], (16, 16, 3)))
 
 
-def test_floating_point_images_are_refused_with_a_reason():
-    with pytest.raises(ValueError, match="floating-point"):
-        decoded(Image.fromarray(np.ones((16, 16), np.float32)), format="TIFF")
-
-
+@pytest.mark.parametrize("format_name", ["JPEG", "TIFF", "PNG", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_undone(orientation):
+def test_exif_orientation_is_undone(orientation, format_name):
     stored = picture(160, 128)
     # Where the EXIF standard puts the stored image's rows and columns.
     upright = {
@@ -203,7 +203,8 @@ def test_exif_orientation_is_undone(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     buffer = io.BytesIO()
-    Image.fromarray(stored).save(buffer, "JPEG", quality=98, subsampling=0, exif=exif)
+    options = {"JPEG": {"quality": 98, "subsampling": 0}, "WEBP": {"lossless": True}}.get(format_name, {})
+    Image.fromarray(stored).save(buffer, format_name, exif=exif, **options)
     pixels, original_size, crop_box = images.decode(buffer.getvalue(), [(24, 16)])
     expected = ImageOps.fit(Image.fromarray(upright), (24, 16), Image.Resampling.BICUBIC)
     assert original_size == (upright.shape[1], upright.shape[0])
@@ -364,6 +365,64 @@ def test_foreign_sidecar_is_kept_until_overwrite(cache, root, capsys):
     assert "3 encoded" in capsys.readouterr().out and not read_header(root / "a.img_sdxl").foreign
 
 
+# Files and folders of others
+
+
+@pytest.mark.parametrize(
+    "content", [b'{"a": 1}', b"{}", b"PK\3\4\x14\0\0\0\x08\0", b"\x93NUMPY\1\0v\0{'descr'", b"\xff\xd8"]
+)
+@pytest.mark.parametrize("argv", [(), ("--overwrite",)])
+def test_file_that_was_never_a_sidecar_is_named_and_kept(cache, root, content, argv, capsys):
+    (root / "a.json").write_bytes(content)
+    assert cache("--cache_suffix", ".json", *argv) == 1
+    assert (root / "a.json").read_bytes() == content
+    assert f"{root / 'a.json'}: is some other file, no sidecar; delete it" in capsys.readouterr().err
+    assert (root / "b.json").exists()
+
+
+def test_any_piece_or_flipped_bit_of_a_sidecar_is_still_known_as_one(tmp_path):
+    write_sidecar(tmp_path / "a", {"latent": torch.ones(4, 2, 2)}, {"kind": "img_sdxl"})
+    data = (tmp_path / "a").read_bytes()
+    damaged = [data[:size] for size in (0, *range(3, 40), len(data) - 1)] + [bytes(len(data)), bytes(5)]
+    damaged += [bytes([*data[:i], data[i] ^ bit, *data[i + 1 :]]) for i in range(60) for bit in (1, 128)]
+    for content in damaged:
+        (tmp_path / "a").write_bytes(content)
+        assert not is_of_others(tmp_path / "a"), content[:20]
+
+
+def test_read_only_folder_in_which_all_is_fresh_is_no_error(cache, root, monkeypatch, capsys):
+    save_pictures(root, ["small.png"], size=(32, 32))  # enlarged, so it is listed
+    assert cache() == 0
+
+    def read_only(path, data):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    for module in (buckets, sidecar):
+        monkeypatch.setattr(module, "atomic_write", read_only)
+    monkeypatch.setattr(Path, "unlink", lambda path, missing_ok=False: read_only(path, None))  # of no file, too
+    for change in (lambda: None, lambda: touch(root / "a.png")):
+        change()
+        capsys.readouterr()
+        assert cache() == 0
+        output = capsys.readouterr()
+        assert "0 encoded, 4 fresh" in output.out and output.err == ""
+    os.unlink(root / f"_upscaled{SUFFIX}.txt")
+    assert cache() == 0
+    output = capsys.readouterr()
+    assert "warning: upscaled images are not listed: " in output.err and "are listed in" not in output.out
+    os.unlink(root / "small.png")
+    assert cache() == 0 and "not listed" not in capsys.readouterr().err
+
+
+def test_folder_that_cannot_be_written_is_found_out_before_anything_is_encoded(cache, root, monkeypatch, capsys):
+    real_access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != str(root / "sub") and real_access(path, mode))
+    assert cache() == 1 and list(sidecars(root, SUFFIX)) == ["a", "b"]
+    assert f"{root / 'sub/c.webp'}: its sidecar cannot be written" in capsys.readouterr().err
+    monkeypatch.setattr(image_run_load, "load_vae", lambda *_: pytest.fail("nothing can be written"))
+    assert cache() == 1 and "0 encoded, 2 fresh, 1 failed" in capsys.readouterr().out
+
+
 # What goes wrong
 
 
@@ -475,6 +534,8 @@ def test_interrupt_leaves_only_whole_sidecars(model, tmp_path):
         (("--target_width", "64", "--target_height", "60"), "from 8 to 8192 in steps of 8, got 60"),
         (("--resolution", "64", "--target_width", "64", "--target_height", "64"), "not both"),
         (("--cache_suffix", ".txt"), "expected a suffix"),
+        (("--cache_suffix", ".256.jpg"), "expected a suffix"),
+        (("--cache_suffix", ".txt_clipl"), "is the suffix of other caches"),
         (("--batch_size", "0"), "expected a whole number from 1, got 0"),
     ],
 )

@@ -395,6 +395,24 @@ def test_status_changes_no_file(status, root):
     assert everything(root) == before
 
 
+def test_folder_of_sidecars_alone_is_verified_and_nothing_is_orphaned(status, root, tmp_path):
+    alone = tmp_path / "alone"
+    for path in root.rglob("*.*_*"):
+        if path.suffix in ALL_FRESH:
+            (alone / path.relative_to(root)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, alone / path.relative_to(root))
+    code, output = status("--verify", roots=(alone,))
+    assert code == 0 and table(output) == ALL_FRESH
+    assert f"{alone}: no images, so whether its sidecars are up to date is not known" in output
+    alter(alone / "b.img_sdxl", flip_last)
+    code, output = status("--verify", roots=(root, alone))
+    assert code == 1 and table(output)[IMG] == {"fresh": 11, "corrupt": 1}
+    code, output = status("--verify", roots=(alone,))
+    assert code == 1 and "copy these again from where the images are" in output and "--prune" not in output
+    before = everything(alone)
+    assert "nothing to prune" in status("--prune", "--yes", roots=(alone,))[1] and everything(alone) == before
+
+
 @pytest.fixture
 def orphans(root):
     """`root` with two images gone; returns the paths that pruning must delete."""

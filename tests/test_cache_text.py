@@ -291,6 +291,19 @@ def test_changed_projection_encodes_all_t5_again(root, tmp_path, capsys):
     assert run_script(*run, "--raw") == 0 and run_script(*run, "--raw") == 0
 
 
+def test_run_tells_what_it_does_not_use_and_whose_images_are_gone(clip_cache, root, capsys):
+    assert clip_cache() == 0
+    assert "not used" not in (output := capsys.readouterr()).out and "no image beside" not in output.err
+    image = next(root.glob("*.png"))
+    image.unlink()
+    (root / "metadata.jsonl").touch()
+    assert clip_cache() == 0
+    output = capsys.readouterr()
+    assert "found and not used: 1 *.jsonl (metadata.jsonl)" in output.out
+    gone = "1 *.txt_clipl have no image beside them and are still trained on"
+    assert f"{gone}; to delete them: cache/cache_status.py --data_root {root} --prune" in output.err
+
+
 def test_null_caption_is_one_per_data_root_and_made_again_when_gone(clip_model, root, tmp_path):
     save_pictures(tmp_path / "second", ["sub/x.png"], size=(8, 8))
     run = ["cache/create_clipl.py", "--data_root", root, "--data_root", tmp_path / "second", "--model", clip_model]

@@ -490,7 +490,7 @@ def test_validate_vae_names_what_is_no_image_and_does_the_rest(tmp_path, capsys)
     output = capsys.readouterr()
     assert "over 1 images" in output.out and len(output.err.splitlines()) == 2
     assert "absent.png: No such file" in output.err
-    assert "text.jpg: not an image that Pillow can identify" in output.err
+    assert "text.jpg: not an image in one of the formats JPEG, PNG" in output.err
 
 
 def test_validate_vae_takes_a_random_subset_of_a_folder(cached, capsys):

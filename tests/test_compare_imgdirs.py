@@ -190,6 +190,11 @@ def test_contact_sheet_enlarges_small_images_without_smoothing(tmp_path):
     assert [enlarged.getpixel((x, 49)) for x in (0, 49, 50, 99)] == [RED, RED, BLUE, BLUE]
 
 
+def test_exif_data_that_cannot_be_read_hides_no_image(tmp_path):
+    Image.new("RGB", (8, 8), RED).save(tmp_path / "x.webp", lossless=True, exif=b"Exif\0\0what")
+    assert compare.thumbnail(tmp_path / "x.webp", 8).getpixel((0, 0)) == RED
+
+
 def test_contact_sheet_text_falls_back_to_letters_the_font_has():
     def drawn(text):
         image = Image.new("RGB", (200, 40), "white")

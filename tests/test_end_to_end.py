@@ -30,12 +30,12 @@ def script(name, *argv, **environment):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A composed model, 3,000 cached pictures, and prompts."""
+    """A composed model, 1,000 cached pictures, and prompts."""
     work = tmp_path_factory.mktemp("end_to_end")
     parts = ["--unet", TINY / "unet", "--vae", TINY / "vae", "--t5", TINY / "t5", "--objective", "flow"]
     script("models/compose_t5_sd.py", *parts, "--out", work / "model")
     prompts = ["--prompts", work / "prompts.txt", "--num_prompts", 60]
-    script("dataset_scripts/draw_shapes.py", "--out", work / "data", "--num_images", 3000, *prompts)
+    script("dataset_scripts/draw_shapes.py", "--out", work / "data", "--num_images", 1000, *prompts)
     cache = ["--data_root", work / "data", "--model", work / "model", "--batch_size", 64]
     script("cache/create_img_sdxl.py", *cache, "--resolution", 64)
     script("cache/create_t5cache_768.py", *cache)

@@ -26,7 +26,7 @@ def with_scaled_qk(model, out, scale):
     [
         (0, 2, ["are exactly zero"]),  # each has its gradient from the other
         (1e-3, 20, ["stay below 0.001 of the value gradients"]),  # attention is uniform
-        (1e3, 20, ["have vanished, and other gradients have not", "stay below 0.001 of the value gradients"]),
+        (3e3, 20, ["stay below 0.001 of the value gradients"]),  # each query attends to one key
     ],
     ids=["dead", "uniform", "saturated"],
 )

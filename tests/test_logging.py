@@ -555,9 +555,10 @@ GOOD = [1e-4] * 60
     [
         ([1e-4] * 10 + [0.0] * 50, 11, "exactly zero"),
         ([1e-4] * 10 + [float("nan")] * 50, 11, "not finite"),
-        ([1e-4] * 30 + [5e-7] * 30, 50, "vanished"),  # 0.5% of the early median, for 20 log steps
+        ([1e-4] * 30 + [5e-7] * 30, 45, "vanished"),  # 0.5% of the early median, in 15 of 20 log steps
+        ([1e-4] * 30 + [5e-7, 5e-7, 5e-7, 1e-2] * 7 + [5e-7] * 2, 49, "vanished"),  # a saturated layer
         ([5e-8] * 60, 20, "vanished"),
-        ([1e-4] * 30 + [5e-7] * 19 + [1e-4] * 11, None, None),
+        ([1e-4] * 30 + [5e-7] * 14 + [1e-4] * 16, None, None),
         ([1e-4] * 30 + [2e-6] * 30, None, None),
     ],
 )

@@ -93,13 +93,13 @@ def test_each_precision_and_optimizer_learns_and_saves_its_dtype(
     precision, optimizer, dtype, shapes, model_t5, tmp_path
 ):
     rate = 3e-4 if optimizer == "lion" else 2e-3
-    steps = 12 if precision == "fp16" else 40  # a CPU takes half a second for one in float16
+    steps = 12 if precision == "fp16" else 20  # a CPU takes half a second for one in float16
     flags = ["--max_steps", steps, "--batch_size", 8, "--lr", rate, "--precision", precision]
     flags += ["--optimizer", optimizer]
     lines, weights = train(shapes, model_t5, tmp_path / "run", *flags, *FLOW, "--ema_decay", 0.9)
     assert {tensor.dtype for tensor in weights.values()} == {dtype}
     losses = [line["01_Training/loss_raw"] for line in lines]
-    assert np.mean(losses[-steps // 4 :]) < (0.8 if steps == 40 else 0.95) * np.mean(losses[:3])
+    assert np.mean(losses[-steps // 4 :]) < (0.9 if steps == 20 else 0.95) * np.mean(losses[:3])
     if precision == "fp16":
         assert lines[-1]["14_System/grad_scale"] == 65536
 

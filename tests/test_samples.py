@@ -340,6 +340,16 @@ def test_random_captions_change_with_the_step_and_keep_their_name(shapes, model_
     assert captions <= {path.read_text().strip() for path in shapes.glob("*.txt")}
 
 
+def test_random_caption_is_the_text_that_is_forced_on_all_images(shapes, model_t5, unet, tmp_path):
+    text = sorted(shapes.glob("[0-9]*.txt_t5cache"))[3]
+    path = written(tmp_path / "p.json", samples=[{"random_caption": True}])
+    samples = make_samples(model_t5, shapes, path, index=PairIndex([shapes], *T5, one_text=str(text)))
+    for step in range(3):
+        _, caption, condition = samples._caption_of_data(Sample(random_caption=True), 0, step, None)
+        assert caption == text.with_suffix(".txt").read_text().strip()
+        assert torch.equal(condition["emb"], read_sidecar(text)[0]["emb"].float())
+
+
 def test_a_failure_warns_and_training_goes_on_but_not_at_the_start(
     shapes, model_t5, unet, tmp_path, monkeypatch, capsys
 ):

@@ -14,7 +14,7 @@ from helpers import HANG_S, REPO, WEIGHTS, digest, load_script, refused, train, 
 from safetensors.torch import load_file
 
 from cachetrain import atomic
-from cachetrain.checkpoints import save
+from cachetrain.checkpoints import manifest, save
 from cachetrain.checkpoints.manifest import damages
 from cachetrain.checkpoints.save import Saving, checkpoints, step_of
 
@@ -126,6 +126,31 @@ def test_frozen_parts_are_one_file_however_many_checkpoints_have_been_removed(ke
     )
 
 
+def test_only_files_that_are_read_are_copied_into_checkpoints(shapes, model_t5, tmp_path):
+    model, secret = tmp_path / "model", tmp_path / "secret.txt"
+    shutil.copytree(model_t5, model)
+    secret.write_text("of another program")
+    for name in ("vae", "text_encoder", "tokenizer", "projection"):
+        (model / name / "pytorch_model.bin").write_bytes(b"a pickle")
+        (model / name / "code.py").write_text("import os")
+        (model / name / "notes.txt").symlink_to(secret)
+        (model / name / "sub").mkdir()
+        (model / name / "sub" / "more.safetensors").write_bytes(b"")
+    for name in ("pipeline.py", "projection/t5_projection.py"):
+        (model / name).write_text("raise SystemExit('changed')")
+    (model / "safety_checker").mkdir()
+    index = json.loads((model / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    (model / "model_index.json").write_text(json.dumps(index))
+    for source, out in ((model, "other"), (model_t5, "plain")):
+        train(shapes, source, tmp_path / out, "--max_steps", 1, "--batch_size", 2, "--lr", 0)
+    other, plain = (checkpoints(tmp_path / out)[0] for out in ("other", "plain"))
+    files = {name for name in save.read_manifest(plain) if save.is_frozen(name)}
+    assert {name for name in save.read_manifest(other) if save.is_frozen(name)} == files
+    assert all((other / name).read_bytes() == (plain / name).read_bytes() for name in files)
+    assert json.loads((other / "model_index.json").read_text())["safety_checker"] == [None, None]
+
+
 def test_frozen_parts_are_copied_where_there_are_no_hard_links(shapes, model_t5, tmp_path, monkeypatch):
     def link(*_):
         raise OSError(95, "Operation not supported")
@@ -222,3 +247,64 @@ def test_second_process_on_an_output_dir_is_refused_until_the_first_is_dead(shap
     finally:
         os.killpg(first.pid, signal.SIGKILL)
         first.wait()
+
+
+# Directories and files that are not the run's own
+
+
+BRIEF = ["--save_steps", 1, "--keep_last", 2, "--batch_size", 2]
+
+
+def test_directories_of_other_trainers_are_neither_counted_nor_touched(shapes, model_t5, tmp_path):
+    run = tmp_path / "run"
+    for name in ("checkpoint-1", "checkpoint-500", "checkpoint-1000"):
+        (run / name).mkdir(parents=True)
+        (run / name / "optimizer.bin").write_bytes(b"of accelerate")
+    train(shapes, model_t5, run, "--max_steps", 3, *BRIEF)
+    train(shapes, model_t5, run, "--max_steps", 4, *BRIEF, "--resume", "latest")
+    own = ["checkpoint-000003", "checkpoint-000004"]
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == [
+        *own,
+        "checkpoint-1",
+        "checkpoint-1000",
+        "checkpoint-500",
+    ]
+    assert all((run / f"checkpoint-{number}" / "optimizer.bin").exists() for number in (1, 500, 1000))
+
+
+def test_a_checkpoint_that_was_moved_and_linked_is_resumed_and_only_the_link_is_removed(shapes, model_t5, tmp_path):
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    train(shapes, model_t5, run, "--max_steps", 1, *BRIEF)
+    (run / "checkpoint-000001").rename(elsewhere)
+    (run / "checkpoint-000001").symlink_to(elsewhere)
+    train(shapes, model_t5, run, "--max_steps", 3, *BRIEF, "--resume", "latest")
+    assert [step_of(path) for path in checkpoints(run)] == [2, 3]
+    assert damages(elsewhere) == {} and not (run / "checkpoint-000001").is_symlink()
+
+
+@pytest.mark.parametrize("name", ["vae/../../numpy.py", "../numpy.py", "/tmp/numpy.py", "vae//numpy.py", "", "vae/."])
+def test_a_manifest_that_names_files_outside_its_checkpoint_is_refused(name, kept, tmp_path, shapes, model_t5):
+    shutil.copytree(kept / "checkpoint-000005", tmp_path / "foreign" / "checkpoint-000005")
+    path = tmp_path / "foreign" / "checkpoint-000005"
+    files = manifest.read_manifest(path) | {name: {"size": 0, "sha256": hashlib.sha256().hexdigest()}}
+    (path / manifest.NAME).write_bytes(manifest._encoded(files))
+    said = refused(shapes, model_t5, tmp_path / "run", "--resume", path)
+    assert f"names {name!r}, which is not a file in the checkpoint" in said
+
+
+@pytest.mark.parametrize("name", ["step-000001 (copy)", "step-000001.zip", "step-", "step-1.5"])
+def test_other_names_in_the_samples_folder_are_left_alone(name, shapes, model_t5, tmp_path):
+    (tmp_path / "run" / "samples" / name).mkdir(parents=True)
+    flags = ["--sample_prompt", "star", "--sample_every", 1, "--num_inference_steps", 1, "--sample_cfgs", 1]
+    train(shapes, model_t5, tmp_path / "run", "--max_steps", 2, "--batch_size", 2, *flags)
+    assert (tmp_path / "run" / "samples" / name).exists()
+
+
+@pytest.mark.parametrize("flags", [["--logdir", "a_file"], ["--copy_config", "absent.sh"]])
+def test_a_run_that_could_not_start_leaves_its_directory_free(flags, shapes, model_t5, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a_file").touch()
+    steps = ["--max_steps", 1, "--batch_size", 2]
+    with pytest.raises((OSError, ValueError)):
+        train(shapes, model_t5, tmp_path / "run", *steps, *flags)
+    train(shapes, model_t5, tmp_path / "run", *steps)

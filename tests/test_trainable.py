@@ -10,7 +10,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from helpers import TINY
 
-from cachetrain.modeling import load, trainable
+from cachetrain.modeling import trainable
 
 TINY_CONFIG = UNet2DConditionModel.load_config(TINY / "unet")
 # The published configs: SD1.5's is the class's default but for these; SD2's adds heads by level and linear proj_in.
@@ -231,10 +231,3 @@ def test_numbers_of_blocks_are_checked_when_parsed(capsys):
     with pytest.raises(SystemExit):
         arguments("--unfreeze_down_blocks two")
     assert "--unfreeze_down_blocks: expected a whole number from 0, got two" in capsys.readouterr().err
-
-
-def test_a_fresh_unet_is_that_of_a_directory_without_weights(tmp_path):
-    fresh(TINY_CONFIG, 0).save_config(tmp_path)
-    loaded, unet = values(load.load_unet(tmp_path, seed=4)), trained_unet()
-    trainable.apply(unet, arguments("--reinit_unet"), 4)
-    assert not changed(loaded, values(unet))

@@ -20,6 +20,7 @@ from helpers import (
     CLIP,
     REPO,
     T5,
+    WEIGHTS,
     WIDE,
     digest,
     distance,
@@ -35,7 +36,7 @@ from helpers import (
     without_headers,
 )
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from cachetrain.data import rng
 from cachetrain.data.batching import BatchSampler, collate
@@ -423,6 +424,47 @@ def test_a_model_with_another_vae_than_the_caches_is_warned_of(shapes, model_t5,
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(
+    ("component", "suffixes"),
+    [("projection", T5), ("text_encoder", T5), ("tokenizer", T5), ("text_encoder", CLIP), ("tokenizer", CLIP)],
+)
+def test_a_model_that_encodes_captions_differently_than_the_caches_is_warned_of(
+    component, suffixes, shapes, model_t5, model_sd, tmp_path, capsys
+):
+    model = tmp_path / "model"
+    shutil.copytree(model_t5 if suffixes == T5 else model_sd, model)
+    if component == "tokenizer":
+        path = model / component / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"unk_token": "<other>"}))
+    else:
+        path = model / component / (WEIGHTS if component == "projection" else "model.safetensors")
+        save_file({name: tensor + 0.01 for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    flags = ["--max_steps", 1, "--batch_size", 2]
+    train(shapes, model, tmp_path / "run", *flags, suffixes=suffixes)
+    assert "are not those that made the text caches" in capsys.readouterr().err
+    train(shapes, model_t5 if suffixes == T5 else model_sd, tmp_path / "right", *flags, suffixes=suffixes)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("suffixes", [T5, CLIP])
+def test_a_model_with_a_text_encoder_of_another_kind_is_refused(suffixes, shapes, model_t5, model_sd, tmp_path):
+    message = refused(shapes, model_sd if suffixes == T5 else model_t5, tmp_path / "run", suffixes=suffixes)
+    found, cached = ("CLIP", "T5") if suffixes == T5 else ("T5", "CLIP")
+    assert f"the text encoder is {found}, but the captions were cached with {cached}" in message
+
+
+def test_raw_captions_are_compared_without_the_projection(shapes, model_t5, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(shapes, data)
+    assert run_script("cache/create_t5cache_768.py", "--data_root", data, "--model", model_t5, "--raw") == 0
+    model = tmp_path / "model"
+    shutil.copytree(model_t5, model)
+    shutil.rmtree(model / "projection")
+    capsys.readouterr()
+    train(data, model, tmp_path / "run", "--max_steps", 1, "--batch_size", 2)
+    assert capsys.readouterr().err == ""
+
+
 def test_a_scaling_factor_that_contradicts_the_caches_is_warned_of_once(shapes, model_t5, tmp_path, capsys):
     flags = ["--max_steps", 1, "--batch_size", 4, "--val_split", 0.3, "--vae_scaling_factor"]
     own = json.loads((model_t5 / "vae" / "config.json").read_text())["scaling_factor"]
@@ -463,6 +505,21 @@ def test_headerless_caches_train_with_one_warning(shapes, model_t5, tmp_path, ca
     capsys.readouterr()
     train(data, model_t5, tmp_path / "b", "--max_steps", 1, "--batch_size", 2, "--vae_scaling_factor", 0.5)
     assert capsys.readouterr().err.count("cannot be verified") == 1
+
+
+def test_null_caption_with_a_header_serves_caches_without_one(shapes, model_t5, tmp_path, capsys):
+    """As the text cache script makes it beside caches of another program."""
+    data, null = without_headers(shapes, tmp_path / "data"), "_null_caption.txt_t5cache"
+    flags = ["--max_steps", 1, "--batch_size", 2, "--vae_scaling_factor", 0.5, "--cond_dropout", 0.5]
+    (data / null).unlink()
+    assert "run the text cache script" in refused(data, model_t5, tmp_path / "a", *flags)
+    assert run_script("cache/create_t5cache_768.py", "--data_root", shapes, "--model", model_t5) == 0
+    shutil.copy(shapes / null, data)
+    train(data, model_t5, tmp_path / "b", *flags)
+    assert "as only one has a header" in capsys.readouterr().err
+    emb = read_sidecar(shapes / null)[0]["emb"]
+    write_sidecar(data / null, {"emb": emb[:, :-1]}, {"kind": "txt_t5cache"})
+    assert f"{data / null}: has tensors of width" in refused(data, model_t5, tmp_path / "c", *flags)
 
 
 def test_zero_terminal_snr_is_trained_and_saved_with_the_checkpoint(shapes, model_t5, tmp_path):
@@ -584,6 +641,21 @@ def test_front_end_passes_its_settings_and_flags_given_to_it_win(flavour, shapes
     assert (args["learning_rate"], args["seed"], args["use_snr"], args["noise_gamma"]) == (3e-4, 7, True, 5.0)
     assert (tmp_path / "output" / name / f"train_{flavour}.sh").exists()
     assert (tmp_path / "output" / name / "checkpoint-000001" / "model_index.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "directories"),
+    [("my data", ["my data"]), ("my data:2.5", ["my data:2.5"]), ("a  b:2 c*", ["a", "b:2", "c*"])],
+)
+def test_front_end_takes_one_directory_with_spaces_in_its_name_or_several(data, directories, tmp_path):
+    (tmp_path / "my data").mkdir()
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "python3").write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    (tmp_path / "python3").chmod(0o755)
+    environment = os.environ | {"DATADIR": data, "VIRTUAL_ENV": "x", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run([REPO / "train_sd.sh"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    words = done.stdout.splitlines()
+    assert words[words.index("--train_data_dir") + 1 : words.index("--model")] == directories
 
 
 def test_front_ends_differ_in_their_settings_only():

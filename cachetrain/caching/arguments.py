@@ -1,6 +1,7 @@
 """Arguments that several cache scripts share. Imports no torch, so that `--help` answers at once."""
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from cachetrain import cli
@@ -90,7 +91,7 @@ def _cache_parser(doc, kind, model, batch_size):
     add_model_arguments(parser, "pipeline", batch_size, model)
     parser.add_argument(
         "--cache_suffix",
-        type=cache_suffix,
+        type=partial(_suffix_of_kind, kind),
         default=sidecar.SUFFIXES[kind],
         help="suffix of the sidecars, which replaces the image's own",
     )
@@ -151,11 +152,20 @@ def add_subset_arguments(parser: argparse.ArgumentParser, default: int | None, n
 
 def cache_suffix(text: str) -> str:
     """argparse type: a suffix of sidecars."""
-    if not text.startswith(".") or "/" in text or text.lower() in IMAGE_SUFFIXES.union(CAPTION_SUFFIXES):
+    last = text[text.rfind(".") :].lower()
+    if not text.strip("./") or text[0] != "." or "/" in text or last in IMAGE_SUFFIXES.union(CAPTION_SUFFIXES):
         raise argparse.ArgumentTypeError(
             f"{text!r}: expected a suffix like .img_sdxl that no images or captions have"
         )
     return text
+
+
+def _suffix_of_kind(kind, text):
+    """`cache_suffix`, unless sidecars of captions have it by default and `kind` is one of images, or vice versa."""
+    others = [suffix for other, suffix in sidecar.SUFFIXES.items() if other[:3] != kind[:3]]
+    if text in others:
+        raise argparse.ArgumentTypeError(f"{text!r}: is the suffix of other caches, which would be replaced")
+    return cache_suffix(text)
 
 
 def png_file(text: str) -> Path:

@@ -97,13 +97,17 @@ class UpscaledList:
         return str(part)
 
     def publish(self, parts: list[str]) -> None:
-        """Writes the file from these lines and the parts of other ranks; without any lines, removes an old one."""
+        """Writes the file from these lines and the parts of other ranks; without any lines, removes an old one.
+
+        If nothing has changed, nothing is written: the folder may be read-only.
+        """
         try:
             lines = b"".join([self.lines, *(Path(part).read_bytes() for part in parts)])
-            if lines:
+            old = self.target.read_bytes() if self.target.is_file() else b""
+            if lines and lines != old:
                 atomic_write(self.target, lines)
-            else:
-                self.target.unlink(missing_ok=True)
+            elif old and not lines:
+                self.target.unlink()
         finally:
             for part in parts:
                 os.unlink(part)

@@ -3,10 +3,12 @@
 import hashlib
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from cachetrain.data.captions import Pair, read_caption
+from cachetrain.data.many_files import open_regular
 from cachetrain.data.sidecar import Header, SidecarError, read_header, read_sidecar, write_sidecar
 
 FRESH, MISSING, STALE, CORRUPT, FOREIGN = "fresh", "missing", "stale", "corrupt", "foreign"
@@ -31,7 +33,7 @@ def image_source(pair: Pair) -> Source:
     stat = os.stat(pair.image)
 
     def sha256():
-        with open(pair.image, "rb") as file:
+        with open_regular(pair.image) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     return Source(str(stat.st_size), str(stat.st_mtime_ns), sha256)
@@ -111,5 +113,20 @@ def _store_new_time(path, source):
         tensors, header = read_sidecar(path)
     except SidecarError:
         return CORRUPT
-    write_sidecar(path, tensors, {**header.metadata, "source_size": source.size, "source_mtime_ns": source.mtime_ns})
+    new_time = {"source_size": source.size, "source_mtime_ns": source.mtime_ns}
+    with suppress(OSError):  # a read-only folder, for example: the next run hashes the source again
+        write_sidecar(path, tensors, header.metadata | new_time)
     return FRESH
+
+
+def is_of_others(path: str | Path) -> bool:
+    """Whether a file that cannot be read as a sidecar shows no sign that it was one before it was damaged.
+
+    Signs are the names of header fields, the beginning of a safetensors file, and zeros, as a power cut leaves.
+    """
+    with open_regular(path) as file:
+        data = file.read(65536)
+    if b'"cachetrain_format"' in data or b'"header_sha256"' in data or not data.strip(b"\0"):
+        return False
+    # safetensors: the length of the header in 8 bytes, of which at least 4 are zeros; then the header, which is JSON.
+    return b"\0" not in data[:8] or bool(data[4:8].strip(b"\0")) or data[8:9] not in (b"", b"{")

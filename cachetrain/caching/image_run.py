@@ -16,6 +16,7 @@ from cachetrain.caching.summary import RunSummary
 from cachetrain.caching.writer import Row, Writer
 from cachetrain.data.sidecar import sidecar_path
 from cachetrain.modeling import load
+from cachetrain.modeling.files import component_files
 
 
 def cache_images(args: Namespace, kind: str) -> int:
@@ -33,10 +34,12 @@ def cache_images(args: Namespace, kind: str) -> int:
     fields = {
         "kind": kind,
         **selection.model_fields(args, model_dir),
-        "encoder": load.fingerprint(vae_dir, *([model_dir] if args.custom else [])),
+        "encoder": load.fingerprint(
+            load.all_files(vae_dir, model_dir) if args.custom else component_files(vae_dir, "vae")
+        ),
         "settings": json.dumps(_settings(args), sort_keys=True),
     }
-    summary = RunSummary(kind, args.data_root[0], args.cache_suffix)
+    summary = RunSummary(kind, args.data_root, args.cache_suffix)
     pairs = selection.select(selection.find_pairs(args, summary), image_source, fields, args, summary)
     if pairs:
         with summary.time_encoding():

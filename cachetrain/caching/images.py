@@ -1,19 +1,24 @@
 """Decodes image files to the pixels that the VAE sees. Runs in worker processes; needs only Pillow and numpy."""
 
 import hashlib
-import io
 import os
 import warnings
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from cachetrain.caching.buckets import nearest_size
+from cachetrain.caching.metadata import with_less_metadata
+from cachetrain.caching.pixels import FORMATS, open_image, orientation, to_rgb, upright
+from cachetrain.data.many_files import open_regular
 from cachetrain.data.walk import Pairs
 
-# What `decode` always does; part of the settings in every image sidecar.
-POLICY = {"resample": "bicubic", "alpha": "white", "exif": "transpose"}
+# What `decode` always does; part of the settings in every image sidecar, so that a change makes old sidecars stale.
+POLICY = {"resample": "bicubic", "alpha": "white", "exif": "transpose", "color": "sRGB"}
+
+NOT_AN_IMAGE = f"not an image in one of the formats {', '.join(FORMATS)}"
 
 # JPEGs are decoded at a reduced scale, but never below this many times the target size, so that the antialiased
 # resize that follows still determines the pixels.
@@ -47,10 +52,10 @@ class ImageFiles:
         try:
             return decode_file(path, self.sizes)
         except UnidentifiedImageError:
-            return path, "not an image that Pillow can identify"
+            return path, NOT_AN_IMAGE
         # Pillow's plugins raise almost anything on malformed input, and one bad image must not stop the run.
         except Exception as error:
-            return path, f"{type(error).__name__}: {error}"
+            return path, getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
 
 
 def decode_file(path: str, sizes: list[tuple[int, int]]) -> Decoded:
@@ -59,7 +64,7 @@ def decode_file(path: str, sizes: list[tuple[int, int]]) -> Decoded:
     Raises:
         OSError, ValueError and whatever Pillow raises on malformed input.
     """
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         stat = os.fstat(file.fileno())
         data = file.read()
     pixels, original_size, crop_box = decode(data, sizes)
@@ -80,7 +85,9 @@ def decode_file(path: str, sizes: list[tuple[int, int]]) -> Decoded:
 def decode(
     data: bytes, sizes: list[tuple[int, int]]
 ) -> tuple[np.ndarray, tuple[int, int], tuple[float, float, float, float]]:
-    """Decodes an image file's bytes: upright, RGB, on white, cover-resized and centre-cropped.
+    """Decodes an image file's bytes: upright, sRGB, on white, cover-resized and centre-cropped.
+
+    Metadata that cannot be read is ignored.
 
     Args:
         data: content of the file; of an animation, the first frame is taken.
@@ -94,15 +101,29 @@ def decode(
     with warnings.catch_warnings():
         # About odd metadata and about large images (twice that size is an error): neither changes the pixels.
         warnings.simplefilter("ignore")
-        with Image.open(io.BytesIO(data)) as image:
-            stored_size, swapped = image.size, image.getexif().get(0x0112) in (5, 6, 7, 8)
-            original_size = stored_size[::-1] if swapped else stored_size
-            width, height = nearest_size(original_size, sizes)
-            goal = (height, width) if swapped else (width, height)
-            if min(stored_size[0] / goal[0], stored_size[1] / goal[1]) > _DRAFT_MARGIN:
-                image.draft(None, (goal[0] * _DRAFT_MARGIN, goal[1] * _DRAFT_MARGIN))
-            reduction = round(stored_size[0] / image.size[0])
-            rgb = to_rgb(ImageOps.exif_transpose(image))
+        try:
+            return _decode(data, sizes)
+        # Pillow's plugins raise almost anything on malformed input.
+        except Exception:
+            for less in with_less_metadata(data):
+                with suppress(Exception):
+                    return _decode(less, sizes)
+            raise
+
+
+def _decode(data, sizes):
+    with open_image(data) as image:
+        if image.format not in ("JPEG", "MPO"):
+            image.load()  # turns a TIFF upright, and finds the EXIF data of a PNG that follows the pixels
+        stored_size, turn = image.size, orientation(image)
+        swapped = turn > 4
+        original_size = stored_size[::-1] if swapped else stored_size
+        width, height = nearest_size(original_size, sizes)
+        goal = (height, width) if swapped else (width, height)
+        if min(stored_size[0] / goal[0], stored_size[1] / goal[1]) > _DRAFT_MARGIN:
+            image.draft(None, (goal[0] * _DRAFT_MARGIN, goal[1] * _DRAFT_MARGIN))
+        reduction = round(stored_size[0] / image.size[0])
+        rgb = upright(to_rgb(image), turn)
     crop_box = cover_box(original_size, width, height)
     # The reduced size is rounded up, so the box is computed in the original and then scaled.
     box = tuple(edge / reduction for edge in crop_box)
@@ -120,25 +141,6 @@ def cover_box(size: tuple[int, int], width: int, height: int) -> tuple[float, fl
     # max: Pillow refuses a box that rounding has moved outside of the image.
     left, top = max(left, 0.0), max(top, 0.0)
     return left, top, size[0] - left, size[1] - top
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts any Pillow image to mode RGB: transparency becomes white, 16 bits are scaled to 8.
-
-    Raises:
-        ValueError: floating-point pixels, whose range the file does not give.
-    """
-    if image.mode == "F":
-        raise ValueError("floating-point pixels; convert it to 8 or 16 bits")
-    if image.mode.startswith("I"):
-        # Pillow's own conversion clips 16-bit gray at 255.
-        wide = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
-        image = Image.fromarray(((wide + 128) // 257).astype(np.uint8))
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, "white")
-        image = Image.alpha_composite(white, rgba)
-    return image.convert("RGB")
 
 
 def collate(items: list[Decoded | tuple[str, str]]) -> tuple[list, list[tuple[str, str]]]:

@@ -3,12 +3,13 @@
 import os
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 
 from tqdm import tqdm
 
 from cachetrain.caching import ranks
-from cachetrain.caching.freshness import CORRUPT, FOREIGN, FRESH, Source, sidecar_state
+from cachetrain.caching.freshness import CORRUPT, FOREIGN, FRESH, Source, file_state, is_of_others, sidecar_state
 from cachetrain.caching.messages import print_line
 from cachetrain.caching.summary import RunSummary
 from cachetrain.data.captions import Pair
@@ -24,7 +25,7 @@ def find_pairs(args: Namespace, summary: RunSummary) -> Iterator[Pair]:
         ValueError: there are none.
     """
     empty = True
-    for pair in find_images(args.data_root, summary.fail):
+    for pair in find_images(args.data_root, summary.fail, summary.leftovers):
         empty = False
         yield pair
     if empty and not summary.counts["failed"]:
@@ -40,6 +41,8 @@ def select(
 ) -> Pairs:
     """Returns those pairs of this rank's share whose sidecar has to be made, and counts the others.
 
+    A sidecar that could not be written counts as failed now, not when everything has been encoded.
+
     Args:
         pairs: consumed as they come.
         source_of: reads the state of the image or caption of a pair.
@@ -47,13 +50,19 @@ def select(
     """
 
     def check(pair):
-        if args.overwrite:
-            return None, {}
+        path = sidecar_path(pair.image, args.cache_suffix)
         try:
-            return sidecar_state(sidecar_path(pair.image, args.cache_suffix), source_of(pair), wanted, args.full)
+            if args.overwrite:
+                state, metadata = file_state(path)[0], {}
+            else:
+                state, metadata = sidecar_state(path, source_of(pair), wanted, args.full)
+            if state == CORRUPT and is_of_others(path):
+                raise ValueError(f"{path}: is some other file, no sidecar; delete it or use another --cache_suffix")
         except (OSError, ValueError) as error:
             return error, {}
+        return (None, {}) if args.overwrite else (state, metadata)
 
+    can_write = lru_cache(1024)(lambda folder: os.access(folder, os.W_OK | os.X_OK))
     selected = Pairs()
     mine = (pair for pair in pairs if ranks.is_mine(pair.image))
     with tqdm(desc="checking", unit="image", disable=None, leave=False) as progress:
@@ -67,8 +76,10 @@ def select(
                 print_line(f"{sidecar_path(pair.image, args.cache_suffix)}: damaged; making it again")
             if state == FRESH:
                 summary.add_sidecar(pair.image, metadata)
-            elif state != FOREIGN:
+            elif state != FOREIGN and can_write(os.path.dirname(pair.image)):
                 selected.append(pair)
+            elif state != FOREIGN:
+                summary.fail(pair.image, "its sidecar cannot be written, as nothing can be in this folder")
     return selected
 
 

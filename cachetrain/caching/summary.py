@@ -1,10 +1,11 @@
 """What a cache run counts and times, and what it prints at the end."""
 
 import os
+import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from tqdm import tqdm
@@ -13,6 +14,8 @@ from cachetrain.caching import ranks
 from cachetrain.caching.buckets import Coverage, UpscaledList, is_upscaled
 from cachetrain.caching.freshness import CORRUPT, FOREIGN, FRESH, STALE
 from cachetrain.caching.messages import failure_line, print_line
+from cachetrain.data.walk import Leftovers
+from cachetrain.log import warn
 
 _MAX_LISTED = 50
 
@@ -21,22 +24,24 @@ class RunSummary:
     """Counts what a run does, for its last lines and its exit code.
 
     Args:
-        kind: of the sidecars.
-        root, suffix: enlarged images are listed in `root/_upscaled<suffix>.txt`.
+        kind, suffix: of the sidecars.
+        roots: the data roots. Enlarged images are listed in `_upscaled<suffix>.txt` of the first.
 
     Attributes:
         counts: number of sidecars by state ("fresh", "stale", ...), and of those "encoded", "failed", "truncated" and
             "upscaled".
+        leftovers: walk.Leftovers: sidecars without an image, and what this run does not use.
         times_s: "encoding", the whole loop; "waiting", the part of it in which the encoder had no data.
     """
 
-    def __init__(self, kind: str, root: str, suffix: str):
+    def __init__(self, kind: str, roots: Sequence[str], suffix: str):
         self.kind = kind
+        self.leftovers = Leftovers(suffix)
         self.counts = Counter()
         self.times_s = Counter()
         self.failures = []  # the first _MAX_LISTED
         self.coverage = Coverage()
-        self.upscaled = UpscaledList(os.path.join(root, f"_upscaled{suffix}.txt"))
+        self.upscaled = UpscaledList(os.path.join(roots[0], f"_upscaled{suffix}.txt"))
         self.started_s = time.perf_counter()
 
     def fail(self, path: str, reason: str | Exception) -> None:
@@ -112,7 +117,7 @@ class RunSummary:
         Returns:
             exit code, the same on all ranks: 1 if anything failed on any.
         """
-        part = self.upscaled.write_part() if ranks.rank() else None
+        part = self._listed(self.upscaled.write_part) if ranks.rank() else None
         record = {
             "counts": self.counts,
             "times_s": self.times_s,
@@ -129,9 +134,17 @@ class RunSummary:
                 self.coverage.images.update(other["images"])
                 self.coverage.kept.update(other["kept"])
             if ranks.rank() == 0:
-                self.upscaled.publish([record["upscaled"] for record in records if record["upscaled"]])
+                self._listed(self.upscaled.publish, [record["upscaled"] for record in records if record["upscaled"]])
                 self._print(show_coverage)
         return 1 if self.counts["failed"] else 0
+
+    def _listed(self, write, *parts):
+        """Writes the list of upscaled images or a part of it. All sidecars are made: an error is only a warning."""
+        try:
+            return write(*parts)
+        except OSError as error:
+            print_line(f"warning: upscaled images are not listed: {error}")
+            return None
 
     def _print(self, show_coverage):
         if self.failures:
@@ -142,8 +155,16 @@ class RunSummary:
         if show_coverage and self.coverage.images:
             print(*self.coverage.table(), sep="\n")
         print(self.line())
-        if self.counts["upscaled"]:
+        if self.counts["upscaled"] and self.upscaled.target.exists():
             print(f"upscaled images are listed in {self.upscaled.target}")
+        if line := self.leftovers.unused.line():
+            print(line)
+        if orphans := self.leftovers.orphans:
+            roots = shlex.join(word for root in orphans for word in ("--data_root", root))
+            warn(
+                f"{sum(orphans.values()):,} *{self.leftovers.suffix} have no image beside them and are still trained "
+                f"on; to delete them: cache/cache_status.py {roots} --prune"
+            )
 
 
 def _advice(error):

@@ -38,38 +38,34 @@ class Embedded(NamedTuple):
     truncated: bool
 
 
-def cache_captions(
-    args: Namespace,
-    kind: str,
-    settings: dict,
-    components: Sequence[str] = ("text_encoder", "tokenizer"),
-    custom: bool = False,
-) -> int:
+def cache_captions(args: Namespace, kind: str, settings: dict) -> int:
     """Writes a sidecar of this kind beside each image under args.data_root that lacks a fresh one.
 
     The sidecar of the null caption, one per data root, is made like the others.
 
     Args:
         args: from `arguments.text_parser`.
-        settings: what changes the embeddings, besides the dtypes: clip_skip, or max_length and raw.
-        components: sub-folders of the model that compute the embeddings.
-        custom: encode with the pipeline code in the model's repository.
+        settings: what changes the embeddings, besides the dtypes: clip_skip, or max_length and raw. {"custom": True}:
+            encode with the pipeline code in the model's repository.
 
     Returns:
         exit code: 0, or 1 if some caption failed.
     """
-    model_dir = load.resolve_model(args.model, args.revision, () if custom else components, code=custom)
+    custom = "custom" in settings
+    components = () if custom else load.text_components(settings)
+    model_dir = load.resolve_model(args.model, args.revision, components, code=custom)
     dtypes = {"dtype": args.dtype or "auto", "store_dtype": args.store_dtype}
     fields = {
         "kind": kind,
         **selection.model_fields(args, model_dir),
-        "encoder": load.fingerprint(*_encoder_dirs(model_dir, components, custom)),
+        "encoder": load.fingerprint(_custom_files(model_dir) if custom else _encoder_files(model_dir, settings)),
         "settings": json.dumps(settings | dtypes, sort_keys=True),
     }
-    summary = RunSummary(kind, args.data_root[0], args.cache_suffix)
+    summary = RunSummary(kind, args.data_root, args.cache_suffix)
     nulls = map(null_pair, dict.fromkeys(args.data_root))
     candidates = chain(nulls, selection.find_pairs(args, summary))
     pairs = selection.select(candidates, caption_source, fields, args, summary)
+    summary.leftovers.unused.warn_of_file_names()
     if pairs:
         make_encoder = (
             partial(_custom_encoder, model_dir)
@@ -81,21 +77,18 @@ def cache_captions(
     return summary.finish()
 
 
-def _encoder_dirs(model_dir, components, custom):
-    """Returns the directories whose content decides what the embeddings are."""
-    if custom:
-        folders = (
-            path
-            for path in sorted(model_dir.iterdir())
-            if path.is_dir() and path.name not in _NOT_TEXT and path.name[0] != "."
-        )
-        return [model_dir, *folders]
-    if "projection" in components and not (model_dir / "projection").is_dir():
+def _custom_files(model_dir):
+    folders = (path for path in sorted(model_dir.iterdir()) if path.is_dir() and path.name[0] != ".")
+    return load.all_files(model_dir, *(folder for folder in folders if folder.name not in _NOT_TEXT))
+
+
+def _encoder_files(model_dir, settings):
+    if "projection" in load.text_components(settings) and not (model_dir / "projection").is_dir():
         raise ValueError(
             f"{model_dir}: has no projection/; make it with models/compose_t5_sd.py, or pass --raw to keep T5's own "
             "width, or --custom to run the pipeline code in the model's repository"
         )
-    return [load.component_dir(model_dir, name) for name in components]
+    return load.text_files(model_dir, settings)
 
 
 def _encode(args, pairs, make_encoder, fields, summary):

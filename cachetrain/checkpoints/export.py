@@ -1,7 +1,6 @@
 """Exports a pipeline directory as one file in the original Stable Diffusion key layout, for web UIs."""
 
 import inspect
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,7 @@ from cachetrain.checkpoints import original_layout as layout
 from cachetrain.checkpoints.info import checkpoint_info
 from cachetrain.diffusion.noise_schedulers import objective_of
 from cachetrain.modeling import load
+from cachetrain.modeling.files import CONFIG, read_config, weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -99,6 +99,9 @@ def check_exportable(model_dir: Path, scheduler=None) -> tuple[list[str], dict |
         raise ValueError(
             f"{model_dir}: the original Stable Diffusion layout cannot represent this model: {'; '.join(problems)}"
         )
+    load.load_vae(Path(model_dir) / "vae")  # refuses one that is incomplete; the UNet's weights may not be there yet
+    if text["model_type"] != "t5":
+        load.load_text_encoder(Path(model_dir) / "text_encoder")
     layout.unet_names(_shapes_of(UNet2DConditionModel, unet), unet)
     layout.vae_names(_shapes_of(AutoencoderKL, vae), vae)
     notes = []
@@ -123,8 +126,11 @@ def original_tensors(model_dir: Path, weights: str = "unet") -> "dict[str, torch
         model_dir: pipeline directory or checkpoint.
         weights: directory of the UNet's weights, "unet" or "unet_ema".
     """
+    from diffusers import UNet2DConditionModel
+
     unet, vae, text = _configs(model_dir)
     tensors = _stored(model_dir / weights)
+    _check_shapes(model_dir / weights, tensors, _shapes_of(UNet2DConditionModel, unet))
     names = layout.unet_names({key: tensor.shape for key, tensor in tensors.items()}, unet)
     result = {layout.UNET + name: tensors[key] for key, name in names.items()}
     tensors = _stored(model_dir / "vae")
@@ -264,12 +270,13 @@ def _configs(model_dir):
 
 def _config(model_dir, name, cls=None):
     """Returns the config of a component as a dict; fields that are missing get the defaults of `cls`."""
-    path = Path(model_dir) / name / "config.json"
-    if not path.exists():
+    directory = Path(model_dir) / name
+    if not (directory / CONFIG).exists():
         raise ValueError(
-            f"{path}: no such file; a single file needs a complete model, compose one with models/compose_*.py"
+            f"{directory / CONFIG}: no such file; a single file needs a complete model, compose one with "
+            "models/compose_*.py"
         )
-    return (_defaults(cls) if cls else {}) | json.loads(path.read_text())
+    return (_defaults(cls) if cls else {}) | read_config(directory)
 
 
 def _defaults(cls):
@@ -294,12 +301,18 @@ def _shapes_of(cls, config):
 
 
 def _stored(directory):
-    """Returns all tensors of a component, memory-mapped; variants of the weights (fp16, non_ema) are left out."""
+    """Returns all tensors of a component, memory-mapped."""
     from safetensors.torch import load_file
 
-    indices = sorted(directory.glob("*.safetensors.index.json"))
-    files = {shard for index in indices for shard in json.loads(index.read_text())["weight_map"].values()}
-    files = files or {path.name for path in directory.glob("*.safetensors") if path.name.count(".") == 1}
-    if not files:
-        raise ValueError(f"{directory}: holds no weights; train it first, or pass a checkpoint")
-    return {key: tensor for name in sorted(files) for key, tensor in load_file(directory / name).items()}
+    files = [path for path in weight_files(directory) if path.suffix == ".safetensors"]
+    return {key: tensor for path in files for key, tensor in load_file(path).items()}
+
+
+def _check_shapes(directory, tensors, expected):
+    found = {key: tensor.shape for key, tensor in tensors.items()}
+    wrong = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+    if wrong:
+        raise ValueError(
+            f"{directory}: the weights are not those of config.json: {len(wrong)} missing, left over or of another "
+            f"shape (like {wrong[0]}); get both again"
+        )

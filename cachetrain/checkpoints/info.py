@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from cachetrain.modeling import load
+
 FILE = "cachetrain.json"
 
 
@@ -38,7 +40,7 @@ def checkpoint_info(model_dir: Path) -> dict:
     path = Path(model_dir) / FILE
     if path.exists():
         return {"latent_size": None} | json.loads(path.read_text())
-    encoder = Path(model_dir) / "text_encoder" / "config.json"
-    is_t5 = encoder.exists() and json.loads(encoder.read_text())["model_type"] == "t5"
+    encoder = Path(model_dir) / "text_encoder"
+    is_t5 = encoder.exists() and load.text_architecture(encoder) == "t5"
     text = {"kind": "txt_t5cache" if is_t5 else "txt_clipl", "settings": {}, "scaling_factor": 1.0}
     return {"latent_size": None, "text": text, "step": 0}

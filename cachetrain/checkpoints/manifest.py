@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 NAME = "manifest.json"
+_PART = re.compile(r"[\w-][\w.-]*")  # of the path of a file in a checkpoint
 _THREADS = 4  # hashing releases the GIL
 
 
@@ -34,7 +36,7 @@ def read_manifest(directory: Path) -> dict[str, dict]:
         {path in the directory: {"size": bytes, "sha256": hex}}.
 
     Raises:
-        ValueError: there is no manifest, or it does not match its own hash.
+        ValueError: there is no manifest, it does not match its own hash, or it names a file outside the checkpoint.
         OSError: the manifest cannot be read.
     """
     path = Path(directory) / NAME
@@ -46,11 +48,14 @@ def read_manifest(directory: Path) -> dict[str, dict]:
         ) from None
     try:
         files = json.loads(data)["files"]
-        intact = data == _encoded(files)
-    except (ValueError, KeyError, TypeError):
+        intact = data == _encoded(files) and all(entry.keys() == {"size", "sha256"} for entry in files.values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         intact = False
     if not intact:
         raise ValueError(f"{path}: is damaged: its content does not match its hash")
+    for name in files:
+        if not all(_PART.fullmatch(part) for part in name.split("/")):
+            raise ValueError(f"{path}: names {name!r}, which is not a file in the checkpoint; do not use it")
     return files
 
 

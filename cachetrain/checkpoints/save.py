@@ -16,13 +16,14 @@ from safetensors.torch import save_file
 
 from cachetrain.atomic import remove_directory, remove_leftovers, staged_directory
 from cachetrain.checkpoints.export import export_single_file
-from cachetrain.checkpoints.info import write_info
-from cachetrain.checkpoints.manifest import read_manifest, write_manifest
+from cachetrain.checkpoints.info import FILE, write_info
+from cachetrain.checkpoints.manifest import NAME, read_manifest, write_manifest
 from cachetrain.checkpoints.state import split_tensors, write_state
 from cachetrain.distributed import copy_to_host
 from cachetrain.log import warn
+from cachetrain.modeling.files import component_files, pipeline_code
 
-FROZEN = ("vae", "text_encoder", "tokenizer", "projection", "feature_extractor", "safety_checker")
+FROZEN = ("vae", "text_encoder", "tokenizer", "projection")
 PIPELINE = "pipeline.py"
 TRIGGER = "trigger.checkpoint"
 
@@ -38,9 +39,12 @@ def step_of(checkpoint: Path) -> int | None:
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """Returns the checkpoints of a run, oldest first. They are complete, but may have been damaged since."""
-    found = Path(output_dir).glob("checkpoint-[0-9]*")
-    return sorted((path for path in found if step_of(path) is not None), key=step_of)
+    """Returns the checkpoints of a run, oldest first. They are complete, but may have been damaged since.
+
+    Directories of other trainers, which may have the same names, are left out.
+    """
+    found = (path for path in Path(output_dir).glob("checkpoint-[0-9]*") if step_of(path) is not None)
+    return sorted((path for path in found if any((path / name).exists() for name in (NAME, FILE))), key=step_of)
 
 
 class Saving:
@@ -71,6 +75,7 @@ class Saving:
         self.flush = flush
         self._frozen = frozen
         self._frozen_files = read_manifest(frozen) if frozen else {}
+        self._sources = frozen_files(run.model_dir)
         self.on_epoch = args.save_on_epoch
         self.keep_last = args.keep_last
         self.every_s = args.save_every_minutes and 60 * args.save_every_minutes
@@ -191,7 +196,8 @@ class Saving:
         self._frozen = target
         self._frozen_files = files
         if self.keep_last:
-            for old in checkpoints(self.output_dir)[: -self.keep_last]:
+            until_now = [path for path in checkpoints(self.output_dir) if step_of(path) <= step]
+            for old in until_now[: -self.keep_last]:
                 remove_directory(old)
         if self.ckpt_dir:
             try:
@@ -204,12 +210,12 @@ class Saving:
     def _add_frozen_parts(self, stage):
         """Links or copies frozen components and pipeline.py to `stage`; returns manifest entries of linked files."""
         known = {}
-        for name in list(filter(is_frozen, self._frozen_files)) or _frozen_names(self.model_dir):
+        for name, source in self._sources.items():
             (stage / name).parent.mkdir(parents=True, exist_ok=True)
-            if self._frozen is not None and _linked(self._frozen / name, stage / name):
+            if name in self._frozen_files and _linked(self._frozen / name, stage / name):
                 known[name] = self._frozen_files[name]
             else:  # also a file that was removed from the earlier checkpoint
-                shutil.copyfile(self.model_dir / name, stage / name)
+                shutil.copyfile(source, stage / name)
         return known
 
 
@@ -218,10 +224,20 @@ def is_frozen(name: str) -> bool:
     return name.split("/")[0] in (*FROZEN, PIPELINE)
 
 
-def _frozen_names(model_dir):
-    paths = [path for name in FROZEN for path in sorted((model_dir / name).rglob("*")) if path.is_file()]
-    paths += [model_dir / PIPELINE] if (model_dir / PIPELINE).exists() else []
-    return [path.relative_to(model_dir).as_posix() for path in paths]
+def frozen_files(model_dir: Path) -> dict[str, Path]:
+    """Returns {path in a checkpoint: file to copy} of the frozen components and pipeline.py; {} for a bare UNet.
+
+    Raises:
+        ValueError: a component is incomplete, or its weights cannot be read (`weight_files`).
+    """
+    directories = {name: model_dir / name for name in FROZEN if (model_dir / name).is_dir()}
+    files = {
+        f"{name}/{path.name}": path
+        for name, directory in directories.items()
+        for path in component_files(directory, name)
+    }
+    code = pipeline_code(model_dir)
+    return files | ({PIPELINE: code} if code else {})
 
 
 def _linked(path, link):
@@ -239,9 +255,12 @@ def _write_unet(unet, weights, directory):
 
 
 def _write_index(model_dir, stage, scheduler):
-    """Writes model_index.json: the model's, with the scheduler of the trained objective."""
+    """Writes model_index.json: the model's, with the scheduler of the trained objective, without what is not here."""
     source = model_dir / "model_index.json"
     if source.exists():
         index = json.loads(source.read_text())
         index["scheduler"] = ["diffusers", type(scheduler).__name__]
+        for name, value in index.items():
+            if isinstance(value, list) and name[0] != "_" and not (stage / name).is_dir():
+                index[name] = [None, None]  # a safety checker, say: training neither loads nor copies it
         (stage / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -1,12 +1,15 @@
 """Where an image's caption comes from; used for caching, training and samples.
 
 The caption of `a.jpg` is the text of `a.txt`, else of `a.caption`, else the file name up to its first underscore.
-Caption files are UTF-8, with or without a byte order mark; leading and trailing white space is stripped.
+Suffixes may be in capitals. Caption files are UTF-8, with or without a byte order mark; leading and trailing white
+space is stripped.
 """
 
 import hashlib
 import os
 from typing import NamedTuple
+
+from cachetrain.data.many_files import open_regular
 
 CAPTION_SUFFIXES = (".txt", ".caption")
 
@@ -38,27 +41,33 @@ def read_caption(pair: Pair) -> Caption:
 
     Raises:
         OSError: the caption file cannot be read.
-        ValueError: the caption file is not UTF-8.
+        ValueError: the caption is not UTF-8 text.
     """
     if pair.caption_file is None:
         return _caption_from_name(os.path.splitext(pair.image)[0])
-    with open(pair.caption_file, "rb") as file:
+    with open_regular(pair.caption_file) as file:
         stat = os.fstat(file.fileno())
         data = file.read()
     try:
         text = data.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise ValueError(f"{pair.caption_file}: not UTF-8 text ({error}); save it as UTF-8") from error
+    if "\0" in text:
+        raise ValueError(f"{pair.caption_file}: not UTF-8 text (it has NUL characters, as UTF-16); save it as UTF-8")
     return Caption(text, str(stat.st_size), str(stat.st_mtime_ns))
 
 
 def find_caption(stem: str) -> Caption:
     """Finds and reads the caption of the image `stem`.*, which need not exist; raises like read_caption."""
-    path = next((stem + suffix for suffix in CAPTION_SUFFIXES if os.path.exists(stem + suffix)), None)
+    suffixes = (spelling for suffix in CAPTION_SUFFIXES for spelling in (suffix, suffix.upper(), suffix.title()))
+    path = next((stem + suffix for suffix in suffixes if os.path.exists(stem + suffix)), None)
     return _caption_from_name(stem) if path is None else read_caption(Pair(stem, path))
 
 
 def _caption_from_name(stem):
     # `a man riding_(1)` -> `a man riding`
     text = os.path.basename(stem).split("_")[0].strip()
-    return Caption(text, str(len(text.encode())), "0")
+    try:
+        return Caption(text, str(len(text.encode())), "0")
+    except UnicodeEncodeError:
+        raise ValueError(f"{stem}: its name is its caption, but not UTF-8 text; write a .txt beside it") from None

@@ -7,6 +7,7 @@ import codecs
 import copy
 import json
 import os
+import shlex
 import zlib
 from argparse import Namespace
 from bisect import bisect_right
@@ -19,17 +20,17 @@ from tqdm import tqdm
 
 from cachetrain import cli
 from cachetrain.data import rng
-from cachetrain.data.many_files import PackedStrings, in_threads
+from cachetrain.data.many_files import PackedStrings, in_threads, open_regular
 from cachetrain.data.sidecar import NULL_STEM, RUN_KEYS, SUFFIXES, Header, read_header
 from cachetrain.data.split import check_apart, split_index
-from cachetrain.data.walk import walk_folders
-from cachetrain.log import warn
+from cachetrain.data.unused import MULTIPLY, is_numbered
+from cachetrain.data.walk import image_stems, is_image, walk_folders
+from cachetrain.log import info, warn
 from cachetrain.modeling.conditioning import check_shapes
 
 if TYPE_CHECKING:
     from cachetrain.distributed import World
 
-MULTIPLY = "multiply.txt"
 _MULTIPLE = cli.Number(float, 0, cli.repeats.most)
 
 
@@ -43,6 +44,9 @@ class PairIndex:
         repeats: float32 [N], how often each pair comes up in an epoch, on average.
         image_header, text_header: headers of the first pair.
         num_unpaired: number of sidecars without a partner.
+        num_without_image: number of pairs without an image beside them, in directories that hold images.
+        num_alone: number of pairs in directories that hold none.
+        numbered_folders: PackedStrings of folders like 10_name, whose number counts only in a multiply.txt.
         num_foreign: number of pairs in which at least one sidecar has no cachetrain header.
     """
 
@@ -56,6 +60,8 @@ class PairIndex:
         world: World | None = None,
     ):
         """Walks `directories` and reads every header once; several ranks share the reading.
+
+        A folder that lies in several of the directories belongs to the first of them.
 
         Args:
             repeats: for each directory, how often the pairs in it come up in an epoch; default 1. Multiplied by the
@@ -71,20 +77,12 @@ class PairIndex:
         self.text_suffix = text_suffix
         self.one_text = one_text
         self.directories = [os.fspath(directory) for directory in directories]
-        self.num_unpaired = 0
+        self.num_unpaired = self.num_without_image = self.num_alone = 0
+        self.numbered_folders = PackedStrings()
         self._stems = PackedStrings()
         self._starts = []  # for each directory, the place of its first pair in _stems
         self._positions = None  # in a subset, the places of its pairs in _stems
-        folder_repeats = []
-        for directory, number in zip(self.directories, repeats or [1.0] * len(self.directories), strict=True):
-            self._starts.append(len(self._stems))
-            for multiple, stems in self._folders(directory):
-                for stem in stems:
-                    self._stems.append(stem)
-                folder_repeats.append((number * multiple, len(stems)))
-            if len(self._stems) == self._starts[-1]:
-                expected = f"*{image_suffix}" + ("" if one_text else f" and *{text_suffix}")
-                raise ValueError(f"{directory}: no pairs of {expected}; run the cache scripts on it first")
+        folder_repeats = self._list_pairs(repeats or [1.0] * len(self.directories))
         self.repeats = np.repeat(*(np.array(column) for column in zip(*folder_repeats, strict=True)))
         self.repeats = self.repeats.astype(np.float32)
         self._check_repeats()
@@ -160,6 +158,50 @@ class PairIndex:
     def text_path(self, i: int) -> str:
         return self.one_text or self.stem(i) + self.text_suffix
 
+    def caption_stem(self, i: int) -> str:
+        """Path without suffix of the text sidecar of pair `i`, beside which its caption lies."""
+        return os.path.splitext(self.one_text)[0] if self.one_text else self.stem(i)
+
+    def check_null(self, path: str | os.PathLike, header: Header) -> None:
+        """Checks that the sidecar of the null caption fits the text sidecars; warns if headers cannot tell.
+
+        Raises:
+            ValueError: it was made by another encoder, with other settings, or has another width.
+        """
+        _, widths = check_shapes(self.text_kind, path, header.shapes)
+        if widths != self.text_widths:
+            raise ValueError(
+                f"{path}: has tensors of width {widths}, {self.text_path(0)} of {self.text_widths}; delete it, and "
+                "run the text cache script with the model of the other sidecars"
+            )
+        if not header.foreign and not self.text_header.foreign:
+            check_same_run(self.text_header, header, self.text_path(0), path)
+        elif not (header.foreign and self.text_header.foreign):
+            warn(f"{path} and {self.text_path(0)}: as only one has a header, one encoder may not have made both")
+
+    def _list_pairs(self, repeats):
+        """Lists the pairs of all directories; returns (repeats, number of pairs) of each folder."""
+        folder_repeats, visited, directories = [], set(), []
+        for directory, number in zip(self.directories, repeats, strict=True):
+            start = len(self._stems)
+            for multiple, stems in self._folders(directory, visited):
+                for stem in stems:
+                    self._stems.append(stem)
+                folder_repeats.append((number * multiple, len(stems)))
+            if len(self._stems) > start:
+                self._starts.append(start)
+                directories.append(directory)
+            elif _overlaps(directory, directories):
+                warn(
+                    f"{directory}: all of its pairs are also in a directory given before it; they count once, with "
+                    "the repeats of that directory"
+                )
+            else:
+                expected = f"*{self.image_suffix}" + ("" if self.one_text else f" and *{self.text_suffix}")
+                raise ValueError(f"{directory}: no pairs of {expected}; run the cache scripts on it first")
+        self.directories = directories
+        return folder_repeats
+
     def _check_repeats(self):
         if len(self.repeats) and self.repeats.max() > cli.repeats.most:
             raise ValueError(
@@ -172,26 +214,40 @@ class PairIndex:
                 f"--train_data_dir DIR:REPEATS and {MULTIPLY}"
             )
 
-    def _folders(self, directory):
-        """Yields (number from multiply.txt, sorted stems that have both sidecars) for each folder.
+    def _folders(self, directory, visited):
+        """Yields (number from multiply.txt, sorted stems that have both sidecars) for each folder not yet visited.
 
-        Counts sidecars without a partner.
+        Counts sidecars without a partner, and pairs without an image.
         """
         if not Path(directory).is_dir():
             raise ValueError(f"{directory}: no such directory")
         suffixes = (self.image_suffix, self.text_suffix)
         multiples = {}  # folder -> number that applies in and below the folder, where not 1
-        for folder, names in walk_folders(
-            directory, set(), lambda name: name == MULTIPLY or name.endswith(suffixes), _warn_of_skipped_folder
-        ):
+        num_without_image, has_images = 0, False
+
+        def keep(name):
+            return name.endswith(suffixes) or is_image(name) or name == MULTIPLY
+
+        for folder, names in walk_folders(directory, visited, keep, _warn_of_skipped_folder):
             multiple = multiples.get(os.path.dirname(folder), 1.0)
             if MULTIPLY in names:
                 multiple = _read_multiple(os.path.join(folder, MULTIPLY))
             if multiple != 1.0:
                 multiples[os.path.dirname(os.path.join(folder, ""))] = multiple
-            yield multiple, self._paired(folder, names)
+            stems = self._paired(names)
+            images = image_stems(names)
+            has_images = has_images or bool(images)
+            num_without_image += len(stems) - sum(stem in images for stem in stems)
+            if stems and multiple == 1.0 and MULTIPLY not in names and is_numbered(folder):
+                self.numbered_folders.append(folder)
+            yield multiple, [os.path.join(folder, stem) for stem in stems]
+        if has_images:
+            self.num_without_image += num_without_image
+        else:
+            self.num_alone += num_without_image
 
-    def _paired(self, folder, names):
+    def _paired(self, names):
+        """The sorted stems that have both sidecars."""
         image_suffix, text_suffix = self.image_suffix, self.text_suffix
         images = {name.removesuffix(image_suffix) for name in names if name.endswith(image_suffix)}
         texts = {name.removesuffix(text_suffix) for name in names if name.endswith(text_suffix)}
@@ -199,7 +255,7 @@ class PairIndex:
         if self.one_text:
             texts = images
         self.num_unpaired += len(images ^ texts)
-        return [os.path.join(folder, stem) for stem in sorted(images & texts)]
+        return sorted(images & texts)
 
     def _read_headers(self, world):
         shapes = {}
@@ -264,12 +320,19 @@ class PairIndex:
         return image, self.text_header if self.one_text and i else read_header(self.text_path(i))
 
 
+def _overlaps(directory, others):
+    """Whether a directory is the same as one of the others, or lies in it, or it in the directory."""
+    real_path, *real_paths = (os.path.join(os.path.realpath(path), "") for path in (directory, *others))
+    return any(real_path.startswith(other) or other.startswith(real_path) for other in real_paths)
+
+
 def _warn_of_skipped_folder(folder, reason):
     warn(f"{folder}: {reason}; sidecars in this folder are not used")
 
 
 def _read_multiple(path):
-    content = Path(path).read_bytes()
+    with open_regular(path) as file:
+        content = file.read()
     utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # as Windows' editors and shells write it
     text = content.decode("utf-16" if utf16 else "utf-8-sig", errors="replace").strip()
     try:
@@ -306,14 +369,35 @@ def check_same_run(
             )
 
 
+def _warn_of_what_is_listed(index):
+    """Warns of what a user may not expect in the list of pairs, or miss there."""
+    pairs = f"{len(index)} pairs"
+    if index.num_foreign:
+        warn(f"{index.num_foreign} of {pairs} have caches without a header, which cannot be verified")
+    if index.num_unpaired:
+        suffixes = f"{index.image_suffix} + {index.text_suffix}"
+        warn(f"{index.num_unpaired} sidecars without a partner ({suffixes}) are not used")
+    if index.num_without_image:
+        roots = shlex.join(word for directory in index.directories for word in ("--data_root", directory))
+        warn(
+            f"{index.num_without_image} of {pairs} have no image beside them and are trained on; if the images were "
+            f"deleted: cache/cache_status.py {roots} --prune"
+        )
+    if index.num_alone:
+        info(f"{index.num_alone} of {pairs} are in directories of sidecars alone, without images")
+    if folders := index.numbered_folders:
+        warn(
+            f"{len(folders)} folders have a number in front, the first {folders[0]}; it is not used: to repeat their "
+            f"images, write the number into a {MULTIPLY} there"
+        )
+
+
 def open_index(args: Namespace, world: World) -> tuple[PairIndex, PairIndex | None]:
     """Lists the pairs that the trainer's flags name; returns (training pairs, validation pairs or None)."""
     suffixes = args.imgcache_suffix, args.txtcache_suffix
     index = PairIndex(args.train_data_dir, *suffixes, args.dir_weights, args.force_txtcache, world)
-    if index.num_foreign and world.main:
-        warn(f"{index.num_foreign} of {len(index)} pairs have caches without a header, which cannot be verified")
-    if index.num_unpaired and world.main:
-        warn(f"{index.num_unpaired} sidecars without a partner ({' + '.join(suffixes)}) are not used")
+    if world.main:
+        _warn_of_what_is_listed(index)
     if args.overfit:
         return index.subset(np.sort(rng.permutation(args.seed, 0, len(index))[: args.overfit])), None
     if args.val_split:

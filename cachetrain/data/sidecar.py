@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from cachetrain.atomic import atomic_write
+from cachetrain.data.many_files import open_regular
 
 if TYPE_CHECKING:
     import torch
@@ -96,7 +97,7 @@ def read_header(path: str | Path) -> Header:
         SidecarError: the file is truncated, or the header is damaged.
         OSError: the file cannot be opened.
     """
-    with open(path, "rb", buffering=0) as file:
+    with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         data = file.read(min(size, 4096))
         header_size = 8 + int.from_bytes(data[:8], "little")
@@ -127,7 +128,8 @@ def read_sidecar(path: str | Path) -> "tuple[dict[str, torch.Tensor], Header]":
 
 def read_verified(path: str | Path) -> tuple[bytes, Header]:
     """Reads and verifies one sidecar like `read_sidecar`, but returns (bytes of the file, Header)."""
-    data = Path(path).read_bytes()
+    with open_regular(path) as file:
+        data = file.read()
     header = _parse(path, data, len(data))
     payload = memoryview(data)[_payload_start(data) :]
     if not header.foreign and header.metadata.get("sha256") != hashlib.sha256(payload).hexdigest():

@@ -1,20 +1,31 @@
 """Walks data directories and lists images with their captions, or sidecars; used by caching and training.
 
-Folders come depth first, each before its subfolders, names sorted. Hidden files and folders are skipped. Symbolic
-links are followed, and a folder reachable by several paths is visited once. Memory and time are linear in the number
-of files, and no file is opened.
+Folders come depth first, each before its subfolders, names sorted. Hidden files and folders are skipped, as are those
+in which other programs keep thumbnails and deleted files. Symbolic links are followed, and a folder reachable by
+several paths is visited once. Memory and time are linear in the number of files, and no file is opened.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from errno import ELOOP
 from typing import NamedTuple
 
 from cachetrain.atomic import is_abandoned
 from cachetrain.data.captions import CAPTION_SUFFIXES, Pair
 from cachetrain.data.many_files import PackedStrings
 from cachetrain.data.sidecar import NULL_STEM
+from cachetrain.data.unused import Unused
 
 IMAGE_SUFFIXES = frozenset(".jpg .jpeg .jfif .jpe .png .webp .bmp .gif .tif .tiff .avif .jp2 .ppm .pgm .tga".split())
+
+# For str.endswith, which takes a third of the time of os.path.splitext.
+_IMAGES = tuple(IMAGE_SUFFIXES)
+_SOURCES = (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES)
+
+# Where other programs keep thumbnails, resource forks and deleted files.
+SKIPPED_FOLDERS = frozenset(
+    ("@eaDir", "__MACOSX", "#recycle", "@Recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+)
 
 # Called as on_error(path, reason) for each file or folder that is skipped.
 OnError = Callable[[str, str], None]
@@ -27,26 +38,67 @@ class Folder(NamedTuple):
     names: list[str]
 
 
+class Leftovers:
+    """Counts, while images are listed, the sidecars of one suffix whose image is gone, and what is not used at all.
+
+    Attributes:
+        unused: Unused.
+    """
+
+    def __init__(self, suffix: str):
+        self.suffix = suffix
+        self.unused = Unused()
+        self._orphans = {}  # root -> how many
+        self._roots_with_images = set()
+
+    @property
+    def orphans(self) -> dict[str, int]:
+        """Root -> number of sidecars without an image. A root that holds no images at all has none."""
+        return {root: count for root, count in self._orphans.items() if root in self._roots_with_images}
+
+    def keep(self, name: str) -> bool:
+        """Whether a walk has to list a file; counts it as unused if not."""
+        if is_source(name) or name.endswith(self.suffix):
+            return True
+        self.unused.add_file(name)
+        return False
+
+    def add_folder(self, root: str, folder: Folder) -> None:
+        stems = image_stems(folder.names)
+        if stems:
+            self._roots_with_images.add(root)
+        orphans = (
+            name.endswith(self.suffix)
+            and name.removesuffix(self.suffix) not in stems
+            and name != NULL_STEM + self.suffix
+            and possible_image(name, stems) is None
+            for name in folder.names
+        )
+        if count := sum(orphans):
+            self._orphans[root] = self._orphans.get(root, 0) + count
+
+
 class Pairs:
     """An append-only list of Pair that needs little more memory than the bytes of the paths."""
 
     def __init__(self):
         self._images = PackedStrings()
-        self._captions = bytearray()  # index into CAPTION_SUFFIXES; len(CAPTION_SUFFIXES): no caption file
+        self._captions = bytearray()  # index into _suffixes
+        self._suffixes = [""]  # of caption files, in the spellings found; "": no caption file
 
     def append(self, pair: Pair) -> None:
         self._images.append(pair.image)
-        extension = os.path.splitext(pair.caption_file or "")[1]
-        self._captions.append(CAPTION_SUFFIXES.index(extension) if extension else len(CAPTION_SUFFIXES))
+        suffix = os.path.splitext(pair.caption_file or "")[1]
+        if suffix not in self._suffixes:
+            self._suffixes.append(suffix)
+        self._captions.append(self._suffixes.index(suffix))
 
     def __len__(self) -> int:
         return len(self._captions)
 
     def __getitem__(self, index: int) -> Pair:
-        image, caption = self._images[index], self._captions[index]
-        if caption == len(CAPTION_SUFFIXES):
-            return Pair(image, None)
-        return Pair(image, os.path.splitext(image)[0] + CAPTION_SUFFIXES[caption])
+        image, suffix = self._images[index], self._suffixes[self._captions[index]]
+        return Pair(image, os.path.splitext(image)[0] + suffix if suffix else None)
 
 
 def walk_folders(
@@ -61,7 +113,8 @@ def walk_folders(
     Args:
         visited: real paths of the folders visited so far, which are skipped; the walk adds to this set.
         keep: whether to list a file with this name.
-        on_error: called for each folder that cannot be read; None: the OSError is raised.
+        on_error: called for each file or folder that cannot be read; None: the OSError is raised. The files of a
+            folder that can be read only in part are not listed: images would lose their captions.
         remove_abandoned: delete temporary files left behind by killed runs.
     """
     stack = [os.fspath(root)]
@@ -78,52 +131,68 @@ def walk_folders(
                     if entry.name.startswith("."):
                         if remove_abandoned:
                             _remove_if_abandoned(entry.path)
-                    elif _is_dir(entry):
-                        subfolders.append(entry.name)
+                    elif _is_dir(entry, on_error):
+                        if entry.name not in SKIPPED_FOLDERS:
+                            subfolders.append(entry.name)
                     elif keep(entry.name):
                         names.append(entry.name)
         except OSError as error:
             if on_error is None:
                 raise
             on_error(path, f"cannot be read: {error.strerror}")
+            names = []
         names.sort()
         yield Folder(path, names)
         stack.extend(os.path.join(path, name) for name in sorted(subfolders, reverse=True))
 
 
-def find_images(roots: Iterable[str], on_error: OnError) -> Iterator[Pair]:
+def find_images(roots: Iterable[str], on_error: OnError, leftovers: Leftovers | None = None) -> Iterator[Pair]:
     """Yields one Pair per image under `roots`; also removes temporary files left behind by killed cache runs.
 
     Args:
-        on_error: called for each folder that cannot be read, and for each image whose sidecar name is already taken
-            by another image.
+        on_error: called for each file or folder that cannot be read, and for each image whose sidecar name is already
+            taken by another image.
+        leftovers: counts what else is found.
 
     Raises:
         ValueError: a root is not a directory.
     """
-    visited = set()
+    visited, keep = set(), is_source if leftovers is None else leftovers.keep
     for root in roots:
         if not os.path.isdir(root):
             raise ValueError(f"--data_root {root}: no such directory")
-        for folder in walk_folders(root, visited, is_source, on_error, remove_abandoned=True):
-            yield from pair_up(folder, on_error)
+        for folder in walk_folders(root, visited, keep, on_error, remove_abandoned=True):
+            yield from pair_up(folder, on_error, leftovers and leftovers.unused)
+            if leftovers is not None:
+                leftovers.add_folder(root, folder)
 
 
-def pair_up(folder: Folder, on_error: OnError) -> Iterator[Pair]:
+def pair_up(folder: Folder, on_error: OnError, unused: Unused | None = None) -> Iterator[Pair]:
     """Yields one Pair per image of a folder, except `_null_caption.*`. `on_error`: see `find_images`."""
-    captions = {name for name in folder.names if name.endswith(CAPTION_SUFFIXES)}
+    captions = {}  # stem -> name
+    for suffix in reversed(CAPTION_SUFFIXES):
+        captions |= {name[: -len(suffix)]: name for name in folder.names if name.lower().endswith(suffix)}
     image_of_stem = {}
     for name in folder.names:
-        stem, extension = os.path.splitext(name)
-        if extension.lower() not in IMAGE_SUFFIXES or stem == NULL_STEM:
+        if not is_image(name) or (stem := name[: name.rindex(".")]) == NULL_STEM:
             continue
         path = os.path.join(folder.path, name)
         if stem in image_of_stem:
             on_error(path, f"would share its sidecar with {image_of_stem[stem]}; rename one of the two images")
             continue
         image_of_stem[stem] = name
-        caption = next((stem + suffix for suffix in CAPTION_SUFFIXES if stem + suffix in captions), None)
-        yield Pair(path, caption and os.path.join(folder.path, caption))
+        caption = captions.pop(stem, None)
+        pair = Pair(path, caption and os.path.join(folder.path, caption))
+        if unused is not None:
+            unused.add_pair(pair)
+        yield pair
+    if unused is not None:
+        unused.add_folder(folder.path, captions.values(), folder.names if image_of_stem else ())
+
+
+def has_images(root: str | os.PathLike) -> bool:
+    """Whether there is an image in or below a folder; looks no further than the first folder with one."""
+    return any(folder.names for folder in walk_folders(root, set(), is_image, lambda *_: None))
 
 
 def null_pair(root: str | os.PathLike) -> Pair:
@@ -155,20 +224,33 @@ def find_sidecars(paths: Iterable[str], suffixes: Iterable[str]) -> Iterator[str
 
 def is_image(name: str) -> bool:
     """Whether a file of this name is an image."""
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+    return name.lower().endswith(_IMAGES)
+
+
+def image_stems(names: Iterable[str]) -> set[str]:
+    """Names of the images among some files, without their suffixes."""
+    return {name[: name.rindex(".")] for name in names if is_image(name)}
+
+
+def possible_image(name: str, stems: Collection[str]) -> str | None:
+    """The stem of an image that a sidecar of this name may belong to: `a.256.img_sdxl` to `a`, as to `a.256`."""
+    return next((name[:i] for i, character in enumerate(name) if character == "." and name[:i] in stems), None)
 
 
 def is_source(name: str) -> bool:
     """Whether a file of this name is an image or a caption."""
-    extension = os.path.splitext(name)[1].lower()
-    return extension in IMAGE_SUFFIXES or extension in CAPTION_SUFFIXES
+    return name.lower().endswith(_SOURCES)
 
 
-def _is_dir(entry):
+def _is_dir(entry, on_error):
     try:
         return entry.is_dir()
-    except OSError:
-        return False  # a link that leads to itself
+    except OSError as error:  # a mount whose server is gone; a link that leads to itself is as good as none
+        if error.errno != ELOOP:
+            if on_error is None:
+                raise
+            on_error(entry.path, f"cannot be read: {error.strerror}")
+        return False
 
 
 def _remove_if_abandoned(path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from cachetrain.atomic import staged_directory
 from cachetrain.diffusion.noise_schedulers import make_scheduler
 from cachetrain.modeling import load
+from cachetrain.modeling.files import component_files, has_weights, read_config
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +42,8 @@ class Target:
     Attributes:
         out: pipeline directory to write.
         objective: see diffusion.noise_schedulers.OBJECTIVES; decides the scheduler.
-        fresh_unet: use only the UNet's config and initialise the weights from `seed`.
+        fresh_unet: use only the UNet's config and initialise the weights from `seed`. A config with
+            "_weights": "fresh", like that of models/tiny/unet, does not need this.
         seed: seed of all new weights.
         overwrite: replace `out` if it exists.
     """
@@ -69,27 +71,15 @@ class ProjectionOptions:
     device: torch.device | str = "cpu"
 
 
-def copy_component(
-    source: str | Path, target: Path, patterns: Iterable[str] = ("config.json", *load.WEIGHT_PATTERNS)
-) -> None:
-    """Copies the files of a component that match `patterns`; links in Hugging Face snapshots become files.
+def copy_component(source: str | Path, target: Path, name: str) -> None:
+    """Copies the files of the component `name`; links in Hugging Face snapshots become files.
 
     Raises:
-        ValueError: no file matches.
+        ValueError: of `component_files`.
     """
     target.mkdir(parents=True, exist_ok=True)
-    names = {path for pattern in patterns for path in Path(source).glob(pattern)}
-    if not names:
-        raise ValueError(f"{source}: has no files named {', '.join(patterns)}; pass a directory with this component")
-    for path in sorted(names):
+    for path in component_files(source, name):
         shutil.copyfile(path, target / path.name)
-
-
-def copy_tokenizer(model_dir: Path, target: Path) -> None:
-    """Copies a tokenizer; in a bare model directory, the tokenizer's files lie beside the weights."""
-    copy_component(load.component_dir(model_dir, "tokenizer"), target, load.CONFIG_PATTERNS)
-    for name in ("config.json", "generation_config.json", "model.safetensors.index.json"):
-        (target / name).unlink(missing_ok=True)
 
 
 def save_unet(unet_dir: Path, vae: AutoencoderKL, target: Path, text_width: int, fresh: bool, seed: int) -> None:
@@ -98,8 +88,7 @@ def save_unet(unet_dir: Path, vae: AutoencoderKL, target: Path, text_width: int,
     Raises:
         ValueError: latent channels or text width differ from the UNet's.
     """
-    config = json.loads((unet_dir / "config.json").read_text())
-    fresh = fresh or not any(unet_dir.glob("*.safetensors"))
+    config = read_config(unet_dir)
     channels = vae.config.latent_channels
     if config["in_channels"] != channels:
         raise ValueError(
@@ -111,12 +100,23 @@ def save_unet(unet_dir: Path, vae: AutoencoderKL, target: Path, text_width: int,
             f"{unet_dir}: this UNet expects text embeddings of width {load.text_width(config)}, the text encoder's "
             f"have {text_width}; pass another text encoder or --unet"
         )
-    if not fresh:
-        copy_component(unet_dir, target)
-        return
-    target.mkdir()
-    (target / "config.json").write_text(json.dumps(config))
-    load.load_unet(target, seed=seed).save_pretrained(target)
+    if fresh:
+        load.fresh_unet(config, seed).save_pretrained(target)
+    else:
+        copy_component(unet_dir, target, "unet")
+        load.load_unet(target)  # refuses files that are damaged or do not fit the config
+
+
+def _check_architecture(encoder_dir, expected):
+    found = load.text_architecture(encoder_dir)
+    if found != expected:
+        other = "compose_t5_sd.py" if found == "t5" else "compose_sd.py"
+        raise ValueError(f"{encoder_dir}: expected {expected.upper()}, found {found.upper()}; use models/{other}")
+
+
+def _starts_fresh(unet_dir: Path, target: Target) -> bool:
+    """Whether the new model's UNet gets new weights: if the user or the config itself says so."""
+    return target.fresh_unet or (load.FRESH.items() <= read_config(unet_dir).items() and not has_weights(unet_dir))
 
 
 def write_model_index(stage: Path, pipeline: str | list[str], components: dict) -> None:
@@ -139,12 +139,13 @@ def compose_sd(unet: str | Path, vae: str | Path, clip: str | Path, target: Targ
     unet_dir, vae_dir, clip_root = _resolve(unet, "unet"), _resolve(vae, "vae"), _text_root(clip)
     encoder_dir = load.component_dir(clip_root, "text_encoder")
     vae_module = load.load_vae(vae_dir)
-    width = json.loads((encoder_dir / "config.json").read_text())["hidden_size"]
+    _check_architecture(encoder_dir, "clip")
+    width = load.load_text_encoder(encoder_dir).config.hidden_size
     with staged_directory(target.out, target.overwrite) as stage:
-        save_unet(unet_dir, vae_module, stage / "unet", width, target.fresh_unet, target.seed)
-        copy_component(vae_dir, stage / "vae")
-        copy_component(encoder_dir, stage / "text_encoder")
-        copy_tokenizer(clip_root, stage / "tokenizer")
+        save_unet(unet_dir, vae_module, stage / "unet", width, _starts_fresh(unet_dir, target), target.seed)
+        copy_component(vae_dir, stage / "vae", "vae")
+        copy_component(encoder_dir, stage / "text_encoder", "text_encoder")
+        copy_component(load.component_dir(clip_root, "tokenizer"), stage / "tokenizer", "tokenizer")
         scheduler = make_scheduler(target.objective)
         scheduler.save_pretrained(stage / "scheduler")
         write_model_index(
@@ -185,9 +186,10 @@ def compose_t5(
     options = projection_options or ProjectionOptions()
     unet_dir, vae_dir, t5_root = _resolve(unet, "unet"), _resolve(vae, "vae"), _text_root(t5)
     vae_module, encoder_dir = load.load_vae(vae_dir), load.component_dir(t5_root, "text_encoder")
-    config = json.loads((unet_dir / "config.json").read_text())
+    _check_architecture(encoder_dir, "t5")
+    config, fresh = read_config(unet_dir), _starts_fresh(unet_dir, target)
     width, has_projection = config["cross_attention_dim"], load.has_text_projection(config)
-    keep_projection = has_projection and not target.fresh_unet and any(unet_dir.glob("*.safetensors"))
+    keep_projection = has_projection and not fresh
     if keep_projection and (options.trained or options.captions):
         raise ValueError(
             f"{unet_dir}: this UNet already has a projection, which is kept; omit --train_projection and "
@@ -195,11 +197,11 @@ def compose_t5(
         )
     in_unet = has_projection or options.trained
     with staged_directory(target.out, target.overwrite) as stage:
-        text_width = json.loads((encoder_dir / "config.json").read_text())["d_model"] if has_projection else width
-        save_unet(unet_dir, vae_module, stage / "unet", text_width, target.fresh_unet, target.seed)
-        copy_component(vae_dir, stage / "vae")
-        copy_component(encoder_dir, stage / "text_encoder")
-        copy_tokenizer(t5_root, stage / "tokenizer")
+        text_width = read_config(encoder_dir).get("d_model") if has_projection else width
+        save_unet(unet_dir, vae_module, stage / "unet", text_width, fresh, target.seed)
+        copy_component(vae_dir, stage / "vae", "vae")
+        copy_component(encoder_dir, stage / "text_encoder", "text_encoder")
+        copy_component(load.component_dir(t5_root, "tokenizer"), stage / "tokenizer", "tokenizer")
         if not keep_projection:
             projection = make_projection(stage, width, target.seed, options)
             (projection_into_unet if in_unet else save_projection)(stage, projection)
@@ -266,8 +268,8 @@ def make_projection(model_dir: Path, width: int, seed: int, options: ProjectionO
         )
     if options.captions and len(hidden) <= width:
         raise ValueError(
-            f"{len(options.captions)} captions with {len(hidden)} tokens in all are too few to fit a projection of "
-            f"width {width}; give captions with more tokens than that, or omit --fit_captions"
+            f"{len(options.captions)} captions with {len(hidden)} tokens are too few to fit a projection to width "
+            f"{width}; use captions with more tokens than that, or omit --fit_captions"
         )
     projection = T5Projection(features, width)
     bias = torch.zeros(width)

@@ -9,9 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from cachetrain.modeling.files import component_files, read_config, weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +26,15 @@ if TYPE_CHECKING:
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 CONFIG_PATTERNS = ("*.json", "*.txt", "*.model")
 
+# Says in the config of a UNet without weights that composing a model initialises them.
+FRESH = {"_weights": "fresh"}
+# model_type in the config of a text encoder -> its architecture.
+_TEXT_ARCHITECTURES = {"clip": "clip", "clip_text_model": "clip", "t5": "t5"}
+# Tensors in the files of text encoders that are not part of the text encoder.
+_NOT_TEXT = re.compile(
+    r"(text_model\.)?embeddings\.position_ids|(vision_model|visual_projection|text_projection|decoder|lm_head)\..*"
+    r"|logit_scale"
+)
 # Config entries that do not affect what a component computes.
 _INCIDENTAL = ("transformers_version", "torch_dtype", "dtype", "architectures")
 
@@ -110,22 +122,47 @@ def component_dir(model_dir: str | Path, name: str) -> Path:
     raise ValueError(f"{model_dir}: has no component {name!r}; expected a directory {model_dir / name}")
 
 
-def fingerprint(*directories: str | Path) -> str:
-    """SHA-256 (hex) of the weights, configs and vocabularies in `directories`.
+def text_components(settings: Mapping) -> list[str]:
+    """Returns the components of a model that make a text cache with these settings (of its header)."""
+    return ["text_encoder", "tokenizer", *(["projection"] if settings.get("raw") is False else [])]
+
+
+def text_files(model_dir: str | Path, settings: Mapping) -> list[Path]:
+    """Returns the files of a model that decide what a text cache with these settings contains.
+
+    Raises:
+        ValueError: the model lacks a component, or its weights.
+    """
+    directories = {name: component_dir(model_dir, name) for name in text_components(settings)}
+    return [path for name, directory in directories.items() for path in component_files(directory, name)]
+
+
+def all_files(*directories: str | Path) -> list[Path]:
+    """Returns all weights, configs, vocabularies and code in directories, for models that run their own code."""
+    kinds = (".json", ".safetensors", ".txt", ".model", ".py")
+    return [
+        path
+        for directory in directories
+        for path in sorted(Path(directory).iterdir())
+        if path.is_file() and path.suffix in kinds
+    ]
+
+
+def fingerprint(files: Iterable[Path]) -> str:
+    """SHA-256 (hex) of the names and contents of files: weights, configs, vocabularies, code.
 
     Config entries that do not affect the computation (library versions, paths) are left out.
     """
     digest = hashlib.sha256()
-    for directory in directories:
-        for path in sorted(p for p in Path(directory).iterdir() if p.is_file()):
-            if path.suffix == ".json":
-                content = json.loads(path.read_text(encoding="utf-8"))
-                if isinstance(content, dict):
-                    content = {k: v for k, v in content.items() if k[0] != "_" and k not in _INCIDENTAL}
-                digest.update(path.name.encode() + json.dumps(content, sort_keys=True).encode())
-            elif path.suffix in (".safetensors", ".txt", ".model", ".py"):
-                with open(path, "rb") as file:
-                    digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    for path in files:
+        if path.suffix == ".json":
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(content, dict):
+                content = {k: v for k, v in content.items() if k[:1] != "_" and k not in _INCIDENTAL}
+            digest.update(path.name.encode() + json.dumps(content, sort_keys=True).encode())
+        else:
+            with open(path, "rb") as file:
+                digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 
@@ -141,21 +178,26 @@ def load_vae(directory: str | Path, dtype: torch.dtype | None = None) -> ModelMi
     """
     import diffusers
 
-    name = json.loads((Path(directory) / "config.json").read_text())["_class_name"]
+    name = str(read_config(directory).get("_class_name"))
     cls = getattr(diffusers, name, None)
     if not (name.startswith(("Autoencoder", "AsymmetricAutoencoder")) and isinstance(cls, type)):
         raise ValueError(f"{directory}: {name} is not a diffusers autoencoder; pass a VAE, or a pipeline with one")
     return _load_diffusers(cls, directory, dtype)
 
 
-def load_unet(directory: str | Path, dtype: torch.dtype | None = None, seed: int = 0) -> UNet2DConditionModel:
-    """Loads a UNet, in train mode; if the directory has no weights, initialises a fresh UNet from `seed`."""
+def load_unet(directory: str | Path, dtype: torch.dtype | None = None) -> UNet2DConditionModel:
+    """Loads a UNet, in train mode.
+
+    Args:
+        directory: the component's directory, with config.json and weights.
+        dtype: None: float32.
+
+    Raises:
+        ValueError: the weights are not there, or not those of the config.
+    """
     from diffusers import UNet2DConditionModel
 
-    if any(Path(directory).glob("*.safetensors")):
-        return _load_diffusers(UNet2DConditionModel, directory, dtype, train=True)
-    unet = fresh_unet(UNet2DConditionModel.load_config(directory), seed)
-    return (unet if dtype is None else unet.to(dtype)).train()
+    return _load_diffusers(UNet2DConditionModel, directory, dtype, train=True)
 
 
 def fresh_unet(config: Mapping, seed: int) -> UNet2DConditionModel:
@@ -163,6 +205,7 @@ def fresh_unet(config: Mapping, seed: int) -> UNet2DConditionModel:
     import torch
     from diffusers import UNet2DConditionModel
 
+    config = {key: value for key, value in config.items() if key not in FRESH}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return UNet2DConditionModel.from_config(config)
@@ -180,27 +223,37 @@ def text_width(unet_config: Mapping) -> int:
     return unet_config["encoder_hid_dim" if has_text_projection(unet_config) else "cross_attention_dim"]
 
 
-def load_text_encoder(directory: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """Loads a CLIP text encoder or a T5 encoder, as its config says; frozen and in eval mode.
+def text_architecture(directory: str | Path) -> str:
+    """Returns the architecture of a text encoder, as its config says: "clip" or "t5".
 
     Raises:
         ValueError: the config names another architecture.
+    """
+    model_type = read_config(directory).get("model_type")
+    if model_type not in _TEXT_ARCHITECTURES:
+        known = ", ".join(_TEXT_ARCHITECTURES)
+        raise ValueError(f"{directory}: text encoder of type {model_type!r}; expected one of {known}")
+    return _TEXT_ARCHITECTURES[model_type]
+
+
+def load_text_encoder(directory: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Loads a CLIP text encoder or a T5 encoder, as its config says; frozen and in eval mode.
+
+    Args:
+        directory: the component's directory, with config.json and weights.
+        dtype: None: float32.
+
+    Raises:
+        ValueError: the config names another architecture; the weights are not there, or not those of the config.
     """
     import torch
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    model_type = json.loads((Path(directory) / "config.json").read_text())["model_type"]
-    classes = {
-        "clip_text_model": transformers.CLIPTextModel,
-        "clip": transformers.CLIPTextModel,
-        "t5": transformers.T5EncoderModel,
-    }
-    if model_type not in classes:
-        raise ValueError(f"{directory}: text encoder of type {model_type!r}; expected one of {sorted(classes)}")
-    encoder = classes[model_type].from_pretrained(
-        directory, dtype=dtype or torch.float32, use_safetensors=True, trust_remote_code=False
-    )
+    transformers.utils.logging.set_verbosity_error()  # what it would report is checked in _load_checked
+    cls = transformers.T5EncoderModel if text_architecture(directory) == "t5" else transformers.CLIPTextModel
+    options = {"dtype": dtype or torch.float32, "trust_remote_code": False}
+    encoder = _load_checked(cls, directory, ignored=_NOT_TEXT, **options)
     return encoder.eval().requires_grad_(False)
 
 
@@ -255,9 +308,38 @@ def load_custom_pipeline(
 
 
 def _load_diffusers(cls, directory, dtype, train=False):
+    import diffusers
     import torch
 
-    module = cls.from_pretrained(
-        directory, torch_dtype=dtype or torch.float32, use_safetensors=True, low_cpu_mem_usage=False
-    )
+    diffusers.utils.logging.set_verbosity_error()  # what it would report is checked in _load_checked
+    module = _load_checked(cls, directory, torch_dtype=dtype or torch.float32, low_cpu_mem_usage=False)
     return module.train() if train else module.eval().requires_grad_(False)
+
+
+def _load_checked(cls, directory, ignored=re.compile(""), **options):
+    """from_pretrained, except that files and config must have exactly the same weights, of the same shapes.
+
+    Args:
+        ignored: pattern of names that the files may have in addition.
+
+    Raises:
+        ValueError: they have not, or the files cannot be read.
+    """
+    from safetensors import SafetensorError
+
+    weight_files(directory)
+    try:
+        module, found = cls.from_pretrained(
+            directory, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, **options
+        )
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{directory}: its weights cannot be read ({error}); get the files again") from error
+    problems = {
+        "missing": found["missing_keys"],
+        "of another shape": [name for name, *_ in found["mismatched_keys"]],
+        "left over": [name for name in found["unexpected_keys"] if not ignored.fullmatch(name)],
+    }
+    text = ", ".join(f"{len(names)} {what} (like {min(names)})" for what, names in problems.items() if names)
+    if text:
+        raise ValueError(f"{directory}: the weights are not those of config.json: {text}; get both again")
+    return module

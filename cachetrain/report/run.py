@@ -177,7 +177,7 @@ def _picture(path):
         return None
     try:
         data = path.read_bytes()
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
             text = {key: value for key, value in image.info.items() if isinstance(value, str)}
             kind = "png"
             if max(image.size) > MAX_SIDE:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -142,7 +143,8 @@ class SampleImages:
         Args:
             directory: the run's samples directory; pictures after optimizer step `step` are ignored.
         """
-        folders = {int(path.name.removeprefix("step-")): path for path in directory.glob("step-[0-9]*")}
+        numbered = ((re.fullmatch(r"step-(\d+)", path.name), path) for path in directory.glob("step-*"))
+        folders = {int(match[1]): path for match, path in numbered if match and path.is_dir()}
         earlier = [(drawn_at, folders[drawn_at]) for drawn_at in sorted(folders) if drawn_at <= step]
         for tag, names in self._file_names.items():
             complete = [
@@ -229,7 +231,7 @@ class SampleImages:
         else:
             return None
         tensors, _ = read_sidecar(index.text_path(pair))
-        return name, caption_of(index.stem(pair)), self.conditioning.of_caption(tensors)
+        return name, caption_of(index.caption_stem(pair)), self.conditioning.of_caption(tensors)
 
     def images(
         self,
@@ -299,7 +301,7 @@ def _frames(folders, names):
     for step, folder in folders.items():
         images = []
         for name in names.values():
-            with Image.open(folder / name) as image:
+            with Image.open(folder / name, formats=["PNG"]) as image:
                 image.thumbnail((_FRAME_SIDE, _FRAME_SIDE))
                 images.append(image.copy())
         frames.append(grid(images, [f"cfg {cfg:g}, step {step}" for cfg in names], len(names), min_side=1))

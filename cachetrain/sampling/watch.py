@@ -114,9 +114,6 @@ class _CheckpointDrawer:
         files = read_manifest(checkpoint)
         use_ema = "unet_ema/config.json" in files and not self.args.raw_weights
         weights = "unet_ema" if use_ema else "unet"
-        missing = [name for name in files if name.startswith(f"{weights}/") and not (checkpoint / name).exists()]
-        if missing:  # load_unet would return a fresh UNet for a config without weights
-            raise ValueError(f"files are missing: {', '.join(missing)}")
         return load.load_unet(
             checkpoint / weights, torch.bfloat16 if self.precision == "bf16_pure" else torch.float32
         )

@@ -10,10 +10,11 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from cachetrain.checkpoints.export import check_exportable
-from cachetrain.checkpoints.save import FROZEN
+from cachetrain.checkpoints.save import frozen_files
 from cachetrain.log import warn
 from cachetrain.modeling import load, trainable
-from cachetrain.modeling.conditioning import check_unet
+from cachetrain.modeling.conditioning import check_unet, text_kind
+from cachetrain.modeling.files import component_files
 from cachetrain.training.optimizers import OPTIMIZERS
 
 
@@ -45,16 +46,44 @@ def check_fit(index, config: dict, args: Namespace) -> None:
         warn(f"--cond_dropout {args.cond_dropout}: above 0.25 the model learns little from captions; default: 0.04")
 
 
-def check_vae(index, model_dir: Path) -> None:
-    """Warns if the image caches were made with another VAE than the model's."""
-    cached_with = index.image_header.metadata.get("encoder")
-    if index.image_settings.get("custom"):
-        return  # the fingerprint of a custom VAE includes its code, so it cannot be compared with that of a directory
-    if cached_with and (model_dir / "vae").is_dir() and load.fingerprint(model_dir / "vae") != cached_with:
-        warn(
-            f"{model_dir / 'vae'} is not the VAE that made the image caches; samples and checkpoints would decode "
-            "wrongly: compose the model with the VAE of the caches, or cache the images again"
-        )
+def check_encoders(index, model_dir: Path) -> None:
+    """Warns if the caches were made with another VAE or text encoder than the model's.
+
+    Args:
+        index: PairIndex.
+        model_dir: of the model; a bare UNet has neither.
+
+    Raises:
+        ValueError: the text encoder is of another kind than that of the caches, or a component is incomplete.
+    """
+    if (vae := model_dir / "vae").is_dir():
+        files = component_files(vae, "vae")
+        if _made_with_others(index.image_header, index.image_settings, files):
+            warn(
+                f"{vae} is not the VAE that made the image caches; samples and checkpoints would decode wrongly: "
+                "compose the model with the VAE of the caches, or cache the images again"
+            )
+    if (encoder := model_dir / "text_encoder").is_dir():
+        architecture, expected = load.text_architecture(encoder), text_kind(index.text_kind).encoder
+        if architecture != expected:
+            raise ValueError(
+                f"{encoder}: the text encoder is {architecture.upper()}, but the captions were cached with "
+                f"{expected.upper()}; pass the model that the captions were cached with, or cache them again"
+            )
+        if _made_with_others(index.text_header, index.text_settings, load.text_files(model_dir, index.text_settings)):
+            warn(
+                f"{', '.join(load.text_components(index.text_settings))} in {model_dir} are not those that made the "
+                "text caches; prompts would be encoded differently from the captions: pass the model that the "
+                "captions were cached with, or cache them again"
+            )
+
+
+def _made_with_others(header, settings, files):
+    """Whether caches were made with other files than these; False if that cannot be known."""
+    cached_with = header.metadata.get("encoder")
+    if settings.get("custom"):
+        return False  # the fingerprint includes the repository's code, so it cannot be compared
+    return bool(cached_with) and load.fingerprint(files) != cached_with
 
 
 def check_start(run, resumed) -> None:
@@ -94,7 +123,7 @@ def check_start(run, resumed) -> None:
 
 
 def _frozen_bytes(model_dir):
-    return sum(path.stat().st_size for name in FROZEN for path in (model_dir / name).rglob("*") if path.is_file())
+    return sum(path.stat().st_size for path in frozen_files(model_dir).values())
 
 
 def _check_space(directory, needed, what):
@@ -108,7 +137,7 @@ def _check_space(directory, needed, what):
 
 
 def check_model(run) -> list[str]:
-    """Checks the model's VAE, and whether the model can be exported where --ckpt_dir is given.
+    """Checks the model's VAE and text encoder, and whether the model can be exported where --ckpt_dir is given.
 
     Args:
         run: Run.
@@ -117,9 +146,9 @@ def check_model(run) -> list[str]:
         notes for users of the files in --ckpt_dir.
 
     Raises:
-        ValueError: the model cannot be exported as a single file.
+        ValueError: of `check_encoders`; the model cannot be exported as a single file.
     """
-    check_vae(run.index, run.model_dir)
+    check_encoders(run.index, run.model_dir)
     if not run.args.ckpt_dir:
         return []
     return [f"--ckpt_dir: {note}" for note in check_exportable(run.model_dir, run.noise_scheduler)[0]]

@@ -16,7 +16,7 @@ from cachetrain.checkpoints.resume import run_state
 from cachetrain.data import rng
 from cachetrain.data.batching import BatchSampler
 from cachetrain.data.dataset import CachedPairs, Draws, LatentScaling
-from cachetrain.data.index import PairIndex, check_same_run, null_caption_path, open_index
+from cachetrain.data.index import PairIndex, null_caption_path, open_index
 from cachetrain.data.loader import make_loader
 from cachetrain.data.ram import RamCache
 from cachetrain.data.sidecar import read_sidecar
@@ -26,6 +26,7 @@ from cachetrain.distributed import World, wrap
 from cachetrain.log import warn
 from cachetrain.modeling import load, trainable
 from cachetrain.modeling.conditioning import Conditioning
+from cachetrain.modeling.files import read_config
 from cachetrain.modeling.precision import autocast_for
 from cachetrain.sampling.prompts import Prompts
 from cachetrain.sampling.samples import SampleImages
@@ -228,7 +229,10 @@ def open_unet(run: Run, checkpoint: Path | None = None):
     args, device = run.args, run.device
     dtype = torch.bfloat16 if args.precision == "bf16_pure" else torch.float32
     directory = checkpoint / "unet" if checkpoint else load.component_dir(run.model_dir, "unet")
-    unet = load.load_unet(directory, dtype, args.seed)
+    if args.reinit_unet and not checkpoint:  # needs no weights
+        unet = load.fresh_unet(read_config(directory), args.seed).to(dtype)
+    else:
+        unet = load.load_unet(directory, dtype)
     trained_table = trainable.apply(unet, args, args.seed, resumed=checkpoint is not None)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -289,7 +293,7 @@ def _null_condition(run):
             "or pass --cond_dropout 0"
         )
     tensors, header = read_sidecar(path)
-    check_same_run(index.text_header, header, index.text_path(0), path)
+    index.check_null(path, header)
     return run.conditioning.of_caption(tensors)
 
 

@@ -64,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     if not status.num_images and not any(caches.counts.total() for caches in status.caches):
         raise ValueError(f"no images and no sidecars under {', '.join(args.data_root)}")
     print_table(status)
+    status.unused.warn_of_file_names()
     for caches in status.caches:
         print_details(caches)
     print_examples("damaged", status.damaged)
@@ -78,7 +79,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def print_table(status: Status) -> None:
     captions = [f"{status.captions[suffix]:,} {suffix or 'file name'}" for suffix in (".txt", ".caption", "")]
-    print(f"{', '.join(status.roots)}: {status.num_images:,} images; captions: {', '.join(captions)}\n")
+    print(f"{', '.join(status.roots)}: {status.num_images:,} images; captions: {', '.join(captions)}")
+    if line := status.unused.line():
+        print(line)
+    for root in status.alone:
+        print(f"{root}: no images, so whether its sidecars are up to date is not known")
+    print()
     rows = [("sidecars", *_COLUMNS, "size")] if status.caches else []
     for caches in status.caches:
         numbers = (f"{caches.counts[column]:,}" if caches.counts[column] else "-" for column in _COLUMNS)
@@ -168,10 +174,13 @@ def to_do_of(status: Status, caches: Caches, roots: list[str]) -> list[str]:
     lines = []
     reasons = [f"    {named(status, caches, state)}" for state in TO_MAKE if caches.counts[state]]
     reasons += [f"    null caption {state}" for state in null_states(caches)]
-    if reasons:
+    made_from = [root for root in status.roots if root not in status.alone]
+    if reasons and not made_from:
+        lines += [f"  {caches.suffix}", *reasons, "    no images here; copy these again from where the images are"]
+    elif reasons:
         unknown = f"the script that made them, with {shlex.join(['--cache_suffix', caches.suffix, *roots])}"
         lines += [f"  {caches.suffix}", *reasons]
-        lines += [f"    $ {line}" for line in caches.commands(status.roots) or [unknown]]
+        lines += [f"    $ {line}" for line in caches.commands(made_from) or [unknown]]
     if caches.mixed and caches.counts[FOREIGN]:
         lines += [f"    {named(status, caches, FOREIGN)}; delete these first, or add --overwrite to make all again"]
     return lines

@@ -44,9 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     from cachetrain.caching.text_run import cache_captions
 
     if args.custom:
-        return cache_captions(args, "txt_t5cache", {"custom": True}, custom=True)
-    components = ["text_encoder", "tokenizer", *([] if args.raw else ["projection"])]
-    return cache_captions(args, "txt_t5cache", {"max_length": args.max_length or 256, "raw": args.raw}, components)
+        return cache_captions(args, "txt_t5cache", {"custom": True})
+    return cache_captions(args, "txt_t5cache", {"max_length": args.max_length or 256, "raw": args.raw})
 
 
 run = partial(cli.run, main)  # the console script

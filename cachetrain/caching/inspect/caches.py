@@ -55,6 +55,7 @@ class Caches:
         kind: None until a header shows it.
         requested: named on the command line, so shown even if there are none.
         counts: Counter by state.
+        num_of_images: how many belong to an image that exists.
         examples: by state.
         runs: Counter by (root, run identity, state).
         first: by run identity, (path, header fields) of the first sidecar that has it.
@@ -68,6 +69,7 @@ class Caches:
         self.kind = kind
         self.requested = requested
         self.counts = Counter()
+        self.num_of_images = 0
         self.num_bytes = 0
         self.examples = defaultdict(Examples)
         self.runs = Counter()
@@ -99,9 +101,10 @@ class Caches:
     def complete(self) -> bool:
         return not (self.mixed or self.bad_nulls or any(self.counts[state] for state in TO_MAKE))
 
-    def add(self, root: str, path: str, inspection: Inspection) -> None:
+    def add(self, root: str, path: str, inspection: Inspection, has_image: bool) -> None:
         """Adds one sidecar."""
         state, header = inspection.state, inspection.header
+        self.num_of_images += has_image
         self.counts[state] += 1
         self.num_bytes += inspection.num_bytes
         self.examples[state].add(path)

@@ -7,7 +7,6 @@ import hashlib
 import json
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -16,7 +15,9 @@ from PIL import Image, UnidentifiedImageError
 from cachetrain.caching import images
 from cachetrain.caching.messages import failure_line, print_line
 from cachetrain.data import sidecar
+from cachetrain.data.many_files import open_regular
 from cachetrain.modeling import load
+from cachetrain.modeling.files import component_files
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +70,7 @@ class Decoder:
         self.vae = load.load_vae(vae_dir, self.dtype).to(device)
         check_vae(self.vae, [])
         self.model = args.model
-        self.fingerprint = load.fingerprint(vae_dir)
+        self.fingerprint = load.fingerprint(component_files(vae_dir, "vae"))
         self.batch_size = args.batch_size
         self.fail = fail
         self.warned = False
@@ -164,13 +165,14 @@ def source_pixels(path: str, width: int, height: int, sha256: str | None = None)
     Raises:
         OSError, ValueError: the file cannot be read, or is no image.
     """
-    data = Path(path).read_bytes()
+    with open_regular(path) as file:
+        data = file.read()
     if sha256 and hashlib.sha256(data).hexdigest() != sha256:
         return None
     try:
         return images.decode(data, [(width, height)])[0]
     except UnidentifiedImageError as error:
-        raise ValueError(f"{path}: not an image that Pillow can identify") from error
+        raise ValueError(f"{path}: {images.NOT_AN_IMAGE}") from error
     # Pillow's plugins raise almost anything on malformed input.
     except Exception as error:
         raise ValueError(f"{path}: {type(error).__name__}: {error}") from error

@@ -15,6 +15,7 @@ from cachetrain.data import walk
 from cachetrain.data.captions import Pair
 from cachetrain.data.many_files import PackedStrings, in_threads
 from cachetrain.data.sidecar import NULL_STEM, SUFFIXES, SidecarError, read_header
+from cachetrain.data.unused import Unused
 
 # How many files of an unknown suffix are opened to see whether they are sidecars: the first may be damaged.
 _TRIES = 3
@@ -49,6 +50,8 @@ class Status:
         caches: list of Caches, for the suffixes that were found or requested.
         num_images: number of images.
         captions: Counter of images by the suffix of their caption file, "" if the caption is the file name.
+        unused: Unused, which counts what else is in the folders.
+        alone: list of the roots that hold sidecars and no images. Their sidecars are checked without sources.
         damaged, unreadable: Examples of sidecars, and of files and folders.
         kept: Examples of orphaned sidecars that must not be deleted, with the reason.
         orphans: PackedStrings of the orphaned sidecars that may be deleted; `orphan_bytes`: their size.
@@ -61,6 +64,8 @@ class Status:
         self.roots = list(roots)
         self.num_images = 0
         self.captions = Counter()
+        self.unused = Unused()
+        self.alone = []
         self.damaged = Examples(_MAX_LISTED)
         self.unreadable = Examples(_MAX_LISTED)
         self.kept = Examples(_MAX_LISTED)
@@ -78,7 +83,7 @@ class Status:
         self.caches = sorted(found, key=lambda caches: (caches.is_text, caches.suffix))
         for caches in self.caches:
             caches.finish()
-            caches.counts[MISSING] = self.num_images - caches.counts.total() + caches.counts[ORPHANED]
+            caches.counts[MISSING] = self.num_images - caches.num_of_images
             if caches.is_text:
                 caches.nulls = {root: self._null_state(caches, root) for root in self.roots}
 
@@ -105,8 +110,9 @@ class Status:
                 if isinstance(inspection, Exception):
                     self._fail(item.path, inspection)
                     caches.counts[UNREADABLE] += 1
+                    caches.num_of_images += item.pair is not None
                     continue
-                caches.add(item.root, item.path, inspection)
+                caches.add(item.root, item.path, inspection, has_image=item.pair is not None)
                 if inspection.state == CORRUPT:
                     self.damaged.add(item.path)
                 if inspection.state == ORPHANED:
@@ -116,13 +122,18 @@ class Status:
         """Yields an Item per sidecar; counts images and captions, and notes images that have no sidecar."""
         visited = set()
         for root in self.roots:
+            if not walk.has_images(root):
+                self.alone.append(root)
             for folder in walk.walk_folders(root, visited, lambda name: True, self._fail):
                 self._discover(folder)
+                for name in folder.names:
+                    if not (walk.is_source(name) or name.endswith(self._suffixes)):
+                        self.unused.add_file(name)
                 yield from self._items_of_folder(root, folder)
 
     def _items_of_folder(self, root, folder):
         sidecars = {name for name in folder.names if name.endswith(self._suffixes)}
-        for pair in walk.pair_up(folder, self._fail):
+        for pair in walk.pair_up(folder, self._fail, self.unused):
             self._count(pair)
             stem = os.path.splitext(os.path.basename(pair.image))[0]
             for suffix in self._suffixes:
@@ -131,11 +142,11 @@ class Status:
                     yield Item(suffix, root, os.path.join(folder.path, stem + suffix), pair)
                 else:
                     self._caches[suffix].examples[MISSING].add(pair.image)
-        stems = _image_stems(folder.names) if sidecars else ()
+        stems = walk.image_stems(folder.names) if sidecars else ()
         for name in sorted(sidecars):
             suffix = next(suffix for suffix in self._suffixes if name.endswith(suffix))
             if name != NULL_STEM + suffix:
-                yield Item(suffix, root, os.path.join(folder.path, name), None, _possible_image(name, stems))
+                yield Item(suffix, root, os.path.join(folder.path, name), None, walk.possible_image(name, stems))
 
     def _discover(self, folder):
         """Finds suffixes that were not requested, from the headers of the first few files of each unknown suffix."""
@@ -154,14 +165,17 @@ class Status:
 
     def _count(self, pair):
         self.num_images += 1
-        self.captions[os.path.splitext(pair.caption_file)[1] if pair.caption_file else ""] += 1
+        self.captions[os.path.splitext(pair.caption_file)[1].lower() if pair.caption_file else ""] += 1
         self._first_images.add(pair.image)
 
     def _inspect(self, item):
         """Returns an Inspection, or the exception that prevented it. Runs on a thread."""
         try:
             num_bytes = os.stat(item.path).st_size
-            state, header = freshness.file_state(item.path, self._verify and item.pair is not None)
+            alone = item.root in self.alone
+            state, header = freshness.file_state(item.path, self._verify and (alone or item.pair is not None))
+            if item.pair is None and alone:
+                return Inspection(state or FRESH, header, num_bytes, state != FOREIGN)
             if item.pair is None:
                 has_our_header = _mentions_format(item.path) if state == CORRUPT else state != FOREIGN
                 return Inspection(ORPHANED, header, num_bytes, has_our_header)
@@ -211,22 +225,14 @@ def delete_orphans(paths: Iterable[str], on_error: Callable[[str, str], None]) -
     for path in paths:
         try:
             if os.path.dirname(path) != folder:
-                stems = _image_stems(os.listdir(os.path.dirname(path)))
+                stems = walk.image_stems(os.listdir(os.path.dirname(path)))
                 folder = os.path.dirname(path)
-            if _possible_image(os.path.basename(path), stems) is None:
+            if walk.possible_image(os.path.basename(path), stems) is None:
                 os.unlink(path)
                 num_deleted += 1
         except OSError as error:
             on_error(path, error.strerror)
     return num_deleted
-
-
-def _image_stems(names):
-    return {os.path.splitext(name)[0] for name in names if walk.is_image(name)}
-
-
-def _possible_image(name, stems):
-    return next((name[:i] for i, character in enumerate(name) if character == "." and name[:i] in stems), None)
 
 
 def _mentions_format(path):
