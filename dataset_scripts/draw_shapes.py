@@ -231,7 +231,9 @@ def draw_dataset(out: Path, num_images: int, seed: int) -> int:
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="directory for the images and captions")
-    parser.add_argument("--num_images", type=cli.count, default=3000, help="number of images in the data set")
+    parser.add_argument(
+        "--num_images", type=cli.Number(int, 0, 1_000_000), default=3000, help="number of images in the data set"
+    )
     parser.add_argument("--seed", type=cli.seed, default=0, help="random seed; each seed gives another data set")
     parser.add_argument(
         "--prompts", type=Path, metavar="FILE", help="also write prompts to evaluate a model with, one per line"
