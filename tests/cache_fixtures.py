@@ -87,3 +87,19 @@ def touch(path):
     """Gives a file another modification time and leaves its content."""
     stat = os.stat(path)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1_000_000_000))
+
+
+def waiting_at(path, folder):
+    """Environment in which whoever reads the image `path` first waits at the other end of the pipe folder/pipe."""
+    folder.mkdir()
+    os.mkfifo(folder / "pipe")
+    (folder / "sitecustomize.py").write_text(
+        "import cachetrain.data.many_files as files\n"
+        "original = files.open_regular\n"
+        "def open_regular(path):\n"
+        f"    if str(path) == {str(path)!r}:\n"
+        f"        open({str(folder / 'pipe')!r}).read()\n"
+        "    return original(path)\n"
+        "files.open_regular = open_regular\n"
+    )
+    return os.environ | {"PYTHONPATH": str(folder)}

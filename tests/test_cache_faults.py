@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cache_fixtures import make_pipeline, picture, save_pictures, sidecars
+from cache_fixtures import make_pipeline, picture, save_pictures, sidecars, waiting_at
 from cache_forks import Forks, FullDisk, watched_disk
 from helpers import HANG_S, REPO, run_script, wait_until
 from PIL import Image
@@ -703,7 +703,7 @@ def test_rank_that_waits_for_a_killed_one_hears_signals_and_the_next_run_finishe
 class Torchrun:
     """`torchrun --nproc_per_node size` of a cache script, in a session of its own."""
 
-    def __init__(self, kind, root, model, size, *argv):
+    def __init__(self, kind, root, model, size, *argv, env=None):
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", size]
         size = ("--resolution", 64, "--num_workers", 0) if kind is IMAGES else ()
         script = [REPO / f"cache/{kind[0]}.py", "--data_root", root, "--model", model, *EXACT, *size, *argv]
@@ -713,6 +713,7 @@ class Torchrun:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            env=env,
         )
 
     def finish(self):
@@ -762,11 +763,10 @@ def test_torchrun_ends_when_a_rank_is_killed_and_one_process_finishes(jobs, mode
     root = folder_for_all(tmp_path, names, size=2)
     save_pictures(root, names, size=(64, 64))
     stuck = share(1, 2, sorted(root.iterdir()))[-1]
-    stuck.unlink()
-    os.mkfifo(stuck)  # rank 1 will wait for what this image holds
+    env = waiting_at(stuck, tmp_path / "patch")  # rank 1 will wait before it reads this image
     argv = ("--resolution", 256)
-    launched = Torchrun(IMAGES, root, model, 2, *argv)
-    pipe = wait_until(lambda: opened_by_reader(stuck) or launched.process.poll() is not None)
+    launched = Torchrun(IMAGES, root, model, 2, *argv, env=env)
+    pipe = wait_until(lambda: opened_by_reader(tmp_path / "patch" / "pipe"), lambda: launched.process.poll() is None)
     wait_until(lambda: jobs[IMAGES].sidecars(root))
     os.kill(launched.ranks()[1], signal.SIGKILL)
     code, output = launched.finish()
@@ -774,8 +774,6 @@ def test_torchrun_ends_when_a_rank_is_killed_and_one_process_finishes(jobs, mode
     assert code not in (0, None), output
     standing = payloads(root, ".img_sdxl")
     assert 0 < len(standing) < 40
-    stuck.unlink()
-    save_pictures(root, [stuck.name], size=(64, 64))
     run = jobs[IMAGES].start(root, *EXACT, *argv)
     assert run.wait() == 0 and f": {40 - len(standing)} encoded, {len(standing)} fresh" in run.output
     finished = payloads(root, ".img_sdxl")

@@ -17,7 +17,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cache_fixtures import changed, make_custom_pipeline, make_pipeline, picture, save_pictures, sidecars, touch
+from cache_fixtures import (
+    changed,
+    make_custom_pipeline,
+    make_pipeline,
+    picture,
+    save_pictures,
+    sidecars,
+    touch,
+    waiting_at,
+)
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 from helpers import REPO, run_script
 from PIL import Image, ImageOps
@@ -499,21 +508,21 @@ def test_dead_worker_ends_the_run_with_its_reason(cache, root, monkeypatch):
         cache("--num_workers", 1)
 
 
-def test_interrupt_leaves_only_whole_sidecars(model, tmp_path):
+def test_interrupt_leaves_only_whole_sidecars(model, tmp_path_factory, tmp_path):
     save_pictures(tmp_path, [f"{i:02}.png" for i in range(24)])
-    (tmp_path / "12.png").unlink()
-    os.mkfifo(tmp_path / "12.png")  # whoever decodes it waits for what it holds
+    folder = tmp_path_factory.mktemp("outside") / "patch"
     command = [sys.executable, REPO / "cache/create_img_sdxl.py", "--data_root", tmp_path, "--model", model]
     process = subprocess.Popen(
         [*command, "--batch_size", "1", "--resolution", "192"],
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        env=waiting_at(tmp_path / "12.png", folder),
     )
     pipe = None
     while process.poll() is None and not (pipe and sidecars(tmp_path, SUFFIX)):
         with suppress(OSError):  # nobody reads it yet
-            pipe = pipe or os.open(tmp_path / "12.png", os.O_WRONLY | os.O_NONBLOCK)
+            pipe = pipe or os.open(folder / "pipe", os.O_WRONLY | os.O_NONBLOCK)
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal's Ctrl-C: to the workers too
     os.close(pipe)
@@ -536,7 +545,7 @@ def test_interrupt_leaves_only_whole_sidecars(model, tmp_path):
         (("--cache_suffix", ".txt"), "expected a suffix"),
         (("--cache_suffix", ".256.jpg"), "expected a suffix"),
         (("--cache_suffix", ".txt_clipl"), "is the suffix of other caches"),
-        (("--batch_size", "0"), "expected a whole number from 1, got 0"),
+        (("--batch_size", "0"), "expected a whole number from 1 to 65536, got 0"),
     ],
 )
 def test_senseless_options_are_refused(root, argv, message, capsys):

@@ -92,7 +92,7 @@ def test_vae_whose_reduction_is_unknown_is_refused_by_name():
 
 def test_samples_are_drawn_with_a_32_fold_autoencoder():
     torch.manual_seed(0)
-    vae, unet = deep(6).eval(), load.load_unet(TINY / "unet").eval()
+    vae, unet = deep(6).eval(), load.fresh_unet(load.read_config(TINY / "unet"), 0).eval()
     info, no_size = {"latent_size": None}, Namespace(height=None, width=None)
     native = default_latent_size(no_size, info, unet, vae)
     wide = latent_size_of(Sample("x", size=(128, 64)), unet, vae)

@@ -333,6 +333,10 @@ def _load_checked(cls, directory, ignored=re.compile(""), **options):
             directory, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, **options
         )
     except (SafetensorError, OSError) as error:
+        cause = error
+        while cause := cause.__context__:
+            if isinstance(cause, RuntimeError):  # of a loader's worker, whose death interrupts whatever runs
+                raise cause from None
         raise ValueError(f"{directory}: its weights cannot be read ({error}); get the files again") from error
     problems = {
         "missing": found["missing_keys"],
