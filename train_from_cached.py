@@ -69,6 +69,11 @@ def main(argv: list[str] | None = None) -> int:
                 raise OSError(
                     f"rank {world.rank}: another rank has ended; see the output of that rank; {last_checkpoint}"
                 ) from error
+            if "DataLoader worker" in str(error):
+                raise OSError(
+                    f"a process that reads caches died ({error}); if it ran out of memory, use fewer --num_workers; "
+                    f"{last_checkpoint}"
+                ) from error
             raise
 
 

@@ -117,6 +117,11 @@ def _stop(message, code):
     sys.exit(code)
 
 
+def is_plain(number: str) -> bool:
+    """Whether a number is written as everywhere else: Python's int() also takes 1_0, and digits of any script."""
+    return number.isascii() and "_" not in number
+
+
 class Number:
     """An argparse type: a number within a range, which `--help` and the error message both show.
 
@@ -146,7 +151,7 @@ class Number:
 
     def __call__(self, text: str):
         try:
-            value = self.kind(text)
+            value = self.kind(text) if is_plain(text) else None
         except ValueError:
             value = None
         if value is None or not self.holds(value):
@@ -185,7 +190,7 @@ class Steps(str):
 
     def __new__(cls, text):
         number = text.removesuffix("e")
-        if not 0 <= float(number) < math.inf or (number == text and not number.isdecimal()):
+        if not 0 <= float(number) < math.inf or (number == text and not number.isdecimal()) or not is_plain(number):
             raise ValueError(text)
         return super().__new__(cls, text)
 

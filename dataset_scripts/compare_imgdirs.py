@@ -35,14 +35,8 @@ except ModuleNotFoundError:
 # No SVG, which can contain scripts.
 IMAGE_TYPES = {f".{name}": f"image/{name}" for name in ("avif", "bmp", "gif", "jpeg", "png", "webp")}
 IMAGE_TYPES[".jpg"] = "image/jpeg"
-FORMATS = (
-    "AVIF",
-    "BMP",
-    "GIF",
-    "JPEG",
-    "PNG",
-    "WEBP",
-)  # of any file name; Pillow also has decoders that run programs
+# For files of any name: Pillow also has decoders that run programs.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "WEBP")
 TEMPLATE = Path(__file__).with_suffix(".html")
 LARGE_PAGE_BYTES = 100 * 2**20
 MAX_PAGE_BYTES = 350 * 2**20  # in base64, just below Chromium's longest string (512 Mi characters)

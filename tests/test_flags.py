@@ -36,7 +36,7 @@ ZERO = {
         "--gradient_clip", "--ema_decay", "--seed", "--save_start", "--sample_cfgs", "--val_split",
     },
 }  # fmt: skip
-NEVER = ("nan", "inf", "-1", "many", "", "1e999")
+NEVER = ("nan", "inf", "-1", "many", "", "1e999", "1_0", "\u0663")
 
 
 @cache
