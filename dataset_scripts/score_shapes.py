@@ -1,4 +1,4 @@
-#!/usr/bin/env python3
+#!/usr/bin/env -S python3 -P
 """Scores generated pictures of shapes: how many follow their prompts.
 
     ./dataset_scripts/score_shapes.py output/samples/step-002800
@@ -20,10 +20,10 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parent))  # where draw_shapes.py is
+
 try:
     import numpy as np
-
-    # The script's folder comes first in sys.path, so draw_shapes.py beside this script is found.
     from draw_shapes import COLORS, IMAGE_SIZE, PLACES, SHAPES, SIZES, Scene, parse_caption, shape_mask
     from PIL import Image
 

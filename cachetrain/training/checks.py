@@ -54,7 +54,8 @@ def check_encoders(index, model_dir: Path) -> None:
         model_dir: of the model; a bare UNet has neither.
 
     Raises:
-        ValueError: the text encoder is of another kind than that of the caches, or a component is incomplete.
+        ValueError: the text encoder is of another kind than that of the caches, the model lacks the projection that
+            they were made with, or a component is incomplete.
     """
     if (vae := model_dir / "vae").is_dir():
         files = component_files(vae, "vae")
@@ -69,6 +70,11 @@ def check_encoders(index, model_dir: Path) -> None:
             raise ValueError(
                 f"{encoder}: the text encoder is {architecture.upper()}, but the captions were cached with "
                 f"{expected.upper()}; pass the model that the captions were cached with, or cache them again"
+            )
+        if index.text_settings.get("raw") is False and not (model_dir / "projection").is_dir():
+            raise ValueError(
+                f"{model_dir}: has no projection, but the captions were cached with one; pass the model they were "
+                "cached with, or cache the captions for this model with create_t5cache_768.py --raw"
             )
         if _made_with_others(index.text_header, index.text_settings, load.text_files(model_dir, index.text_settings)):
             warn(
