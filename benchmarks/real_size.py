@@ -72,8 +72,9 @@ def make_models(work):
     (work / "clip" / "tokenizer").mkdir()
     for path in tiny.iterdir():  # the tiny tokenizer will do, because the cost does not depend on the token ids
         (work / "clip" / "tokenizer" / path.name).write_bytes(path.read_bytes())
-    parts = ["--unet", work / "unet", "--vae", work / "sd_vae", "--clip", work / "clip", "--out", work / "sd"]
-    subprocess.run([sys.executable, REPO / "models" / "compose_sd.py", *parts], check=True)
+    parts = ["--unet", work / "unet", "--vae", work / "sd_vae", "--clip", work / "clip"]
+    command = [REPO / "models" / "compose_sd.py", *parts, "--fresh_unet", "--out", work / "sd"]
+    subprocess.run([sys.executable, *command], check=True)
 
 
 def make_photographs(data):

@@ -93,6 +93,8 @@ def make_inputs(work, tiny):
     import torch
     from diffusers import UNet2DConditionModel
 
+    from cachetrain.modeling import load
+
     model, data, done = work / "unet", work / "data", work / "complete"
     kind, tokens, width, side = ("txt_t5cache", 16, 64, 8) if tiny else ("txt_clipl", 77, 768, 64)
     flags = ["--imgcache_suffix", ".img_sdvae", "--txtcache_suffix", f".{kind}"]
@@ -100,9 +102,7 @@ def make_inputs(work, tiny):
         return model, data, flags
     config = UNet2DConditionModel.load_config(REPO / "models" / "tiny" / "unet") if tiny else {}
     config |= {} if tiny else {"sample_size": 64, "cross_attention_dim": 768}
-    # Only a config, so that all loops start from the same random weights.
-    with torch.device("meta"):
-        UNet2DConditionModel.from_config(config).save_config(model / "unet")
+    load.fresh_unet(config, seed=0).save_pretrained(model / "unet")
     data.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(0)
     for number in range(1024):
