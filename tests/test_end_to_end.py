@@ -1,4 +1,4 @@
-"""The whole way in a minute, through the scripts a user calls; and that its bound can be missed."""
+"""The whole way in a minute, through train_t5.sh as a user starts it; and that its bound can be missed."""
 
 import json
 import os
@@ -7,12 +7,12 @@ import subprocess
 import sys
 
 import pytest
-from helpers import REPO, TINY
+from helpers import REPO, TINY, run_script
 
-STEPS = 700
+STEPS = 450
 # A minute of training places and colours shapes; which shape it is takes the quickstart's five.
 ATTRIBUTES = ("background", "color", "place", "size")
-BOUND = 80
+BOUND = 50
 
 
 def script(name, *argv, **environment):
@@ -33,19 +33,19 @@ def world(tmp_path_factory):
     """A composed model, 1,000 cached pictures, and prompts."""
     work = tmp_path_factory.mktemp("end_to_end")
     parts = ["--unet", TINY / "unet", "--vae", TINY / "vae", "--t5", TINY / "t5", "--objective", "flow"]
-    script("models/compose_t5_sd.py", *parts, "--out", work / "model")
+    assert run_script("models/compose_t5_sd.py", *parts, "--out", work / "model") == 0
     prompts = ["--prompts", work / "prompts.txt", "--num_prompts", 60]
-    script("dataset_scripts/draw_shapes.py", "--out", work / "data", "--num_images", 1000, *prompts)
+    assert run_script("dataset_scripts/draw_shapes.py", "--out", work / "data", "--num_images", 1000, *prompts) == 0
     cache = ["--data_root", work / "data", "--model", work / "model", "--batch_size", 64]
-    script("cache/create_img_sdxl.py", *cache, "--resolution", 64)
-    script("cache/create_t5cache_768.py", *cache)
+    assert run_script("cache/create_img_sdxl.py", *cache, "--resolution", 64, "--num_workers", 0) == 0
+    assert run_script("cache/create_t5cache_768.py", *cache) == 0
     return work
 
 
 def train(world, data, out):
     """Trains through train_t5.sh; returns the last checkpoint."""
     settings = {"MODEL": world / "model", "DATADIR": data, "OUTPUT": out, "LOGDIR": out.parent / "tb", "BATCH": 16}
-    settings |= {"STEPS": STEPS, "OPTIMIZER": "adamw", "LR": "2e-3", "SCHED": "cosine", "GAMMA": 0, "DROPOUT": 0.1}
+    settings |= {"STEPS": STEPS, "OPTIMIZER": "adamw", "LR": "3e-3", "SCHED": "cosine", "GAMMA": 0, "DROPOUT": 0.1}
     settings |= {"EMA": 0.99, "PRECISION": "fp32"}
     flags = ["--betas", 0.9, 0.99, "--warmup_steps", 50, "--lr_decay_steps", STEPS]
     script("train_t5.sh", *flags, **{key: str(value) for key, value in settings.items()})
@@ -56,9 +56,8 @@ def train(world, data, out):
 def score(world, model, out):
     """Draws the prompts, returns the mean score of ATTRIBUTES in percent."""
     draw = ["--model", model, "--prompts", world / "prompts.txt", "--out", out / "drawn"]
-    script("sample.py", *draw, "--cfgs", 3, "--sampler_steps", 20, "--batch_size", 60)
-    output = script("dataset_scripts/score_shapes.py", out / "drawn", "--json", out / "score.json")
-    assert output.splitlines()[-1].startswith("prompt-following: ")
+    assert run_script("sample.py", *draw, "--cfgs", 3, "--sampler_steps", 20, "--batch_size", 60) == 0
+    assert run_script("dataset_scripts/score_shapes.py", out / "drawn", "--json", out / "score.json") == 0
     pairs = json.loads((out / "score.json").read_text())
     return sum(pairs[half][name] for half in ("trained", "held_out") for name in ATTRIBUTES) / 2 / len(ATTRIBUTES)
 
@@ -68,7 +67,7 @@ def test_a_minute_of_training_follows_prompts(world, tmp_path):
 
 
 def test_a_model_that_was_not_trained_fails_the_bound(world, tmp_path):
-    assert score(world, world / "model", tmp_path) < BOUND - 20
+    assert score(world, world / "model", tmp_path) < BOUND - 10
 
 
 @pytest.mark.slow
@@ -79,4 +78,4 @@ def test_a_model_trained_with_captions_of_other_images_fails_the_bound(world, tm
     contents = [path.read_bytes() for path in captions]
     for path, content in zip(captions, contents[1:] + contents[:1], strict=True):
         path.write_bytes(content)
-    assert score(world, train(world, shuffled, tmp_path / "run"), tmp_path) < BOUND - 20
+    assert score(world, train(world, shuffled, tmp_path / "run"), tmp_path) < BOUND - 10
