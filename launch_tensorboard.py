@@ -18,7 +18,7 @@ from pathlib import Path
 try:
     from cachetrain import cli
 except ImportError as error:
-    print(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`", file=sys.stderr)
+    print(f"{error}: run `pip install -e .`, or ./quickstart.sh and `source .venv/bin/activate`", file=sys.stderr)
     sys.exit(2)
 
 
@@ -48,8 +48,8 @@ def main(argv=None):
         return 2
     if getattr(importlib.util.find_spec("tensorboard"), "origin", None) is None:  # a folder of logs has none
         print(
-            f"{sys.argv[0]}: tensorboard is not installed: run ./quickstart.sh once, then "
-            "`source .venv/bin/activate`",
+            f"{sys.argv[0]}: tensorboard is not installed: run `pip install -e .`, or "
+            "./quickstart.sh and `source .venv/bin/activate`",
             file=sys.stderr,
         )
         return 2

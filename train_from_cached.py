@@ -25,7 +25,7 @@ try:
     from cachetrain.atomic import atomic_write
     from cachetrain.training import options
 except ImportError as error:
-    print(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`", file=sys.stderr)
+    print(f"{error}: run `pip install -e .`, or ./quickstart.sh and `source .venv/bin/activate`", file=sys.stderr)
     sys.exit(2)
 
 if TYPE_CHECKING:

@@ -4,8 +4,8 @@
     ./benchmarks/prompt_following.py --work /tmp/prompt_following
 
 All runs have the same data, steps and settings: those of the quickstart, except that epsilon uses Min-SNR. A picture
-counts as right if background, colour, shape, place and size are all right. Half of the prompts ask for a pair of
-shape and colour that was held out of training. Finished runs are skipped when the script is started again. There are
+counts as right if background, color, shape, place and size are all right. Half of the prompts ask for a pair of
+shape and color that was held out of training. Finished runs are skipped when the script is started again. There are
 18 runs; each takes six minutes on one CPU core.
 """
 

@@ -7,7 +7,7 @@ try:
     from cachetrain import cli
     from cachetrain.caching.commands.create_img_sdxl import main
 except ImportError as error:
-    print(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`", file=sys.stderr)
+    print(f"{error}: run `pip install -e .`, or ./quickstart.sh and `source .venv/bin/activate`", file=sys.stderr)
     sys.exit(2)
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import signal
 import sys
 import traceback
 from contextlib import contextmanager
+from decimal import Decimal
 from pathlib import Path
 
 
@@ -60,7 +61,7 @@ def run(main):
         _set_handlers(signal.SIG_DFL)  # all is done: no exception in what the interpreter does last
         sys.exit(code)
     except ModuleNotFoundError as error:
-        _stop(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`", 2)
+        _stop(f"{error}: run `pip install -e .`, or ./quickstart.sh and `source .venv/bin/activate`", 2)
     except (ValueError, OSError, KeyboardInterrupt) as error:
         if came:  # libraries make their own errors of it
             _stop("terminated" if came[0] == signal.SIGTERM else "interrupted", 128 + came[0])
@@ -128,13 +129,13 @@ class Number:
     Args:
         kind: int or float.
         least: smallest number accepted.
-        most: largest number accepted; None: there is none, but infinity is refused.
+        most: largest number accepted.
         step: only multiples of it are accepted.
         exclude: those of the two bounds that are refused themselves.
         range_text: the range in words, where the bounds alone do not read well.
     """
 
-    def __init__(self, kind, least, most=None, *, step=None, exclude=(), range_text=None):
+    def __init__(self, kind, least, most, *, step=None, exclude=(), range_text=None):
         self.kind = kind
         self.least = least
         self.most = most
@@ -145,8 +146,7 @@ class Number:
 
     def _range_in_words(self):
         words = f"{'above' if self.least in self.exclude else 'from'} {self.least}"
-        if self.most is not None:
-            words += f" to {'below ' if self.most in self.exclude else ''}{self.most}"
+        words += f" to {'below ' if self.most in self.exclude else ''}{self.most}"
         return words + (f" in steps of {self.step}" if self.step else "")
 
     def __call__(self, text: str):
@@ -156,22 +156,24 @@ class Number:
             value = None
         if value is None or not self.holds(value):
             raise argparse.ArgumentTypeError(f"expected {self.expected}, got {text if text.strip() else repr(text)}")
+        if self.kind is float and 0 < abs(Decimal(text)) < SMALLEST:
+            raise argparse.ArgumentTypeError(f"expected {self.expected}, got {text}, which is 0 in float32")
         return value
 
     def holds(self, value) -> bool:
         """Whether a number is within the range."""
-        most = math.inf if self.most is None else self.most
-        if not self.least <= value <= most or value == math.inf or value in self.exclude:  # nan is refused, too
+        if not self.least <= value <= self.most or value in self.exclude:  # nan is refused, too
             return False
         return self.step is None or value % self.step == 0
 
 
+SMALLEST = 2.0**-126  # of float32's numbers above 0 at full precision
 # Ranges of flags, and of the same numbers in files. Where they end well above any use, it is because a larger number
 # takes all memory, overflows, or makes a run that trains nothing.
-positive_int = Number(int, 1)
-count = Number(int, 0)
-positive_float = Number(float, 0, exclude=(0,))
-not_negative = Number(float, 0)
+positive_int = Number(int, 1, 10**9)
+count = Number(int, 0, 10**9)
+positive_float = Number(float, 0, 10**6, exclude=(0,))
+not_negative = Number(float, 0, 10**6)
 share = Number(float, 0, 1)
 seed = Number(int, 0, 2**63 - 1, range_text="from 0 to 2^63 - 1")
 port = Number(int, 0, 65535)
@@ -208,7 +210,7 @@ class StepCount(Number):
 
     def __init__(self, least):
         epochs = f"epochs {'above' if least else 'from'} 0 to {MAX_EPOCHS}"
-        super().__init__(Steps, least, range_text=f"steps from {least} to {MAX_STEPS}, or {epochs}")
+        super().__init__(Steps, least, MAX_STEPS, range_text=f"steps from {least} to {MAX_STEPS}, or {epochs}")
         self.expected = f"a whole number of {self.range} with an e after it, like 0.5e"
 
     def holds(self, value) -> bool:

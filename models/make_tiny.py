@@ -10,7 +10,7 @@ Four parts, for the 64x64 pictures that dataset_scripts/draw_shapes.py draws:
     clip/   text_encoder/ and tokenizer/: trained to make the words readable for cross-attention
     unet/   config.json only: every run starts from fresh weights
 
-Only pictures and captions from the data set are used, so the held-out pairs of shape and colour stay unseen.
+Only pictures and captions from the data set are used, so the held-out pairs of shape and color stay unseen.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 try:
     from cachetrain import cli
 except ImportError as error:
-    print(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`", file=sys.stderr)
+    print(f"{error}: run `pip install -e .`, or ./quickstart.sh and `source .venv/bin/activate`", file=sys.stderr)
     sys.exit(2)
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def make_unet(out: Path, device: str) -> None:
     unet.save_config(out / "unet")
     path = out / "unet" / "config.json"
     config = json.loads(path.read_text())
-    path.write_text(json.dumps({"_weights": "fresh", **config}, indent=2) + "\n")  # composing initialises them
+    path.write_text(json.dumps({"_weights": "fresh", **config}, indent=2) + "\n")  # composing initializes them
 
 
 def write_t5_tokenizer(folder: Path) -> int:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 try:
     from cachetrain import cli
 except ImportError as error:
-    print(f"{error}: run ./quickstart.sh once, then `source .venv/bin/activate`", file=sys.stderr)
+    print(f"{error}: run `pip install -e .`, or ./quickstart.sh and `source .venv/bin/activate`", file=sys.stderr)
     sys.exit(2)
 
 if TYPE_CHECKING:

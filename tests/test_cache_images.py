@@ -182,7 +182,7 @@ def test_transparency_shows_white_however_it_is_stored():
     assert np.array_equal(decoded(Image.fromarray(gray)), expected)
 
 
-def test_cmyk_jpeg_shows_its_colours():
+def test_cmyk_jpeg_shows_its_colors():
     cmyk = np.empty((16, 16, 4), np.uint8)
     cmyk[:] = (255, 0, 0, 64)  # cyan, a quarter black
     pixels = decoded(Image.fromarray(cmyk, "CMYK"), format="JPEG", quality=95)
@@ -194,7 +194,7 @@ def test_gray_bilevel_and_animated_images_decode():
     assert np.array_equal(decoded(Image.fromarray(gray)), gray[..., None].repeat(3, -1))
     bilevel = decoded(Image.fromarray(gray > 128))
     assert np.array_equal(bilevel, np.where(gray > 128, 255, 0)[..., None].repeat(3, -1))
-    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (16, 16), color) for color in ("red", "blue")]
     first = decoded(frames[0], format="GIF", save_all=True, append_images=frames[1:])
     assert np.array_equal(first, np.broadcast_to([255, 0, 0], (16, 16, 3)))
 

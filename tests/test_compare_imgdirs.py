@@ -232,7 +232,7 @@ def serving(directories):
 
 
 def request(server, path, method="GET", host=None):
-    """Sends `path` as it is (no normalisation) and returns (status, headers, body)."""
+    """Sends `path` as it is (no normalization) and returns (status, headers, body)."""
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=HANG_S)
     connection.putrequest(method, path, skip_host=True)
     connection.putheader("Host", host or f"127.0.0.1:{server.server_port}")

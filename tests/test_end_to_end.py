@@ -10,7 +10,7 @@ import pytest
 from helpers import REPO, TINY, run_script
 
 STEPS = 450
-# A minute of training places and colours shapes; which shape it is takes the quickstart's five.
+# A minute of training places and colors shapes; which shape it is takes the quickstart's five.
 ATTRIBUTES = ("background", "color", "place", "size")
 BOUND = 50
 

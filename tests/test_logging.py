@@ -584,7 +584,7 @@ def test_health_watches_the_ratio_to_the_values(capsys):
 
 def test_health_waits_for_the_warm_up_and_the_first_steps(capsys):
     told = watched({"a": [0.0, 0.0, *GOOD]}, capsys, every=1, warmup_steps=10)
-    assert told == []  # outputs initialised with zeros: no gradient until they have moved
+    assert told == []  # outputs initialized with zeros: no gradient until they have moved
     assert [step for step, _ in watched({"a": [0.0, 0.0, *GOOD]}, capsys, every=1)] == [2]
     assert [step for step, _ in watched({"a": [5e-8] * 60}, capsys, every=1, warmup_steps=10)] == [30]
 
@@ -621,8 +621,8 @@ def test_everything_written_is_read_back_from_the_event_file(tmp_path):
     [event] = read.Images("g")
     gif = Image.open(BytesIO(event.encoded_image_string))
     assert (event.step, gif.format, gif.n_frames) == (50, "GIF", 4)
-    colours = [frame.convert("RGB").getpixel((5, 5))[0] for frame in ImageSequence.Iterator(gif)]
-    assert colours == pytest.approx([0, 80, 160, 240], abs=4)
+    colors = [frame.convert("RGB").getpixel((5, 5))[0] for frame in ImageSequence.Iterator(gif)]
+    assert colors == pytest.approx([0, 80, 160, 240], abs=4)
     assert b"| b |" in read.Tensors("t/text_summary")[0].tensor_proto.string_val[0]
     assert {"_hparams_/experiment", "_hparams_/session_start_info"} <= set(read.summary_metadata)
     assert json_lines(tmp_path / "metrics.jsonl") == [

@@ -222,11 +222,11 @@ def test_sample_script_writes_settings_into_pngs_and_the_same_noise_for_all_cfgs
 
 
 def test_grid_shows_every_image_under_its_label(tmp_path):
-    colours = ["red", "lime", "blue"]
-    sheet = grid([Image.new("RGB", (64, 64), c) for c in colours], ["a longer label that must wrap", "b", ""], 2)
-    counts = {colour: count for count, colour in sheet.getcolors(1 << 20)}
-    for colour in ((255, 0, 0), (0, 255, 0), (0, 0, 255)):
-        assert counts[colour] == 128 * 128
+    colors = ["red", "lime", "blue"]
+    sheet = grid([Image.new("RGB", (64, 64), c) for c in colors], ["a longer label that must wrap", "b", ""], 2)
+    counts = {color: count for count, color in sheet.getcolors(1 << 20)}
+    for color in ((255, 0, 0), (0, 255, 0), (0, 0, 255)):
+        assert counts[color] == 128 * 128
     save_png(sheet, tmp_path / "a" / "b.png", prompt="ünï <b>")
     assert Image.open(tmp_path / "a" / "b.png").text["prompt"] == "ünï <b>"
 
@@ -304,8 +304,8 @@ def narrow_unet(tmp_path_factory):
 def test_unet_with_its_own_projection_predicts_as_with_the_frozen_one(fit, narrow_unet, tmp_path):
     flags = []
     if fit:
-        colours = ("red", "green", "blue", "white", "black", "orange", "purple", "yellow", "pink")
-        (tmp_path / "captions.txt").write_text("\n".join(f"a large {c} star on a {c} circle" for c in colours))
+        colors = ("red", "green", "blue", "white", "black", "orange", "purple", "yellow", "pink")
+        (tmp_path / "captions.txt").write_text("\n".join(f"a large {c} star on a {c} circle" for c in colors))
         flags = ["--fit_captions", str(tmp_path / "captions.txt")]
     compose("t5", tmp_path / "frozen", *flags, unet=narrow_unet)
     compose("t5", tmp_path / "own", *flags, "--train_projection", unet=narrow_unet)

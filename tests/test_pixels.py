@@ -1,4 +1,4 @@
-"""cachetrain/caching/pixels.py, metadata.py: colours, bits and damaged metadata of image files that Pillow opens."""
+"""cachetrain/caching/pixels.py, metadata.py: colors, bits and damaged metadata of image files that Pillow opens."""
 
 import ast
 import io
@@ -16,7 +16,7 @@ RED = (234, 51, 35)
 
 
 def pixel(data):
-    """The colour of a plain image, as it is encoded."""
+    """The color of a plain image, as it is encoded."""
     return tuple(decode(data, [(16, 16)])[0][5, 5].tolist())
 
 
@@ -45,7 +45,7 @@ def tiff(depth, photometric, rows, *more):
     return b"II*\0" + struct.pack("<IH", 8, len(entries)) + directory + bytes(4) + rows
 
 
-# Colours
+# Colors
 
 
 def display_p3():
@@ -77,7 +77,7 @@ def gray_gamma(gamma):
     return (header + white[8:]).ljust(128, b"\0") + table + white + curve
 
 
-def test_colours_are_converted_from_their_icc_profile_to_srgb():
+def test_colors_are_converted_from_their_icc_profile_to_srgb():
     profile = display_p3()
     image = Image.new("RGB", (16, 16), (180, 90, 60))
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
@@ -131,7 +131,7 @@ def test_pixels_of_32_bits_are_refused_with_a_reason():
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
-def test_transparent_colour_of_a_png_is_white_whatever_the_bits(depth):
+def test_transparent_color_of_a_png_is_white_whatever_the_bits(depth):
     most = 2**depth - 1
     for key in (0, most // 2, most):
         row = int("".join(format(key, f"0{depth}b") * 16), 2).to_bytes(2 * depth, "big")
@@ -139,10 +139,10 @@ def test_transparent_colour_of_a_png_is_white_whatever_the_bits(depth):
         assert pixel(png(depth, 0, row, chunk(b"tRNS", struct.pack(">H", key)))) == (255,) * 3
         assert pixel(png(depth, 0, row, chunk(b"tRNS", struct.pack(">H", other)))) == (round(key * 255 / most),) * 3
     if depth >= 8:
-        colour = [value * most // 255 for value in (128, 255, 0)]
-        row = b"".join(value.to_bytes(depth // 8, "big") for value in colour) * 16
+        color = [value * most // 255 for value in (128, 255, 0)]
+        row = b"".join(value.to_bytes(depth // 8, "big") for value in color) * 16
         assert pixel(png(depth, 2, row)) == (128, 255, 0)
-        assert pixel(png(depth, 2, row, chunk(b"tRNS", struct.pack(">3H", *colour)))) == (255,) * 3
+        assert pixel(png(depth, 2, row, chunk(b"tRNS", struct.pack(">3H", *color)))) == (255,) * 3
 
 
 # Metadata

@@ -329,7 +329,7 @@ def test_hovering_a_chart_reads_the_logged_values_of_that_step_in_all_charts(bro
         assert legend(page, "Loss") == ["plain (raw)0.003333"]  # the last
         page.mouse.move(*point(page, "Loss", 200 / 300))
         assert legend(page, "Loss") == ["plain (raw)0.005"]
-        assert legend(page, "Validation loss") == ["optimised loss0.15"]
+        assert legend(page, "Validation loss") == ["optimized loss0.15"]
         names = ["q1 least noise", "q2", "q3", "q4 most noise"]
         wanted = [f"{name}{q / 200:g}" for q, name in enumerate(names, 1)]
         assert legend(page, "Validation by quarter of the timesteps") == wanted
@@ -421,7 +421,7 @@ def test_page_fits_its_width_and_can_be_read_in_both_schemes(scheme, width, brow
 
 
 def contrast(one, other):
-    """Contrast ratio of two CSS colours, as WCAG 2.1 defines it."""
+    """Contrast ratio of two CSS colors, as WCAG 2.1 defines it."""
     lights = []
     for text in (one, other):
         channels = np.array([float(part) for part in text[text.index("(") + 1 : -1].split(",")[:3]]) / 255

@@ -192,10 +192,10 @@ def test_text_that_is_not_utf8_is_refused_with_its_line(tmp_path):
 
 
 def test_a_file_broken_later_warns_once_and_the_last_good_one_stays(tmp_path, capsys):
-    path = written(tmp_path / "p.json", samples=[{"prompt": "a", "colour": 1}], sede=3)
+    path = written(tmp_path / "p.json", samples=[{"prompt": "a", "color": 1}], sede=3)
     file = PromptFile(path)
     warned = capsys.readouterr().err
-    assert "line 5: unknown key 'colour'" in warned and "line 8: unknown key 'sede'" in warned
+    assert "line 5: unknown key 'color'" in warned and "line 8: unknown key 'sede'" in warned
     assert file.changed() is None and capsys.readouterr().err == ""
     path.write_text('{"samples": [')
     assert file.changed() is None and "line 1: Expecting value" in capsys.readouterr().err

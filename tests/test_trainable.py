@@ -141,7 +141,7 @@ def test_reinit_gives_the_values_of_a_fresh_unet_and_leaves_all_others():
         assert trained_names(unet) == set(before)  # without --targetted_training everything trains
 
 
-def test_reinit_unet_is_distributed_as_torch_initialises_its_layers():
+def test_reinit_unet_is_distributed_as_torch_initializes_its_layers():
     unet = trained_unet()
     trainable.apply(unet, arguments("--reinit_unet"), 1)
     for module in unet.modules():
@@ -153,7 +153,7 @@ def test_reinit_unet_is_distributed_as_torch_initialises_its_layers():
             assert not module.bias.any()
 
 
-def test_zero_initialised_layers_are_zero_again():
+def test_zero_initialized_layers_are_zero_again():
     # GLIGEN's gates: layers that diffusers itself starts at zero, so that a new branch is silent at first.
     config = {**TINY_CONFIG, "attention_type": "gated"}
     unet = trained_unet(config)
@@ -183,7 +183,7 @@ def test_a_step_with_only_cross_attention_changes_nothing_else():
     assert changed(original, values(unet)) == cross
 
 
-def test_what_is_initialised_anew_trains_beside_what_is_unfrozen():
+def test_what_is_initialized_anew_trains_beside_what_is_unfrozen():
     unet = trained_unet()
     trainable.apply(unet, arguments("--reinit_qk", "--unfreeze_out"), 0)
     assert trained_names(unet) == expected_names(unet, "qk") | expected_names(unet, "out")

@@ -3,17 +3,17 @@
 import struct
 from collections.abc import Iterator
 
-# What a part of a file holds. Texts are all that neither the pixels nor their colours and orientation need.
+# What a part of a file holds. Texts are all that neither the pixels nor their colors and orientation need.
 _PIXELS, _TEXT, _PROFILE, _EXIF = "pixels", "text", "profile", "exif"
 
 _PNG_CHUNKS = dict.fromkeys((b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"), _PIXELS) | {
     b"iCCP": _PROFILE,
     b"eXIf": _EXIF,
 }
-# Comments, and all APPn but APP0 (JFIF) and APP14 (the colour transform).
+# Comments, and all APPn but APP0 (JFIF) and APP14 (the color transform).
 _JPEG_TEXTS = {0xFE, *range(0xE1, 0xEE), 0xEF}
 _START_OF_SCAN = 0xDA
-# TIFF 6.0: sizes, layout, compression, colour map, tiles, samples, JPEG tables, YCbCr.
+# TIFF 6.0: sizes, layout, compression, color map, tiles, samples, JPEG tables, YCbCr.
 _TIFF_PIXELS = {*range(254, 267), 273, *range(277, 282), 284, 292, 293, 317, *range(320, 348), *range(512, 533)}
 _TIFF_TAGS = dict.fromkeys(_TIFF_PIXELS, _PIXELS) | {34675: _PROFILE, 274: _EXIF}
 

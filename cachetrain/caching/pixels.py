@@ -23,7 +23,7 @@ _UPRIGHT = {
 _ORIENTATION, _BITS_PER_SAMPLE, _PHOTOMETRIC = 0x0112, 258, 262  # EXIF and TIFF tags
 _PNG_DEPTH = 24  # offset of the byte in the IHDR chunk
 
-# Profiles that move no colour by more than this many of 255 levels are sRGB, rounded in one way or another.
+# Profiles that move no color by more than this many of 255 levels are sRGB, rounded in one way or another.
 _SAME_LEVELS = 2
 
 
@@ -36,7 +36,7 @@ def open_image(data: bytes) -> Image.Image:
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     key = image.info.get("transparency")
     if image.format == "PNG" and key is not None and image.mode != "P":
-        # The transparent colour is in the file's bits, Pillow's pixels are in 8. 16-bit gray keeps its 16.
+        # The transparent color is in the file's bits, Pillow's pixels are in 8. 16-bit gray keeps its 16.
         most = 2 ** data[_PNG_DEPTH] - 1
         if image.mode == "L":
             image.info["transparency"] = key * 255 // most
@@ -94,7 +94,7 @@ def _gray_of_8_bits(image):
 
 
 def _to_srgb(image, profile):
-    """Converts the colours of an image from its ICC profile to sRGB; an unusable profile changes nothing."""
+    """Converts the colors of an image from its ICC profile to sRGB; an unusable profile changes nothing."""
     mode, transform = _transform_to_srgb(profile)
     is_gray = image.mode in ("1", "L", "LA")
     if transform is None or (mode == "L" and not is_gray) or (mode == "CMYK") != (image.mode == "CMYK"):
@@ -128,7 +128,7 @@ def _transform_to_srgb(profile):
 
 
 def _sample_colors(mode):
-    """An image with all grays and, in mode RGB, colours from the whole cube."""
+    """An image with all grays and, in mode RGB, colors from the whole cube."""
     grays = np.arange(256, dtype=np.uint8)
     if mode == "L":
         return Image.fromarray(grays[None])

@@ -42,7 +42,7 @@ class Target:
     Attributes:
         out: pipeline directory to write.
         objective: see diffusion.noise_schedulers.OBJECTIVES; decides the scheduler.
-        fresh_unet: use only the UNet's config and initialise the weights from `seed`. A config with
+        fresh_unet: use only the UNet's config and initialize the weights from `seed`. A config with
             "_weights": "fresh", like that of models/tiny/unet, does not need this.
         seed: seed of all new weights.
         overwrite: replace `out` if it exists.
@@ -83,7 +83,7 @@ def copy_component(source: str | Path, target: Path, name: str) -> None:
 
 
 def save_unet(unet_dir: Path, vae: AutoencoderKL, target: Path, text_width: int, fresh: bool, seed: int) -> None:
-    """Copies the UNet, or saves a freshly initialised one; checks that VAE and text encoder fit the UNet.
+    """Copies the UNet, or saves a freshly initialized one; checks that VAE and text encoder fit the UNet.
 
     Raises:
         ValueError: latent channels or text width differ from the UNet's.

@@ -171,7 +171,7 @@ class Conditioning:
         return arguments
 
     def example(self, widths: Mapping[str, int], num_tokens: int) -> dict:
-        """Returns uninitialised arguments for one sample, to count operations on the meta device."""
+        """Returns uninitialized arguments for one sample, to count operations on the meta device."""
         sequence = {self.row.sequence: torch.empty(num_tokens, widths[self.row.sequence])}
         vectors = {name: torch.empty(widths[name]) for name in self.row.vectors}
         return self.collate([sequence | vectors | ({TIME_IDS: torch.empty(6)} if self.row.time_ids else {})], 1)

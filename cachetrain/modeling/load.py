@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 CONFIG_PATTERNS = ("*.json", "*.txt", "*.model")
 
-# Says in the config of a UNet without weights that composing a model initialises them.
+# Says in the config of a UNet without weights that composing a model initializes them.
 FRESH = {"_weights": "fresh"}
 # model_type in the config of a text encoder -> its architecture.
 _TEXT_ARCHITECTURES = {"clip": "clip", "clip_text_model": "clip", "t5": "t5"}

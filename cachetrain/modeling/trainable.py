@@ -1,4 +1,4 @@
-"""Selects the parts of a UNet to re-initialise and to train. torch is imported only inside `apply`."""
+"""Selects the parts of a UNet to re-initialize and to train. torch is imported only inside `apply`."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ UNFREEZE = {
 
 
 class Row(NamedTuple):
-    """Parameter counts of a part (a flag, a block, or the whole UNet): all, re-initialised and trained."""
+    """Parameter counts of a part (a flag, a block, or the whole UNet): all, re-initialized and trained."""
 
     part: str
     parameters: int
-    reinitialised: int
+    reinitialized: int
     trained: int
 
 
@@ -51,7 +51,7 @@ class Selection(NamedTuple):
     rows: list[Row]
 
     def __str__(self):
-        lines = [("part", "parameters", "re-initialised", "trained")]
+        lines = [("part", "parameters", "re-initialized", "trained")]
         lines += [(row.part, *(f"{number:,}" for number in row[1:])) for row in self.rows]
         width = max(len(line[0]) for line in lines)
         return "\n".join(f"{a:{width}} {b:>15} {c:>15} {d:>15}" for a, b, c, d in lines)
@@ -60,7 +60,7 @@ class Selection(NamedTuple):
 def add_arguments(group) -> None:
     """Adds the flags --reinit_*, --unfreeze_* and --targetted_training to a group of an argparse parser."""
     for part, (_, text) in REINIT.items():
-        group.add_argument(f"--reinit_{part}", action="store_true", help=f"re-initialise {text}")
+        group.add_argument(f"--reinit_{part}", action="store_true", help=f"re-initialize {text}")
     for part, (pattern, text) in UNFREEZE.items():
         numbered = {"type": cli.count, "nargs": "+", "metavar": "N"} if "{}" in pattern else {"action": "store_true"}
         group.add_argument(f"--unfreeze_{part}", help=f"train only {text}", **numbered)
@@ -70,16 +70,16 @@ def add_arguments(group) -> None:
 
 
 def apply(unet: UNet2DConditionModel, args: Namespace, seed: int, resumed: bool = False) -> Selection:
-    """Re-initialises parts of a UNet and freezes the parts not to be trained. Call this before wrapping the UNet.
+    """Re-initializes parts of a UNet and freezes the parts not to be trained. Call this before wrapping the UNet.
 
     Without --unfreeze_* and --targetted_training everything is trained. With either, only the parts named by flags
-    are trained. Re-initialised parts are always trained, because a frozen random layer would be useless.
+    are trained. Re-initialized parts are always trained, because a frozen random layer would be useless.
 
     Args:
         unet: any float dtype, on any device; modified in place.
         args: namespace with the flags of `add_arguments`.
         seed: seed of the new values, which equal those of `load.fresh_unet` with this seed.
-        resumed: the weights have already been trained: freeze parts, but do not re-initialise any.
+        resumed: the weights have already been trained: freeze parts, but do not re-initialize any.
 
     Raises:
         ValueError: a flag matches no parameter of this UNet, or there is nothing to train.
@@ -87,14 +87,14 @@ def apply(unet: UNet2DConditionModel, args: Namespace, seed: int, resumed: bool 
     reinit, unfreeze = _match_flags(unet, args, "reinit", REINIT), _match_flags(unet, args, "unfreeze", UNFREEZE)
     if args.targetted_training and not reinit and not unfreeze:
         raise ValueError("--targetted_training: there is nothing to train; add --reinit_* or --unfreeze_* flags")
-    reinitialised = set().union(*reinit.values())
-    if reinitialised and not resumed:
-        _reinitialise(unet, reinitialised, seed)
+    reinitialized = set().union(*reinit.values())
+    if reinitialized and not resumed:
+        _reinitialize(unet, reinitialized, seed)
     if unfreeze or args.targetted_training:
-        trained = reinitialised.union(*unfreeze.values())
+        trained = reinitialized.union(*unfreeze.values())
         for name, parameter in unet.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and name in trained)
-    return _selection(unet, reinit | unfreeze, reinitialised)
+    return _selection(unet, reinit | unfreeze, reinitialized)
 
 
 def _match_flags(unet, args, verb, parts):
@@ -113,8 +113,8 @@ def _match_flags(unet, args, verb, parts):
     return matches
 
 
-def _reinitialise(unet, names, seed):
-    """Copies the parameters from a fresh UNet, so that special initialisations, such as zeros, are kept."""
+def _reinitialize(unet, names, seed):
+    """Copies the parameters from a fresh UNet, so that special initializations, such as zeros, are kept."""
     import torch
 
     from cachetrain.modeling import load
@@ -125,7 +125,7 @@ def _reinitialise(unet, names, seed):
             unet.get_parameter(name).copy_(fresh(name))
 
 
-def _selection(unet, flags, reinitialised):
+def _selection(unet, flags, reinitialized):
     """Counts parameters by flag, by block, and in total."""
     parameters = dict(unet.named_parameters())
     blocks = {}
@@ -134,7 +134,7 @@ def _selection(unet, flags, reinitialised):
     rows = []
     for part, names in [*flags.items(), *blocks.items(), ("UNet", set(parameters))]:
         trained = {name for name in names if parameters[name].requires_grad}
-        subsets = (names, names & reinitialised, trained)
+        subsets = (names, names & reinitialized, trained)
         rows.append(Row(part, *(sum(parameters[name].numel() for name in subset) for subset in subsets)))
     return Selection(rows)
 

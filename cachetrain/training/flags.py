@@ -32,7 +32,7 @@ _BELOW_1 = cli.Number(float, 0, 1, exclude=(1,))
 _STEPS, _STEPS_OR_0 = cli.StepCount(1), cli.StepCount(0)
 _CORES = cli.cores_of_this_rank()
 _TRAINED = (
-    "By default the whole UNet. --unfreeze_* flags add up; what is given fresh initial values trains in any case. A "
+    "By default the whole UNet. --unfreeze_* flags add up; parts with --reinit_* flags train in any case. A "
     "resumed run keeps its weights."
 )
 
@@ -42,7 +42,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     _data_flags(parser.add_argument_group("data"))
     _objective_flags(parser.add_argument_group("objective"))
     trainable.add_arguments(parser.add_argument_group("what is trained", _TRAINED))
-    _optimization_flags(parser.add_argument_group("optimisation"))
+    _optimization_flags(parser.add_argument_group("optimization"))
     _speed_flags(parser.add_argument_group("precision, memory and speed"))
     _output_flags(parser.add_argument_group("output"))
     _resume_flags(parser.add_argument_group("stopping and resuming"))

@@ -217,7 +217,7 @@ def restore_logs(resumed, statistics, validation) -> None:
 
 
 def open_unet(run: Run, checkpoint: Path | None = None):
-    """Loads the UNet, re-initialises and freezes its parts as the flags say, and moves it to the device.
+    """Loads the UNet, re-initializes and freezes its parts as the flags say, and moves it to the device.
 
     Args:
         run: Run.

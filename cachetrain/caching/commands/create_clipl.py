@@ -21,7 +21,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         type=cli.Number(int, 0, 4),
         metavar="N",
         default=0,
-        help="0: the last hidden state; N: the N-th last layer, normalised (1 is the same as 0)",
+        help="0: the last hidden state; N: the N-th last layer, normalized (1 is the same as 0)",
     )
     return parser.parse_args(argv)
 

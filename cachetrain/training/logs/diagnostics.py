@@ -205,10 +205,10 @@ def latents_to_images(latents: torch.Tensor, factors: torch.Tensor) -> list[Imag
         factors: [C, 3], of `rgb_factors`.
 
     Returns:
-        list of N PIL images of (h, w); zero is mid-grey.
+        list of N PIL images of (h, w); zero is mid-gray.
     """
-    colours = torch.einsum("nchw,cd->nhwd", latents, factors).nan_to_num()
-    pixels = colours.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).numpy()
+    colors = torch.einsum("nchw,cd->nhwd", latents, factors).nan_to_num()
+    pixels = colors.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).numpy()
     return [Image.fromarray(image) for image in pixels]
 
 

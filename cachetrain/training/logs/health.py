@@ -26,7 +26,7 @@ class Health:
         self.layers = np.array(layers)
         self.warmup_steps = warmup_steps
         self.loss_scaling = loss_scaling
-        # Zero-initialised outputs block gradients at the first step, and at the second if the first update changed
+        # Zero-initialized outputs block gradients at the first step, and at the second if the first update changed
         # nothing, as with a warm-up from 0.
         self._first_steps = 2 if warmup_steps else 1
         self._early_rms = []

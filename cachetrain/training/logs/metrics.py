@@ -20,7 +20,7 @@ from cachetrain.log import append_line, warn
 
 _FRAME_MS = 250
 _LAST_FRAME_MS = 1500
-_RGB = 3  # colour space number of TensorBoard's image summaries
+_RGB = 3  # color space number of TensorBoard's image summaries
 
 
 def open_metrics(
