@@ -44,30 +44,22 @@ def main(argv: list[str] | None = None) -> int:
     output_dir = Path(args.output_dir)
 
     from cachetrain.checkpoints.resume import Resumed
-    from cachetrain.checkpoints.save import checkpoints
+    from cachetrain.checkpoints.save import newest_checkpoint
     from cachetrain.distributed import World
     from cachetrain.log import record_warnings
     from cachetrain.modeling import load
     from cachetrain.training import checks
 
-    with record_warnings() as warning_log, ExitStack() as cleanup:
+    with record_warnings() as warning_log:
         world = World(load.pick_device(args.device))
-        cleanup.callback(world.close)
         try:
-            checkpoint = open_output_dir(args, output_dir, cleanup) if world.main else None
-            checkpoint = world.gather(checkpoint)[0]  # the other ranks wait until rank 0 has opened the directory
-            return train(args, Resumed(*checkpoint), world, cleanup, warning_log)
-        except (RuntimeError, MemoryError) as error:
-            cleanup.close()  # completes a save in progress
-            newest = checkpoints(output_dir)[-1:]
-            last_checkpoint = f"last checkpoint: {newest[0] if newest else 'none yet'}"
-            if checks.is_out_of_memory(error):
-                raise ValueError(f"{checks.memory_advice(args, error)}; {last_checkpoint}") from error
-            if world.is_peer_failure(error):
-                raise OSError(
-                    f"rank {world.rank}: another rank has ended; see the output of that rank; {last_checkpoint}"
-                ) from error
-            raise
+            with ExitStack() as cleanup:
+                cleanup.callback(world.close)
+                checkpoint = open_output_dir(args, output_dir, cleanup) if world.main else None
+                checkpoint = world.gather(checkpoint)[0]  # the other ranks wait until rank 0 has opened the directory
+                return train(args, Resumed(*checkpoint), world, cleanup, warning_log)
+        except (RuntimeError, MemoryError) as error:  # before the first step; see Saving.rescue
+            raise checks.explained(error, newest_checkpoint(output_dir), args, world) from error
 
 
 def train(args, resumed, world, cleanup, warning_log) -> int:
@@ -122,6 +114,10 @@ def train(args, resumed, world, cleanup, warning_log) -> int:
     setup.restore_logs(resumed, stats, validation)
     info("\n".join([str(trained_table), *notes, *run.describe(resumed)]))
 
+    def save(step: int) -> None:
+        num_trained = num_seen + (step - resumed.step) * run.plan.effective_batch
+        saving.save(step, unet, ema, train_state.to_save(step, num_trained, settings, stats, validation))
+
     forward = partial(forward_pass, run=run, dtype=trained[0].dtype)
     draw = partial(draw_if_due, run=run, samples=samples, unet=unet, ema=ema, metrics=metrics)
     if not resumed.path:
@@ -129,6 +125,8 @@ def train(args, resumed, world, cleanup, warning_log) -> int:
     started, first_loss = time.perf_counter(), None
     batches = on_device(loader, run.device)
     signals = cleanup.enter_context(cli.deferred_signals())  # a signal now ends the run after the current step
+    explained = partial(checks.explained, args=args, world=world)
+    cleanup.enter_context(saving.rescue(save, explained))  # an error from here on ends the run with its state saved
     steps = range(resumed.step + 1, max_steps + 1)
     hidden = None if world.main else True  # None: hidden unless stderr is a terminal
     progress = tqdm(steps, desc="train", total=max_steps, unit="step", initial=resumed.step, disable=hidden)
@@ -144,10 +142,11 @@ def train(args, resumed, world, cleanup, warning_log) -> int:
             stats.wait_s += time.perf_counter() - wait_start
             with gradient_sync(model, enabled=micro_step == args.gradient_accum):
                 result = forward(model, batch)
-                loss = result.loss.mean() / args.gradient_accum
+                # A sample that could not be read has weight 0; the others keep their share of the batch.
+                loss = (result.loss * batch["weights"]).mean() / args.gradient_accum
                 scaler.scale(loss).backward(backward_seed(loss))
             stats.add(batch, result)
-            nonfinite.add(batch["samples"], result.loss.detach())
+            nonfinite.add(batch, result.loss.detach())
 
         save_now, stop = saving.due(step, bool(signals))
         validate_now = validation is not None and validation.due(step, max_steps)
@@ -158,11 +157,13 @@ def train(args, resumed, world, cleanup, warning_log) -> int:
             clip_gradients(trained, grad_norm, args.gradient_clip)
         logs.diagnostics.before(step)
         finite = grad_norm.isfinite()
+        saving.intact = None
         stepped = step_if_finite(optimizer, scaler, finite)
-        nonfinite.end_step(step, finite)
-        optimizer.zero_grad(set_to_none=True)
         if ema:
             ema.update(step, stepped)
+        saving.intact = step
+        nonfinite.end_step(step, finite)
+        optimizer.zero_grad(set_to_none=True)
         if run.plan.ends_epoch(step):
             stats.epoch_end()
 
@@ -176,8 +177,7 @@ def train(args, resumed, world, cleanup, warning_log) -> int:
         if save_now:
             if samples:
                 samples.animate(run.output_dir / "samples", metrics, step)
-            num_trained = num_seen + (step - resumed.step) * run.plan.effective_batch
-            saving.save(step, unet, ema, train_state.to_save(step, num_trained, settings, stats, validation))
+            save(step)
             if diverged:
                 raise ValueError(f"{nonfinite.advice()}; the last good weights are in {saving.finish()}")
             if stop:

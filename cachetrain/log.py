@@ -18,15 +18,27 @@ _warning_log = None  # the WarningLog of the run in this process, if any
 def info(message: str) -> None:
     """Prints a message on stdout at once, on rank 0 only."""
     if _is_rank_0():
-        print(message, flush=True)
+        _print(message, sys.stdout)
 
 
 def warn(message: str) -> None:
     """Prints a warning on stderr and adds it to the run's WarningLog, on rank 0 only; from any thread."""
     if _is_rank_0():  # all ranks of a run reach the same warnings
-        print(f"warning: {message}", file=sys.stderr)
+        _print(f"warning: {message}", sys.stderr)
         if _warning_log is not None:
             _warning_log.add(message)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message; its name, if it has no message."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _print(message, file):
+    """Prints what can be printed: a full disk or a terminal that is gone ends no run, nor does a name that is no text."""
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    with suppress(OSError, ValueError):  # ValueError: the file is closed
+        print(message.encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
 
 
 def _is_rank_0():

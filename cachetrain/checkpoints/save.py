@@ -8,6 +8,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from cachetrain.checkpoints.info import write_info
 from cachetrain.checkpoints.manifest import read_manifest, write_manifest
 from cachetrain.checkpoints.state import split_tensors, write_state
 from cachetrain.distributed import copy_to_host
-from cachetrain.log import warn
+from cachetrain.log import first_line, warn
 
 FROZEN = ("vae", "text_encoder", "tokenizer", "projection", "feature_extractor", "safety_checker")
 PIPELINE = "pipeline.py"
@@ -43,6 +44,11 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted((path for path in found if step_of(path) is not None), key=step_of)
 
 
+def newest_checkpoint(output_dir: Path) -> Path | None:
+    """Returns the last of `checkpoints`, or None."""
+    return next(reversed(checkpoints(output_dir)), None)
+
+
 class Saving:
     """Decides when to save, and saves: copies to host memory at once, and writes in a background thread.
 
@@ -58,6 +64,8 @@ class Saving:
 
     Attributes:
         failed: the exception that ended the last save, or None.
+        intact: the step whose weights, optimizer state and averages are in memory; the training loop sets it. None: an
+            update is under way.
     """
 
     def __init__(self, run, info: dict, flush: Callable[[], None] = lambda: None, frozen: Path | None = None):
@@ -73,12 +81,14 @@ class Saving:
         self._frozen_files = read_manifest(frozen) if frozen else {}
         self.on_epoch = args.save_on_epoch
         self.keep_last = args.keep_last
+        self.sharded = args.fsdp
         self.every_s = args.save_every_minutes and 60 * args.save_every_minutes
         self.ckpt_dir = args.ckpt_dir and Path(args.ckpt_dir)
         self.name = self.output_dir.resolve().name
         if self.ckpt_dir and self.world.main:  # only this run's leftovers: other runs may be writing there
             remove_leftovers(self.ckpt_dir, f"{glob.escape(self.name)}-{'[0-9]' * 6}.*")
         self.failed = None
+        self.intact = self._saved_step = 0
         self._last_save_s = time.monotonic()
         self._thread = None
         self._unreported = None  # (step, exception) of a save that failed
@@ -124,6 +134,7 @@ class Saving:
                 training_state/.
         """
         self.wait()
+        self._saved_step = step
         tree, tensors = split_tensors(state)
         weights, tensors = copy_to_host(unet.state_dict(), self.world), copy_to_host(tensors, self.world)
         averages = copy_to_host(ema.named(unet), self.world) if ema is not None else None
@@ -132,6 +143,36 @@ class Saving:
             arguments = (step, unet, weights, averages, tree, tensors)
             self._thread = threading.Thread(target=self._write_guarded, args=arguments, name="checkpoint")
             self._thread.start()
+
+    @contextmanager
+    def rescue(self, save: Callable[[int], None], explained: Callable[[Exception, Path | None], Exception]):
+        """Around the training loop: an error in it ends the run only after the last complete step has been saved.
+
+        An update that was under way is not saved, nor is anything that needs the other ranks, which may be gone.
+
+        Args:
+            save: function of the step that calls `Saving.save`.
+            explained: function of (the error, newest checkpoint or None) that returns the exception to raise.
+        """
+        try:
+            yield
+        except Exception as error:
+            self._save_intact(save, error)
+            raise explained(error, newest_checkpoint(self.output_dir)) from error
+
+    def _save_intact(self, save, error):
+        self.wait()
+        if self.intact is None:
+            return warn("the error came in the middle of an update of the weights, which is not saved")
+        if self.intact == self._saved_step:
+            return None
+        if self.sharded or self.world.is_peer_failure(error):
+            return warn(f"step {self.intact} is not saved, which would need all ranks")
+        try:
+            save(self.intact)
+        except Exception as failure:  # any: the first error is the one to report
+            warn(f"step {self.intact} cannot be saved: {type(failure).__name__}: {first_line(failure)}")
+        self.wait()
 
     def wait(self) -> None:
         """Waits until a save in progress is complete or has failed, and warns of a failure."""
@@ -160,11 +201,11 @@ class Saving:
             ValueError: the last save failed.
         """
         self.wait()
-        newest = checkpoints(self.output_dir)[-1:]
+        newest = newest_checkpoint(self.output_dir)
         if self.failed is not None:
-            last_checkpoint = f"the newest checkpoint is {newest[0]}" if newest else "there is no checkpoint"
+            last_checkpoint = f"the newest checkpoint is {newest}" if newest else "there is no checkpoint"
             raise ValueError(f"the last save failed: {self.failed}; {last_checkpoint}")
-        return newest[0] if newest else None
+        return newest
 
     def _write_guarded(self, step, *arguments):
         self.failed = None

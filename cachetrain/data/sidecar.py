@@ -8,6 +8,7 @@ settings that the tensors were made from. This module does not import torch unti
 import hashlib
 import json
 import os
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -96,7 +97,7 @@ def read_header(path: str | Path) -> Header:
         SidecarError: the file is truncated, or the header is damaged.
         OSError: the file cannot be opened.
     """
-    with open(path, "rb", buffering=0) as file:
+    with _open(path) as file:
         size = os.fstat(file.fileno()).st_size
         data = file.read(min(size, 4096))
         header_size = 8 + int.from_bytes(data[:8], "little")
@@ -127,7 +128,8 @@ def read_sidecar(path: str | Path) -> "tuple[dict[str, torch.Tensor], Header]":
 
 def read_verified(path: str | Path) -> tuple[bytes, Header]:
     """Reads and verifies one sidecar like `read_sidecar`, but returns (bytes of the file, Header)."""
-    data = Path(path).read_bytes()
+    with _open(path) as file:
+        data = file.read()
     header = _parse(path, data, len(data))
     payload = memoryview(data)[_payload_start(data) :]
     if not header.foreign and header.metadata.get("sha256") != hashlib.sha256(payload).hexdigest():
@@ -140,6 +142,19 @@ def read_verified(path: str | Path) -> tuple[bytes, Header]:
 def metadata_of(data: bytes) -> dict[str, str]:
     """Returns the header fields of a verified sidecar from the file's bytes."""
     return json.loads(data[8 : _payload_start(data)]).get("__metadata__", {})
+
+
+def _open(path):
+    """Opens a sidecar unbuffered; other than open(), does not wait for the other end of a pipe.
+
+    Raises:
+        SidecarError: not a regular file.
+    """
+    file = open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise SidecarError(f"{path}: not a regular file; delete it and run the cache script again")
+    return file
 
 
 def _entry(key, digest=_NO_SHA256):
@@ -158,12 +173,12 @@ def _parse(path, data, size):
         table = json.loads(data[8:start])
         metadata = table.pop("__metadata__", {})
         header = Header(
-            metadata,
-            {name: tuple(entry["shape"]) for name, entry in table.items()},
+            {name: str(value) for name, value in metadata.items()},
+            {name: tuple(map(int, entry["shape"])) for name, entry in table.items()},
             {name: entry["dtype"] for name, entry in table.items()},
         )
         end = start + max((entry["data_offsets"][1] for entry in table.values()), default=0)
-    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError, RecursionError) as error:
         raise SidecarError(f"{path}: not a readable safetensors file; run the cache script again") from error
     if end != size:
         raise SidecarError(f"{path}: has {size} bytes, the header expects {end}; run the cache script again")

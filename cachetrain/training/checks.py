@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import traceback
 from argparse import Namespace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from diffusers import UNet2DConditionModel
 
 from cachetrain.checkpoints.export import check_exportable
 from cachetrain.checkpoints.save import FROZEN
-from cachetrain.log import warn
+from cachetrain.log import first_line, warn
 from cachetrain.modeling import load, trainable
 from cachetrain.modeling.conditioning import check_unet
 from cachetrain.training.optimizers import OPTIMIZERS
@@ -138,4 +139,28 @@ def memory_advice(args: Namespace, error: BaseException) -> str:
     if OPTIMIZERS[args.optimizer].state_tensors > OPTIMIZERS["lion"].state_tensors:
         advice.append("--optimizer lion (half the state of adamw)")
     advice += [] if args.precision == "bf16_pure" else ["--precision bf16_pure"]
-    return f"out of memory ({str(error).splitlines()[0]}); try " + ", ".join(advice)
+    return f"out of memory ({first_line(error)}); try " + ", ".join(advice)
+
+
+def explained(error: Exception, newest: Path | None, args: Namespace, world) -> ValueError:
+    """Returns the exception that ends a run after `error`, whose message is one line.
+
+    Args:
+        error: what ended the run.
+        newest: the run's newest checkpoint, or None.
+        args: parsed command line.
+        world: World.
+    """
+    if is_out_of_memory(error):
+        reason = memory_advice(args, error)
+    elif world.is_peer_failure(error):
+        reason = f"rank {world.rank}: another rank has ended; see the output of that rank"
+    elif isinstance(error, ValueError | OSError) and "Original Traceback" not in str(error):
+        reason = " ".join(str(error).split("\n"))
+    else:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        line = str(error).rstrip().splitlines()[-1] if "Original Traceback" in str(error) else first_line(error)
+        reason = f"{type(error).__name__} in {place.filename}:{place.lineno}: {line}"
+    if newest is not None and str(newest) in reason:
+        return ValueError(reason)
+    return ValueError(f"{reason}; last checkpoint: {newest or 'none yet'}")
