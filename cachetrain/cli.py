@@ -149,7 +149,7 @@ not_negative = Number(float, 0)
 share = Number(float, 0, 1)
 seed = Number(int, 0, 2**63 - 1, range_text="from 0 to 2^63 - 1")
 port = Number(int, 0, 65535)
-denoising_steps = Number(int, 1, 1000)
+denoising_steps = Number(int, 1, 999)  # several of diffusers' schedulers fail at 1000, beyond the last timestep
 pixels = Number(int, 8, 8192)
 
 

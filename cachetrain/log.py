@@ -5,7 +5,6 @@ import os
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from errno import ENOSPC
@@ -34,8 +33,14 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def describe(error: BaseException) -> str:
+    """An exception in one line; with its name, unless it is one whose message says it all."""
+    is_plain = isinstance(error, ValueError | OSError) and str(error)
+    return " ".join(str(error).split("\n")) if is_plain else f"{type(error).__name__}: {first_line(error)}"
+
+
 def _print(message, file):
-    """Prints what can be printed: a full disk or a terminal that is gone ends no run, nor does a name that is no text."""
+    """Prints what can be printed: a full disk, a closed terminal or a file name that is not text never ends a run."""
     encoding = getattr(file, "encoding", None) or "utf-8"
     with suppress(OSError, ValueError):  # ValueError: the file is closed
         print(message.encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
@@ -53,9 +58,7 @@ def record_warnings() -> Iterator["WarningLog"]:
     try:
         yield log
     except BaseException as error:
-        # The messages of other exceptions, such as KeyError, mean little without the name of the exception.
-        is_plain = isinstance(error, ValueError | OSError)
-        log.add(f"the run ended: {error if is_plain else traceback.format_exception_only(error)[-1].strip()}")
+        log.add(f"the run ended: {describe(error)}")
         raise
     finally:
         _warning_log = None

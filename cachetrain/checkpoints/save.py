@@ -7,7 +7,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,10 +15,12 @@ import torch
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
-from cachetrain.atomic import remove_directory, remove_leftovers, staged_directory
+from cachetrain.atomic import claim, remove_directory, remove_leftovers, staged_directory
 from cachetrain.checkpoints.export import export_single_file
 from cachetrain.checkpoints.info import write_info
+from cachetrain.checkpoints.manifest import NAME as MANIFEST
 from cachetrain.checkpoints.manifest import read_manifest, write_manifest
+from cachetrain.checkpoints.state import DIRECTORY as STATE
 from cachetrain.checkpoints.state import split_tensors, write_state
 from cachetrain.distributed import copy_to_host
 from cachetrain.log import first_line, warn
@@ -34,14 +36,19 @@ def checkpoint_path(output_dir: Path, step: int) -> Path:
 
 def step_of(checkpoint: Path) -> int | None:
     """Returns the step in the name of a checkpoint; None if the name is not that of a checkpoint."""
-    match = re.fullmatch(r"checkpoint-(\d+)", Path(checkpoint).name)
+    match = re.fullmatch(r"checkpoint-([0-9]+)", Path(checkpoint).name)
     return int(match[1]) if match else None
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """Returns the checkpoints of a run, oldest first. They are complete, but may have been damaged since."""
-    found = Path(output_dir).glob("checkpoint-[0-9]*")
-    return sorted((path for path in found if step_of(path) is not None), key=step_of)
+    """Returns the checkpoints of a run, oldest first. They are complete, but may have been damaged since.
+
+    Directories of other trainers, which use the same names, are left out: they have neither a manifest nor a
+    training_state.
+    """
+    found = (path for path in Path(output_dir).glob("checkpoint-[0-9]*") if step_of(path) is not None)
+    ours = (path for path in found if any((path / name).exists() for name in (MANIFEST, STATE)))
+    return sorted(ours, key=step_of)
 
 
 def newest_checkpoint(output_dir: Path) -> Path | None:
@@ -64,28 +71,31 @@ class Saving:
 
     Attributes:
         failed: the exception that ended the last save, or None.
-        intact: the step whose weights, optimizer state and averages are in memory; the training loop sets it. None: an
+        intact: the step whose weights, optimizer state and averages are in memory, set by the training loop. None: an
             update is under way.
     """
 
     def __init__(self, run, info: dict, flush: Callable[[], None] = lambda: None, frozen: Path | None = None):
         args = run.args
+        self.args = args
         self.output_dir = run.output_dir
         self.plan = run.plan
         self.world = run.world
         self.model_dir = run.model_dir
         self.noise_scheduler = run.noise_scheduler
+        self._model_index = _read_index(run.model_dir, run.noise_scheduler)
         self.info = info
         self.flush = flush
         self._frozen = frozen
         self._frozen_files = read_manifest(frozen) if frozen else {}
         self.on_epoch = args.save_on_epoch
         self.keep_last = args.keep_last
-        self.sharded = args.fsdp
         self.every_s = args.save_every_minutes and 60 * args.save_every_minutes
         self.ckpt_dir = args.ckpt_dir and Path(args.ckpt_dir)
         self.name = self.output_dir.resolve().name
-        if self.ckpt_dir and self.world.main:  # only this run's leftovers: other runs may be writing there
+        if self.ckpt_dir and self.world.main:
+            claim(self.ckpt_dir / f".{self.name}.run", self.output_dir, f"--ckpt_dir {self.ckpt_dir}")
+            # Only this run's leftovers: other runs may be writing there.
             remove_leftovers(self.ckpt_dir, f"{glob.escape(self.name)}-{'[0-9]' * 6}.*")
         self.failed = None
         self.intact = self._saved_step = 0
@@ -112,7 +122,7 @@ class Saving:
     def _triggered(self):
         try:
             (self.output_dir / TRIGGER).unlink()
-        except FileNotFoundError:
+        except OSError:  # there is none, or it is no file of ours
             return False
         return True
 
@@ -145,20 +155,20 @@ class Saving:
             self._thread.start()
 
     @contextmanager
-    def rescue(self, save: Callable[[int], None], explained: Callable[[Exception, Path | None], Exception]):
+    def rescue(self, save: Callable[[int], None], explained: Callable) -> Iterator[None]:
         """Around the training loop: an error in it ends the run only after the last complete step has been saved.
 
         An update that was under way is not saved, nor is anything that needs the other ranks, which may be gone.
 
         Args:
             save: function of the step that calls `Saving.save`.
-            explained: function of (the error, newest checkpoint or None) that returns the exception to raise.
+            explained: checks.explained.
         """
         try:
             yield
         except Exception as error:
             self._save_intact(save, error)
-            raise explained(error, newest_checkpoint(self.output_dir)) from error
+            raise explained(error, newest_checkpoint(self.output_dir), self.args, self.world) from error
 
     def _save_intact(self, save, error):
         self.wait()
@@ -166,7 +176,7 @@ class Saving:
             return warn("the error came in the middle of an update of the weights, which is not saved")
         if self.intact == self._saved_step:
             return None
-        if self.sharded or self.world.is_peer_failure(error):
+        if self.args.fsdp or self.world.is_peer_failure(error):
             return warn(f"step {self.intact} is not saved, which would need all ranks")
         try:
             save(self.intact)
@@ -225,14 +235,16 @@ class Saving:
             write_state(stage, tree, tensors)
             known = self._add_frozen_parts(stage)
             self.noise_scheduler.save_pretrained(stage / "scheduler")
-            _write_index(self.model_dir, stage, self.noise_scheduler)
+            if self._model_index is not None:
+                (stage / "model_index.json").write_text(json.dumps(self._model_index, indent=2) + "\n")
             write_info(stage, step, self.info)
             files = write_manifest(stage, known)
             self.flush()
         self._frozen = target
         self._frozen_files = files
         if self.keep_last:
-            for old in checkpoints(self.output_dir)[: -self.keep_last]:
+            kept = [path for path in checkpoints(self.output_dir) if step_of(path) <= step]
+            for old in kept[: -self.keep_last]:
                 remove_directory(old)
         if self.ckpt_dir:
             try:
@@ -279,10 +291,12 @@ def _write_unet(unet, weights, directory):
     save_file(weights, directory / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
 
 
-def _write_index(model_dir, stage, scheduler):
-    """Writes model_index.json: the model's, with the scheduler of the trained objective."""
+def _read_index(model_dir, scheduler):
+    """Returns the content of model_index.json: the model's, with the scheduler of the trained objective, or None."""
     source = model_dir / "model_index.json"
-    if source.exists():
-        index = json.loads(source.read_text())
-        index["scheduler"] = ["diffusers", type(scheduler).__name__]
-        (stage / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    if not source.exists():
+        return None
+    try:
+        return {**json.loads(source.read_text()), "scheduler": ["diffusers", type(scheduler).__name__]}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{source}: not a JSON object ({error}); restore it, or compose the model again") from None

@@ -34,7 +34,7 @@ class SampleKey(NamedTuple):
 
 
 class Sidecars:
-    """Reads the sidecars of an index from disk and verifies each one: its content, and that it is still one of the run.
+    """Reads the sidecars of an index from disk; verifies their content, and that they still fit the run.
 
     All methods raise ValueError or OSError with the path for a sidecar that cannot be used.
     """
@@ -126,7 +126,7 @@ class CachedPairs(Dataset):
         return len(self.index)
 
     def __getitem__(self, key: SampleKey) -> dict:
-        """Returns a dict: latents, noise float32 [C, h, w]; timesteps; condition; dropped; sample; fault, str or None."""
+        """Returns a dict: latents, noise float32 [C, h, w]; timesteps; condition; dropped; sample; fault or None."""
         if self.draws.fixed:
             key = key._replace(epoch=0, repeat=0)
         dropped = self._uniform(key, rng.DROPOUT) < self.draws.cond_dropout

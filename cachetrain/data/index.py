@@ -120,7 +120,7 @@ class PairIndex:
         return self.shapes[self.shape_ids[i]]
 
     def check_image(self, i: int, header: Header) -> None:
-        """Checks that the image sidecar of pair `i` has not been replaced by one that does not fit since it was listed.
+        """Checks that the image sidecar of pair `i` has not been replaced by one that does not fit the run.
 
         Raises:
             SidecarError: shape, encoder or settings are no longer those of the run.

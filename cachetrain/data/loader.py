@@ -23,8 +23,8 @@ from cachetrain.log import first_line
 class Packed(NamedTuple):
     """A batch in one tensor, which takes one copy to the device instead of eight.
 
-    Workers send it through a pipe, as numpy's bytes: torch would put it into /dev/shm, which is 64 MB in a container of
-    docker, and a batch for which there is no room there is lost without a word.
+    Workers send it through a pipe, as numpy's bytes: torch would put it into /dev/shm, which has 64 MB in a docker
+    container, and a batch for which there is no room would be lost without a word.
     """
 
     data: torch.Tensor  # uint8 [bytes]
@@ -150,8 +150,8 @@ def _worker_failures():
         if not str(error).startswith("DataLoader worker") and getattr(error, "errno", None) is None:
             raise
         raise OSError(
-            f"a worker process of the loader: {first_line(error)}; if memory is short, lower --num_workers (0: no such "
-            "processes), or give a container more (docker run --memory, --shm-size)"
+            f"a worker process of the loader: {first_line(error)}; if memory is short, lower --num_workers (0 needs "
+            "no such process), or give a container more (docker run --memory, --shm-size)"
         ) from error
 
 

@@ -150,7 +150,9 @@ def _open(path):
     Raises:
         SidecarError: not a regular file.
     """
-    file = open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
+    file = open(
+        path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
+    )
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise SidecarError(f"{path}: not a regular file; delete it and run the cache script again")

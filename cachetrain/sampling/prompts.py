@@ -69,6 +69,11 @@ def _is_instance(kind):
     return lambda value: isinstance(value, kind)
 
 
+def _is_text(value):
+    """Whether a value is a string, without half a character (a lone surrogate, which JSON allows)."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
 def _is_list_of_cfgs(value):
     return isinstance(value, list) and value != [] and all(_is_number(cfg) and cfg >= 0 for cfg in value)
 
@@ -79,7 +84,7 @@ def _is_size(value):
 
 _COUNT = _Rule(_is_int(1), "a whole number from 1")
 _FLAG = _Rule(_is_instance(bool), "true or false")
-_STRING = _Rule(_is_instance(str), "a string")
+_STRING = _Rule(_is_text, "a string of whole characters")
 _SEED = _Rule(_is_int(-1), "a whole number from 0, or -1 for a new one each time")
 
 _FILE_KEYS = {
@@ -87,7 +92,7 @@ _FILE_KEYS = {
     "seed": _SEED,
     "cfgs": _Rule(_is_list_of_cfgs, "a list of numbers from 0"),
     "scheduler": _STRING,
-    "num_inference_steps": _Rule(_is_int(1, 1000), "a whole number from 1 to 1000"),
+    "num_inference_steps": _Rule(_is_int(1, 999), "a whole number from 1 to 999"),
     "show_progress_bars": _FLAG,
     "generate_samples_every_n_steps": _COUNT,
     "generate_pretrain_samples": _FLAG,

@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 
 from cachetrain.checkpoints.export import check_exportable
 from cachetrain.checkpoints.save import FROZEN
-from cachetrain.log import first_line, warn
+from cachetrain.log import describe, first_line, warn
 from cachetrain.modeling import load, trainable
 from cachetrain.modeling.conditioning import check_unet
 from cachetrain.training.optimizers import OPTIMIZERS
@@ -155,12 +155,13 @@ def explained(error: Exception, newest: Path | None, args: Namespace, world) -> 
         reason = memory_advice(args, error)
     elif world.is_peer_failure(error):
         reason = f"rank {world.rank}: another rank has ended; see the output of that rank"
-    elif isinstance(error, ValueError | OSError) and "Original Traceback" not in str(error):
-        reason = " ".join(str(error).split("\n"))
-    else:
+    elif "Original Traceback" in str(error):  # of a worker process of the loader
+        reason = str(error).rstrip().splitlines()[-1]
+    elif isinstance(error, ValueError | OSError):
+        reason = describe(error)
+    else:  # not foreseen: where it was raised helps to find out why
         place = traceback.extract_tb(error.__traceback__)[-1]
-        line = str(error).rstrip().splitlines()[-1] if "Original Traceback" in str(error) else first_line(error)
-        reason = f"{type(error).__name__} in {place.filename}:{place.lineno}: {line}"
+        reason = f"{describe(error)} ({place.filename}:{place.lineno})"
     if newest is not None and str(newest) in reason:
         return ValueError(reason)
     return ValueError(f"{reason}; last checkpoint: {newest or 'none yet'}")

@@ -135,8 +135,8 @@ class NonfiniteSteps:
         """The error message for a run that must end."""
         if self._too_many_unreadable():
             return (
-                f"{self._unreadable.sum()} of {len(self.index)} pairs cannot be read, listed in {self.path}; the last: "
-                f"{self._last_fault}: restore the files, and continue with --resume latest"
+                f"{self._unreadable.sum()} of {len(self.index)} pairs cannot be read, listed in {self.path}; the "
+                f"last one: {self._last_fault}: restore the files, and continue with --resume latest"
             )
         return (
             f"loss or gradients were not finite in {self.in_a_row} steps in a row, up to step {self._last_skipped}: "

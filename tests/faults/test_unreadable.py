@@ -81,7 +81,9 @@ def test_a_sidecar_that_no_longer_fits_counts_with_weight_0_and_is_named(
         result = forward(model, batch, **kwargs)
         readable = batch["samples"] != chosen[0]
         loss = result.loss[readable].sum() / 4
-        expected.append(torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], retain_graph=True))
+        expected.append(
+            torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], retain_graph=True)
+        )
         return result
 
     def spoil_first(index):
@@ -169,5 +171,5 @@ def test_a_pipe_in_place_of_a_sidecar_is_refused_and_not_waited_for(data, model_
     (data / "00002.img_sdxl").unlink()
     os.mkfifo(data / "00002.img_sdxl")
     argv = trainer_argv(data, model_t5, tmp_path / "run", *FLAGS, "--max_steps", 1)
-    with pytest.raises(ValueError, match="00002.img_sdxl: not a regular file"):
+    with pytest.raises(ValueError, match=r"00002\.img_sdxl: not a regular file"):
         run_script("train_from_cached.py", *argv)
