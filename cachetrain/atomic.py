@@ -126,7 +126,7 @@ def locked_directory(directory: str | Path) -> Iterator[None]:
 
 
 def claim(marker: str | Path, owner: str | Path, what: str) -> None:
-    """Makes `owner`, a run's directory, the only run that writes to what the file `marker` stands for.
+    """Makes `owner`, a run's directory, the only run of its name that writes to what the file `marker` stands for.
 
     A run that is gone, or has never begun, loses its claim.
 
@@ -140,7 +140,8 @@ def claim(marker: str | Path, owner: str | Path, what: str) -> None:
     marker, owner = Path(marker), os.path.realpath(owner)
     with suppress(FileNotFoundError):
         other = os.fsdecode(marker.read_bytes())
-        if other != owner and ((Path(other) / "args.json").exists() or is_locked(other)):
+        same_name = os.path.basename(other) == os.path.basename(owner)  # or the marker is a copy, with what it marks
+        if other != owner and same_name and ((Path(other) / "args.json").exists() or is_locked(other)):
             raise ValueError(
                 f"{what}: has files of another run of this name, {other}; choose another name for --output_dir, or "
                 "another place"
