@@ -139,7 +139,7 @@ def claim(marker: str | Path, owner: str | Path, what: str) -> None:
     """
     marker, owner = Path(marker), os.path.realpath(owner)
     with suppress(FileNotFoundError):
-        other = os.fsdecode(marker.read_bytes())
+        other = os.path.realpath(marker.parent / os.fsdecode(marker.read_bytes()))
         same_name = os.path.basename(other) == os.path.basename(owner)  # or the marker is a copy, with what it marks
         if other != owner and same_name and ((Path(other) / "args.json").exists() or is_locked(other)):
             raise ValueError(
@@ -147,7 +147,8 @@ def claim(marker: str | Path, owner: str | Path, what: str) -> None:
                 "another place"
             )
     marker.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(marker, os.fsencode(owner))
+    # Relative, so that a copy of a tree with runs and logs is one of its own.
+    atomic_write(marker, os.fsencode(os.path.relpath(owner, os.path.realpath(marker.parent))))
 
 
 def is_locked(directory: str | Path) -> bool:

@@ -9,8 +9,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from cachetrain.log import first_line
-
 
 class World:
     """The ranks of a run. Without a launcher there is one rank and nothing is communicated.
@@ -50,7 +48,7 @@ class World:
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
         except dist.DistError as error:
             raise OSError(
-                f"rank {self.rank} cannot connect to the other ranks: {first_line(error)}; start all {self.ranks} "
+                f"rank {self.rank} cannot connect to the other ranks: {_first_line(error)}; start all {self.ranks} "
                 "ranks, with a free --master_port"
             ) from error
 
@@ -173,3 +171,7 @@ def copy_to_host(tensors: dict[str, torch.Tensor], world: World) -> dict[str, to
         if world.main:
             copies[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
     return copies
+
+
+def _first_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0]
