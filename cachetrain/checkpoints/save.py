@@ -15,7 +15,7 @@ import torch
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
-from cachetrain.atomic import claim, remove_directory, remove_leftovers, staged_directory
+from cachetrain.atomic import remove_directory, remove_leftovers, staged_directory
 from cachetrain.checkpoints.export import export_single_file
 from cachetrain.checkpoints.info import write_info
 from cachetrain.checkpoints.manifest import NAME as MANIFEST
@@ -94,7 +94,6 @@ class Saving:
         self.ckpt_dir = args.ckpt_dir and Path(args.ckpt_dir)
         self.name = self.output_dir.resolve().name
         if self.ckpt_dir and self.world.main:
-            claim(self.ckpt_dir / f".{self.name}.run", self.output_dir, f"--ckpt_dir {self.ckpt_dir}")
             # Only this run's leftovers: other runs may be writing there.
             remove_leftovers(self.ckpt_dir, f"{glob.escape(self.name)}-{'[0-9]' * 6}.*")
         self.failed = None

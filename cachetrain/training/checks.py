@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 
+from cachetrain.atomic import claim
 from cachetrain.checkpoints.export import check_exportable
 from cachetrain.checkpoints.save import FROZEN
 from cachetrain.log import describe, first_line, warn
@@ -67,7 +68,7 @@ def check_start(run, resumed) -> None:
         resumed: Resumed; if the frozen parts of its checkpoint are intact, they are linked, not copied.
 
     Raises:
-        ValueError: one of these is not so.
+        ValueError: one of these is not so, or another run of this name has its files in --ckpt_dir.
     """
     args, plan, model_dir = run.args, run.plan, run.model_dir
     config = UNet2DConditionModel.load_config(load.component_dir(model_dir, "unet"))
@@ -84,6 +85,9 @@ def check_start(run, resumed) -> None:
     _check_space(Path(args.output_dir), needed + frozen, "a checkpoint")
     if args.ckpt_dir:
         _check_space(Path(args.ckpt_dir), num_all * 4, "a single-file checkpoint")
+        if run.world.main:
+            name = run.output_dir.resolve().name  # as Saving names the files
+            claim(Path(args.ckpt_dir) / f".{name}.run", run.output_dir, f"--ckpt_dir {args.ckpt_dir}")
     num_saves = -(-(plan.max_steps - resumed.step) // plan.save_steps)
     num_saves = min(num_saves, args.keep_last + 1) if args.keep_last else num_saves
     free = shutil.disk_usage(args.output_dir).free

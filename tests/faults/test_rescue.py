@@ -6,7 +6,7 @@ import shutil
 from itertools import count
 
 import pytest
-from helpers import load_script, refused, run_script, train, trainer_argv
+from helpers import CLIP, load_script, refused, run_script, train, trainer_argv
 from runs import content
 from torch.utils.tensorboard import SummaryWriter
 
@@ -222,3 +222,10 @@ def test_names_of_a_manifest_stay_in_its_checkpoint(shapes, model_t5, tmp_path):
     (checkpoint / manifest.NAME).write_bytes(manifest._encoded(gone))
     message = refused(shapes, model_t5, tmp_path / "b", *FLAGS, "--resume", checkpoint)
     assert "its manifest lacks unet/config.json" in message
+
+
+def test_two_runs_of_one_name_do_not_share_a_ckpt_dir(shapes, model_sd, tmp_path):
+    first, second, web = tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "web"
+    flags = [*FLAGS, "--max_steps", 1, "--ckpt_dir", web]
+    train(shapes, model_sd, first, *flags, suffixes=CLIP)
+    assert str(first) in refused(shapes, model_sd, second, "--ckpt_dir", web, suffixes=CLIP)
