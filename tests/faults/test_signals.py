@@ -221,9 +221,10 @@ def test_a_run_stopped_at_every_stage_ends_with_the_weights_of_an_undisturbed_on
     assert last_state(tmp_path) == undisturbed
 
 
-def test_ctrl_c_in_a_terminal_reaches_the_loaders_workers_too(start, undisturbed, tmp_path):
-    trainer = start(tmp_path, "--num_workers", 2, stage="forward", number=signal.SIGINT, group=True)
-    assert_stopped(trainer, tmp_path, 130)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_ctrl_c_or_the_end_of_a_terminal_reaches_the_loaders_workers_too(number, start, undisturbed, tmp_path):
+    trainer = start(tmp_path, "--num_workers", 2, stage="forward", number=number, group=True)
+    assert_stopped(trainer, tmp_path, 128 + number)
     finish(start, tmp_path)
     assert last_state(tmp_path) == undisturbed
 

@@ -194,7 +194,8 @@ def test_missing_part_of_an_optimizer_is_refused(whole, flags, key):
     assert f"its optimizer lacks {key}; " in error_of(whole, whole.interrupted(flags, change), flags)
 
 
-NO_OPTIMIZERS = [[], {"state": {}}, {"state": [], "param_groups": [{"params": []}]}, {"state": {}, "param_groups": [3]},
+NO_OPTIMIZERS = [[], {"state": {}}, {"state": [], "param_groups": [{"params": []}]},
+                 {"state": {}, "param_groups": [3]},
                  {"state": {"9": {}}, "param_groups": [{"params": [0]}]},
                  {"state": {"0": 1}, "param_groups": [{"params": [0]}]}]  # fmt: skip
 MADE_UP = [
