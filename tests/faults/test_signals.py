@@ -262,7 +262,8 @@ def test_a_second_signal_leaves_at_once_and_nothing_half_written_is_trusted(numb
 def test_a_signal_to_one_rank_stops_both_after_the_same_step(rank, start, tmp_path):
     def codes(run, *flags, **options):
         env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        flags = ["--output_dir", tmp_path / run / "run", "--max_steps", 5, "--batch_size", 1, *flags]
+        flags = ["--output_dir", tmp_path / run / "run", "--logdir", tmp_path / run / "tb", *flags]
+        flags = ["--max_steps", 5, "--batch_size", 1, *flags]
         both = [start(tmp_path / f"rank{i}", *flags, env=env | {"RANK": str(i), "LOCAL_RANK": str(i)},
                       **(options if i == rank else {})) for i in (0, 1)]  # fmt: skip
         return [trainer.wait() for trainer in both]
