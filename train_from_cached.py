@@ -15,7 +15,7 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -46,35 +46,22 @@ def main(argv: list[str] | None = None) -> int:
     output_dir = Path(args.output_dir)
 
     from cachetrain.checkpoints.resume import Resumed
-    from cachetrain.checkpoints.save import checkpoints
+    from cachetrain.checkpoints.save import newest_checkpoint
     from cachetrain.distributed import World
     from cachetrain.log import record_warnings
     from cachetrain.modeling import load
     from cachetrain.training import checks
 
-    with record_warnings() as warning_log, ExitStack() as cleanup:
+    with record_warnings() as warning_log:
         world = World(load.pick_device(args.device))
-        cleanup.callback(world.close)
         try:
-            checkpoint = open_output_dir(args, output_dir, cleanup) if world.main else None
-            checkpoint = world.gather(checkpoint)[0]  # the other ranks wait until rank 0 has opened the directory
-            return train(args, Resumed(*checkpoint), world, cleanup, warning_log)
-        except (RuntimeError, MemoryError) as error:
-            cleanup.close()  # completes a save in progress
-            newest = checkpoints(output_dir)[-1:]
-            last_checkpoint = f"last checkpoint: {newest[0] if newest else 'none yet'}"
-            if checks.is_out_of_memory(error):
-                raise ValueError(f"{checks.memory_advice(args, error)}; {last_checkpoint}") from error
-            if world.is_peer_failure(error):
-                raise OSError(
-                    f"rank {world.rank}: another rank has ended; see the output of that rank; {last_checkpoint}"
-                ) from error
-            if "DataLoader worker" in str(error):
-                raise OSError(
-                    f"a process that reads caches died ({error}); if it ran out of memory, use fewer --num_workers; "
-                    f"{last_checkpoint}"
-                ) from error
-            raise
+            with ExitStack() as cleanup:
+                cleanup.callback(world.close)
+                checkpoint = open_output_dir(args, output_dir, cleanup) if world.main else None
+                checkpoint = world.gather(checkpoint)[0]  # the other ranks wait until rank 0 has opened the directory
+                return train(args, Resumed(*checkpoint), world, cleanup, warning_log)
+        except (RuntimeError, MemoryError) as error:  # before the first step; see Saving.rescue
+            raise checks.explained(error, newest_checkpoint(output_dir), args, world) from error
 
 
 def train(args, resumed, world, cleanup, warning_log) -> int:
@@ -117,8 +104,6 @@ def train(args, resumed, world, cleanup, warning_log) -> int:
     # Samples, validation, logs and checkpoints.
     samples = setup.open_samples(run) if world.main else None
     validation = setup.open_validation(run)
-    if world.main:
-        warning_log.start(run.output_dir / "warnings.jsonl", resumed.step)
     logs = Logs(run, unet, pairs, scaler, resumed.step if args.resume else None)
     stats, metrics = logs.statistics, logs.metrics
     cleanup.callback(logs.close)
@@ -128,15 +113,21 @@ def train(args, resumed, world, cleanup, warning_log) -> int:
     setup.restore_logs(resumed, stats, validation)
     info("\n".join([str(trained_table), *notes, *run.describe(resumed)]))
 
+    def save(step: int) -> None:
+        num_trained = num_seen + (step - resumed.step) * run.plan.effective_batch
+        saving.save(step, unet, ema, train_state.to_save(step, num_trained, settings, stats, validation))
+
     forward = partial(forward_pass, run=run, dtype=trained[0].dtype)
     draw = partial(draw_if_due, run=run, samples=samples, unet=unet, ema=ema, metrics=metrics)
     if not resumed.path:
         draw(0, ())
-    if world.main:
-        archive_settings(args, run.output_dir)  # last: what fails before it leaves the directory free for another try
+    if world.main:  # now that all is open: a start that fails does not occupy the directory
+        archive_settings(args, run.output_dir)
+        warning_log.start(run.output_dir / "warnings.jsonl", resumed.step)
     started, first_loss = time.perf_counter(), None
     batches = on_device(loader, run.device)
     signals = cleanup.enter_context(cli.deferred_signals())  # a signal now ends the run after the current step
+    cleanup.enter_context(saving.rescue(save, checks.explained))  # after an error, saves the last complete step
     steps = range(resumed.step + 1, max_steps + 1)
     hidden = None if world.main else True  # None: hidden unless stderr is a terminal
     progress = tqdm(steps, desc="train", total=max_steps, unit="step", initial=resumed.step, disable=hidden)
@@ -145,17 +136,16 @@ def train(args, resumed, world, cleanup, warning_log) -> int:
         saving.report()
         for group in optimizer.param_groups:
             group["lr"] = run.learning_rate(step)
-
         for micro_step in range(1, args.gradient_accum + 1):
             wait_start = time.perf_counter()
             batch = next(batches)
             stats.wait_s += time.perf_counter() - wait_start
             with gradient_sync(model, enabled=micro_step == args.gradient_accum):
                 result = forward(model, batch)
-                loss = result.loss.mean() / args.gradient_accum
+                loss = (result.loss * batch["weights"]).mean() / args.gradient_accum  # weight 0: could not be read
                 scaler.scale(loss).backward(backward_seed(loss))
             stats.add(batch, result)
-            nonfinite.add(batch["samples"], result.loss.detach())
+            nonfinite.add(batch, result.loss.detach())
 
         save_now, stop = saving.due(step, bool(signals))
         validate_now = validation is not None and validation.due(step, max_steps)
@@ -166,14 +156,15 @@ def train(args, resumed, world, cleanup, warning_log) -> int:
             clip_gradients(trained, grad_norm, args.gradient_clip)
         logs.diagnostics.before(step)
         finite = grad_norm.isfinite()
+        saving.intact = None
         stepped = step_if_finite(optimizer, scaler, finite)
-        nonfinite.end_step(step, finite)
-        optimizer.zero_grad(set_to_none=True)
         if ema:
             ema.update(step, stepped)
+        saving.intact = step
+        nonfinite.end_step(step, finite)
+        optimizer.zero_grad(set_to_none=True)
         if run.plan.ends_epoch(step):
             stats.epoch_end()
-
         if log_now:
             measured = validation.measure(unet, forward, step, ema) if validate_now else {}
             tags = logs.write(step, optimizer, measured)
@@ -184,22 +175,19 @@ def train(args, resumed, world, cleanup, warning_log) -> int:
         if save_now:
             if samples:
                 samples.animate(run.output_dir / "samples", metrics, step)
-            num_trained = num_seen + (step - resumed.step) * run.plan.effective_batch
-            saving.save(step, unet, ema, train_state.to_save(step, num_trained, settings, stats, validation))
+            save(step)
             if diverged:
                 raise ValueError(f"{nonfinite.advice()}; the last good weights are in {saving.finish()}")
             if stop:
                 break
-
         if args.overfit and log_now:
             first_loss = first_loss or stats.loss_raw
             if stats.loss_raw < OVERFIT_SHARE * first_loss:
                 break
     progress.close()
     saved = saving.finish()
-
-    elapsed_s = time.perf_counter() - started
-    info(f"{step - resumed.step} steps in {elapsed_s:.0f} s" + (f"; last checkpoint: {saved}" if saved else ""))
+    in_time = f"{step - resumed.step} steps in {time.perf_counter() - started:.0f} s"
+    info(in_time + (f"; last checkpoint: {saved}" if saved else ""))
     if stop and step < max_steps:
         return report_stop(warning_log, (signals or [signal.SIGTERM])[0], step, max_steps)
     if args.overfit:
@@ -291,11 +279,18 @@ def open_output_dir(args: "Namespace", output_dir: Path, cleanup: ExitStack) -> 
     """
     from cachetrain.atomic import locked_directory, remove_leftovers
     from cachetrain.checkpoints.resume import find_checkpoint
+    from cachetrain.checkpoints.save import checkpoint_path, step_of
 
+    if args.copy_config and not Path(args.copy_config).is_file():
+        raise ValueError(f"--copy_config {args.copy_config}: no such file")
     if not args.resume and (output_dir / "args.json").exists():
         raise ValueError(
             f"{output_dir}: already holds a run; choose another --output_dir, or resume it with --resume latest"
         )
+    steps = {} if args.resume else {path: step_of(path) for path in output_dir.glob("checkpoint-*")}
+    taken = [path for path, step in steps.items() if step is not None and path == checkpoint_path(output_dir, step)]
+    if taken:
+        raise ValueError(f"{taken[0]}: this run's checkpoints could need the name; choose another --output_dir")
     cleanup.enter_context(locked_directory(output_dir))
     remove_leftovers(output_dir)
     remove_leftovers(output_dir / "samples")
@@ -303,9 +298,11 @@ def open_output_dir(args: "Namespace", output_dir: Path, cleanup: ExitStack) -> 
 
 
 def archive_settings(args: "Namespace", output_dir: Path) -> None:
-    """Writes the run's settings to its directory: args.json, and a copy of the file that --copy_config names."""
+    """Writes the run's settings to its directory: a copy of the file that --copy_config names, and args.json."""
     if args.copy_config:
-        shutil.copy(args.copy_config, output_dir)
+        copy = shutil.copyfile(args.copy_config, output_dir / Path(args.copy_config).name)
+        with suppress(OSError):  # a file system without permissions
+            shutil.copymode(args.copy_config, copy)
     atomic_write(output_dir / "args.json", (json.dumps(vars(args), indent=2) + "\n").encode())
 
 

@@ -1,5 +1,6 @@
 """Writes files and directories that appear under their names complete, or not at all."""
 
+import errno
 import os
 import re
 import secrets
@@ -7,8 +8,7 @@ import shutil
 import stat
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from errno import EEXIST
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 LOCK = ".lock"
@@ -16,6 +16,9 @@ LOCK = ".lock"
 # A name from `temporary_path`; machine and process id show whether its writer is still alive.
 _TEMPORARY = re.compile(r"\.cachetrain~(?P<node>[^~]*)~(?P<pid>\d+)~[0-9a-f]{8}.*\.tmp")
 _ABANDONED_AGE_S = 3600
+# A file system without permissions, or that cannot sync a directory, answers with one of these; a full or broken disk
+# does not.
+_NOT_SUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EBADF, errno.EISDIR}
 
 
 def temporary_path(path: str | Path) -> Path:
@@ -52,7 +55,7 @@ def check_replaceable(path: str | Path) -> None:
     except OSError:
         return  # a new name; what else is wrong with it, writing tells
     if not stat.S_ISREG(mode):
-        raise OSError(EEXIST, "not a regular file, so not replaced; choose another name", str(path))
+        raise OSError(errno.EEXIST, "not a regular file, so not replaced; choose another name", str(path))
 
 
 def atomic_write(path: str | Path, data: bytes) -> None:
@@ -105,7 +108,7 @@ def staged_directory(out: str | Path, overwrite: bool = False) -> Iterator[Path]
     with _stage(out) as stage:
         yield stage
         _sync_tree(stage)
-        removed = _set_aside(out) if out.exists() else None
+        removed = _set_aside(out) if os.path.lexists(out) else None
         try:
             os.rename(stage, out)
         except BaseException:
@@ -114,7 +117,7 @@ def staged_directory(out: str | Path, overwrite: bool = False) -> Iterator[Path]
             raise
         _sync(out.parent)
     if removed:
-        shutil.rmtree(removed)
+        _remove(removed)
 
 
 def remove_directory(directory: Path) -> None:
@@ -123,7 +126,7 @@ def remove_directory(directory: Path) -> None:
         return directory.unlink()
     removed = _set_aside(directory)
     _sync(directory.parent)  # or a crash could bring the name back without all of its files
-    shutil.rmtree(removed)
+    _remove(removed)
 
 
 @contextmanager
@@ -147,6 +150,32 @@ def locked_directory(directory: str | Path) -> Iterator[None]:
         yield
 
 
+def claim(marker: str | Path, owner: str | Path, what: str) -> None:
+    """Makes `owner`, a run's directory, the only run of its name that writes to what the file `marker` stands for.
+
+    A run that is gone, or has never begun, loses its claim.
+
+    Args:
+        marker: file that holds the path of the owner; its directory is made.
+        what: names the shared place in the error message.
+
+    Raises:
+        ValueError: another run has claimed it.
+    """
+    marker, owner = Path(marker), os.path.realpath(owner)
+    with suppress(FileNotFoundError):
+        other = os.path.realpath(marker.parent / os.fsdecode(marker.read_bytes()))
+        same_name = os.path.basename(other) == os.path.basename(owner)  # or the marker is a copy, with what it marks
+        if other != owner and same_name and ((Path(other) / "args.json").exists() or is_locked(other)):
+            raise ValueError(
+                f"{what}: has files of another run of this name, {other}; choose another name for --output_dir, or "
+                "another place"
+            )
+    marker.parent.mkdir(parents=True, exist_ok=True)
+    # Relative, so that a copy of a tree with runs and logs is one of its own.
+    atomic_write(marker, os.fsencode(os.path.relpath(owner, os.path.realpath(marker.parent))))
+
+
 def is_locked(directory: str | Path) -> bool:
     """Whether another process has locked a directory by `locked_directory`; never takes the lock itself.
 
@@ -154,7 +183,7 @@ def is_locked(directory: str | Path) -> bool:
     """
     try:
         file = open(Path(directory) / LOCK, "rb")
-    except FileNotFoundError:
+    except OSError:
         return False
     with file:
         try:
@@ -170,28 +199,37 @@ def remove_leftovers(directory: str | Path, name: str = "*") -> None:
     """Removes from `directory` what a killed process has left of the above. `name`: pattern of the final names."""
     for pattern in (f".{name}.stage", f".{name}.removed"):
         for path in Path(directory).glob(pattern):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            _remove(path)
 
 
 @contextmanager
 def _stage(out):
     """Makes a temporary directory beside `out`; an exception removes it."""
     stage = out.with_name(f".{out.name}.stage")
-    shutil.rmtree(stage, ignore_errors=True)
+    _remove(stage)
     stage.mkdir(parents=True)
     try:
         yield stage
     except BaseException:
-        shutil.rmtree(stage, ignore_errors=True)
+        with suppress(OSError):
+            _remove(stage)
         raise
 
 
 def _set_aside(directory):
     """Renames a directory that is to be removed; returns its new path."""
     removed = directory.with_name(f".{directory.name}.removed")
-    shutil.rmtree(removed, ignore_errors=True)
+    _remove(removed)
     os.rename(directory, removed)
     return removed
+
+
+def _remove(path):
+    """Removes a file, a link (not what it points to) or a directory tree, if it is there."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path)
 
 
 def _sync_tree(directory):
@@ -202,7 +240,8 @@ def _sync_tree(directory):
     mode = os.stat(directory).st_mode & 0o666
     for folder, _, names in os.walk(directory, onerror=_fail):
         for name in names:
-            os.chmod(os.path.join(folder, name), mode)
+            with _if_supported():
+                os.chmod(os.path.join(folder, name), mode)
             _sync(os.path.join(folder, name))
         _sync(folder)
 
@@ -212,8 +251,19 @@ def _fail(error):
 
 
 def _sync(path):
-    descriptor = os.open(path, os.O_RDONLY)
+    with _if_supported():
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def _if_supported():
+    """Passes over what a file system does not support, with which no file is lost."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        yield
+    except OSError as error:
+        if error.errno not in _NOT_SUPPORTED:
+            raise

@@ -6,9 +6,12 @@ import os
 import signal
 import sys
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from decimal import Decimal
 from pathlib import Path
+
+# What asks a script to stop. SIGHUP: the terminal is gone; under nohup it is ignored.
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
@@ -42,8 +45,8 @@ def run(main):
     """Runs a script's main(argv); an expected error becomes one line on stderr and exit code 2.
 
     A signal ends it as an exception, so that what is open is closed; a second one ends it at once. Exit codes of
-    interrupted scripts are the shell's: 130 after Ctrl-C, 143 after SIGTERM. An unexpected error is shown as it is,
-    with exit code 70: 1 is what main returns where part of its work failed.
+    interrupted scripts are the shell's: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP. An unexpected error is
+    shown as it is, with exit code 70: 1 is what main returns where part of its work failed.
     """
     _guard_imports()
     main_pid, came = os.getpid(), []
@@ -64,7 +67,7 @@ def run(main):
         _stop(f"{error}: run `pip install -e .`, or ./quickstart.sh and `source .venv/bin/activate`", 2)
     except (ValueError, OSError, KeyboardInterrupt) as error:
         if came:  # libraries make their own errors of it
-            _stop("terminated" if came[0] == signal.SIGTERM else "interrupted", 128 + came[0])
+            _stop("interrupted" if came[0] == signal.SIGINT else "terminated", 128 + came[0])
         _stop(error, 2)
     except Exception:
         traceback.print_exc()
@@ -88,10 +91,10 @@ def _guard_imports():
 
 @contextmanager
 def deferred_signals():
-    """Yields a list that gets the number of the first SIGINT or SIGTERM, which does nothing else; a second one ends
+    """Yields a list that gets the number of the first of STOP_SIGNALS, which does nothing else; a second one ends
     the process at once. Afterwards a signal does again what it did before."""
     came, main_pid = [], os.getpid()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
 
     def note(number, _):
         if os.getpid() != main_pid:
@@ -108,13 +111,14 @@ def deferred_signals():
 
 
 def _set_handlers(handler):
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # as in the background of a shell script
             signal.signal(number, handler)
 
 
 def _stop(message, code):
-    print(f"{sys.argv[0]}: {message}", file=sys.stderr)
+    with suppress(OSError):  # the terminal is gone, or its disk is full
+        print(f"{sys.argv[0]}: {message}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -177,7 +181,7 @@ not_negative = Number(float, 0, 10**6)
 share = Number(float, 0, 1)
 seed = Number(int, 0, 2**63 - 1, range_text="from 0 to 2^63 - 1")
 port = Number(int, 0, 65535)
-denoising_steps = Number(int, 1, 1000)
+denoising_steps = Number(int, 1, 999)  # several of diffusers' schedulers fail at 1000, beyond the last timestep
 pixels = Number(int, 8, 8192)
 batch_size = Number(int, 1, 65536)
 workers = Number(int, 0, 1024)

@@ -5,7 +5,6 @@ import os
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from errno import ENOSPC
@@ -18,15 +17,33 @@ _warning_log = None  # the WarningLog of the run in this process, if any
 def info(message: str) -> None:
     """Prints a message on stdout at once, on rank 0 only."""
     if _is_rank_0():
-        print(message, flush=True)
+        _print(message, sys.stdout)
 
 
 def warn(message: str) -> None:
     """Prints a warning on stderr and adds it to the run's WarningLog, on rank 0 only; from any thread."""
     if _is_rank_0():  # all ranks of a run reach the same warnings
-        print(f"warning: {message}", file=sys.stderr)
+        _print(f"warning: {message}", sys.stderr)
         if _warning_log is not None:
             _warning_log.add(message)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message; its name, if it has no message."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def describe(error: BaseException) -> str:
+    """An exception in one line; with its name, unless it is one whose message says it all."""
+    is_plain = isinstance(error, ValueError | OSError) and str(error)
+    return " ".join(str(error).split("\n")) if is_plain else f"{type(error).__name__}: {first_line(error)}"
+
+
+def _print(message, file):
+    """Prints what can be printed: a full disk, a closed terminal or a file name that is not text never ends a run."""
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    with suppress(OSError, ValueError):  # ValueError: the file is closed
+        print(message.encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
 
 
 def _is_rank_0():
@@ -41,9 +58,7 @@ def record_warnings() -> Iterator["WarningLog"]:
     try:
         yield log
     except BaseException as error:
-        # The messages of other exceptions, such as KeyError, mean little without the name of the exception.
-        is_plain = isinstance(error, ValueError | OSError)
-        log.add(f"the run ended: {error if is_plain else traceback.format_exception_only(error)[-1].strip()}")
+        log.add(f"the run ended: {describe(error)}")
         raise
     finally:
         _warning_log = None

@@ -64,6 +64,7 @@ def random_batch(seed, objective="epsilon", size=6, masked=True):
             "encoder_attention_mask": torch.arange(11) < lengths if masked else None,
         },
         "dropped": torch.rand(size, generator=generator) < 0.4,
+        "weights": torch.ones(size),
         "samples": torch.arange(size),
     }
 

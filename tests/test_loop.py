@@ -133,9 +133,7 @@ def test_scale_lr_and_the_schedule_are_what_is_logged(shapes, model_t5, tmp_path
     assert rates == pytest.approx([0, 2e-3, 4e-3, 3.6e-3, 3.2e-3, 2.8e-3])  # 1e-3 x sqrt(16) at the peak
 
 
-def test_running_out_of_memory_says_what_to_lower_and_keeps_the_last_checkpoint(
-    shapes, model_t5, tmp_path, monkeypatch
-):
+def test_running_out_of_memory_says_what_to_lower_and_saves_the_last_step(shapes, model_t5, tmp_path, monkeypatch):
     calls = []
 
     def forward(*args, **kwargs):
@@ -148,8 +146,8 @@ def test_running_out_of_memory_says_what_to_lower_and_keeps_the_last_checkpoint(
     monkeypatch.setattr(trainer, "forward_pass", forward)
     message = refused(shapes, model_t5, tmp_path / "run", "--max_steps", 9, "--save_steps", 2)
     assert "out of memory" in message and "--batch_size below 2" in message and "--gradient_checkpointing" in message
-    assert str(tmp_path / "run" / "checkpoint-000002") in message
-    UNet2DConditionModel.from_pretrained(tmp_path / "run" / "checkpoint-000002" / "unet")
+    assert str(tmp_path / "run" / "checkpoint-000003") in message  # the last complete step, saved for that
+    UNet2DConditionModel.from_pretrained(tmp_path / "run" / "checkpoint-000003" / "unet")
     assert not checks.is_out_of_memory(RuntimeError("shapes cannot be multiplied"))
 
 

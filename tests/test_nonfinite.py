@@ -357,8 +357,8 @@ def test_two_ranks_end_together_after_bad_steps(shapes, model_t5, tmp_path):
 
 def test_what_is_remembered_of_a_step_does_not_keep_its_batch(shapes, tmp_path):
     batch = torch.zeros(1000, dtype=torch.int64)  # as data.unpack gives them, all tensors of a batch are one memory
-    remembered = NonfiniteSteps(None, tmp_path, None, 10, False)
-    remembered.add(batch[:2], torch.zeros(2))
+    remembered = NonfiniteSteps([], tmp_path, None, 10, False)
+    remembered.add({"samples": batch[:2], "faults": []}, torch.zeros(2))
     assert all(
         tensor.untyped_storage().nbytes() < 100 for micro_batch in remembered._micro_batches for tensor in micro_batch
     )

@@ -252,10 +252,9 @@ def test_cond_dropout_replaces_the_share_of_captions_asked_for(shapes):
     assert torch.equal(kept["condition"]["emb"], read_sidecar(index.text_path(kept["sample"]))[0]["emb"].float())
 
 
-def test_flip_uses_latent_flip_and_says_how_to_get_it(shapes, tmp_path):
+def test_flip_uses_latent_flip_and_says_how_to_get_it(shapes, model_t5, tmp_path):
     index = PairIndex([shapes], *T5)
-    with pytest.raises(ValueError, match=r"cache the images with --flip"):
-        open_pairs(index, flip_p=1.0)[SampleKey(0, 0)]
+    assert "cache the images with --flip" in open_pairs(index, flip_p=1.0)[SampleKey(0, 0)]["fault"]
     data = tmp_path / "data"
     shutil.copytree(shapes, data)
     tensors, header = read_sidecar(index.image_path(0))
@@ -263,6 +262,7 @@ def test_flip_uses_latent_flip_and_says_how_to_get_it(shapes, tmp_path):
     write_sidecar(data / (index.stem(0).split("/")[-1] + ".img_sdxl"), flipped, header.metadata)
     pairs = open_pairs(PairIndex([data], *T5), 2.0, 0.5, flip_p=1.0)
     torch.testing.assert_close(pairs[SampleKey(0, 0)]["latents"], (-tensors["latent"].float() - 0.5) * 2.0)
+    assert "cache the images with --flip" in refused(shapes, model_t5, tmp_path / "run", "--flip_p", 0.5)
 
 
 def test_logged_scalars_are_right_and_in_both_logs(shapes, model_t5, tmp_path):

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
+from cachetrain import cli
 from cachetrain.caching import images, ranks, selection
 from cachetrain.caching.buckets import bucket_sizes
 from cachetrain.caching.freshness import image_source
@@ -99,23 +100,25 @@ def _start_decoding(args, pairs, sizes):
     """Starts the worker processes and returns an iterator over their collated batches."""
     from torch.utils.data import DataLoader
 
+    from cachetrain.data.loader import batches_of
+
     num_workers = min(args.num_workers, -(-len(pairs) // args.batch_size))
     loader = DataLoader(
         images.ImageFiles(pairs, sizes),
         batch_size=args.batch_size,
         num_workers=num_workers,
         collate_fn=images.collate,
-        worker_init_fn=_exit_quietly,
+        worker_init_fn=_init_worker,
     )
     with _signals_deferred():
-        return iter(loader)
+        return batches_of(loader)
 
 
 @contextmanager
 def _signals_deferred():
     """Holds signals back while processes start: what a handler raises there may get lost, or end a worker noisily."""
     received = []
-    handlers = {n: signal.signal(n, lambda n, _: received.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {n: signal.signal(n, lambda n, _: received.append(n)) for n in cli.STOP_SIGNALS}
     try:
         yield
     finally:
@@ -137,12 +140,13 @@ def _of_one_size(batches, batch_size):
     for groups, failures in batches:
         if failures:
             yield None, [], failures
-        for pixels, rows in groups:
+        for array, rows in groups:
+            pixels = torch.from_numpy(array)
             if len(rows) == batch_size:
                 yield pixels, rows, []
                 continue
             queue = waiting.setdefault(pixels.shape[1:], [])
-            # Copies: one image of a group must not keep all of the group's shared memory.
+            # Copies: one image of a group must not keep the memory of all of the group.
             queue += zip(pixels.clone(), rows, strict=True)
             if len(queue) >= batch_size:
                 full, waiting[pixels.shape[1:]] = queue[:batch_size], queue[batch_size:]
@@ -151,10 +155,14 @@ def _of_one_size(batches, batch_size):
         yield torch.stack([image for image, _ in queue]), [row for _, row in queue], []
 
 
-def _exit_quietly(_):
+def _init_worker(_):
     """Makes a worker process end without a message: a terminal's Ctrl-C reaches all processes, and the main process
-    reports it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process stops the workers
+    reports it. A batch that cannot be sent ends it, too."""
+    from cachetrain.data.loader import end_with_lost_batch
+
+    end_with_lost_batch()
+    for number in cli.STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # the main process stops the workers
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # a death by signal would be an error to the main process
     sys.excepthook = lambda *_: None  # of the thread that hands over pixels, when the main process is gone
 

@@ -146,11 +146,11 @@ def cover_box(size: tuple[int, int], width: int, height: int) -> tuple[float, fl
 def collate(items: list[Decoded | tuple[str, str]]) -> tuple[list, list[tuple[str, str]]]:
     """Groups the decoded images of one batch by size, and separates those that failed.
 
-    Returns:
-        (list of (uint8 tensor [b, height, width, 3], list of b (path, header fields)), list of (path, reason)).
-    """
-    import torch
+    Arrays, not tensors: workers send them through a pipe, and need no shared memory.
 
+    Returns:
+        (list of (uint8 array [b, height, width, 3], list of b (path, header fields)), list of (path, reason)).
+    """
     decoded, failures = {}, []
     for item in items:
         if isinstance(item, Decoded):
@@ -158,7 +158,7 @@ def collate(items: list[Decoded | tuple[str, str]]) -> tuple[list, list[tuple[st
         else:
             failures.append(item)
     groups = [
-        (torch.from_numpy(np.stack([item.pixels for item in group])), [(item.path, item.fields) for item in group])
+        (np.stack([item.pixels for item in group]), [(item.path, item.fields) for item in group])
         for group in decoded.values()
     ]
     return groups, failures

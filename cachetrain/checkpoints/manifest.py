@@ -4,10 +4,9 @@ import hashlib
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 NAME = "manifest.json"
-_PART = re.compile(r"[\w-][\w.-]*")  # of the path of a file in a checkpoint
 _THREADS = 4  # hashing releases the GIL
 
 
@@ -36,7 +35,7 @@ def read_manifest(directory: Path) -> dict[str, dict]:
         {path in the directory: {"size": bytes, "sha256": hex}}.
 
     Raises:
-        ValueError: there is no manifest, it does not match its own hash, or it names a file outside the checkpoint.
+        ValueError: there is no manifest, it does not match its own hash, or an entry is not one of a checkpoint's.
         OSError: the manifest cannot be read.
     """
     path = Path(directory) / NAME
@@ -48,14 +47,16 @@ def read_manifest(directory: Path) -> dict[str, dict]:
         ) from None
     try:
         files = json.loads(data)["files"]
-        intact = data == _encoded(files) and all(entry.keys() == {"size", "sha256"} for entry in files.values())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        intact = data == _encoded(files)
+    except (ValueError, KeyError, TypeError, RecursionError):
         intact = False
     if not intact:
         raise ValueError(f"{path}: is damaged: its content does not match its hash")
-    for name in files:
-        if not all(_PART.fullmatch(part) for part in name.split("/")):
-            raise ValueError(f"{path}: names {name!r}, which is not a file in the checkpoint; do not use it")
+    if not isinstance(files, dict):
+        raise ValueError(f"{path}: its list of files is not one of a checkpoint")
+    for name, entry in files.items():
+        if not _is_inside(name) or not _is_entry(entry):
+            raise ValueError(f"{path}: {name!r}: {entry!r:.200} is not an entry of a checkpoint; do not use it")
     return files
 
 
@@ -70,12 +71,29 @@ def damages(directory: Path) -> dict[str, str]:
     """
     files = read_manifest(directory)
     with ThreadPoolExecutor(_THREADS) as pool:
-        results = pool.map(lambda name: _damage(Path(directory) / name, files[name]), files)
+        results = pool.map(lambda name: _damage(Path(directory), name, files[name]), files)
         return {name: damage for name, damage in zip(files, results, strict=True) if damage}
 
 
-def _damage(path, expected):
+def _is_inside(name):
+    """Whether a name is a plain relative path: a manifest may be anybody's, and files are opened by its names."""
+    return name == PurePosixPath(name).as_posix() and not re.search(r"(^/|^\.$|^\.\.(/|$)|/\.\.(/|$)|\\|\0)", name)
+
+
+def _is_entry(entry):
+    return (
+        isinstance(entry, dict)
+        and entry.keys() == {"size", "sha256"}
+        and type(entry["size"]) is int
+        and re.fullmatch("[0-9a-f]{64}", str(entry["sha256"])) is not None
+    )
+
+
+def _damage(directory, name, expected):
+    path = directory / name
     try:
+        if not path.resolve().is_relative_to(directory.resolve()):
+            return "is a link out of the checkpoint"
         size = path.stat().st_size
         if size != expected["size"]:
             return f"has {size} bytes, expected {expected['size']}"

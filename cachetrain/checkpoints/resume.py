@@ -7,16 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 
-from cachetrain.checkpoints.manifest import damages
+from cachetrain.checkpoints.manifest import damages, read_manifest
 from cachetrain.checkpoints.save import checkpoint_path, checkpoints, is_frozen, step_of
 from cachetrain.checkpoints.state import placed_like, read_state
 from cachetrain.diffusion.noise_schedulers import objective_of
 from cachetrain.diffusion.objective import noise_schedule
 from cachetrain.log import warn
 
-_FIELDS = {"step", "visits", "settings", "trained", "optimizer", "scaler", "statistics", "validation"}
+# Files without which a checkpoint is none: the UNet would get random weights, or those of another file.
+_NEEDED = {"unet/config.json", f"unet/{SAFETENSORS_WEIGHTS_NAME}"}
 
 
 class Resumed:
@@ -44,7 +46,6 @@ class Resumed:
         self._same_optimizer = True
         if path is None:
             return
-        self._need(_FIELDS - self.state.keys(), "its training_state")
         if self.state["step"] != self.step:
             right = checkpoint_path(path.parent, self.state["step"]).name
             raise ValueError(f"{path}: its state is that of step {self.state['step']}; rename it to {right}")
@@ -112,6 +113,7 @@ class Resumed:
         else:
             missing = _missing_fields(self.state["optimizer"], optimizer.implementation.state_fields)
             self._need(missing, "its optimizer")
+            self._check_optimizer(optimizer, trained)
             _restore_optimizer(optimizer, self.state["optimizer"], trained)
         if scaler.is_enabled() and self.state["scaler"]:
             scaler.load_state_dict(self.state["scaler"])
@@ -119,18 +121,40 @@ class Resumed:
             self._restore_ema(unet, ema)
         del self.state["optimizer"]  # as large as the optimizer itself
 
+    def _check_optimizer(self, optimizer, trained):
+        """Checks the values of an optimizer's state against those of a new one and the parameters."""
+        saved = self.state["optimizer"]
+        (fresh,), (group,) = optimizer.state_dict()["param_groups"], saved["param_groups"]
+        numbers = {key for key, value in fresh.items() if type(value) in (int, float)}
+        wrong = {key for key in numbers if type(group.get(key, 0)) not in (int, float)}
+        for number, fields in saved["state"].items():
+            for key, value in fields.items():
+                of_element = key in _OF_EACH_ELEMENT
+                if of_element and (not isinstance(value, torch.Tensor) or value.shape != trained[number].shape):
+                    wrong.add(f"{key} of parameter {number}")
+        if wrong or len(group["params"]) != len(trained):
+            raise ValueError(
+                f"{self.path}: its optimizer does not fit the model: {', '.join(sorted(wrong)[:3]) or 'parameters'}; "
+                "resume from another checkpoint, or start a new run from this one with --model"
+            )
+
     def _restore_ema(self, unet, ema):
         path = self.path / "unet_ema" / "diffusion_pytorch_model.safetensors"
         if not path.exists():
             self._need({"unet_ema"} if self.state["settings"].get("ema_decay") else (), "it")
             return warn(f"{self.path}: has no unet_ema; the average starts from the weights")
         saved = load_file(path)
-        self._need(ema.named(unet).keys() - saved.keys(), path.parent.name)
+        averages = ema.named(unet)
+        self._need(averages.keys() - saved.keys(), path.parent.name)
+        wrong = {name for name in averages if saved[name].shape != averages[name].shape}
+        self._need(wrong, f"{path.parent.name}, with the shapes of this UNet,")
         with torch.no_grad():
-            for name, average in ema.named(unet).items():
+            for name, average in averages.items():
                 average.copy_(placed_like(saved[name], average))
 
 
+# Fields of an optimizer's state that have the shape of their parameter.
+_OF_EACH_ELEMENT = {"exp_avg", "exp_avg_sq", "kahan_comp"}
 # What another value of a setting means that is no flag (`Resumed.check`).
 _MEANINGS = {"ranks": "rounding", "torch": "rounding"}
 
@@ -283,8 +307,11 @@ def _damages(checkpoint):
     """(damage that prevents resuming from a checkpoint, "" if there is none; whether its frozen parts are intact)."""
     try:
         broken = damages(checkpoint)
+        absent = _NEEDED - read_manifest(checkpoint).keys()
     except (ValueError, OSError) as error:
         return str(error), False
+    if absent:
+        return f"its manifest lacks {', '.join(sorted(absent))}", False
     frozen = {name for name in broken if is_frozen(name)}
     for name in frozen:
         warn(

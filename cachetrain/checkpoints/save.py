@@ -7,7 +7,8 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from cachetrain.checkpoints.info import FILE, write_info
 from cachetrain.checkpoints.manifest import NAME, read_manifest, write_manifest
 from cachetrain.checkpoints.state import split_tensors, write_state
 from cachetrain.distributed import copy_to_host
-from cachetrain.log import warn
+from cachetrain.log import first_line, warn
 from cachetrain.modeling.files import component_files, pipeline_code
 
 FROZEN = ("vae", "text_encoder", "tokenizer", "projection")
@@ -34,7 +35,7 @@ def checkpoint_path(output_dir: Path, step: int) -> Path:
 
 def step_of(checkpoint: Path) -> int | None:
     """Returns the step in the name of a checkpoint; None if the name is not that of a checkpoint."""
-    match = re.fullmatch(r"checkpoint-(\d+)", Path(checkpoint).name)
+    match = re.fullmatch(r"checkpoint-([0-9]+)", Path(checkpoint).name)
     return int(match[1]) if match else None
 
 
@@ -45,6 +46,11 @@ def checkpoints(output_dir: Path) -> list[Path]:
     """
     found = (path for path in Path(output_dir).glob("checkpoint-[0-9]*") if step_of(path) is not None)
     return sorted((path for path in found if any((path / name).exists() for name in (NAME, FILE))), key=step_of)
+
+
+def newest_checkpoint(output_dir: Path) -> Path | None:
+    """Returns the last of `checkpoints`, or None."""
+    return next(reversed(checkpoints(output_dir)), None)
 
 
 class Saving:
@@ -62,15 +68,19 @@ class Saving:
 
     Attributes:
         failed: the exception that ended the last save, or None.
+        intact: the step whose weights, optimizer state and averages are in memory, set by the training loop. None: an
+            update is under way.
     """
 
     def __init__(self, run, info: dict, flush: Callable[[], None] = lambda: None, frozen: Path | None = None):
         args = run.args
+        self.args = args
         self.output_dir = run.output_dir
         self.plan = run.plan
         self.world = run.world
         self.model_dir = run.model_dir
         self.noise_scheduler = run.noise_scheduler
+        self._model_index = _read_index(run.model_dir, run.noise_scheduler)
         self.info = info
         self.flush = flush
         self._frozen = frozen
@@ -81,9 +91,11 @@ class Saving:
         self.every_s = args.save_every_minutes and 60 * args.save_every_minutes
         self.ckpt_dir = args.ckpt_dir and Path(args.ckpt_dir)
         self.name = self.output_dir.resolve().name
-        if self.ckpt_dir and self.world.main:  # only this run's leftovers: other runs may be writing there
+        if self.ckpt_dir and self.world.main:
+            # Only this run's leftovers: other runs may be writing there.
             remove_leftovers(self.ckpt_dir, f"{glob.escape(self.name)}-{'[0-9]' * 6}.*")
         self.failed = None
+        self.intact = self._saved_step = 0
         self._last_save_s = time.monotonic()
         self._thread = None
         self._unreported = None  # (step, exception) of a save that failed
@@ -107,7 +119,7 @@ class Saving:
     def _triggered(self):
         try:
             (self.output_dir / TRIGGER).unlink()
-        except FileNotFoundError:
+        except OSError:  # there is none, or it is no file of ours
             return False
         return True
 
@@ -129,6 +141,7 @@ class Saving:
                 training_state/.
         """
         self.wait()
+        self._saved_step = step
         tree, tensors = split_tensors(state)
         weights, tensors = copy_to_host(unet.state_dict(), self.world), copy_to_host(tensors, self.world)
         averages = copy_to_host(ema.named(unet), self.world) if ema is not None else None
@@ -137,6 +150,36 @@ class Saving:
             arguments = (step, unet, weights, averages, tree, tensors)
             self._thread = threading.Thread(target=self._write_guarded, args=arguments, name="checkpoint")
             self._thread.start()
+
+    @contextmanager
+    def rescue(self, save: Callable[[int], None], explained: Callable) -> Iterator[None]:
+        """Around the training loop: an error in it ends the run only after the last complete step has been saved.
+
+        An update that was under way is not saved, nor is anything that needs the other ranks, which may be gone.
+
+        Args:
+            save: function of the step that calls `Saving.save`.
+            explained: checks.explained.
+        """
+        try:
+            yield
+        except Exception as error:
+            self._save_intact(save, error)
+            raise explained(error, newest_checkpoint(self.output_dir), self.args, self.world) from error
+
+    def _save_intact(self, save, error):
+        self.wait()
+        if self.intact is None:
+            return warn("the error came in the middle of an update of the weights, which is not saved")
+        if self.intact == self._saved_step:
+            return None
+        if self.args.fsdp or self.world.is_peer_failure(error):
+            return warn(f"step {self.intact} is not saved, which would need all ranks")
+        try:
+            save(self.intact)
+        except Exception as failure:  # any: the first error is the one to report
+            warn(f"step {self.intact} cannot be saved: {type(failure).__name__}: {first_line(failure)}")
+        self.wait()
 
     def wait(self) -> None:
         """Waits until a save in progress is complete or has failed, and warns of a failure."""
@@ -165,11 +208,11 @@ class Saving:
             ValueError: the last save failed.
         """
         self.wait()
-        newest = checkpoints(self.output_dir)[-1:]
+        newest = newest_checkpoint(self.output_dir)
         if self.failed is not None:
-            last_checkpoint = f"the newest checkpoint is {newest[0]}" if newest else "there is no checkpoint"
+            last_checkpoint = f"the newest checkpoint is {newest}" if newest else "there is no checkpoint"
             raise ValueError(f"the last save failed: {self.failed}; {last_checkpoint}")
-        return newest[0] if newest else None
+        return newest
 
     def _write_guarded(self, step, *arguments):
         self.failed = None
@@ -189,7 +232,8 @@ class Saving:
             write_state(stage, tree, tensors)
             known = self._add_frozen_parts(stage)
             self.noise_scheduler.save_pretrained(stage / "scheduler")
-            _write_index(self.model_dir, stage, self.noise_scheduler)
+            if self._model_index is not None:
+                _write_index(self._model_index, stage)
             write_info(stage, step, self.info)
             files = write_manifest(stage, known)
             self.flush()
@@ -254,13 +298,22 @@ def _write_unet(unet, weights, directory):
     save_file(weights, directory / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
 
 
-def _write_index(model_dir, stage, scheduler):
-    """Writes model_index.json: the model's, with the scheduler of the trained objective, without what is not here."""
+def _read_index(model_dir, scheduler):
+    """Returns the content of model_index.json: the model's, with the scheduler of the trained objective, or None."""
     source = model_dir / "model_index.json"
-    if source.exists():
-        index = json.loads(source.read_text())
-        index["scheduler"] = ["diffusers", type(scheduler).__name__]
-        for name, value in index.items():
-            if isinstance(value, list) and name[0] != "_" and not (stage / name).is_dir():
-                index[name] = [None, None]  # a safety checker, say: training neither loads nor copies it
-        (stage / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    if not source.exists():
+        return None
+    try:
+        return {**json.loads(source.read_text()), "scheduler": ["diffusers", type(scheduler).__name__]}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{source}: not a JSON object ({error}); restore it, or compose the model again") from None
+
+
+def _write_index(index, stage):
+    """Writes model_index.json without the components that are not in `stage`: training neither loads nor copies a
+    safety checker, say."""
+    present = {
+        name: [None, None] if isinstance(value, list) and name[0] != "_" and not (stage / name).is_dir() else value
+        for name, value in index.items()
+    }
+    (stage / "model_index.json").write_text(json.dumps(present, indent=2) + "\n")

@@ -133,7 +133,9 @@ def collate(samples: Sequence[dict], conditioning: Conditioning, multiple: int =
 
     Returns:
         dict: latents, noise float32 [B, C, h, w]; timesteps [B]; conditioning, the UNet's keyword arguments; dropped
-        bool [B], True where the null caption is used; samples int64 [B], positions in the index.
+        bool [B], True where the null caption is used; samples int64 [B], positions in the index; weights float32 [B],
+        of the samples in the loss: 0 where a sample could not be read, else 1; faults, a list of (position in the
+        index, reason) of those samples.
     """
     return {
         "latents": torch.stack([sample["latents"] for sample in samples]),
@@ -142,4 +144,6 @@ def collate(samples: Sequence[dict], conditioning: Conditioning, multiple: int =
         "conditioning": conditioning.collate([sample["condition"] for sample in samples], multiple),
         "dropped": torch.tensor([sample["dropped"] for sample in samples]),
         "samples": torch.tensor([sample["sample"] for sample in samples]),
+        "weights": torch.tensor([0.0 if sample["fault"] else 1.0 for sample in samples]),
+        "faults": [(sample["sample"], sample["fault"]) for sample in samples if sample["fault"]],
     }

@@ -34,7 +34,10 @@ class SampleKey(NamedTuple):
 
 
 class Sidecars:
-    """Reads the sidecars of an index from disk and verifies each one."""
+    """Reads the sidecars of an index from disk; verifies their content, and that they still fit the run.
+
+    All methods raise ValueError or OSError with the path for a sidecar that cannot be used.
+    """
 
     def __init__(self, index: PairIndex):
         self.index = index
@@ -42,11 +45,14 @@ class Sidecars:
     def image(self, i: int) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """Returns (tensors by name, header metadata) of the image sidecar of pair `i`."""
         tensors, header = read_sidecar(self.index.image_path(i))
+        self.index.check_image(i, header)
         return tensors, header.metadata
 
     def text(self, i: int) -> dict[str, torch.Tensor]:
         """Returns the tensors of the text sidecar of pair `i`, by name."""
-        return read_sidecar(self.index.text_path(i))[0]
+        tensors, header = read_sidecar(self.index.text_path(i))
+        self.index.check_text(i, header)
+        return tensors
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,8 @@ class Draws:
 class CachedPairs(Dataset):
     """Samples by SampleKey: the same key gives the same tensors in every worker, rank and run.
 
+    A sample whose sidecars cannot be used does not end the run: zeros of its shape take its place, with a `fault`.
+
     Args:
         index: the image and text pairs.
         scaling: applied to the latents.
@@ -120,13 +128,16 @@ class CachedPairs(Dataset):
         return len(self.index)
 
     def __getitem__(self, key: SampleKey) -> dict:
-        """Returns a dict: latents, noise float32 [C, h, w]; timesteps; condition; dropped; sample."""
+        """Returns a dict: latents, noise float32 [C, h, w]; timesteps; condition; dropped; sample; fault or None."""
         if self.draws.fixed:
             key = key._replace(epoch=0, repeat=0)
-        tensors, header = self.sidecars.image(key.sample)
-        latents = self._latents(key, tensors)
         dropped = self._uniform(key, rng.DROPOUT) < self.draws.cond_dropout
-        caption = self.null if dropped else self.conditioning.of_caption(self.sidecars.text(key.sample))
+        fault = None
+        try:
+            latents, condition = self._read(key, dropped)
+        except (ValueError, OSError) as error:
+            latents, condition = self._blank(key)
+            fault = str(error)
         first, end = self.draws.timestep_range
         uniform = self._uniform(key, rng.TIMESTEP) if key.uniform is None else key.uniform
         timestep = first + timestep_fraction(self.draws.timestep_sampling, uniform) * (end - first)
@@ -134,10 +145,24 @@ class CachedPairs(Dataset):
             "latents": latents,
             "noise": torch.from_numpy(self._noise(key, latents.shape)),
             "timesteps": timestep if self.draws.continuous else int(timestep),
-            "condition": {**caption, **self.conditioning.of_image(header)},
+            "condition": condition,
             "dropped": dropped,
             "sample": key.sample,
+            "fault": fault,
         }
+
+    def _read(self, key, dropped):
+        """Returns (latents, condition) of a sample."""
+        tensors, header = self.sidecars.image(key.sample)
+        latents = self._latents(key, tensors)
+        caption = self.null if dropped else self.conditioning.of_caption(self.sidecars.text(key.sample))
+        return latents, {**caption, **self.conditioning.of_image(header)}
+
+    def _blank(self, key):
+        """Returns (latents, condition) of zeros, without reading a file."""
+        num_tokens = int(self.index.tokens[key.sample])
+        condition = self.conditioning.blank(self.index.text_widths, num_tokens)
+        return torch.zeros(self.index.shape(key.sample)), condition
 
     def _generator(self, key, purpose):
         return rng.generator(self.draws.seed, key.epoch, key.sample, purpose, key.repeat)

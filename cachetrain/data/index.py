@@ -21,7 +21,7 @@ from tqdm import tqdm
 from cachetrain import cli
 from cachetrain.data import rng
 from cachetrain.data.many_files import PackedStrings, in_threads, open_regular
-from cachetrain.data.sidecar import NULL_STEM, RUN_KEYS, SUFFIXES, Header, read_header
+from cachetrain.data.sidecar import NULL_STEM, RUN_KEYS, SUFFIXES, Header, SidecarError, read_header
 from cachetrain.data.split import check_apart, split_index
 from cachetrain.data.unused import MULTIPLY, is_numbered
 from cachetrain.data.walk import image_stems, is_image, walk_folders
@@ -115,8 +115,31 @@ class PairIndex:
 
     def relative_name(self, i: int) -> str:
         """Path of pair `i` without a suffix, relative to its data directory."""
-        place = i if self._positions is None else int(self._positions[i])
-        return os.path.relpath(self._stems[place], self.directories[bisect_right(self._starts, place) - 1])
+        return os.path.relpath(self.stem(i), self.directories[self._directory_of(i)])
+
+    def shape(self, i: int) -> tuple[int, int, int]:
+        """Latent shape (C, h, w) of pair `i`."""
+        return self.shapes[self.shape_ids[i]]
+
+    def check_image(self, i: int, header: Header) -> None:
+        """Checks that the image sidecar of pair `i` has not been replaced by one that does not fit the run.
+
+        Raises:
+            SidecarError: shape, encoder or settings are no longer those of the run.
+        """
+        path = self.image_path(i)
+        _check_unchanged(path, self._first_headers[self._directory_of(i)].run_identity, header.run_identity)
+        if (shape := header.shapes.get("latent")) != self.shape(i):
+            raise SidecarError(f"{path}: replaced since the run started: the latent was {self.shape(i)}, is {shape}")
+
+    def check_text(self, i: int, header: Header) -> None:
+        """Like `check_image`, for the text sidecar of pair `i`; its number of tokens may have changed."""
+        path = self.text_path(i)
+        _check_unchanged(path, self.text_header.run_identity, header.run_identity)
+        if (widths := check_shapes(self.text_kind, path, header.shapes)[1]) != self.text_widths:
+            raise SidecarError(
+                f"{path}: replaced since the run started: its widths were {self.text_widths}, are {widths}"
+            )
 
     def checksum(self) -> int:
         """Checksum of the list of pairs: names relative to data directories, order, sizes, repeats and encoders.
@@ -202,6 +225,10 @@ class PairIndex:
         self.directories = directories
         return folder_repeats
 
+    def _directory_of(self, i):
+        place = i if self._positions is None else int(self._positions[i])
+        return bisect_right(self._starts, place) - 1
+
     def _check_repeats(self):
         if len(self.repeats) and self.repeats.max() > cli.repeats.most:
             raise ValueError(
@@ -267,6 +294,7 @@ class PairIndex:
         _, self.text_widths = check_shapes(self.text_kind, self.text_path(0), self.text_header.shapes)
         first_headers = [self._headers(start)[0] for start in self._starts]
         # Directories may differ in settings, such as the image size; within a directory all settings must agree.
+        self._first_headers = first_headers
         for start, image in zip(self._starts, first_headers, strict=True):
             self._check_image(0, self.image_header, start, image, may_differ="settings")
         pairs = in_threads(self._headers, range(rank, len(self), ranks))
@@ -390,6 +418,13 @@ def _warn_of_what_is_listed(index):
             f"{len(folders)} folders have a number in front, the first {folders[0]}; it is not used: to repeat their "
             f"images, write the number into a {MULTIPLY} there"
         )
+
+
+def _check_unchanged(path, was, now):
+    """Checks the run_identity of a sidecar that is read again."""
+    for key, a, b in zip(RUN_KEYS, was, now, strict=True):
+        if a != b:
+            raise SidecarError(f"{path}: replaced since the run started: {key} was {a or 'not given'}, is {b!r}")
 
 
 def open_index(args: Namespace, world: World) -> tuple[PairIndex, PairIndex | None]:

@@ -1,9 +1,11 @@
 """Brings batches from the workers to the device, ahead of time and each as a single tensor."""
 
+import multiprocessing.queues
 import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from math import prod
 from typing import NamedTuple
@@ -12,24 +14,40 @@ import torch
 import torch._dynamo
 from torch.utils.data import DataLoader
 
+from cachetrain.cli import STOP_SIGNALS
 from cachetrain.data.batching import BatchSampler, collate
 from cachetrain.data.dataset import CachedPairs
-
-_STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+from cachetrain.log import first_line
 
 
 class Packed(NamedTuple):
-    """A batch in one tensor, which takes one block of shared memory and one copy to the device instead of seven."""
+    """A batch in one tensor, which takes one copy to the device instead of eight.
+
+    Workers send it through a pipe, as numpy's bytes: torch would put it into /dev/shm, which has 64 MB in a docker
+    container, and a batch for which there is no room would be lost without a word.
+    """
 
     data: torch.Tensor  # uint8 [bytes]
-    layout: dict  # the batch's dict, with (dtype, shape) in place of each tensor
+    layout: dict  # the batch's dict, with a _Shape in place of each tensor
+
+    def __reduce__(self):
+        return _packed_from_numpy, (self.data.numpy(), self.layout)
+
+
+class _Shape(NamedTuple):
+    dtype: torch.dtype
+    shape: torch.Size
 
 
 _ALIGNMENT = 64  # bytes; each tensor starts at a multiple
 
 
+def _packed_from_numpy(array, layout):
+    return Packed(torch.from_numpy(array), layout)
+
+
 def pack(batch: dict) -> Packed:
-    """Packs a dict whose values are tensors, None, or such dicts."""
+    """Packs a dict whose values are tensors, such dicts, or anything else, which stays as it is."""
     num_bytes = sum(_padded_size(tensor.nbytes) for tensor in _tensors(batch))
     packed = Packed(torch.empty(num_bytes, dtype=torch.uint8), _layout(batch))
     for target, tensor in zip(_tensors(unpack(packed)), _tensors(batch), strict=True):
@@ -48,20 +66,18 @@ def unpack(packed: Packed) -> dict:
         start += _padded_size(num_bytes)
         return tensor
 
-    def batch_of(layout):
-        return {
-            name: batch_of(entry) if isinstance(entry, dict) else None if entry is None else tensor_of(*entry)
-            for name, entry in layout.items()
-        }
+    def unpacked(entry):
+        if isinstance(entry, dict):
+            return {name: unpacked(value) for name, value in entry.items()}
+        return tensor_of(*entry) if isinstance(entry, _Shape) else entry
 
-    return batch_of(packed.layout)
+    return unpacked(packed.layout)
 
 
-def _layout(batch):
-    return {
-        name: _layout(entry) if isinstance(entry, dict) else None if entry is None else (entry.dtype, entry.shape)
-        for name, entry in batch.items()
-    }
+def _layout(entry):
+    if isinstance(entry, dict):
+        return {name: _layout(value) for name, value in entry.items()}
+    return _Shape(entry.dtype, entry.shape) if isinstance(entry, torch.Tensor) else entry
 
 
 def _tensors(batch):
@@ -69,7 +85,7 @@ def _tensors(batch):
     for entry in batch.values():
         if isinstance(entry, dict):
             yield from _tensors(entry)
-        elif entry is not None:
+        elif isinstance(entry, torch.Tensor):
             yield entry
 
 
@@ -94,7 +110,7 @@ def make_loader(
         prefetch_factor=4 if num_workers else None,
         generator=torch.Generator().manual_seed(0),
         persistent_workers=num_workers > 0,
-        worker_init_fn=_block_signals,
+        worker_init_fn=_init_worker,
     )
 
 
@@ -102,20 +118,60 @@ class _Loader(DataLoader):
     """Starts workers with stop signals blocked: a signal during a worker's startup would kill the worker."""
 
     def __iter__(self):
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             return super().__iter__()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _block_signals(_):
+def batches_of(loader: DataLoader) -> Iterator:
+    """Starts the loader's workers, and returns an iterator over its batches.
+
+    Raises:
+        OSError: a worker process cannot be started, or has ended; one line that says what to change.
+    """
+    with _worker_failures():
+        batches = iter(loader)
+    return _guarded(batches)
+
+
+def _guarded(batches):
+    with _worker_failures():
+        yield from batches
+
+
+@contextmanager
+def _worker_failures():
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        # Not what a worker has raised itself, which torch raises again here, with the same type and without a number.
+        if not str(error).startswith("DataLoader worker") and getattr(error, "errno", None) is None:
+            raise
+        raise OSError(
+            f"a worker process of the loader: {first_line(error)}; if memory is short, lower --num_workers (0 needs "
+            "no such process), or give a container more (docker run --memory, --shm-size)"
+        ) from error
+
+
+def end_with_lost_batch() -> None:
+    """Makes a worker process end, which is noticed, if a batch cannot be sent; otherwise it would be waited for."""
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda error, batch: os._exit(1))
+
+
+def _init_worker(_):
+    end_with_lost_batch()
+    _block_signals()
+
+
+def _block_signals():
     """Makes a worker ignore stop signals, except SIGTERM from the trainer.
 
-    Ctrl-C and a scheduler's SIGTERM reach all processes, but the trainer still needs batches to finish its step.
-    torch ends workers with SIGTERM and then waits for them.
+    Ctrl-C, a hang-up and a scheduler's SIGTERM reach all processes, but the trainer still needs batches to finish its
+    step. torch ends workers with SIGTERM and then waits for them.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         threading.Thread(target=_exit_on_sigterm_from_parent, daemon=True).start()
 
@@ -131,13 +187,17 @@ def _collate_packed(conditioning, multiple, samples):
 
 
 def on_device(loader: Iterable[Packed], device: torch.device) -> Iterator[dict]:
-    """Yields the loader's batches on `device`, unpacked; on CUDA the next batch is copied during the current step."""
+    """Yields the loader's batches on `device`, unpacked; on CUDA the next batch is copied during the current step.
+
+    Raises:
+        OSError: of `batches_of`.
+    """
     if device.type != "cuda":
-        for packed in loader:
+        for packed in batches_of(loader):
             yield unpack(_to_device(packed, device))
         return
     copy_stream, ahead = torch.cuda.Stream(device), None
-    for packed in loader:
+    for packed in batches_of(loader):
         with torch.cuda.stream(copy_stream):
             moved = _to_device(packed, device)
             copied = copy_stream.record_event()

@@ -160,12 +160,12 @@ def _parse(path, data, size):
         table = json.loads(data[8:start])
         metadata = table.pop("__metadata__", {})
         header = Header(
-            metadata,
-            {name: tuple(entry["shape"]) for name, entry in table.items()},
+            {name: str(value) for name, value in metadata.items()},
+            {name: tuple(map(int, entry["shape"])) for name, entry in table.items()},
             {name: entry["dtype"] for name, entry in table.items()},
         )
         end = start + max((entry["data_offsets"][1] for entry in table.values()), default=0)
-    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError, RecursionError) as error:
         raise SidecarError(f"{path}: not a readable safetensors file; run the cache script again") from error
     if end != size:
         raise SidecarError(f"{path}: has {size} bytes, the header expects {end}; run the cache script again")

@@ -171,10 +171,21 @@ class Conditioning:
         return arguments
 
     def example(self, widths: Mapping[str, int], num_tokens: int) -> dict:
-        """Returns uninitialized arguments for one sample, to count operations on the meta device."""
-        sequence = {self.row.sequence: torch.empty(num_tokens, widths[self.row.sequence])}
-        vectors = {name: torch.empty(widths[name]) for name in self.row.vectors}
-        return self.collate([sequence | vectors | ({TIME_IDS: torch.empty(6)} if self.row.time_ids else {})], 1)
+        """Returns arguments of zeros for one sample, to count operations on the meta device."""
+        return self.collate([self.blank(widths, num_tokens, torch.float32)], 1)
+
+    def blank(self, widths: Mapping[str, int], num_tokens: int, dtype: torch.dtype | None = None) -> dict:
+        """Returns a condition of zeros.
+
+        Args:
+            widths: {name of a text tensor: width D}.
+            num_tokens: length of its sequence.
+            dtype: of the text tensors; default: that of all conditions.
+        """
+        shapes = {self.row.sequence: (num_tokens, widths[self.row.sequence])}
+        shapes |= {name: (widths[name],) for name in self.row.vectors}
+        text = {name: torch.zeros(shape, dtype=dtype or self.dtype) for name, shape in shapes.items()}
+        return text | ({TIME_IDS: torch.zeros(6)} if self.row.time_ids else {})
 
 
 def predict(unet, latents: torch.Tensor, timesteps: torch.Tensor, arguments: Mapping) -> torch.Tensor:

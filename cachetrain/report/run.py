@@ -94,11 +94,12 @@ def read_warnings(path: Path) -> list[dict]:
 
 
 def read_skipped(path: Path) -> list[int]:
-    """Returns the sorted steps listed in quarantine.tsv."""
+    """Returns the sorted numbers of the skipped steps in quarantine.tsv."""
     if not path.exists():
         return []
-    columns = (line.partition("\t")[0] for line in path.read_bytes().decode(errors="replace").split("\n"))
-    return sorted({int(step) for step in columns if step.isdecimal()})  # file names may contain line breaks
+    lines = (line.split("\t") for line in path.read_bytes().decode(errors="replace").split("\n"))
+    # File names may contain line breaks, and pairs that could not be read end no step.
+    return sorted({int(step) for step, *more in lines if step.isdecimal() and not more[0].startswith("unreadable:")})
 
 
 def _lines(path):

@@ -80,6 +80,11 @@ def _is_instance(kind):
     return lambda value: isinstance(value, kind)
 
 
+def _is_text(value):
+    """Whether a value is a string, without half a character (a lone surrogate, which JSON allows)."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
 def _is_list_of_cfgs(value):
     return isinstance(value, list) and value != [] and all(map(_is_in(cli.guidance), value))
 
@@ -89,7 +94,7 @@ def _is_size(value):
 
 
 _FLAG = _Rule(_is_instance(bool), "true or false")
-_STRING = _Rule(_is_instance(str), "a string")
+_STRING = _Rule(_is_text, "a string of whole characters")
 _SEED = _Rule(_is_int(-1), "a whole number from 0, or -1 for a new one each time")
 
 _FILE_KEYS = {

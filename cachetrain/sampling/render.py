@@ -96,10 +96,10 @@ def _decode(vae, latents):
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
-def native_latent_size(unet: torch.nn.Module) -> tuple[int, int]:
-    """Returns the latent size (h, w) in the UNet's config."""
+def native_latent_size(unet: torch.nn.Module) -> tuple[int, int] | None:
+    """Returns the latent size (h, w) in the UNet's config; None if the config has none."""
     size = unet.config.sample_size
-    return (size, size) if isinstance(size, int) else tuple(size)
+    return (size, size) if isinstance(size, int) else size and tuple(size)
 
 
 def sample_name(index: int, prompt: str, cfg: float) -> str:

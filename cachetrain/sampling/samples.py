@@ -17,16 +17,13 @@ from cachetrain.atomic import staged_directory
 from cachetrain.data.index import PairIndex
 from cachetrain.data.sidecar import read_sidecar
 from cachetrain.diffusion.noise_schedulers import default_sampler, sampler_for
-from cachetrain.log import warn
+from cachetrain.log import describe, warn
 from cachetrain.modeling import load
 from cachetrain.modeling.conditioning import Conditioning
 from cachetrain.modeling.text_encoders import encode_like_cache
 from cachetrain.modeling.vae import vae_reduction
 from cachetrain.sampling.prompts import PromptFile, Prompts, Sample, caption_of, prompts_of, sample_seed, sample_size
 from cachetrain.sampling.render import Drawing, Renderer, grid, native_latent_size, sample_name, save_png
-
-# Errors that may occur while drawing: files, disks, memory (CUDA out of memory is a RuntimeError).
-FAILURES = (ValueError, OSError, RuntimeError, MemoryError)
 
 _BATCH_SIZE = 8
 _NUM_CAPTIONS = 4  # drawn if there are no prompts
@@ -127,10 +124,11 @@ class SampleImages:
             self._write(drawings, rows, directory, step)
             if metrics is not None:
                 self._write_strips(drawings, rows, metrics, step)
-        except FAILURES as error:
+        except Exception as error:  # any: pictures are not worth a run
+            reason = describe(error)
             if step == 0:
-                raise
-            warn(f"no samples at step {step}: {error}")
+                raise ValueError(f"no samples before training: {reason}") from error
+            warn(f"no samples at step {step}: {reason}")
         finally:
             self.vae.to("cpu")
             unet.train(training)
@@ -143,8 +141,8 @@ class SampleImages:
         Args:
             directory: the run's samples directory; pictures after optimizer step `step` are ignored.
         """
-        numbered = ((re.fullmatch(r"step-(\d+)", path.name), path) for path in directory.glob("step-*"))
-        folders = {int(match[1]): path for match, path in numbered if match and path.is_dir()}
+        found = ((re.fullmatch(r"step-([0-9]+)", path.name), path) for path in directory.glob("step-*"))
+        folders = {int(match[1]): path for match, path in found if match and path.is_dir()}
         earlier = [(drawn_at, folders[drawn_at]) for drawn_at in sorted(folders) if drawn_at <= step]
         for tag, names in self._file_names.items():
             complete = [
@@ -161,8 +159,8 @@ class SampleImages:
             return
         try:
             self._use(prompts, "cpu", None)
-        except FAILURES as error:
-            warn(f"{self.file.path}: {error}; the prompts read before stay in use")
+        except Exception as error:  # any, as in `draw`
+            warn(f"{self.file.path}: {describe(error)}; the prompts read before stay in use")
 
     def _use(self, prompts, device, dtype):
         """Switches to these prompts; if an error is raised, nothing has changed."""
@@ -211,7 +209,8 @@ class SampleImages:
                     prompt,
                     sample.negative_prompt,
                     seed=sample_seed(sample, self.prompts, slot, step, self.first_seed),
-                    latent_size=latent_size_of(sample, unet, self.vae) or self.latent_size,
+                    latent_size=latent_size_of(sample, native_latent_size(unet) or self.latent_size, self.vae)
+                    or self.latent_size,
                     condition=condition,
                     negative_condition=self._conditions[sample.negative_prompt],
                 )
@@ -308,10 +307,9 @@ def _frames(folders, names):
     yield from (frame for frame in frames if frame.size == frames[-1].size)
 
 
-def latent_size_of(sample: Sample, unet: torch.nn.Module, vae: torch.nn.Module) -> tuple[int, int] | None:
-    """Returns the latent size (h, w) that a sample asks for, or None."""
-    factor = vae_reduction(vae)
-    height, width = native_latent_size(unet) if sample.size is None else (0, 0)
+def latent_size_of(sample: Sample, native: tuple[int, int], vae: torch.nn.Module) -> tuple[int, int] | None:
+    """Returns the latent size (h, w) that a sample asks for, or None. `native`: (h, w) for an aspect ratio's area."""
+    factor, (height, width) = vae_reduction(vae), native
     size = sample_size(sample, (width * factor, height * factor))
     return size and (size[1] // factor, size[0] // factor)
 
@@ -324,9 +322,12 @@ def default_latent_size(
     --height and --width, else the size trained on, else the size in the UNet's config.
 
     Raises:
-        ValueError: --height or --width is not a multiple of the VAE's downsampling factor.
+        ValueError: --height or --width is not a multiple of the VAE's downsampling factor, or one is needed.
     """
-    factor, (height, width) = vae_reduction(vae), info["latent_size"] or native_latent_size(unet)
+    factor, size = vae_reduction(vae), info["latent_size"] or native_latent_size(unet)
+    if size is None and not (args.height and args.width):
+        raise ValueError("the config of the UNet has no sample_size; pass --height and --width")
+    height, width = size or (0, 0)
     for flag, side in (("--height", args.height), ("--width", args.width)):
         if side and side % factor:
             raise ValueError(f"{flag} {side}: must be a multiple of {factor}")

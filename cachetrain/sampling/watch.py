@@ -14,11 +14,11 @@ from cachetrain.checkpoints.manifest import read_manifest
 from cachetrain.checkpoints.save import checkpoints, step_of
 from cachetrain.data.index import open_index
 from cachetrain.distributed import World
-from cachetrain.log import warn
+from cachetrain.log import describe, warn
 from cachetrain.modeling import load
 from cachetrain.modeling.precision import autocast_for
 from cachetrain.sampling.prompts import Prompts, read_prompts
-from cachetrain.sampling.samples import FAILURES, SampleImages, default_latent_size
+from cachetrain.sampling.samples import SampleImages, default_latent_size
 
 POLL_S = 3
 
@@ -103,8 +103,8 @@ class _CheckpointDrawer:
         try:
             unet = self._load_unet(checkpoint)
             self._open_samples(checkpoint, unet)
-        except FAILURES as error:
-            reason = error if checkpoint.exists() else "the checkpoint was removed before it was drawn"
+        except Exception as error:  # any: the next checkpoint may be drawn
+            reason = describe(error) if checkpoint.exists() else "the checkpoint was removed before it was drawn"
             warn(f"no samples of {checkpoint}: {reason}")
             return
         autocast = autocast_for(self.device, self.precision)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import shutil
+import traceback
 from argparse import Namespace
 from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
 
+from cachetrain.atomic import claim
 from cachetrain.checkpoints.export import check_exportable
 from cachetrain.checkpoints.save import frozen_files
-from cachetrain.log import warn
+from cachetrain.log import describe, first_line, warn
 from cachetrain.modeling import load, trainable
 from cachetrain.modeling.conditioning import check_unet, text_kind
 from cachetrain.modeling.files import component_files
@@ -101,7 +103,7 @@ def check_start(run, resumed) -> None:
         resumed: Resumed; if the frozen parts of its checkpoint are intact, they are linked, not copied.
 
     Raises:
-        ValueError: one of these is not so.
+        ValueError: one of these is not so, or another run of this name has its files in --ckpt_dir.
     """
     args, plan, model_dir = run.args, run.plan, run.model_dir
     config = UNet2DConditionModel.load_config(load.component_dir(model_dir, "unet"))
@@ -118,6 +120,9 @@ def check_start(run, resumed) -> None:
     _check_space(Path(args.output_dir), needed + frozen, "a checkpoint")
     if args.ckpt_dir:
         _check_space(Path(args.ckpt_dir), num_all * 4, "a single-file checkpoint")
+        if run.world.main:
+            name = run.output_dir.resolve().name  # as Saving names the files
+            claim(Path(args.ckpt_dir) / f".{name}.run", run.output_dir, f"--ckpt_dir {args.ckpt_dir}")
     num_saves = -(-(plan.max_steps - resumed.step) // plan.save_steps)
     num_saves = min(num_saves, args.keep_last + 1) if args.keep_last else num_saves
     free = shutil.disk_usage(args.output_dir).free
@@ -173,4 +178,31 @@ def memory_advice(args: Namespace, error: BaseException) -> str:
     if OPTIMIZERS[args.optimizer].state_tensors > OPTIMIZERS["lion"].state_tensors:
         advice.append("--optimizer lion (half the state of adamw)")
     advice += [] if args.precision == "bf16_pure" else ["--precision bf16_pure"]
-    return f"out of memory ({str(error).splitlines()[0]}); try " + ", ".join(advice)
+    return f"out of memory ({first_line(error)}); try " + ", ".join(advice)
+
+
+def explained(error: Exception, newest: Path | None, args: Namespace, world) -> ValueError:
+    """Returns the exception that ends a run after `error`, whose message is one line.
+
+    Args:
+        error: what ended the run.
+        newest: the run's newest checkpoint, or None.
+        args: parsed command line.
+        world: World.
+    """
+    if is_out_of_memory(error):
+        reason = memory_advice(args, error)
+    elif world.is_peer_failure(error):
+        reason = f"rank {world.rank}: another rank has ended; see the output of that rank"
+    elif "Original Traceback" in str(error):  # of a worker process of the loader
+        reason = str(error).rstrip().splitlines()[-1]
+    elif "DataLoader worker" in str(error):
+        reason = f"a process that reads caches died ({first_line(error)}); if memory ran out, use fewer --num_workers"
+    elif isinstance(error, ValueError | OSError):
+        reason = describe(error)
+    else:  # not foreseen: where it was raised helps to find out why
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        reason = f"{describe(error)} ({place.filename}:{place.lineno})"
+    if newest is not None and str(newest) in reason:
+        return ValueError(reason)
+    return ValueError(f"{reason}; last checkpoint: {newest or 'none yet'}")

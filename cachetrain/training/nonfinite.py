@@ -1,12 +1,16 @@
-"""Skips optimizer steps whose loss or gradients are NaN or infinite, and lists the files of their samples."""
+"""Skips optimizer steps whose loss or gradients are NaN or infinite, and lists the files of their samples, and those
+of samples that cannot be read."""
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from cachetrain.log import warn
 
 QUARANTINE = "quarantine.tsv"
+# A run ends when more pairs than both of these, or all pairs, cannot be read.
+_MAX_UNREADABLE, _MAX_UNREADABLE_SHARE = 10, 0.1
 
 
 def backward_seed(loss: torch.Tensor) -> torch.Tensor:
@@ -49,7 +53,7 @@ def step_if_finite(
 
 
 class NonfiniteSteps:
-    """Lists the files of skipped steps in quarantine.tsv, and counts skipped steps in a row.
+    """Lists the files of skipped steps and unreadable pairs in quarantine.tsv, and decides when the run must end.
 
     Args:
         index: PairIndex.
@@ -73,16 +77,20 @@ class NonfiniteSteps:
         self._steps = []
         self._micro_batches = []  # (sample numbers, losses) of the current step
         self._last_skipped = None  # step number
+        self._faults = {}  # since the last `read`: {number of the pair: reason}
+        self._last_fault = None
+        self._unreadable = np.zeros(len(index), bool)  # on all ranks alike
 
-    def add(self, samples: torch.Tensor, loss: torch.Tensor) -> None:
+    def add(self, batch: dict, loss: torch.Tensor) -> None:
         """Keeps a micro-batch until the next `read`.
 
         Args:
-            samples: int64 [B], numbers of the pairs, on the device.
+            batch: dict of data.batching.collate, on the device.
             loss: float32 [B], on the device.
         """
         # Cloned because all tensors of a batch share one block of memory, which a reference would keep alive.
-        self._micro_batches.append((samples.clone(), loss))
+        self._micro_batches.append((batch["samples"].clone(), loss))
+        self._faults |= dict(batch["faults"])
 
     def end_step(self, step: int, finite: torch.Tensor) -> None:
         """Ends optimizer step `step`. `finite`: as for step_if_finite."""
@@ -90,18 +98,19 @@ class NonfiniteSteps:
         self._micro_batches = []
 
     def read(self, num_skipped: int) -> bool:
-        """Checks the steps since the last call and lists the skipped ones. Called at log steps, by all ranks.
+        """Checks the steps since the last call and lists what was skipped. Called at log steps, by all ranks.
 
         Args:
             num_skipped: number of skipped steps since the last call, of Statistics; if 0, no tensor is read.
 
         Returns:
-            whether `limit` steps in a row were skipped.
+            whether the run must end: `limit` steps in a row were skipped, or too many pairs cannot be read.
         """
         steps, self._steps = self._steps, []
+        self._read_faults(steps[-1][0])
         if not num_skipped:
             self.in_a_row = 0
-            return False
+            return self._too_many_unreadable()
         lines = []
         for step, finite, micro_batches in steps:
             samples, losses = (torch.cat(tensors) for tensors in zip(*micro_batches, strict=True))
@@ -114,16 +123,48 @@ class NonfiniteSteps:
                 lines += self._lines(step, samples, losses, bad)
             if self.in_a_row >= self.limit:
                 break
-        self._write(lines)
-        return self.in_a_row >= self.limit
+        if lines:
+            numbers = sorted({int(line.split("\t")[0]) for line in lines})
+            more = f" and {len(numbers) - 5} more" if len(numbers) > 5 else ""
+            listed = ", ".join(map(str, numbers[:5])) + more
+            message = f"loss or gradients were not finite at step {listed}: skipped, the weights have not changed"
+            self._write(lines, message)
+        return self.in_a_row >= self.limit or self._too_many_unreadable()
 
     def advice(self) -> str:
-        """The error message for `limit` skipped steps in a row."""
+        """The error message for a run that must end."""
+        if self._too_many_unreadable():
+            return (
+                f"{self._unreadable.sum()} of {len(self.index)} pairs cannot be read, listed in {self.path}; the "
+                f"last one: {self._last_fault}: restore the files, and continue with --resume latest"
+            )
         return (
             f"loss or gradients were not finite in {self.in_a_row} steps in a row, up to step {self._last_skipped}: "
             f"check the files listed in {self.path}, lower --lr or use --precision fp32, and resume with "
             "--resume_anyway"
         )
+
+    def _too_many_unreadable(self):
+        limit = max(_MAX_UNREADABLE, _MAX_UNREADABLE_SHARE * len(self.index))
+        return bool(self._unreadable.sum() > limit or self._unreadable.all())
+
+    def _read_faults(self, step):
+        """Lists the pairs that could not be read, on any rank, for the first time since the last call."""
+        faults, self._faults = self._faults, {}
+        if not self.world.any(bool(faults)):
+            return
+        faults = {number: reason for of_rank in self.world.gather(faults) for number, reason in of_rank.items()}
+        new = [number for number in sorted(faults) if not self._unreadable[number]]
+        if not new:
+            return
+        self._unreadable[new] = True
+        self._last_fault = faults[new[-1]]
+        lines = [self._line(step, "unreadable: " + " ".join(faults[number].split()), number) for number in new]
+        message = f"up to step {step}, {len(new)} more pairs could not be read ({faults[new[0]]}): "
+        self._write(lines, message + "they count with weight 0 in their batches")
+
+    def _line(self, step, reason, number):
+        return f"{step}\t{reason}\t{self.index.image_path(number)}\t{self.index.text_path(number)}\n"
 
     def _lines(self, step, samples, losses, bad):
         """Returns lines for quarantine.tsv: the pairs of all ranks with a bad loss; if none, all of the step."""
@@ -131,20 +172,13 @@ class NonfiniteSteps:
         pairs = [pair for of_rank in self.world.gather(pairs) for pair in of_rank]
         bad_losses = [(number, f"loss {loss}") for number, loss, is_bad in pairs if is_bad]
         listed = bad_losses or [(number, "gradients of its step") for number, _, _ in pairs]
-        return [
-            f"{step}\t{reason}\t{self.index.image_path(number)}\t{self.index.text_path(number)}\n"
-            for number, reason in listed
-        ]
+        return [self._line(step, reason, number) for number, reason in listed]
 
-    def _write(self, lines):
-        if not lines or not self.world.main:
+    def _write(self, lines, message):
+        if not self.world.main:
             return
-        steps = sorted({int(line.split("\t")[0]) for line in lines})
-        more = f" and {len(steps) - 5} more" if len(steps) > 5 else ""
-        message = f"loss or gradients were not finite at step {', '.join(map(str, steps[:5]))}{more}: "
-        message += "skipped, the weights have not changed"
         try:
-            with open(self.path, "a", encoding="utf-8") as file:
+            with open(self.path, "a", encoding="utf-8", errors="surrogateescape") as file:  # paths may be any bytes
                 file.writelines(lines)
             warn(f"{message}; {len(lines)} pairs are listed in {self.path}")
         except OSError as error:

@@ -261,6 +261,10 @@ def open_pairs(run: Run) -> CachedPairs:
         offset_noise=args.offset_noise,
         fixed=bool(args.overfit),
     )
+    if args.flip_p and "latent_flip" not in index.image_header.shapes:
+        raise ValueError(
+            f"{index.image_path(0)}: has no latent_flip, which --flip_p needs; cache the images with --flip"
+        )
     sidecars = RamCache(index) if args.cache_in_ram else None
     return CachedPairs(
         index, _latent_scaling(run, warn_if_different=True), run.conditioning, draws, _null_condition(run), sidecars

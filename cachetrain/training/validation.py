@@ -85,6 +85,8 @@ class Validation:
         self.world = run.world
         self._batches = FixedBatches(pairs.index.shape_ids, run.args.batch_size, run.world.rank, run.world.ranks)
         self._loader = make_loader(pairs, self._batches, min(2, run.args.num_workers), run.device.type == "cuda")
+        self._faults = {}  # of the current measurement: {number of the pair: reason}
+        self._left_out = set()
         self._best = float("inf")
         self._num_stale = 0  # validations since the best loss
         self._warned = False
@@ -122,6 +124,7 @@ class Validation:
         if ema is not None:
             values |= _by_quantile("val/loss_ema", self._means(unet, forward, ema.applied())[0])
         values = {tag: float(value) for tag, value in values.items()}
+        self._warn_of_faults()
         self._check_plateau(values.get("val/loss_ema", values["val/loss"]), step)
         return values
 
@@ -142,12 +145,23 @@ class Validation:
                     if self._batches.counts(number):
                         quantiles = torch.tensor([key.epoch for key in self._batches.batch(number)])
                         values = [result.loss, result.squared_error, torch.ones_like(result.loss)]
-                        values = torch.stack(values).double()
+                        values = (torch.stack(values) * batch["weights"]).double()
+                        self._faults |= dict(batch["faults"])
                         sums.index_add_(1, quantiles.to(self.device, non_blocking=True), values)
             finally:
                 unet.train(training)
         sums = self.world.sum(sums).cpu().numpy()
-        return sums[:2] / sums[2]
+        with np.errstate(invalid="ignore"):  # nan where no sample could be read
+            return sums[:2] / sums[2]
+
+    def _warn_of_faults(self):
+        """Warns of the pairs that could not be read, on any rank; of each pair once in a run."""
+        faults = {number: reason for faults in self.world.gather(self._faults) for number, reason in faults.items()}
+        self._faults = {}
+        new = faults.keys() - self._left_out
+        self._left_out |= new
+        if new:
+            warn(f"{len(new)} pairs were left out of the validation loss, which shifts it: {faults[min(new)]}")
 
     def _check_plateau(self, loss, step):
         """Warns once in a run, on rank 0, if the loss has stopped improving."""

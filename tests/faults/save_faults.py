@@ -79,7 +79,7 @@ def undisturbed(model, folder):
     goes_on = Run(model, copy(folder / "start", folder / "undisturbed"))
     for step in (NEW, NEXT):
         expected[step] = (goes_on.save(step) / NAME).read_bytes()
-    return folder / "start", expected, {path.name: _content(path) for path in goes_on.ckpt_dir.iterdir()}
+    return folder / "start", expected, {path.name: _content(path) for path in goes_on.ckpt_dir.glob("[!.]*")}
 
 
 def check(run, expected, single_files):

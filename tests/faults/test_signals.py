@@ -221,9 +221,10 @@ def test_a_run_stopped_at_every_stage_ends_with_the_weights_of_an_undisturbed_on
     assert last_state(tmp_path) == undisturbed
 
 
-def test_ctrl_c_in_a_terminal_reaches_the_loaders_workers_too(start, undisturbed, tmp_path):
-    trainer = start(tmp_path, "--num_workers", 2, stage="forward", number=signal.SIGINT, group=True)
-    assert_stopped(trainer, tmp_path, 130)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_ctrl_c_or_the_end_of_a_terminal_reaches_the_loaders_workers_too(number, start, undisturbed, tmp_path):
+    trainer = start(tmp_path, "--num_workers", 2, stage="forward", number=number, group=True)
+    assert_stopped(trainer, tmp_path, 128 + number)
     finish(start, tmp_path)
     assert last_state(tmp_path) == undisturbed
 
@@ -262,7 +263,8 @@ def test_a_second_signal_leaves_at_once_and_nothing_half_written_is_trusted(numb
 def test_a_signal_to_one_rank_stops_both_after_the_same_step(rank, start, tmp_path):
     def codes(run, *flags, **options):
         env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        flags = ["--output_dir", tmp_path / run / "run", "--max_steps", 5, "--batch_size", 1, *flags]
+        flags = ["--output_dir", tmp_path / run / "run", "--logdir", tmp_path / run / "tb", *flags]
+        flags = ["--max_steps", 5, "--batch_size", 1, *flags]
         both = [start(tmp_path / f"rank{i}", *flags, env=env | {"RANK": str(i), "LOCAL_RANK": str(i)},
                       **(options if i == rank else {})) for i in (0, 1)]  # fmt: skip
         return [trainer.wait() for trainer in both]

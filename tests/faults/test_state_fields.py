@@ -194,6 +194,48 @@ def test_missing_part_of_an_optimizer_is_refused(whole, flags, key):
     assert f"its optimizer lacks {key}; " in error_of(whole, whole.interrupted(flags, change), flags)
 
 
+NO_OPTIMIZERS = [[], {"state": {}}, {"state": [], "param_groups": [{"params": []}]},
+                 {"state": {}, "param_groups": [3]},
+                 {"state": {"9": {}}, "param_groups": [{"params": [0]}]},
+                 {"state": {"0": 1}, "param_groups": [{"params": [0]}]}]  # fmt: skip
+MADE_UP = [
+    ("step", True), ("step", "2"), ("visits", 10**15), ("visits", -1), ("visits", 1.5), ("settings", []),
+    ("settings", {"batch_size": "7"}), ("trained", None), *(("optimizer", value) for value in NO_OPTIMIZERS),
+    ("scaler", 1), ("scaler", {"scale": "x"}), ("scaler", {"scale": float("inf")}), ("statistics", {}),
+    ("statistics", {"epoch": [1], "seconds": 0}), ("validation", 3), ("validation", {"best": "x"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "value"), MADE_UP)
+def test_a_value_that_no_run_writes_is_refused(field, value, whole, tmp_path):
+    saved = checkpoint_path(whole(""), 2)
+    folder = shutil.copytree(saved / "training_state", tmp_path / "checkpoint-000002" / "training_state")
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(state | {field: value}))
+    with pytest.raises(ValueError, match=f"has a {field} that no run writes: ") as error:
+        read_state(folder.parent)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "[" * 100_000, '{"a": {"__tensor__": []}}', "\xff"])
+def test_a_state_that_is_none_is_refused(content, whole, tmp_path):
+    saved = checkpoint_path(whole(""), 2)
+    folder = shutil.copytree(saved / "training_state", tmp_path / "checkpoint-000002" / "training_state")
+    (folder / "state.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match="its training_state"):
+        read_state(folder.parent)
+    (folder / "tensors.safetensors").write_bytes(b"none")
+    with pytest.raises(ValueError, match="its training_state cannot be read"):
+        read_state(folder.parent)
+
+
+def test_moments_of_another_shape_are_refused(whole):
+    def change(state):
+        state["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
+
+    assert "does not fit the model: exp_avg of parameter 0" in error_of(whole, whole.interrupted("", change))
+
+
 def test_missing_tensor_is_refused(whole):
     run = whole.interrupted("")
     path = checkpoint_path(run, 2) / "training_state" / "tensors.safetensors"

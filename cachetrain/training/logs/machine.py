@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -82,14 +83,13 @@ def speed_tags(
 
 def system_tags(device: torch.device, output_dir: Path) -> dict[str, float]:
     """Returns the scalars of group 14, for this process and its GPU. Peaks are since the start of the process."""
-    tags = {"14_System/disk_free_gib": shutil.disk_usage(output_dir).free / GIB}
+    tags = {}
+    with suppress(OSError):  # the directory has been renamed
+        tags["14_System/disk_free_gib"] = shutil.disk_usage(output_dir).free / GIB
     if device.type == "cuda":
         tags["14_System/gpu_peak_gib"] = torch.cuda.max_memory_allocated(device) / GIB
         tags["14_System/gpu_reserved_gib"] = torch.cuda.memory_reserved(device) / GIB
         tags["14_System/gpu_alloc_retries"] = torch.cuda.memory_stats(device).get("num_alloc_retries", 0)
-    try:
-        with open("/proc/self/statm") as file:  # Linux
-            tags["14_System/rss_gib"] = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / GIB
-    except FileNotFoundError:
-        pass
+    with suppress(OSError), open("/proc/self/statm") as file:  # Linux
+        tags["14_System/rss_gib"] = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / GIB
     return tags

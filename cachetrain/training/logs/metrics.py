@@ -16,7 +16,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from cachetrain.log import append_line, warn
+from cachetrain.log import append_line, describe, warn
 
 _FRAME_MS = 250
 _LAST_FRAME_MS = 1500
@@ -40,8 +40,8 @@ class NoMetrics:
 class Metrics:
     """Writes scalars to TensorBoard and, one line per log step, to `<output_dir>/metrics.jsonl`.
 
-    Images are encoded by a background thread. An image that cannot be encoded and a full disk cause a warning:
-    training continues without what could not be written.
+    Images are encoded by a background thread. An image that cannot be encoded and whatever fails in writing cause a
+    warning: training continues without what could not be written.
 
     Args:
         output_dir: of the run.
@@ -56,7 +56,8 @@ class Metrics:
             _remove_lines_after(path, start_step)
         self.log_dir = str(log_dir)
         self._failing = set()  # of "events" and "lines": a warning was given
-        purge_step = start_step + 1 if start_step else start_step  # a run resumed from step 0 logs step 0 again
+        # A run resumed from step 0 logs step 0 again; a new run hides what a removed run of its name has left.
+        purge_step = start_step + 1 if start_step else 0 if any(Path(log_dir).glob("events.*")) else None
         self.writer = SummaryWriter(self.log_dir, flush_secs=30, purge_step=purge_step)
         self._file = open(path, "ab", buffering=0)
         self._jobs = queue.Queue(maxsize=16)  # training waits when it is full, to bound memory
@@ -140,9 +141,9 @@ class Metrics:
         """Calls write(SummaryWriter). After an error, once with a new writer: the thread of the old one has ended."""
         try:
             write(self.writer)
-        except OSError as error:
+        except Exception as error:  # any: of the disk, of TensorBoard, of wandb, which hooks itself into the writer
             self._warn_once("events", error)
-            with suppress(OSError):
+            with suppress(Exception):
                 self.writer = SummaryWriter(self.log_dir, flush_secs=30)
                 write(self.writer)
 
@@ -158,7 +159,7 @@ class Metrics:
         if what not in self._failing:
             self._failing.add(what)
             path = self._file.name if what == "lines" else self.log_dir
-            warn(f"{path}: {error.strerror}: log entries are lost until writing works again; training continues")
+            warn(f"{path}: {describe(error)}: log entries are lost until writing works again; training continues")
 
     def _encode(self):
         while (job := self._jobs.get()) is not None:

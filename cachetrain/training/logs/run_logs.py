@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from cachetrain.atomic import claim
 from cachetrain.data.dataset import SampleKey
 from cachetrain.log import info
 from cachetrain.training.logs import describe, wandb_mirror
@@ -48,6 +49,8 @@ class Logs:
         self.groups = frozenset(args.log_groups)
         self.scaler = scaler
         log_dir = Path(args.logdir) / run.output_dir.name
+        if world.main:
+            claim(log_dir / ".run", run.output_dir, f"--logdir {args.logdir}")
         self._wandb = wandb_mirror.start(args) if args.wandb and world.main else None
         with wandb_mirror.following(log_dir) if self._wandb else nullcontext():
             self.metrics = open_metrics(run.output_dir, log_dir, start_step, world.main)

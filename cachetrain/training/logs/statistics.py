@@ -37,7 +37,8 @@ class Statistics:
 
     Attributes:
         wait_s: seconds that the training loop waited for batches since the last `read`; the loop adds to it.
-        loss, loss_raw: mean losses at the last `read`, of samples with a finite loss; set whatever the groups.
+        loss, loss_raw: mean losses at the last `read`, of samples that were read and have a finite loss; set whatever
+            the groups.
         grad_norm: global gradient norm at the last `read`.
         num_not_finite: steps whose gradients were not finite, between the last two calls of `read`.
         measured: Gradients, with qk_rms and v_ratio of the last `read` if group 11 is on.
@@ -95,8 +96,8 @@ class Statistics:
                 [B, C, h, w]; alpha and sigma, float32 [B, 1, 1, 1].
         """
         loss, squared_error = result.loss.detach(), result.squared_error.detach()
-        finite = loss.isfinite()
-        rows = [finite.float(), squared_error, loss]
+        counted = loss.isfinite() & (batch["weights"] > 0)
+        rows = [counted.float(), squared_error, loss]
         if 6 in self.groups:
             rows += self._diffusion(squared_error, result.alpha.flatten(), result.sigma.flatten())
         if 7 in self.groups:
@@ -107,7 +108,7 @@ class Statistics:
             rows += [deviations[0] / deviations[1], F.cosine_similarity(prediction, target)]
             self._last_batch = batch  # a log step measures the latents and text of the last micro-batch
         cells = (batch["timesteps"] * (CELLS / 1000)).long().clamp_(max=CELLS - 1) + CELLS * batch["dropped"]
-        rows = torch.where(finite, torch.stack(rows), 0.0)  # one NaN would spoil the sums
+        rows = torch.where(counted, torch.stack(rows), 0.0)  # one NaN would spoil the sums
         self._table.index_add_(1, cells, rows)
         self._images += len(loss) * self.world.ranks
 

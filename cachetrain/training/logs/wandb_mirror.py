@@ -8,7 +8,7 @@ import time
 import uuid
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cachetrain.atomic import atomic_write
@@ -17,6 +17,7 @@ from cachetrain.log import warn
 ID = "wandb_id"  # file in a run's output_dir, with which a resumed run continues the same wandb run
 _INIT_TIMEOUT_S = 30
 _FINISH_TIMEOUT_S = 120
+_WITHOUT = "the run is logged without Weights & Biases"
 _MAX_AHEAD_S = 5  # event files that are newer still are not waited for: the clock has been set back
 
 
@@ -26,18 +27,17 @@ def start(args: Namespace):
     Returns:
         the wandb run, or None if it cannot be started.
     """
-    import wandb
-
     for mode in (None, "offline"):
         try:
             return _start(args, mode)
-        except Exception as error:  # any: a run is not ended because wandb failed
+        except Exception as error:  # any, of the import too: a run is not ended because wandb failed
             if mode is None:
                 consequence = "logging offline instead; upload the log with `wandb sync`"
             else:
-                consequence = "the run is logged without Weights & Biases"
+                consequence = _WITHOUT
             warn(f"--wandb: {_describe(error)}: {consequence}")
-            wandb.teardown()
+            with suppress(Exception):
+                _teardown()
     return None
 
 
@@ -48,13 +48,19 @@ def following(log_dir: Path) -> Iterator[None]:
     wandb.init(sync_tensorboard=True) is not used: it delays the end of the run by 10 s, waiting for a second
     directory to find the common root, and sends everything again for each writer that Metrics opens after an error.
     """
-    import wandb
+    try:
+        import wandb
 
-    wandb.tensorboard.patch(root_logdir=str(log_dir))
+        wandb.tensorboard.patch(root_logdir=str(log_dir))
+    except Exception as error:
+        warn(f"--wandb: {_describe(error)}: {_WITHOUT}")
+        yield
+        return
     try:
         yield
     finally:
-        wandb.tensorboard.unpatch()
+        with suppress(Exception):
+            wandb.tensorboard.unpatch()
 
 
 def finish(run) -> None:
@@ -63,6 +69,12 @@ def finish(run) -> None:
         run.finish(exit_code=int(sys.exc_info()[0] is not None))
     except Exception as error:
         warn(f"--wandb: {_describe(error)}: the log may not be uploaded completely")
+
+
+def _teardown():
+    import wandb
+
+    wandb.teardown()
 
 
 def _describe(error):
