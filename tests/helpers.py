@@ -21,6 +21,8 @@ T5, CLIP = (".img_sdxl", ".txt_t5cache"), (".img_sdxl", ".txt_clipl")
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name
 # Of a cache script: latents wider than those of the fixture `shapes`.
 WIDE = ("--target_width", 96, "--target_height", 64, "--num_workers", 0)
+# Groups of tags that cost little; all fifteen take as long as training.
+BRIEF_LOG, FULL_LOG = ("1", "2", "3", "4"), ("--log_groups", *range(1, 16))
 HANG_S = 600  # a test that waits for longer hangs; so long that no loaded machine gets there
 
 
@@ -70,7 +72,7 @@ def trainer_argv(data, model, out, *flags, suffixes=T5):
     directories = data if isinstance(data, list | tuple) else [data]
     argv = ["--train_data_dir", *directories, "--model", model, "--output_dir", out, "--logdir", out.parent / "tb"]
     argv += ["--imgcache_suffix", suffixes[0], "--txtcache_suffix", suffixes[1], "--precision", "fp32"]
-    argv += ["--num_workers", 0, "--log_step", 1, "--device", "cpu"]
+    argv += ["--num_workers", 0, "--log_step", 1, "--device", "cpu", "--log_groups", *BRIEF_LOG]
     return list(map(str, [*argv, *flags]))
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import CLIP, T5, WIDE, run_script, train
+from helpers import CLIP, FULL_LOG, T5, WIDE, run_script, train
 
 RECORD = Path(__file__).with_name("golden.json")
 MODE = os.environ.get("GOLDEN", "")
@@ -52,7 +52,7 @@ def test_losses_and_weights_are_those_recorded(
     model, suffixes = (model_t5, T5) if flavour == "t5" else (model_sd, CLIP)
     flags = ["--objective", objective, *weighting, "--max_steps", STEPS, "--batch_size", 2, "--gradient_accum", 2,
              "--ema_decay", 0.9, "--cond_dropout", 0.2, "--lr", 1e-3, "--scheduler", "cosine",
-             "--gradient_clip", 1.0]  # fmt: skip
+             "--gradient_clip", 1.0, *FULL_LOG]  # fmt: skip
     lines, _ = train(two_sizes, model, out, *flags, suffixes=suffixes)
     losses = [line["01_Training/loss"] for line in lines if "01_Training/loss" in line]
     assert len(losses) == STEPS
