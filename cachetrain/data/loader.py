@@ -150,7 +150,7 @@ def _worker_failures():
         if not str(error).startswith("DataLoader worker") and getattr(error, "errno", None) is None:
             raise
         raise OSError(
-            f"a worker process of the loader: {first_line(error)}; if memory is short, lower --num_workers (0 needs "
+            f"a loader process died ({first_line(error)}); if memory is short, lower --num_workers (0 needs "
             "no such process), or give a container more (docker run --memory, --shm-size)"
         ) from error
 

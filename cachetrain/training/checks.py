@@ -196,8 +196,6 @@ def explained(error: Exception, newest: Path | None, args: Namespace, world) -> 
         reason = f"rank {world.rank}: another rank has ended; see the output of that rank"
     elif "Original Traceback" in str(error):  # of a worker process of the loader
         reason = str(error).rstrip().splitlines()[-1]
-    elif "DataLoader worker" in str(error):
-        reason = f"a process that reads caches died ({first_line(error)}); if memory ran out, use fewer --num_workers"
     elif isinstance(error, ValueError | OSError):
         reason = describe(error)
     else:  # not foreseen: where it was raised helps to find out why

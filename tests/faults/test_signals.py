@@ -239,7 +239,7 @@ def test_a_worker_that_is_signalled_while_it_starts_works_on(number, start, undi
 def test_a_worker_that_is_killed_ends_the_run_and_does_not_hang_it(start, undisturbed, tmp_path):
     trainer = start(tmp_path, "--num_workers", 2, stage="worker works", number=signal.SIGKILL)
     assert trainer.wait() == 2 and trainer.came.exists()
-    assert re.search(r"a process that reads caches died \(.*fewer --num_workers; last checkpoint: ", trainer.output)
+    assert re.search(r"a loader process died \(.*lower --num_workers .*; last checkpoint: ", trainer.output)
     assert "Traceback" not in trainer.output
     finish(start, tmp_path)
     assert last_state(tmp_path) == undisturbed
