@@ -230,7 +230,7 @@ def test_a_bad_sample_in_float16_is_skipped_and_named(shapes, model_t5, tmp_path
     ]
 
 
-@pytest.mark.parametrize("flags", [[], ["--fsdp"], ["--fsdp", "--optimizer", "lion"], ["--log_groups", 3]])
+@pytest.mark.parametrize("flags", [[], ["--fsdp", "--optimizer", "lion"], ["--log_groups", 3]])
 def test_a_bad_sample_of_one_rank_is_skipped_by_all(flags, shapes, model_t5, tmp_path):
     own = pairs_of(shapes, BAD, batch_size=4)[1][0]
     data = poisoned_copy(shapes, tmp_path, "latent", NAN, own[1])  # every second one is rank 1's
