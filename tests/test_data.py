@@ -3,17 +3,19 @@
 import shutil
 from collections import Counter
 from itertools import islice
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
 import torch
 from helpers import CLIP, T5, WIDE, digest, open_pairs, refused, run_script, train
 
+from cachetrain.caching import images
 from cachetrain.data import dataset, ram, rng
 from cachetrain.data.batching import BatchSampler
 from cachetrain.data.dataset import SampleKey
 from cachetrain.data.index import PairIndex
-from cachetrain.data.loader import unpack
+from cachetrain.data.loader import batches_of, end_with_lost_batch, pack, unpack
 from cachetrain.data.sidecar import read_sidecar
 from cachetrain.distributed import World
 from cachetrain.training import options
@@ -226,3 +228,35 @@ def test_a_compiled_run_pads_every_batch_to_the_longest_text_of_all(shapes, mode
         batches = (unpack(packed)["conditioning"] for packed in islice(loader, 4))
         found = {batch["encoder_hidden_states"].shape[1] for batch in batches}
         assert found <= lengths
+
+
+# Between processes
+
+
+def test_batches_need_no_shared_memory(monkeypatch):
+    """A container has 64 MB of it; torch would put each tensor there."""
+
+    def shared(tensor):
+        raise AssertionError("a tensor is put into shared memory")
+
+    for kind in (torch.Tensor, torch.nn.parameter.Parameter):
+        monkeypatch.setitem(ForkingPickler._extra_reducers, kind, shared)
+    batch = {
+        "latents": torch.randn(2, 4, 8, 8),
+        "condition": {"emb": torch.ones(2, 3).bfloat16()},
+        "faults": [(1, "x")],
+    }
+    received = unpack(ForkingPickler.loads(ForkingPickler.dumps(pack(batch))))
+    assert torch.equal(received["latents"], batch["latents"]) and received["faults"] == [(1, "x")]
+    assert torch.equal(received["condition"]["emb"], batch["condition"]["emb"])
+    groups, _ = images.collate([images.Decoded("a.png", np.zeros((8, 8, 3), np.uint8), {})])
+    assert len(ForkingPickler.loads(ForkingPickler.dumps(groups))) == 1
+
+
+def test_a_batch_that_cannot_be_sent_ends_the_loader_in_one_line():
+    unsendable = [lambda: None]  # cannot be pickled: the worker's thread that sends batches fails
+    loader = torch.utils.data.DataLoader(
+        unsendable, num_workers=1, collate_fn=list, worker_init_fn=lambda _: end_with_lost_batch()
+    )
+    with pytest.raises(OSError, match=r"a loader process died .*lower --num_workers"):
+        list(batches_of(loader))
