@@ -81,4 +81,17 @@ launch=("$PYTHON")
 # DATADIR names one directory, whose name may have spaces, or several.
 data=("$DATADIR")
 [ -d "${DATADIR%:*}" ] || read -r -d '' -a data <<< "$DATADIR" || true
-exec "${launch[@]}" "$HERE/train_from_cached.py" --train_data_dir "${data[@]}" "${args[@]}" "$@"
+command=("${launch[@]}" "$HERE/train_from_cached.py" --train_data_dir "${data[@]}" "${args[@]}" "$@")
+[ "$GPUS" != 1 ] || exec "${command[@]}"
+
+# torchrun ends with exit code 1 after any signal; pass the signal's own on, as with one GPU.
+torchrun='' code=''
+stop() { code=$1 && kill -TERM $torchrun 2>/dev/null || true; } # a background process ignores SIGINT
+trap 'stop 130' INT
+trap 'stop 143' TERM
+trap 'stop 129' HUP
+"${command[@]}" &
+torchrun=$!
+[ -z "$code" ] || stop $code
+while ended=0; wait $torchrun || ended=$?; kill -0 $torchrun 2>/dev/null; do :; done # a signal ends `wait` early
+exit ${code:-$ended}

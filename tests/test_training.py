@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from datetime import timedelta
@@ -648,6 +649,29 @@ def test_front_end_takes_one_directory_with_spaces_in_its_name_or_several(data, 
     done = subprocess.run([REPO / "train_sd.sh"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     words = done.stdout.splitlines()
     assert words[words.index("--train_data_dir") + 1 : words.index("--model")] == directories
+
+
+@pytest.mark.parametrize("number", [None, signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_front_end_of_several_gpus_stops_torchrun_and_ends_with_the_exit_code_of_the_signal(number, tmp_path):
+    wait = "read -r _" if number is None else "while :; do sleep 0.02; done"
+    (tmp_path / "python3").write_text(
+        f"#!/bin/bash\ntrap 'echo stopped; exit 1' TERM\necho started\n{wait}\nexit 7\n"
+    )
+    (tmp_path / "python3").chmod(0o755)
+    environment = os.environ | {"GPUS": "2", "VIRTUAL_ENV": "x", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    with subprocess.Popen(
+        [REPO / "train_t5.sh"],
+        cwd=tmp_path,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as started:
+        assert started.stdout.readline() == "started\n"
+        if number:
+            started.send_signal(number)
+        assert started.stdout.read() == ("stopped\n" if number else "")
+    assert started.returncode == (128 + number if number else 7)
 
 
 def test_front_ends_differ_in_their_settings_only():
