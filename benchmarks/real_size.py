@@ -33,7 +33,7 @@ def parse_args(argv=None):
     parser = cli.parser(__doc__)
     parser.add_argument("--work", required=True, help="directory for models, caches and the run; not deleted")
     parser.add_argument(
-        "--steps", type=cli.Number(int, 2), default=4, help="training steps; the first one is not timed"
+        "--steps", type=cli.Number(int, 2, 10**6), default=4, help="training steps; the first one is not timed"
     )
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="precision of training")
     # The script calls itself with this flag, to measure one counterpart in a separate process.

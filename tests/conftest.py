@@ -14,8 +14,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Where diffusers copies a directory's own pipeline code before it runs it.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="cachetrain-test-modules-")
 
-# A shell starts a background job with SIGINT ignored, and all processes started from here would inherit that.
+# A shell starts a background job with SIGINT ignored, nohup one with SIGHUP ignored; all processes started from here
+# would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 CHROMIUM_ARGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
                  "--disable-sync", "--no-first-run"]  # fmt: skip

@@ -290,7 +290,11 @@ def test_missing_latent_flip_names_the_command_that_makes_it(root, tmp_path, cap
     [
         ("cache/show_vae_latent.py", ("x",), "one of the arguments --out --sheet is required"),
         ("cache/show_vae_latent.py", ("x", "--sheet", "a.jpg"), "ends with .png"),
-        ("cache/show_vae_latent.py", ("x", "--out", "a", "--num_images", "-1"), "a whole number from 0, got -1"),
+        (
+            "cache/show_vae_latent.py",
+            ("x", "--out", "a", "--num_images", "-1"),
+            "a whole number from 0 to 1000000000, got -1",
+        ),
         ("cache/validate_vae.py", ("x", "--resolution", "72"), "steps of 64"),
         ("cache/validate_vae.py", ("x", "--resolution", "4096"), "64 to 2048"),
     ],

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
-from helpers import train, weights_of
+from helpers import FULL_LOG, train, weights_of
 
 from cachetrain.checkpoints.info import checkpoint_info
 from cachetrain.data.batching import collate
@@ -173,7 +173,7 @@ def test_pictures_are_those_of_a_loop_by_hand(cfg, row, data, model):
 def test_a_run_trains_validates_logs_and_saves_with_the_new_kind(in_ram, row, data, model, tmp_path):
     out = tmp_path / "run"
     flags = ["--batch_size", 4, "--max_steps", 4, "--lr", 1e-2, "--diagnostic_steps", 2, "--cond_dropout", 0.3]
-    flags += ["--val_split", 0.2, "--ema_decay", 0.9, *in_ram]
+    flags += ["--val_split", 0.2, "--ema_decay", 0.9, *in_ram, *FULL_LOG]
     lines, after = train(data, model, out, *flags, suffixes=(".img_sdxl", SUFFIX))
     last = lines[-1]
     assert last["val/loss"] > 0 and last["07_Noise_Analysis/embedding_norm"] > 0

@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from helpers import WEIGHTS, json_lines, train
+from helpers import FULL_LOG, WEIGHTS, json_lines, train
 from safetensors.torch import load_file, save_file
 
 LAYER = "up_blocks.1.attentions.0.transformer_blocks.0.attn1"
@@ -34,7 +34,7 @@ def test_a_layer_whose_queries_and_keys_do_not_learn_is_named_with_the_step(
     scale, step, conditions, shapes, model_t5, tmp_path, capsys
 ):
     model = with_scaled_qk(model_t5, tmp_path / "model", scale)
-    train(shapes, model, tmp_path / "out", "--max_steps", STEPS, "--batch_size", 2, "--lr", 1e-6)
+    train(shapes, model, tmp_path / "out", "--max_steps", STEPS, "--batch_size", 2, "--lr", 1e-6, *FULL_LOG)
     lines = json_lines(tmp_path / "out" / "warnings.jsonl")
     assert [line["step"] for line in lines] == [step] * len(conditions)
     said = capsys.readouterr().err
@@ -44,6 +44,6 @@ def test_a_layer_whose_queries_and_keys_do_not_learn_is_named_with_the_step(
 
 
 def test_a_healthy_run_warns_of_nothing(shapes, model_t5, tmp_path, capsys):
-    train(shapes, model_t5, tmp_path / "out", "--max_steps", STEPS, "--batch_size", 4, "--lr", 1e-3)
+    train(shapes, model_t5, tmp_path / "out", "--max_steps", STEPS, "--batch_size", 4, "--lr", 1e-3, *FULL_LOG)
     assert not (tmp_path / "out" / "warnings.jsonl").exists()
     assert "warning" not in capsys.readouterr().err

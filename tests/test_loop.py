@@ -95,7 +95,7 @@ def test_each_precision_and_optimizer_learns_and_saves_its_dtype(
     rate = 3e-4 if optimizer == "lion" else 2e-3
     steps = 12 if precision == "fp16" else 20  # a CPU takes half a second for one in float16
     flags = ["--max_steps", steps, "--batch_size", 8, "--lr", rate, "--precision", precision]
-    flags += ["--optimizer", optimizer]
+    flags += ["--optimizer", optimizer, "--log_groups", 1, 14]
     lines, weights = train(shapes, model_t5, tmp_path / "run", *flags, *FLOW, "--ema_decay", 0.9)
     assert {tensor.dtype for tensor in weights.values()} == {dtype}
     losses = [line["01_Training/loss_raw"] for line in lines]

@@ -147,7 +147,7 @@ def test_noise_schedule_that_cannot_be_trained_is_refused_by_name(scheduler, mes
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("{", "scheduler_config.json: Expecting"),
+        ("{", "scheduler_config.json: is not JSON (Expecting"),
         ("[]", "expected the config of a scheduler"),
         ('{"beta_start": 0.1}', "has no _class_name"),
         ('{"_class_name": "UNet2DConditionModel"}', "UNet2DConditionModel is not a diffusers scheduler"),

@@ -230,4 +230,4 @@ def test_numbers_of_blocks_are_checked_when_parsed(capsys):
         arguments("--unfreeze_down_blocks -1")
     with pytest.raises(SystemExit):
         arguments("--unfreeze_down_blocks two")
-    assert "--unfreeze_down_blocks: expected a whole number from 0, got two" in capsys.readouterr().err
+    assert "--unfreeze_down_blocks: expected a whole number from 0 to 1000000000, got two" in capsys.readouterr().err

@@ -19,6 +19,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_snr
 from helpers import (
     CLIP,
+    FULL_LOG,
     REPO,
     T5,
     WEIGHTS,
@@ -300,7 +301,7 @@ def test_logged_scalars_are_right_and_in_both_logs(shapes, model_t5, tmp_path):
 
 def test_log_steps_are_lines_where_no_progress_bar_is_seen(shapes, model_t5, tmp_path, capsys, monkeypatch):
     flags = ["--max_steps", 4, "--batch_size", 4, "--log_step", 2, "--val_split", 0.3, "--val_steps", 4, "--lr", 1e-4]
-    lines, _ = train(shapes, model_t5, tmp_path / "run", *flags)
+    lines, _ = train(shapes, model_t5, tmp_path / "run", *flags, *FULL_LOG)
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     assert len(said) == len(lines) == 3
     for line, text in zip(lines, said, strict=True):

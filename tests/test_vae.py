@@ -95,7 +95,7 @@ def test_samples_are_drawn_with_a_32_fold_autoencoder():
     vae, unet = deep(6).eval(), load.fresh_unet(load.read_config(TINY / "unet"), 0).eval()
     info, no_size = {"latent_size": None}, Namespace(height=None, width=None)
     native = default_latent_size(no_size, info, unet, vae)
-    wide = latent_size_of(Sample("x", size=(128, 64)), unet, vae)
+    wide = latent_size_of(Sample("x", size=(128, 64)), native, vae)
     assert wide == (2, 4) == default_latent_size(Namespace(height=64, width=128), info, unet, vae)
     with pytest.raises(ValueError, match="--height 72: must be a multiple of 32"):
         default_latent_size(Namespace(height=72, width=None), info, unet, vae)

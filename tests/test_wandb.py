@@ -100,7 +100,7 @@ def test_a_resumed_run_mirrors_all_numbers_histograms_and_pictures_of_tensorboar
 ):
     monkeypatch.setenv("WANDB_MODE", "offline")
     flags = ["--wandb", "--batch_size", 6, "--diagnostic_steps", 2, "--sample_steps", 1, "--sampler_steps", 1]
-    flags += ["--sample_prompt", "a star", "--sample_cfgs", 1, 4]
+    flags += ["--sample_prompt", "a star", "--sample_cfgs", 1, 4, "--log_groups", *range(1, 10), *range(11, 16)]
     out = tmp_path / "run"
     train(shapes, model_t5, out, "--max_steps", 2, *flags)
     [events] = (tmp_path / "tb" / "run").glob("*tfevents*")  # as if it had been opened just now

@@ -129,6 +129,8 @@ class Resumed:
         wrong = {key for key in numbers if type(group.get(key, 0)) not in (int, float)}
         for number, fields in saved["state"].items():
             for key, value in fields.items():
+                if key == "kahan_comp" and value is None and trained[number].dtype == torch.float32:
+                    continue
                 of_element = key in _OF_EACH_ELEMENT
                 if of_element and (not isinstance(value, torch.Tensor) or value.shape != trained[number].shape):
                     wrong.add(f"{key} of parameter {number}")

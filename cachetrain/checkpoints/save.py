@@ -22,7 +22,7 @@ from cachetrain.checkpoints.manifest import NAME, read_manifest, write_manifest
 from cachetrain.checkpoints.state import split_tensors, write_state
 from cachetrain.distributed import copy_to_host
 from cachetrain.log import first_line, warn
-from cachetrain.modeling.files import component_files, pipeline_code
+from cachetrain.modeling.files import component_files, pipeline_code, read_json
 
 FROZEN = ("vae", "text_encoder", "tokenizer", "projection")
 PIPELINE = "pipeline.py"
@@ -301,12 +301,7 @@ def _write_unet(unet, weights, directory):
 def _read_index(model_dir, scheduler):
     """Returns the content of model_index.json: the model's, with the scheduler of the trained objective, or None."""
     source = model_dir / "model_index.json"
-    if not source.exists():
-        return None
-    try:
-        return {**json.loads(source.read_text()), "scheduler": ["diffusers", type(scheduler).__name__]}
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{source}: not a JSON object ({error}); restore it, or compose the model again") from None
+    return {**read_json(source), "scheduler": ["diffusers", type(scheduler).__name__]} if source.exists() else None
 
 
 def _write_index(index, stage):

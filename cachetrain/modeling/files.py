@@ -41,16 +41,26 @@ def read_config(directory: str | Path) -> dict:
         ValueError: it does not exist, is not a JSON object, or names code to run.
     """
     path = Path(directory) / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{path}: no such file; pass a directory that contains this component") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: is not JSON ({error}); get the file again") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {config!r:.40}; get the file again")
+    config = read_json(path)
     _refuse_code(path, config)
     return config
+
+
+def read_json(path: Path) -> dict:
+    """Reads a file of a model that holds one JSON object.
+
+    Raises:
+        ValueError: it does not exist, or is not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{path}: no such file; pass a directory that contains this component") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: is not JSON ({error}); get the file again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {content!r:.40}; get the file again")
+    return content
 
 
 def _refuse_code(path, config):
@@ -90,8 +100,8 @@ def has_weights(directory: str | Path) -> bool:
 
 def _shards(index):
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        names = sorted(set(read_json(index)["weight_map"].values()))
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index}: is not an index of safetensors files ({error!r}); get the file again") from None
     for name in names:
         if not (isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name)):
@@ -154,5 +164,5 @@ def component_files(directory: str | Path, name: str) -> list[Path]:
 def pipeline_code(model_dir: str | Path) -> Path | None:
     """Returns the file of this project that a pipeline needs as its pipeline.py; None if it needs none of ours."""
     path = Path(model_dir) / "model_index.json"
-    name = json.loads(path.read_text(encoding="utf-8")).get("_class_name") if path.exists() else None
+    name = read_json(path).get("_class_name") if path.exists() else None
     return _PIPELINE_CODE.get(name[-1]) if isinstance(name, list) and name else None

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cachetrain.modeling.files import component_files, read_config, weight_files
+from cachetrain.modeling.files import component_files, read_config, read_json, weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -282,12 +282,12 @@ def load_scheduler(directory: str | Path) -> SchedulerMixin:
 
     path = Path(directory) / "scheduler_config.json"
     try:
-        name = json.loads(path.read_text(encoding="utf-8"))["_class_name"]
+        name = read_json(path)["_class_name"]
         if not (isinstance(name, str) and name.endswith("Scheduler") and hasattr(diffusers, name)):
             raise ValueError(f"{name} is not a diffusers scheduler")
         return getattr(diffusers, name).from_pretrained(directory)
     except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
-        reason = "has no _class_name" if isinstance(error, KeyError) else error
+        reason = "has no _class_name" if isinstance(error, KeyError) else str(error).removeprefix(f"{path}: ")
         raise ValueError(f"{path}: {reason}; expected the config of a scheduler, as diffusers saves it") from error
 
 

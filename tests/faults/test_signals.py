@@ -17,7 +17,7 @@ import pytest
 from helpers import HANG_S, REPO, digest, trainer_argv, wait_until
 from train_ranks import _IMPORTED, before, free_port, open_trainer
 
-STEPS = 16
+STEPS = 18
 FLAGS = ["--max_steps", STEPS, "--batch_size", 2, "--lr", 1e-3, "--ema_decay", 0.9,
          "--cond_dropout", 0.2, "--val_split", 0.1, "--val_steps", 2, "--sample_steps", 2, "--sampler_steps", 1,
          "--sample_cfgs", 1, "--save_steps", 2, "--keep_last", 2, "--log_groups", 1, 3]  # fmt: skip
