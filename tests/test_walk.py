@@ -13,9 +13,9 @@ import torch
 
 from cachetrain.caching.images import decode_file
 from cachetrain.data.captions import Pair, find_caption, read_caption
-from cachetrain.data.index import PairIndex, open_index
+from cachetrain.data.index import PairIndex
 from cachetrain.data.sidecar import read_sidecar, write_sidecar
-from cachetrain.data.split import split_index
+from cachetrain.data.split import open_index, split_index
 from cachetrain.data.unused import Unused
 from cachetrain.data.walk import Folder, Leftovers, Pairs, find_images, find_sidecars, pair_up, walk_folders
 from cachetrain.distributed import World

@@ -7,9 +7,7 @@ import codecs
 import copy
 import json
 import os
-import shlex
 import zlib
-from argparse import Namespace
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,13 +17,11 @@ import numpy as np
 from tqdm import tqdm
 
 from cachetrain import cli
-from cachetrain.data import rng
 from cachetrain.data.many_files import PackedStrings, in_threads, open_regular
 from cachetrain.data.sidecar import NULL_STEM, RUN_KEYS, SUFFIXES, Header, SidecarError, read_header
-from cachetrain.data.split import check_apart, split_index
 from cachetrain.data.unused import MULTIPLY, is_numbered
 from cachetrain.data.walk import image_stems, is_image, walk_folders
-from cachetrain.log import info, warn
+from cachetrain.log import warn
 from cachetrain.modeling.conditioning import check_shapes
 
 if TYPE_CHECKING:
@@ -397,52 +393,8 @@ def check_same_run(
             )
 
 
-def _warn_of_what_is_listed(index):
-    """Warns of what a user may not expect in the list of pairs, or miss there."""
-    pairs = f"{len(index)} pairs"
-    if index.num_foreign:
-        warn(f"{index.num_foreign} of {pairs} have caches without a header, which cannot be verified")
-    if index.num_unpaired:
-        suffixes = f"{index.image_suffix} + {index.text_suffix}"
-        warn(f"{index.num_unpaired} sidecars without a partner ({suffixes}) are not used")
-    if index.num_without_image:
-        roots = shlex.join(word for directory in index.directories for word in ("--data_root", directory))
-        warn(
-            f"{index.num_without_image} of {pairs} have no image beside them and are trained on; if the images were "
-            f"deleted: cache/cache_status.py {roots} --prune"
-        )
-    if index.num_alone:
-        info(f"{index.num_alone} of {pairs} are in directories of sidecars alone, without images")
-    if folders := index.numbered_folders:
-        warn(
-            f"{len(folders)} folders have a number in front, the first {folders[0]}; it is not used: to repeat their "
-            f"images, write the number into a {MULTIPLY} there"
-        )
-
-
 def _check_unchanged(path, was, now):
     """Checks the run_identity of a sidecar that is read again."""
     for key, a, b in zip(RUN_KEYS, was, now, strict=True):
         if a != b:
             raise SidecarError(f"{path}: replaced since the run started: {key} was {a or 'not given'}, is {b!r}")
-
-
-def open_index(args: Namespace, world: World) -> tuple[PairIndex, PairIndex | None]:
-    """Lists the pairs that the trainer's flags name; returns (training pairs, validation pairs or None)."""
-    suffixes = args.imgcache_suffix, args.txtcache_suffix
-    index = PairIndex(args.train_data_dir, *suffixes, args.dir_weights, args.force_txtcache, world)
-    if world.main:
-        _warn_of_what_is_listed(index)
-    if args.overfit:
-        return index.subset(np.sort(rng.permutation(args.seed, 0, len(index))[: args.overfit])), None
-    if args.val_split:
-        return split_index(index, args.val_split)
-    if not args.val_data_dir:
-        return index, None
-    held_out = PairIndex(args.val_data_dir, *suffixes, one_text=args.force_txtcache, world=world)
-    check_same_run(
-        index.image_header, held_out.image_header, index.image_path(0), held_out.image_path(0), may_differ="settings"
-    )
-    check_same_run(index.text_header, held_out.text_header, index.text_path(0), held_out.text_path(0))
-    check_apart(index, held_out)
-    return index, held_out

@@ -1,16 +1,44 @@
-"""Splits pairs into training and validation pairs, and checks that no folder is used for both."""
+"""Lists the pairs that a run's flags name, split into training and validation pairs that share no folder."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import shlex
+from argparse import Namespace
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cachetrain.data import rng
+from cachetrain.data.index import PairIndex, check_same_run
+from cachetrain.data.unused import MULTIPLY
+from cachetrain.log import info, warn
+
 if TYPE_CHECKING:
-    from cachetrain.data.index import PairIndex
+    from cachetrain.distributed import World
+
+
+def open_index(args: Namespace, world: World) -> tuple[PairIndex, PairIndex | None]:
+    """Lists the pairs that the trainer's flags name; returns (training pairs, validation pairs or None)."""
+    suffixes = args.imgcache_suffix, args.txtcache_suffix
+    index = PairIndex(args.train_data_dir, *suffixes, args.dir_weights, args.force_txtcache, world)
+    if world.main:
+        _warn_of_what_is_listed(index)
+    if args.overfit:
+        return index.subset(np.sort(rng.permutation(args.seed, 0, len(index))[: args.overfit])), None
+    if args.val_split:
+        return split_index(index, args.val_split)
+    if not args.val_data_dir:
+        return index, None
+    held_out = PairIndex(args.val_data_dir, *suffixes, one_text=args.force_txtcache, world=world)
+    check_same_run(
+        index.image_header, held_out.image_header, index.image_path(0), held_out.image_path(0), may_differ="settings"
+    )
+    check_same_run(index.text_header, held_out.text_header, index.text_path(0), held_out.text_path(0))
+    check_apart(index, held_out)
+    return index, held_out
 
 
 def split_positions(names: Iterable[str], share: float) -> np.ndarray:
@@ -62,3 +90,26 @@ def check_apart(index: PairIndex, val_index: PairIndex) -> None:
 def _folders(index):
     """The distinct folders of an index's pairs, sorted."""
     return sorted({os.path.dirname(index.stem(i)) for i in range(len(index))})
+
+
+def _warn_of_what_is_listed(index):
+    """Warns of what a user may not expect in the list of pairs, or miss there."""
+    pairs = f"{len(index)} pairs"
+    if index.num_foreign:
+        warn(f"{index.num_foreign} of {pairs} have caches without a header, which cannot be verified")
+    if index.num_unpaired:
+        suffixes = f"{index.image_suffix} + {index.text_suffix}"
+        warn(f"{index.num_unpaired} sidecars without a partner ({suffixes}) are not used")
+    if index.num_without_image:
+        roots = shlex.join(word for directory in index.directories for word in ("--data_root", directory))
+        warn(
+            f"{index.num_without_image} of {pairs} have no image beside them and are trained on; if the images were "
+            f"deleted: cache/cache_status.py {roots} --prune"
+        )
+    if index.num_alone:
+        info(f"{index.num_alone} of {pairs} are in directories of sidecars alone, without images")
+    if folders := index.numbered_folders:
+        warn(
+            f"{len(folders)} folders have a number in front, the first {folders[0]}; it is not used: to repeat their "
+            f"images, write the number into a {MULTIPLY} there"
+        )

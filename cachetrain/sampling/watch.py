@@ -12,7 +12,7 @@ from cachetrain.atomic import is_locked
 from cachetrain.checkpoints.info import checkpoint_info
 from cachetrain.checkpoints.manifest import read_manifest
 from cachetrain.checkpoints.save import checkpoints, step_of
-from cachetrain.data.index import open_index
+from cachetrain.data.split import open_index
 from cachetrain.distributed import World
 from cachetrain.log import describe, warn
 from cachetrain.modeling import load

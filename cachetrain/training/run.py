@@ -16,10 +16,11 @@ from cachetrain.checkpoints.resume import run_state
 from cachetrain.data import rng
 from cachetrain.data.batching import BatchSampler
 from cachetrain.data.dataset import CachedPairs, Draws, LatentScaling
-from cachetrain.data.index import PairIndex, null_caption_path, open_index
+from cachetrain.data.index import PairIndex, null_caption_path
 from cachetrain.data.loader import make_loader
 from cachetrain.data.ram import RamCache
 from cachetrain.data.sidecar import read_sidecar
+from cachetrain.data.split import open_index
 from cachetrain.diffusion.noise_schedulers import make_scheduler, objective_of
 from cachetrain.diffusion.objective import noise_schedule
 from cachetrain.distributed import World, wrap
