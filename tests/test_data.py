@@ -1,21 +1,24 @@
 """What an epoch visits, weights of folders, rare sizes, caches in memory, one text for all."""
 
+import os
 import shutil
+import signal
 from collections import Counter
 from itertools import islice
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import CLIP, T5, WIDE, digest, open_pairs, refused, run_script, train
+from helpers import CLIP, T5, WIDE, digest, open_pairs, refused, run_script, train, wait_until
 
 from cachetrain.caching import images
 from cachetrain.data import dataset, ram, rng
 from cachetrain.data.batching import BatchSampler
 from cachetrain.data.dataset import SampleKey
 from cachetrain.data.index import PairIndex
-from cachetrain.data.loader import batches_of, end_with_lost_batch, pack, unpack
+from cachetrain.data.loader import batches_of, never_wait_in_vain, pack, unpack
 from cachetrain.data.sidecar import read_sidecar
 from cachetrain.distributed import World
 from cachetrain.training import options
@@ -256,7 +259,22 @@ def test_batches_need_no_shared_memory(monkeypatch):
 def test_a_batch_that_cannot_be_sent_ends_the_loader_in_one_line():
     unsendable = [lambda: None]  # cannot be pickled: the worker's thread that sends batches fails
     loader = torch.utils.data.DataLoader(
-        unsendable, num_workers=1, collate_fn=list, worker_init_fn=lambda _: end_with_lost_batch()
+        unsendable, num_workers=1, collate_fn=list, worker_init_fn=lambda _: never_wait_in_vain()
     )
     with pytest.raises(OSError, match=r"a loader process died .*lower --num_workers"):
         list(batches_of(loader))
+
+
+def test_a_worker_whose_reader_is_killed_ends_although_its_batches_do_not_fit_into_the_pipe(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.utils.data._utils.worker, "MP_STATUS_CHECK_INTERVAL", 0.1)
+    if (reader := os.fork()) == 0:
+        loader = torch.utils.data.DataLoader(
+            [np.zeros(1 << 20)] * 9, num_workers=1, collate_fn=list, worker_init_fn=lambda _: never_wait_in_vain()
+        )
+        batches = iter(loader)
+        next(batches)
+        (tmp_path / "pid").write_text(str(batches._workers[0].pid))
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(reader, 0)
+    worker = (tmp_path / "pid").read_text()
+    wait_until(lambda: not Path("/proc", worker).exists() or "Z" in Path("/proc", worker, "stat").read_text())

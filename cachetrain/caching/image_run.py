@@ -158,9 +158,9 @@ def _of_one_size(batches, batch_size):
 def _init_worker(_):
     """Makes a worker process end without a message: a terminal's Ctrl-C reaches all processes, and the main process
     reports it. A batch that cannot be sent ends it, too."""
-    from cachetrain.data.loader import end_with_lost_batch
+    from cachetrain.data.loader import never_wait_in_vain
 
-    end_with_lost_batch()
+    never_wait_in_vain()
     for number in cli.STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # the main process stops the workers
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # a death by signal would be an error to the main process

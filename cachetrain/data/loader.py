@@ -155,13 +155,21 @@ def _worker_failures():
         ) from error
 
 
-def end_with_lost_batch() -> None:
-    """Makes a worker process end, which is noticed, if a batch cannot be sent; otherwise it would be waited for."""
-    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda error, batch: os._exit(1))
+def never_wait_in_vain() -> None:
+    """Makes a worker process end where it would wait for ever: when a batch cannot be sent, or, with a batch still to
+    be sent, when the process that reads them is gone. Called in the worker."""
+    queue, reader = multiprocessing.queues.Queue, os.getppid()
+
+    def join(thread):
+        while (sender := thread()) is not None and sender.is_alive() and os.getppid() == reader:
+            sender.join(1)
+
+    queue._on_queue_feeder_error = staticmethod(lambda error, batch: os._exit(1))
+    queue._finalize_join = staticmethod(join)
 
 
 def _init_worker(_):
-    end_with_lost_batch()
+    never_wait_in_vain()
     _block_signals()
 
 
