@@ -10,7 +10,6 @@ script with common settings. A step is one optimizer update; its loss is the mea
 ranks samples.
 """
 
-import json
 import shutil
 import signal
 import sys
@@ -35,6 +34,8 @@ if TYPE_CHECKING:
 
 # --overfit succeeds once the loss falls below this share of the loss at step 1.
 OVERFIT_SHARE = 0.1
+# Files that a run writes into its directory.
+RUN_FILES = ("args.json", "metrics.jsonl", "warnings.jsonl", "quarantine.tsv")
 
 
 def parse_args(argv: list[str] | None = None) -> "Namespace":
@@ -281,8 +282,8 @@ def open_output_dir(args: "Namespace", output_dir: Path, cleanup: ExitStack) -> 
     from cachetrain.checkpoints.resume import find_checkpoint
     from cachetrain.checkpoints.save import checkpoint_path, step_of
 
-    if args.copy_config and not Path(args.copy_config).is_file():
-        raise ValueError(f"--copy_config {args.copy_config}: no such file")
+    if args.copy_config:
+        check_copy(Path(args.copy_config), output_dir, args.resume)
     if not args.resume and (output_dir / "args.json").exists():
         raise ValueError(
             f"{output_dir}: already holds a run; choose another --output_dir, or resume it with --resume latest"
@@ -292,18 +293,35 @@ def open_output_dir(args: "Namespace", output_dir: Path, cleanup: ExitStack) -> 
     if taken:
         raise ValueError(f"{taken[0]}: this run's checkpoints could need the name; choose another --output_dir")
     cleanup.enter_context(locked_directory(output_dir))
-    remove_leftovers(output_dir)
-    remove_leftovers(output_dir / "samples")
+    remove_leftovers(output_dir, "checkpoint-[0-9]*")
+    remove_leftovers(output_dir / "samples", "step-[0-9]*")
     return find_checkpoint(args.resume, output_dir) if args.resume else (None, False)
+
+
+def check_copy(config: Path, output_dir: Path, resume: str | None) -> None:
+    """Checks that the copy of --copy_config in the run's directory takes no other file's place.
+
+    Raises:
+        ValueError: it would, or there is no such file.
+    """
+    copy = output_dir / config.name
+    if not config.is_file():
+        raise ValueError(f"--copy_config {config}: no such file")
+    if config.name in RUN_FILES or (copy.exists() and not resume and not copy.samefile(config)):
+        raise ValueError(f"--copy_config {config}: {copy} is another file; rename one of them")
 
 
 def archive_settings(args: "Namespace", output_dir: Path) -> None:
     """Writes the run's settings to its directory: a copy of the file that --copy_config names, and args.json."""
+    from cachetrain.checkpoints.save import write_settings
+
     if args.copy_config:
-        copy = shutil.copyfile(args.copy_config, output_dir / Path(args.copy_config).name)
+        config = Path(args.copy_config)
+        copy = output_dir / config.name
+        atomic_write(copy, config.read_bytes())
         with suppress(OSError):  # a file system without permissions
-            shutil.copymode(args.copy_config, copy)
-    atomic_write(output_dir / "args.json", (json.dumps(vars(args), indent=2) + "\n").encode())
+            shutil.copymode(config, copy)
+    write_settings(args, output_dir)
 
 
 def report_stop(warning_log, signal_number: int, step: int, max_steps: int) -> int:

@@ -195,7 +195,7 @@ def is_locked(directory: str | Path) -> bool:
     return False
 
 
-def remove_leftovers(directory: str | Path, name: str = "*") -> None:
+def remove_leftovers(directory: str | Path, name: str) -> None:
     """Removes from `directory` what a killed process has left of the above. `name`: pattern of the final names."""
     for pattern in (f".{name}.stage", f".{name}.removed"):
         for path in Path(directory).glob(pattern):

@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import re
 import signal
 import sys
 import traceback
@@ -195,8 +196,7 @@ class Steps(str):
     """A number of optimizer steps ("500"), or of whole or partial epochs ("2e", "0.1e")."""
 
     def __new__(cls, text):
-        number = text.removesuffix("e")
-        if not 0 <= float(number) < math.inf or (number == text and not number.isdecimal()) or not is_plain(number):
+        if not re.fullmatch(r"[0-9]+|([0-9]+\.?[0-9]*|\.[0-9]+)e", text):
             raise ValueError(text)
         return super().__new__(cls, text)
 

@@ -316,7 +316,7 @@ def parse_args(argv=None):
 
 def port(text):
     """An argparse type; cachetrain.cli has the same, but this script must not need cachetrain."""
-    if text.isdecimal() and int(text) <= 65535:
+    if text.isascii() and text.isdecimal() and int(text) <= 65535:
         return int(text)
     raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 65535, got {text}")
 

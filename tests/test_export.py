@@ -84,6 +84,10 @@ def test_export_reads_back_bit_identical(model, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["run1-000100.safetensors", "run1-000100.yaml"]
     assert out.stat().st_mode & 0o444 == out.with_suffix(".yaml").stat().st_mode & 0o444
     assert_reads_back(out, model)
+    (tmp_path / "bar.yaml").write_text("a stranger's")
+    with pytest.raises(ValueError, match=r"bar\.yaml: exists, and is not of an earlier bar\.safetensors"):
+        export_single_file(model, tmp_path / "bar.safetensors")
+    assert (tmp_path / "bar.yaml").read_text() == "a stranger's"
 
 
 def test_tiny_default_reads_back_and_says_who_reads_it(model_sd, tmp_path):
@@ -259,6 +263,9 @@ def test_t5_export_holds_unet_and_vae_and_says_so(trained, parts, tmp_path):
         keys, said = set(file.keys()), file.metadata()["notes"]
     assert notes[0] in said
     assert {key.split(".")[0] for key in keys} == {"model", "first_stage_model"}
+    assert not out.with_suffix(".yaml").exists()
+    out.with_suffix(".yaml").touch()  # of an earlier export of another model, which it would contradict
+    export_single_file(tmp_path / "t5", out)
     assert not out.with_suffix(".yaml").exists()
     vae = convert_ldm_vae_checkpoint(load_file(out), AutoencoderKL.load_config(parts / "vae"))
     stored = weights_of(parts / "vae")

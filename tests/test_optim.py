@@ -309,9 +309,11 @@ def test_table_says_what_an_optimizer_keeps(name, dtype):
     optimizer = optimizer_of(name, parameters)
     run(optimizer, parameters, range(2))
     group = optimizer.param_groups[0]
-    fields = optimizer.implementation.state_fields
-    assert all(fields <= state.keys() | group.keys() for state in optimizer.state.values())
-    assert optimizer.implementation.run_settings - {"eps"} <= group.keys()
+    assert all(optimizer.implementation.state_fields <= state.keys() for state in optimizer.state.values())
+    assert optimizer.implementation.group_fields <= group.keys()
+    fresh = optimizer_of(name, parameters_of(dtype)).param_groups[0]
+    changed = {key for key in group.keys() - {"params", "lr"} if group[key] != fresh.get(key)}
+    assert changed <= optimizer.implementation.group_fields
     tensors = [t for t in optimizer.state[parameters[0]].values() if torch.is_tensor(t) and t.numel() > 1]
     kept_bytes = sum(t.numel() * t.element_size() for t in tensors)  # adamw8 has small tables beside them
     assert kept_bytes == pytest.approx(parameters[0].numel() * OPTIMIZERS[name].state_bytes(dtype.itemsize), rel=0.3)

@@ -227,3 +227,22 @@ def test_every_image_is_opened_with_a_list_of_formats():
             if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Image.open"):
                 opens.append((name, node.lineno, any(keyword.arg == "formats" for keyword in node.keywords)))
     assert len(opens) >= 7 and [place for *place, has_formats in opens if not has_formats] == []
+
+
+def test_a_tga_without_alpha_bits_is_opaque():
+    header = struct.pack("<BBBHHBHHHHBB", 0, 0, 2, 0, 0, 0, 0, 0, 16, 16, 32, 0x20)
+    assert pixel(header + bytes((10, 20, 200, 0)) * 256) == (200, 20, 10)
+    assert pixel(header[:-1] + b"\x28" + bytes((10, 20, 200, 0)) * 256) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(("bits", "photometric"), [(16, 2), (8, 8)])
+def test_a_tiff_of_planes_that_pillow_misreads_is_refused_with_a_reason(bits, photometric):
+    size = 256 * bits // 8
+    planes = [(258, 3, 3, 8 + 2 + 12 * 9 + 4), (273, 4, 3, 8 + 2 + 12 * 9 + 10), (279, 4, 3, 8 + 2 + 12 * 9 + 22)]
+    entries = [(256, 4, 1, 16), (257, 4, 1, 16), (259, 3, 1, 1), (262, 3, 1, photometric), (277, 3, 1, 3), *planes]
+    directory = b"".join(struct.pack("<HHII", *entry) for entry in sorted([*entries, (284, 3, 1, 2)]))
+    start = 8 + 2 + 12 * 9 + 34
+    tables = struct.pack("<3H3I3I", *[bits] * 3, *(start + i * size for i in range(3)), *[size] * 3)
+    data = b"II*\0" + struct.pack("<IH", 8, 9) + directory + bytes(4) + tables + bytes(3 * size)
+    with pytest.raises(ValueError, match="is a TIFF with a plane per channel"):
+        decode(data, [(16, 16)])

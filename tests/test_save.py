@@ -260,6 +260,10 @@ def test_directories_of_other_trainers_are_neither_counted_nor_touched(shapes, m
     for name in ("checkpoint-1", "checkpoint-500", "checkpoint-1000"):
         (run / name).mkdir(parents=True)
         (run / name / "optimizer.bin").write_bytes(b"of accelerate")
+        (run / name / "manifest.json").write_text("{}")
+    hidden = [run / ".photos.removed", run / ".notes.stage", run / "samples" / ".mine.stage"]
+    for path in hidden:
+        path.mkdir(parents=True)
     train(shapes, model_t5, run, "--max_steps", 3, *BRIEF)
     train(shapes, model_t5, run, "--max_steps", 4, *BRIEF, "--resume", "latest")
     own = ["checkpoint-000003", "checkpoint-000004"]
@@ -270,6 +274,24 @@ def test_directories_of_other_trainers_are_neither_counted_nor_touched(shapes, m
         "checkpoint-500",
     ]
     assert all((run / f"checkpoint-{number}" / "optimizer.bin").exists() for number in (1, 500, 1000))
+    assert all(path.is_dir() for path in hidden)
+
+
+def test_a_directory_renamed_while_training_is_made_again_and_can_be_resumed(
+    shapes, model_t5, tmp_path, monkeypatch, capsys
+):
+    run, real_write = tmp_path / "run", Saving._write
+
+    def write(self, step, *arguments):
+        if step == 2:
+            run.rename(tmp_path / "renamed")
+        real_write(self, step, *arguments)
+
+    monkeypatch.setattr(Saving, "_write", write)
+    train(shapes, model_t5, run, "--max_steps", 2, *BRIEF)
+    assert f"{run}: renamed or removed since the run started" in capsys.readouterr().err
+    train(shapes, model_t5, run, "--max_steps", 3, *BRIEF, "--resume", "latest")
+    assert [step_of(path) for path in checkpoints(run)] == [2, 3]
 
 
 def test_a_checkpoint_that_was_moved_and_linked_is_resumed_and_only_the_link_is_removed(shapes, model_t5, tmp_path):

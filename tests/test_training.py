@@ -385,6 +385,18 @@ def test_settings_are_kept_with_the_run(shapes, model_t5, tmp_path):
     assert args["cond_dropout"] == 0.04
 
 
+def test_a_copy_of_the_config_replaces_no_other_file(shapes, model_t5, tmp_path):
+    config, out = tmp_path / "my_run.sh", tmp_path / "run"
+    config.touch()
+    out.mkdir()
+    (out / "my_run.sh").write_text("a stranger's")
+    message = refused(shapes, model_t5, out, "--copy_config", config)
+    assert f"{out / 'my_run.sh'} is another file" in message and (out / "my_run.sh").read_text() == "a stranger's"
+    (tmp_path / "metrics.jsonl").touch()
+    assert "is another file" in refused(shapes, model_t5, out, "--copy_config", tmp_path / "metrics.jsonl")
+    train(shapes, model_t5, out, "--max_steps", 1, "--batch_size", 2, "--copy_config", out / "my_run.sh")
+
+
 @pytest.mark.parametrize("key", ["encoder", "settings", "scaling_factor"])
 def test_mixed_caches_are_refused_naming_two_files(key, shapes, model_t5, tmp_path):
     data = tmp_path / "data"

@@ -103,6 +103,21 @@ def test_a_validation_folder_inside_the_training_data_is_refused_by_name_through
         check_apart(PairIndex([tmp_path / "link"], *T5), PairIndex([inside], *T5))
 
 
+def test_links_to_the_files_of_a_pair_count_once_and_on_one_side(shapes, tmp_path):
+    links, farm = tmp_path / "links", tmp_path / "farm"
+    for folder, number in ((links, 4), (farm, 2)):
+        folder.mkdir()
+        for suffix in T5:
+            for path in sorted(shapes.glob(f"[0-9]*{suffix}"))[:number]:
+                (folder / path.name).symlink_to(path)
+    for directories, pairs, repeated in (([shapes, links], 24, 4), ([links, shapes], 24, 4), ([links, farm], 4, 2)):
+        index = PairIndex(directories, *T5)
+        assert (len(index), index.links.num_repeated) == (pairs, repeated)
+    for train, held_out in (([shapes], [links]), ([links], [shapes]), ([links], [farm])):
+        with pytest.raises(ValueError, match="is validated and trained on, through a link"):
+            check_apart(PairIndex(train, *T5), PairIndex(held_out, *T5))
+
+
 @pytest.mark.parametrize("ranks", [1, 3, 50])
 def test_every_sample_is_once_in_each_quantile_in_batches_of_one_shape_whatever_the_ranks(ranks):
     shape_ids = np.array([0, 1, 0, 2, 0, 1, 0, 0, 1, 0, 0])

@@ -158,7 +158,10 @@ def test_entry_that_cannot_be_looked_at_is_reported_and_hides_no_other(tmp_path,
     """As a link into a mount whose server is gone."""
     for name in ("a.png", "a.txt", "mount"):
         (tmp_path / name).touch()
-    entries = [SimpleNamespace(name=e.name, path=e.path, is_dir=e.is_dir) for e in os.scandir(tmp_path)]
+    entries = [
+        SimpleNamespace(name=e.name, path=e.path, is_symlink=e.is_symlink, is_dir=e.is_dir)
+        for e in os.scandir(tmp_path)
+    ]
 
     def gone():
         raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")

@@ -1,5 +1,6 @@
 """Weights that are not there, or not those of the config, are refused; so is a config that would run other code."""
 
+import contextlib
 import json
 import shlex
 import shutil
@@ -155,6 +156,8 @@ def test_two_sets_of_weights_are_refused(tmp_path):
         {"experts_implementation": "flash"},
         {"auto_map": {"AutoModel": "code.Model"}},
         {"quantization_config": {"quant_method": "bitsandbytes"}},
+        {"configuration_files": ["config.4.0.0.json"]},
+        {"transformers_weights": "adapter_model.bin"},
     ],
 )
 @pytest.mark.parametrize("component", ["clip", "vae", "unet"])
@@ -164,6 +167,33 @@ def test_a_config_that_names_code_is_refused(component, entry, part):
     (directory / "config.json").write_text(json.dumps(config | entry))
     with pytest.raises(ValueError, match="would run code that is not part of this project"):
         LOADERS[component](directory)
+
+
+def test_a_tokenizer_that_names_another_vocabulary_is_refused(model_t5, tmp_path):
+    tokenizer = shutil.copytree(model_t5 / "tokenizer", tmp_path / "tokenizer")
+    path = tokenizer / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"fast_tokenizer_files": ["tokenizer.4.0.0.json"]}))
+    with pytest.raises(ValueError, match=r"'fast_tokenizer_files' is .* files that are not checked"):
+        load.load_tokenizer(tokenizer, load.load_text_encoder(model_t5 / "text_encoder"))
+
+
+@COMPONENTS
+def test_the_libraries_see_only_the_files_that_are_checked_and_copied(component, part, monkeypatch):
+    directory, _ = part
+    for name in ("adapter_config.json", "config.4.0.0.json", "model.fp16.safetensors", "tokenizer.4.0.0.json"):
+        (directory / name).write_text("{}")
+    seen, real_listing = [], load.only_files
+
+    @contextlib.contextmanager
+    def watched(files):
+        with real_listing(files) as copy:
+            seen.append(sorted(path.name for path in copy.iterdir()))
+            yield copy
+
+    monkeypatch.setattr(load, "only_files", watched)
+    LOADERS[component](directory)
+    name = {"clip": "text_encoder", "t5": "text_encoder"}.get(component, component)
+    assert seen == [[path.name for path in component_files(directory, name)]]
 
 
 @pytest.mark.parametrize("content", ["", "[1]", "{"])

@@ -20,7 +20,9 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-_ORIENTATION, _BITS_PER_SAMPLE, _PHOTOMETRIC = 0x0112, 258, 262  # EXIF and TIFF tags
+_ORIENTATION, _BITS_PER_SAMPLE, _PHOTOMETRIC, _PLANES = 0x0112, 258, 262, 284  # EXIF and TIFF tags
+_LAB = 8  # a value of _PHOTOMETRIC
+_TGA_DESCRIPTOR = 17  # offset of the byte whose low 4 bits are the number of alpha bits
 _PNG_DEPTH = 24  # offset of the byte in the IHDR chunk
 
 # Profiles that move no color by more than this many of 255 levels are sRGB, rounded in one way or another.
@@ -34,6 +36,11 @@ def open_image(data: bytes) -> Image.Image:
         OSError, ValueError and whatever Pillow raises on malformed input.
     """
     image = Image.open(io.BytesIO(data), formats=FORMATS)
+    tags = getattr(image, "tag_v2", {})
+    if tags.get(_PLANES) == 2 and (max(tags.get(_BITS_PER_SAMPLE, (1,))) > 8 or tags.get(_PHOTOMETRIC) == _LAB):
+        raise ValueError("is a TIFF with a plane per channel, which Pillow decodes wrongly here; save it interleaved")
+    if image.format == "TGA" and image.mode == "RGBA" and not data[_TGA_DESCRIPTOR] & 15:
+        image = image.convert("RGB")  # its fourth byte is no alpha
     key = image.info.get("transparency")
     if image.format == "PNG" and key is not None and image.mode != "P":
         # The transparent color is in the file's bits, Pillow's pixels are in 8. 16-bit gray keeps its 16.

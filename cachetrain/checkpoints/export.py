@@ -54,6 +54,9 @@ def export_single_file(
     if out.suffix != ".safetensors":
         raise ValueError(f"{out}: web UIs find files by their suffix; name it .safetensors")
     notes, config = check_exportable(model_dir)
+    config_file = out.with_suffix(".yaml")  # of this name, web UIs take it for the model's
+    if config_file.exists() and not out.exists():
+        raise ValueError(f"{config_file}: exists, and is not of an earlier {out.name}; choose another --out")
     weights = "unet" if raw_weights or not (model_dir / "unet_ema").is_dir() else "unet_ema"
     tensors = original_tensors(model_dir, weights)
     if dtype is not None:
@@ -65,8 +68,10 @@ def export_single_file(
         )
     out.parent.mkdir(parents=True, exist_ok=True)
     if config:
-        with staged_file(out.with_suffix(".yaml")) as stage:
+        with staged_file(config_file) as stage:
             stage.write_text(yaml.safe_dump(config, sort_keys=False))
+    else:
+        config_file.unlink(missing_ok=True)
     with staged_file(out) as stage:
         try:
             save_file(tensors | markers, stage, metadata | {"notes": "\n".join(notes)})

@@ -1,6 +1,7 @@
 """Resumes a run: finds the checkpoint, checks that it belongs to the same run, and restores the state."""
 
 import json
+import math
 import os
 import zlib
 from collections.abc import Mapping
@@ -111,9 +112,9 @@ class Resumed:
         elif self.state["trained"] != trained_names(unet):
             warn("the checkpoint trained other parameters: the optimizer starts from scratch")
         else:
-            missing = _missing_fields(self.state["optimizer"], optimizer.implementation.state_fields)
+            missing = _missing_fields(self.state["optimizer"], optimizer.implementation)
             self._need(missing, "its optimizer")
-            self._check_optimizer(optimizer, trained)
+            self._check_optimizer(optimizer.implementation.group_fields, trained)
             _restore_optimizer(optimizer, self.state["optimizer"], trained)
         if scaler.is_enabled() and self.state["scaler"]:
             scaler.load_state_dict(self.state["scaler"])
@@ -121,19 +122,23 @@ class Resumed:
             self._restore_ema(unet, ema)
         del self.state["optimizer"]  # as large as the optimizer itself
 
-    def _check_optimizer(self, optimizer, trained):
-        """Checks the values of an optimizer's state against those of a new one and the parameters."""
+    def _check_optimizer(self, group_fields, trained):
+        """Checks the state of an optimizer against the parameters: numbers and tensors that are finite and fit."""
         saved = self.state["optimizer"]
-        (fresh,), (group,) = optimizer.state_dict()["param_groups"], saved["param_groups"]
-        numbers = {key for key, value in fresh.items() if type(value) in (int, float)}
-        wrong = {key for key in numbers if type(group.get(key, 0)) not in (int, float)}
+        (group,) = saved["param_groups"]
+        kept = {key: group[key] for key in group_fields & group.keys()}
+        wrong = {key for key, value in kept.items() if type(value) is not bool and not _is_state(key, value, ())}
         for number, fields in saved["state"].items():
             for key, value in fields.items():
                 if key == "kahan_comp" and value is None and trained[number].dtype == torch.float32:
                     continue
-                of_element = key in _OF_EACH_ELEMENT
-                if of_element and (not isinstance(value, torch.Tensor) or value.shape != trained[number].shape):
+                if not _is_state(key, value, trained[number].shape):
                     wrong.add(f"{key} of parameter {number}")
+        if 0 < len(saved["state"]) < len(trained) or (self.step and not saved["state"]):
+            warn(
+                f"{self.path}: {len(trained) - len(saved['state'])} of {len(trained)} trained tensors have no state "
+                "in its optimizer, as if no gradient had ever reached them; theirs starts from scratch"
+            )
         if wrong or len(group["params"]) != len(trained):
             raise ValueError(
                 f"{self.path}: its optimizer does not fit the model: {', '.join(sorted(wrong)[:3]) or 'parameters'}; "
@@ -150,13 +155,15 @@ class Resumed:
         self._need(averages.keys() - saved.keys(), path.parent.name)
         wrong = {name for name in averages if saved[name].shape != averages[name].shape}
         self._need(wrong, f"{path.parent.name}, with the shapes of this UNet,")
+        self._need({name for name in averages if not saved[name].isfinite().all()}, "finite numbers in unet_ema:")
         with torch.no_grad():
             for name, average in averages.items():
                 average.copy_(placed_like(saved[name], average))
 
 
-# Fields of an optimizer's state that have the shape of their parameter.
+# Fields of an optimizer's state that have the shape of their parameter, and those that are never negative.
 _OF_EACH_ELEMENT = {"exp_avg", "exp_avg_sq", "kahan_comp"}
+_NEVER_NEGATIVE = {"step", "exp_avg_sq"}
 # What another value of a setting means that is no flag (`Resumed.check`).
 _MEANINGS = {"ranks": "rounding", "torch": "rounding"}
 
@@ -218,30 +225,32 @@ def _kind_of_optimizer(settings):
     return settings.get("optimizer"), settings.get("precision") == "bf16_pure"
 
 
-def _missing_fields(saved, fields):
-    """Those of `fields` that an optimizer keeps once it has stepped and that a saved one has not.
-
-    Args:
-        saved: its state_dict.
-    """
+def _missing_fields(saved, implementation):
+    """The fields that an optimizer keeps once it has stepped and that its saved state_dict has not."""
     (group,) = saved["param_groups"]
-    return set().union(*(fields - values.keys() - group.keys() for values in saved["state"].values()))
+    missing = (implementation.state_fields - values.keys() for values in saved["state"].values())
+    return set().union(implementation.group_fields - group.keys() if saved["state"] else (), *missing)
+
+
+def _is_state(key, value, shape):
+    """Whether a value can be that of a field of an optimizer's state for a parameter of this shape."""
+    if not isinstance(value, torch.Tensor):
+        return key not in _OF_EACH_ELEMENT and type(value) in (int, float) and math.isfinite(value)
+    if (key in _OF_EACH_ELEMENT and value.shape != shape) or (key == "step" and value.numel() != 1):
+        return False
+    least = float("-inf") if key not in _NEVER_NEGATIVE else 0
+    return value.numel() == 0 or bool(value.isfinite().all() and value.min() >= least)
 
 
 def _restore_optimizer(optimizer, saved, trained):
-    """Loads the state of an optimizer of the same kind; what the command line sets is taken from this run."""
-    groups = optimizer.state_dict()["param_groups"]
-    run_settings = optimizer.implementation.run_settings
-    current = [{key: group[key] for key in run_settings & group.keys()} for group in groups]
+    """Loads the state of an optimizer of the same kind; its settings are those of this run."""
+    (fresh,), (group,) = optimizer.state_dict()["param_groups"], saved["param_groups"]
+    kept = {key: value for key, value in group.items() if key in optimizer.implementation.group_fields}
     state = {
         i: {key: placed_like(v, trained[i]) if isinstance(v, torch.Tensor) else v for key, v in values.items()}
         for i, values in saved["state"].items()
     }
-    merged = [group | settings for group, settings in zip(saved["param_groups"], current, strict=True)]
-    for group in merged:  # optimi's "setup" stays as saved: otherwise it would count steps from 0
-        if group.get("triton") and not trained[0].is_cuda:
-            group["triton"] = False
-    optimizer.load_state_dict({**saved, "state": state, "param_groups": merged})
+    optimizer.load_state_dict({"state": state, "param_groups": [fresh | kept]})
 
 
 def find_checkpoint(resume: str, output_dir: Path) -> tuple[Path | None, bool]:

@@ -7,6 +7,7 @@ import re
 import shutil
 import threading
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
-from cachetrain.atomic import remove_directory, remove_leftovers, staged_directory
+from cachetrain.atomic import atomic_write, remove_directory, remove_leftovers, staged_directory
 from cachetrain.checkpoints.export import export_single_file
 from cachetrain.checkpoints.info import FILE, write_info
 from cachetrain.checkpoints.manifest import NAME, read_manifest, write_manifest
@@ -42,10 +43,11 @@ def step_of(checkpoint: Path) -> int | None:
 def checkpoints(output_dir: Path) -> list[Path]:
     """Returns the checkpoints of a run, oldest first. They are complete, but may have been damaged since.
 
-    Directories of other trainers, which may have the same names, are left out.
+    Directories of other trainers, which may have similar names, are left out.
     """
-    found = (path for path in Path(output_dir).glob("checkpoint-[0-9]*") if step_of(path) is not None)
-    return sorted((path for path in found if any((path / name).exists() for name in (NAME, FILE))), key=step_of)
+    steps = {path: step_of(path) for path in Path(output_dir).glob("checkpoint-[0-9]*")}
+    found = (path for path, step in steps.items() if step is not None and path == checkpoint_path(output_dir, step))
+    return sorted((path for path in found if any((path / name).exists() for name in (NAME, FILE))), key=steps.get)
 
 
 def newest_checkpoint(output_dir: Path) -> Path | None:
@@ -224,6 +226,13 @@ class Saving:
 
     def _write(self, step, unet, weights, averages, tree, tensors):
         target = checkpoint_path(self.output_dir, step)
+        if not self.output_dir.is_dir():
+            warn(
+                f"{self.output_dir}: renamed or removed since the run started; made again for the checkpoints from "
+                f"step {step} on: move the earlier ones back there before resuming"
+            )
+            self.output_dir.mkdir(parents=True)
+            write_settings(self.args, self.output_dir)
         with staged_directory(target) as stage:
             _write_unet(unet, weights, stage / "unet")
             if averages is not None:
@@ -261,6 +270,11 @@ class Saving:
             else:  # also a file that was removed from the earlier checkpoint
                 shutil.copyfile(source, stage / name)
         return known
+
+
+def write_settings(args: Namespace, output_dir: Path) -> None:
+    """Writes args.json, the flags of a run; a directory that has it holds a run."""
+    atomic_write(output_dir / "args.json", (json.dumps(vars(args), indent=2) + "\n").encode())
 
 
 def is_frozen(name: str) -> bool:

@@ -108,7 +108,8 @@ def _is_settings(value):
 def _is_statistics(value):
     if not isinstance(value, dict) or not isinstance(value.get("epoch"), list):
         return False
-    return len(value["epoch"]) == 6 and all(map(_is_number, [*value["epoch"], value.get("seconds")]))
+    numbers = [*value["epoch"], value.get("seconds")]
+    return len(numbers) == 7 and all(_is_number(number) and abs(number) < math.inf for number in numbers)
 
 
 def _is_validation(value):

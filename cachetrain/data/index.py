@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cachetrain import cli
+from cachetrain.data.links import Links
 from cachetrain.data.many_files import PackedStrings, in_threads, open_regular
 from cachetrain.data.sidecar import NULL_STEM, RUN_KEYS, SUFFIXES, Header, SidecarError, read_header
 from cachetrain.data.unused import MULTIPLY, is_numbered
@@ -42,6 +43,8 @@ class PairIndex:
         num_unpaired: number of sidecars without a partner.
         num_without_image: number of pairs without an image beside them, in directories that hold images.
         num_alone: number of pairs in directories that hold none.
+        num_without_pair: number of images without a pair.
+        links: Links.
         numbered_folders: PackedStrings of folders like 10_name, whose number counts only in a multiply.txt.
         num_foreign: number of pairs in which at least one sidecar has no cachetrain header.
     """
@@ -73,7 +76,8 @@ class PairIndex:
         self.text_suffix = text_suffix
         self.one_text = one_text
         self.directories = [os.fspath(directory) for directory in directories]
-        self.num_unpaired = self.num_without_image = self.num_alone = 0
+        self.num_unpaired = self.num_without_image = self.num_alone = self.num_without_pair = 0
+        self.links = Links(image_suffix, text_suffix)
         self.numbered_folders = PackedStrings()
         self._stems = PackedStrings()
         self._starts = []  # for each directory, the place of its first pair in _stems
@@ -202,7 +206,7 @@ class PairIndex:
         """Lists the pairs of all directories; returns (repeats, number of pairs) of each folder."""
         folder_repeats, visited, directories = [], set(), []
         for directory, number in zip(self.directories, repeats, strict=True):
-            start = len(self._stems)
+            start, num_repeated = len(self._stems), self.links.num_repeated
             for multiple, stems in self._folders(directory, visited):
                 for stem in stems:
                     self._stems.append(stem)
@@ -210,7 +214,7 @@ class PairIndex:
             if len(self._stems) > start:
                 self._starts.append(start)
                 directories.append(directory)
-            elif _overlaps(directory, directories):
+            elif self.links.num_repeated > num_repeated or _overlaps(directory, directories):
                 warn(
                     f"{directory}: all of its pairs are also in a directory given before it; they count once, with "
                     "the repeats of that directory"
@@ -251,7 +255,8 @@ class PairIndex:
         def keep(name):
             return name.endswith(suffixes) or is_image(name) or name == MULTIPLY
 
-        for folder, names in walk_folders(directory, visited, keep, _warn_of_skipped_folder):
+        for found in walk_folders(directory, visited, keep, _warn_of_skipped_folder):
+            folder, names, _ = found
             multiple = multiples.get(os.path.dirname(folder), 1.0)
             if MULTIPLY in names:
                 multiple = _read_multiple(os.path.join(folder, MULTIPLY))
@@ -260,7 +265,11 @@ class PairIndex:
             stems = self._paired(names)
             images = image_stems(names)
             has_images = has_images or bool(images)
-            num_without_image += len(stems) - sum(stem in images for stem in stems)
+            num_with_image = sum(stem in images for stem in stems)
+            num_without_image += len(stems) - num_with_image
+            self.num_without_pair += len(images) - num_with_image - (NULL_STEM in images)
+            if not self.one_text:
+                stems = self.links.without_repeated(found, stems, visited)
             if stems and multiple == 1.0 and MULTIPLY not in names and is_numbered(folder):
                 self.numbered_folders.append(folder)
             yield multiple, [os.path.join(folder, stem) for stem in stems]

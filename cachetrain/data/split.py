@@ -73,10 +73,10 @@ def split_index(index: PairIndex, share: float) -> tuple[PairIndex, PairIndex]:
 
 
 def check_apart(index: PairIndex, val_index: PairIndex) -> None:
-    """Checks that no folder is used for both training and validation; symbolic links are resolved.
+    """Checks that no folder or linked file is used for both training and validation; symbolic links are resolved.
 
     Raises:
-        ValueError: a folder of --val_data_dir is also trained on.
+        ValueError: a folder or file of --val_data_dir is also trained on.
     """
     validation_folders = {os.path.realpath(folder): folder for folder in _folders(val_index)}
     for folder in _folders(index):
@@ -85,6 +85,16 @@ def check_apart(index: PairIndex, val_index: PairIndex) -> None:
                 f"--val_data_dir: {validation_folders[real_path]} is also trained on, as {folder} of "
                 "--train_data_dir; move the validation pairs to a separate folder, or use --val_split"
             )
+    for linking, other in ((index, val_index), (val_index, index)):
+        folders = set(map(os.path.realpath, _folders(other)))
+        linked = {image for image, _ in other.links.targets}
+        for image, _ in linking.links.targets:
+            if os.path.dirname(image) in folders or image in linked:
+                raise ValueError(
+                    f"--val_data_dir: {image} is validated and trained on, through a link in "
+                    f"{'--train_data_dir' if linking is index else '--val_data_dir'}; remove the link, or use "
+                    "--val_split"
+                )
 
 
 def _folders(index):
@@ -106,6 +116,10 @@ def _warn_of_what_is_listed(index):
             f"{index.num_without_image} of {pairs} have no image beside them and are trained on; if the images were "
             f"deleted: cache/cache_status.py {roots} --prune"
         )
+    if index.num_without_pair:
+        info(f"{index.num_without_pair} images without both caches are not used; cache/cache_status.py lists them")
+    if index.links.num_repeated:
+        info(f"{index.links.num_repeated} pairs are links to pairs that are listed already, and count once")
     if index.num_alone:
         info(f"{index.num_alone} of {pairs} are in directories of sidecars alone, without images")
     if folders := index.numbered_folders:

@@ -15,7 +15,7 @@ _MAX_KINDS, _MAX_LISTED = 100, 8
 _MAX_FILE_NAME_CAPTIONS = 0.1  # share of the captions above which a warning is due
 _NUMBERED = re.compile(r"\d+_.+")  # folders whose number other trainers take for repeats
 _SIDECARS = tuple(SUFFIXES.values())
-_OURS = ("_upscaled", NULL_STEM, MULTIPLY, "shapes.json")
+_OURS = re.compile(rf"_upscaled\..+\.txt|{NULL_STEM}\..+|{re.escape(MULTIPLY)}|shapes\.json")
 
 
 def is_numbered(folder: str) -> bool:
@@ -44,9 +44,13 @@ class Unused:
             self.num_file_names += 1
             self._first_file_name = self._first_file_name or pair
 
+    def add_reserved(self, name: str) -> None:
+        """Counts an image whose sidecars would take the place of the null caption's."""
+        self._add(f"images named {NULL_STEM}", name)
+
     def add_file(self, name: str) -> None:
         """Counts a file that is neither image nor caption; sidecars, and lists that cache scripts write, are not."""
-        if not name.endswith(_SIDECARS) and not name.startswith(_OURS):
+        if not name.endswith(_SIDECARS) and not _OURS.fullmatch(name):
             extension = os.path.splitext(name)[1].lower()
             self._add(f"*{extension}" if extension else "without extension", name)
 
@@ -58,7 +62,7 @@ class Unused:
             names: of all images and captions in the folder.
         """
         for name in captions:
-            if not name.startswith(_OURS):
+            if name.startswith(f"{NULL_STEM}.") or not _OURS.fullmatch(name):
                 self._add("captions without an image", name)
         if names and is_numbered(path) and MULTIPLY not in names:
             self._add(f"folders whose number counts only in a {MULTIPLY}", os.path.basename(path))

@@ -32,10 +32,11 @@ OnError = Callable[[str, str], None]
 
 
 class Folder(NamedTuple):
-    """One folder of a walk: path, and the sorted names of the files that match."""
+    """One folder of a walk: path, the sorted names of the files that match, and which of these are symbolic links."""
 
     path: str
     names: list[str]
+    links: Collection[str] = frozenset()
 
 
 class Leftovers:
@@ -124,7 +125,7 @@ def walk_folders(
         if real_path in visited:
             continue
         visited.add(real_path)
-        names, subfolders = [], []
+        names, subfolders, links = [], [], set()
         try:
             with os.scandir(path) as entries:
                 for entry in entries:
@@ -136,13 +137,15 @@ def walk_folders(
                             subfolders.append(entry.name)
                     elif keep(entry.name):
                         names.append(entry.name)
+                        if entry.is_symlink():
+                            links.add(entry.name)
         except OSError as error:
             if on_error is None:
                 raise
             on_error(path, f"cannot be read: {error.strerror}")
             names = []
         names.sort()
-        yield Folder(path, names)
+        yield Folder(path, names, links)
         stack.extend(os.path.join(path, name) for name in sorted(subfolders, reverse=True))
 
 
@@ -174,7 +177,11 @@ def pair_up(folder: Folder, on_error: OnError, unused: Unused | None = None) -> 
         captions |= {name[: -len(suffix)]: name for name in folder.names if name.lower().endswith(suffix)}
     image_of_stem = {}
     for name in folder.names:
-        if not is_image(name) or (stem := name[: name.rindex(".")]) == NULL_STEM:
+        if not is_image(name):
+            continue
+        if (stem := name[: name.rindex(".")]) == NULL_STEM:
+            if unused is not None:
+                unused.add_reserved(name)
             continue
         path = os.path.join(folder.path, name)
         if stem in image_of_stem:

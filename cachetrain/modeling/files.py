@@ -7,8 +7,12 @@ and a model's code are never among them.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 CONFIG = "config.json"
@@ -28,8 +32,12 @@ _TOKENIZER = (
 # Components without weights.
 _DATA = {"tokenizer": _TOKENIZER, "feature_extractor": ("preprocessor_config.json",)}
 _INDEX = ".index.json"
-# Config entries that make transformers or diffusers fetch code, run code of other packages, or change the weights.
-_CODE = re.compile(r"auto_map|custom_pipelines|quantization_config|\w*_implementation\w*")
+# Config entries that make transformers or diffusers fetch code, run code of other packages, change the weights, or
+# read other files than those of `component_files`.
+_CODE = re.compile(
+    r"auto_map|custom_pipelines|quantization_config|\w*_implementation\w*"
+    r"|configuration_files|transformers_weights|fast_tokenizer_files"
+)
 _BUILT_IN = (None, "eager", "sdpa")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -70,7 +78,8 @@ def _refuse_code(path, config):
         if _CODE.fullmatch(key) and value not in _BUILT_IN:
             raise ValueError(
                 f"{path}: {key!r} is {value!r}, which would run code that is not part of this project or of the "
-                "libraries it needs; if the model works without this entry, delete the entry"
+                "libraries it needs, or read files that are not checked; if the model works without this entry, "
+                "delete the entry"
             )
 
 
@@ -155,10 +164,25 @@ def component_files(directory: str | Path, name: str) -> list[Path]:
         files = [path for name in _DATA[name] if (path := directory / name).exists()]
         if not files:
             raise ValueError(f"{directory}: contains none of {', '.join(_DATA[name])}; pass a model with a {name}")
+        for path in files:
+            if path.name.endswith("_config.json"):
+                _refuse_code(path, read_json(path))
     else:
         files = [directory / CONFIG, *weight_files(directory)]
         files += [_PROJECTION_CODE] if name == "projection" else []
     return sorted(files, key=lambda path: path.name)
+
+
+@contextmanager
+def only_files(files: Iterable[Path]) -> Iterator[Path]:
+    """Yields a temporary directory with links to `files` and nothing else.
+
+    from_pretrained also reads files that it finds beside them, or that a config names: adapters, older versions.
+    """
+    with tempfile.TemporaryDirectory(prefix="cachetrain-") as directory:
+        for path in files:
+            os.symlink(os.path.abspath(path), os.path.join(directory, path.name))
+        yield Path(directory)
 
 
 def pipeline_code(model_dir: str | Path) -> Path | None:

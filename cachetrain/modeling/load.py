@@ -14,7 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cachetrain.modeling.files import component_files, read_config, read_json, weight_files
+from cachetrain.log import first_line
+from cachetrain.modeling.files import component_files, only_files, read_config, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -40,11 +41,21 @@ _INCIDENTAL = ("transformers_version", "torch_dtype", "dtype", "architectures")
 
 
 def pick_device(device: str | None = None) -> torch.device:
-    """Returns `device`; None: cuda if available (under a launcher, the GPU of LOCAL_RANK), else cpu."""
+    """Returns `device`; None: cuda if available (under a launcher, the GPU of LOCAL_RANK), else cpu.
+
+    Raises:
+        ValueError: torch knows no device of this name, or cannot use it on this machine.
+    """
     import torch
 
     if device is None and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        torch.empty(0, device=device or "cpu")
+        if torch.device(device or "cpu").type == "meta":
+            raise ValueError("it holds no numbers")
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ValueError(f"--device {device}: {first_line(error)}; pass cpu, cuda or cuda:1") from None
     return torch.device(device or "cpu")
 
 
@@ -182,7 +193,7 @@ def load_vae(directory: str | Path, dtype: torch.dtype | None = None) -> ModelMi
     cls = getattr(diffusers, name, None)
     if not (name.startswith(("Autoencoder", "AsymmetricAutoencoder")) and isinstance(cls, type)):
         raise ValueError(f"{directory}: {name} is not a diffusers autoencoder; pass a VAE, or a pipeline with one")
-    return _load_diffusers(cls, directory, dtype)
+    return _load_diffusers(cls, directory, "vae", dtype)
 
 
 def load_unet(directory: str | Path, dtype: torch.dtype | None = None) -> UNet2DConditionModel:
@@ -197,7 +208,7 @@ def load_unet(directory: str | Path, dtype: torch.dtype | None = None) -> UNet2D
     """
     from diffusers import UNet2DConditionModel
 
-    return _load_diffusers(UNet2DConditionModel, directory, dtype, train=True)
+    return _load_diffusers(UNet2DConditionModel, directory, "unet", dtype, train=True)
 
 
 def fresh_unet(config: Mapping, seed: int) -> UNet2DConditionModel:
@@ -253,7 +264,7 @@ def load_text_encoder(directory: str | Path, dtype: torch.dtype | None = None) -
     transformers.utils.logging.set_verbosity_error()  # what it would report is checked in _load_checked
     cls = transformers.T5EncoderModel if text_architecture(directory) == "t5" else transformers.CLIPTextModel
     options = {"dtype": dtype or torch.float32, "trust_remote_code": False}
-    encoder = _load_checked(cls, directory, ignored=_NOT_TEXT, **options)
+    encoder = _load_checked(cls, directory, "text_encoder", ignored=_NOT_TEXT, **options)
     return encoder.eval().requires_grad_(False)
 
 
@@ -262,14 +273,15 @@ def load_tokenizer(directory: str | Path, encoder: PreTrainedModel) -> PreTraine
     import transformers
 
     cls = transformers.T5Tokenizer if encoder.config.model_type == "t5" else transformers.CLIPTokenizer
-    return cls.from_pretrained(directory)
+    with only_files(component_files(directory, "tokenizer")) as copy:
+        return cls.from_pretrained(copy)
 
 
 def load_projection(directory: str | Path, dtype: torch.dtype | None = None) -> T5Projection:
     """Loads the projection component, frozen and in eval mode."""
     from cachetrain.modeling.t5_projection import T5Projection
 
-    return _load_diffusers(T5Projection, directory, dtype)
+    return _load_diffusers(T5Projection, directory, "projection", dtype)
 
 
 def load_scheduler(directory: str | Path) -> SchedulerMixin:
@@ -307,19 +319,21 @@ def load_custom_pipeline(
     )
 
 
-def _load_diffusers(cls, directory, dtype, train=False):
+def _load_diffusers(cls, directory, name, dtype, train=False):
     import diffusers
     import torch
 
     diffusers.utils.logging.set_verbosity_error()  # what it would report is checked in _load_checked
-    module = _load_checked(cls, directory, torch_dtype=dtype or torch.float32, low_cpu_mem_usage=False)
+    options = {"torch_dtype": dtype or torch.float32, "low_cpu_mem_usage": False}
+    module = _load_checked(cls, directory, name, **options)
     return module.train() if train else module.eval().requires_grad_(False)
 
 
-def _load_checked(cls, directory, ignored=re.compile(""), **options):
-    """from_pretrained, except that files and config must have exactly the same weights, of the same shapes.
+def _load_checked(cls, directory, name, ignored=re.compile(""), **options):
+    """from_pretrained of the files in `component_files` alone, which must have exactly the config's weights.
 
     Args:
+        name: of the component.
         ignored: pattern of names that the files may have in addition.
 
     Raises:
@@ -327,11 +341,11 @@ def _load_checked(cls, directory, ignored=re.compile(""), **options):
     """
     from safetensors import SafetensorError
 
-    weight_files(directory)
+    files = component_files(directory, name)
+    options |= {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     try:
-        module, found = cls.from_pretrained(
-            directory, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, **options
-        )
+        with only_files(files) as copy:
+            module, found = cls.from_pretrained(copy, **options)
     except (SafetensorError, OSError) as error:
         cause = error
         while cause := cause.__context__:

@@ -47,6 +47,8 @@ def parse_args(argv=None):
         parser.error("--watch draws to OUTPUT_DIR/samples; it cannot be combined with --out or --grid")
     if args.model and not (args.out and (args.prompt or args.prompts)):
         parser.error("--model requires --out, and --prompt or --prompts")
+    if args.grid and Path(args.grid).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        parser.error(f"--grid {args.grid}: name it .png, .jpg or .webp")
     return args
 
 
@@ -126,6 +128,7 @@ def main(argv=None):
     if args.grid:
         keys = sorted(for_grid)[: args.grid_size]
         labels = [drawings[slot].prompt + ("" if len(cfgs) == 1 else f" (cfg {cfg:g})") for slot, cfg in keys]
+        Path(args.grid).parent.mkdir(parents=True, exist_ok=True)
         grid([for_grid[key] for key in keys], labels, columns=min(8, len(keys))).save(args.grid)
     print(f"{len(drawings) * len(cfgs)} images in {out}" + (f"; grid: {args.grid}" if args.grid else ""))
     return 0

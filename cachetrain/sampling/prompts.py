@@ -145,7 +145,7 @@ def read_prompts(path: str | os.PathLike, content: bytes | None = None) -> tuple
         line = content.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{path}, line {line}: not UTF-8 text; save it as UTF-8") from error
     if Path(path).suffix.lower() != ".json":
-        return prompts_of(line.strip() for line in text.splitlines() if line.strip()), []
+        return prompts_of(line.strip() for line in re.split(r"\r\n|\r|\n", text) if line.strip()), []
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:

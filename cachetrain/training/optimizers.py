@@ -13,8 +13,9 @@ class Implementation(NamedTuple):
     Attributes:
         constructor: dotted name of the class, which takes (groups of parameters, lr, betas, **options).
         options: further arguments.
-        state_fields: what it keeps of each parameter or of its group once it has stepped; a checkpoint must have it.
-        run_settings: keys of its groups that come from the command line: a resumed run brings its own values.
+        state_fields: what it keeps of each parameter once it has stepped; a checkpoint must have it.
+        group_fields: what it keeps in its group of parameters; all else there is settings, which are a resumed run's
+            own.
         skips_on_device: it leaves everything as it was where its `found_inf` is 1, as torch's fused optimizers do;
             without it the host must wait for the device once a step, to decide whether to step at all.
     """
@@ -22,7 +23,7 @@ class Implementation(NamedTuple):
     constructor: str
     options: dict
     state_fields: frozenset[str]
-    run_settings: frozenset[str]
+    group_fields: frozenset[str] = frozenset()
     skips_on_device: bool = False
 
 
@@ -56,37 +57,31 @@ class Optimizer(NamedTuple):
         return weight_bytes * (self.state_tensors + (weight_bytes == 2))
 
 
-_ADAM_FIELDS = frozenset({"step", "exp_avg", "exp_avg_sq"})
-_KAHAN_FIELDS = frozenset({"kahan_comp", "pending_decay"})  # the second is ours: training/optim.py
-_SETTINGS = frozenset({"betas", "eps", "weight_decay"})
-_OPTIMI_SETTINGS = frozenset({"beta1", "beta2", "eps", "weight_decay", "foreach"})
+_MOMENTS = frozenset({"exp_avg", "exp_avg_sq"})
 _TORCH_ADAMW = Implementation(
-    "torch.optim.AdamW",
-    {"eps": EPS, "fused": True},
-    _ADAM_FIELDS,
-    _SETTINGS | {"foreach", "fused"},
-    skips_on_device=True,
+    "torch.optim.AdamW", {"eps": EPS, "fused": True}, _MOMENTS | {"step"}, skips_on_device=True
 )
 # The advice of Prodigy's authors for diffusion models.
 _PRODIGY = Implementation(
     "prodigyopt.Prodigy",
     {"eps": EPS, "safeguard_warmup": True, "use_bias_correction": True},
-    _ADAM_FIELDS | {"s", "p0", "d"},
-    _SETTINGS,
+    _MOMENTS | {"step", "s", "p0"},
+    frozenset({"d", "d_max", "d_numerator", "d_denom", "d_hat", "k"}),
 )
-_ADAMW8 = Implementation(
-    "bitsandbytes.optim.AdamW8bit", {"eps": EPS}, frozenset({"step", "state1", "state2"}), _SETTINGS
-)
+_ADAMW8 = Implementation("bitsandbytes.optim.AdamW8bit", {"eps": EPS}, frozenset({"step", "state1", "state2"}))
 
 
-def _optimi(name, options, fields, bf16_weights):
-    fields = fields | _KAHAN_FIELDS if bf16_weights else fields
-    return Implementation(f"optimi.{name}", options, fields, _OPTIMI_SETTINGS)
+def _optimi(name, options, fields, group_fields, bf16_weights):
+    group_fields = group_fields | {"setup"}
+    if bf16_weights:
+        fields = fields | {"kahan_comp"}
+        group_fields |= {"kahan_sum", "pending_decay"}  # the second is ours: training/optim.py
+    return Implementation(f"optimi.{name}", options, fields, frozenset(group_fields))
 
 
-_ADAMW_BF16 = _optimi("AdamW", {"eps": EPS}, _ADAM_FIELDS, True)
-_LION = [_optimi("Lion", {}, frozenset({"exp_avg"}), bf16_weights) for bf16_weights in (False, True)]
-_STABLE = [_optimi("StableAdamW", {"eps": EPS}, _ADAM_FIELDS, bf16_weights) for bf16_weights in (False, True)]
+_ADAMW_BF16 = _optimi("AdamW", {"eps": EPS}, _MOMENTS, {"step"}, True)
+_LION = [_optimi("Lion", {}, frozenset({"exp_avg"}), set(), bf16_weights) for bf16_weights in (False, True)]
+_STABLE = [_optimi("StableAdamW", {"eps": EPS}, _MOMENTS, {"step"}, bf16_weights) for bf16_weights in (False, True)]
 
 OPTIMIZERS = {
     #                        float32       bfloat16     tensors  betas

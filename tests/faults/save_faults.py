@@ -43,7 +43,7 @@ class Run:
                        noise_scheduler=make_scheduler("epsilon"))  # fmt: skip
         self.output_dir.mkdir(parents=True, exist_ok=True)
         (self.output_dir / "args.json").write_text("{}\n")
-        remove_leftovers(self.output_dir)  # as the trainer does when it starts
+        remove_leftovers(self.output_dir, "checkpoint-*")  # as the trainer does when it starts
         newest = save.checkpoints(self.output_dir)[-1:]
         info = {"objective": "epsilon", "text": {"settings": {}}}
         self.saving = save.Saving(run, info, frozen=newest[0] if newest else None)

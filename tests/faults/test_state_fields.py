@@ -236,6 +236,42 @@ def test_moments_of_another_shape_are_refused(whole):
     assert "does not fit the model: exp_avg of parameter 0" in error_of(whole, whole.interrupted("", change))
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("step", float("nan")),
+        ("step", -1),
+        ("exp_avg", float("inf")),
+        ("exp_avg_sq", -1),
+        ("exp_avg_sq", float("nan")),
+    ],
+)
+def test_moments_that_no_training_makes_are_refused(key, value, whole):
+    assert f"does not fit the model: {key} of parameter" in error_of(
+        whole, whole.interrupted("", freshened(key, value))
+    )
+
+
+def test_settings_of_an_optimizer_are_those_of_the_run(whole):
+    def change(state):
+        state["optimizer"]["param_groups"][0].update(maximize=True, amsgrad=True, capturable="x", eps=1e30)
+
+    run = whole.resume(whole.interrupted("", change), "")
+    assert content(run, 4) == content(whole(""), 4)
+
+
+def test_tensors_without_state_are_said(whole, capsys):
+    run = whole.interrupted("", lambda state: state["optimizer"]["state"].pop(0))
+    whole.resume(run, "")
+    assert "1 of 286 trained tensors have no state in its optimizer" in capsys.readouterr().err
+
+
+def test_averages_that_are_not_finite_are_refused(whole):
+    run = whole.interrupted("")
+    alter_weights(checkpoint_path(run, 2), "unet_ema", lambda tensors: {n: t / 0 for n, t in tensors.items()})
+    assert "finite numbers in unet_ema" in error_of(whole, run)
+
+
 def test_missing_tensor_is_refused(whole):
     run = whole.interrupted("")
     path = checkpoint_path(run, 2) / "training_state" / "tensors.safetensors"
