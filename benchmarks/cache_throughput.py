@@ -35,7 +35,7 @@ REPO = Path(__file__).resolve().parent.parent
 TINY = REPO / "models" / "tiny"
 SIZES = (512, 1024, 2048, 4000)
 PARTS = ("images", "draft", "text", "scan", "start")
-# Random T5 encoders of the tiny model, of t5-small and of T5 v1.1 XXL, which has 4.8 billion parameters.
+# Random T5 encoders of the tiny model, of t5-small and of T5 v1.1 XXL: 4.6 billion parameters.
 T5_FIELDS = ("d_model", "d_kv", "d_ff", "num_layers", "num_heads", "feed_forward_proj")
 T5_SIZES = {
     "tiny": (64, 16, 128, 2, 4, "relu"),

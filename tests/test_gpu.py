@@ -269,7 +269,8 @@ def test_interrupted_run_resumes_bit_exact(flags, shapes, model_t5, tmp_path):
 
 
 @pytest.mark.parametrize("fsdp", [False, True])
-def test_one_rank_reduces_and_shards_through_its_backend(fsdp, model_t5):
+def test_one_rank_reduces_and_shards_through_its_backend(fsdp, model_t5, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")  # the name of the host need not resolve
     inputs = torch.randn(2, 4, 8, 8, device=DEVICE), torch.tensor([3, 900], device=DEVICE)
     hidden = torch.randn(2, 5, 64, device=DEVICE)
     gradients, world = [], World(DEVICE)
