@@ -249,6 +249,7 @@ def bare_loop(args, work, model, data, flags):
     import torch
 
     from cachetrain.modeling import load
+    from cachetrain.modeling.conditioning import predict
     from cachetrain.modeling.precision import autocast_for
     from cachetrain.training.optim import make_optimizer
 
@@ -270,12 +271,14 @@ def bare_loop(args, work, model, data, flags):
     averages = [p.detach().float().clone() for p in parameters] if args.tiny and not plain else []
     autocast, batch = autocast_for(device, precision), resident_batch(args, data, flags, device)
     latents, noise, hidden, mask, timesteps = batch
+    # The trainer's call, so that the loops share compiled graphs.
+    texts = {"encoder_hidden_states": hidden, "encoder_attention_mask": mask}
     clock = Clock(device, args.window_steps)
     for step in range(args.window_steps * (args.windows + 1)):
         sigma = (timesteps / 1000)[:, None, None, None]
         noisy = (1 - sigma) * latents + sigma * noise
         with autocast():
-            output = unet(noisy.to(unet.dtype), timesteps, hidden, encoder_attention_mask=mask).sample
+            output = predict(unet, noisy.to(unet.dtype), timesteps, texts)
         (output.float() - (noise - latents)).square().mean().backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
