@@ -6,10 +6,13 @@
 images: photographs from scikit-image (test extra) as JPEGs of 512 to 4000 pixels, cached at 256x256 with a random VAE
         of Stable Diffusion's size and with the tiny VAE. Reference: decoding alone, on all cores, and the VAE alone,
         on one resident batch.
-text:   captions of 5 to 200 tokens, encoded by a random T5 of t5-small's size. Reference: the same, one by one.
+draft:  decoding of large JPEGs at reduced scale, against full scale.
+text:   captions of 5 to 200 tokens, encoded by a random T5 of t5-small's size. References: the same, one by one; the
+        encoder alone, on resident batches.
 scan:   100,000 empty images, captions and real sidecars, listed and checked, and indexed as for training.
 start:  `--help` of each cache script.
 
+On a GPU, whose work is over soon, each script also runs on few files first: "without start-up" is the difference.
 The last column is the project's target for each ratio. Takes about eight minutes on two CPU cores and 1.5 GB of disk.
 Files already in --work are reused.
 """
@@ -23,6 +26,7 @@ import sys
 import time
 import tracemalloc
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 from cachetrain import cli
@@ -30,19 +34,30 @@ from cachetrain import cli
 REPO = Path(__file__).resolve().parent.parent
 TINY = REPO / "models" / "tiny"
 SIZES = (512, 1024, 2048, 4000)
-PARTS = ("images", "text", "scan", "start")
+PARTS = ("images", "draft", "text", "scan", "start")
+# Random T5 encoders of the tiny model, of t5-small and of T5 v1.1 XXL: 4.6 billion parameters.
+T5_FIELDS = ("d_model", "d_kv", "d_ff", "num_layers", "num_heads", "feed_forward_proj")
+T5_SIZES = {
+    "tiny": (64, 16, 128, 2, 4, "relu"),
+    "small": (512, 64, 2048, 6, 8, "relu"),
+    "xxl": (4096, 64, 10240, 24, 64, "gated-gelu"),
+}
 
 
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     parser.add_argument("--work", required=True, help="directory for models, pictures and caches; not deleted")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
+    parser.add_argument("--vaes", nargs="+", choices=("tiny", "sd"), default=("tiny", "sd"), help="sizes of the VAE")
     parser.add_argument(
         "--num_images",
         type=cli.positive_int,
         default=24,
         help="images for the full-size VAE; the tiny VAE gets ten times as many",
     )
+    side = cli.Number(int, 64, 2048, step=64)
+    parser.add_argument("--side", type=side, default=256, help="side at which images are encoded, in pixels")
+    parser.add_argument("--t5", choices=T5_SIZES, default="small", help="size of the T5 encoder")
     parser.add_argument("--num_captions", type=cli.positive_int, default=400, help="captions to encode")
     parser.add_argument("--num_pairs", type=cli.positive_int, default=100_000, help="images with captions to scan")
     cli.add_device_arguments(parser)
@@ -67,6 +82,28 @@ def run_script(name, *argv):
         raise ValueError(f"{name} {argv} failed")
 
 
+def script_seconds(args, name, few, many, *argv):
+    """Runs a cache script on the folder `many`.
+
+    Returns:
+        (elapsed seconds; on a GPU, those beyond a run on the folder `few` before it, else None; peak GPU memory in
+        GiB). The GPU's libraries must have been loaded before.
+    """
+    import torch
+
+    from cachetrain.modeling import load
+
+    def run(folder):
+        return seconds(run_script, name, "--data_root", folder, *argv, "--overwrite", *shared_arguments(args))[0]
+
+    if load.pick_device(args.device).type == "cpu":
+        return run(many), None, 0.0
+    start_s = run(few)
+    torch.cuda.reset_peak_memory_stats()
+    all_s = run(many)
+    return all_s, max(all_s - start_s, 1e-9), torch.cuda.max_memory_allocated() / 2**30
+
+
 def shared_arguments(args):
     given = (("--device", args.device), ("--dtype", args.dtype))
     return [word for flag, value in given if value for word in (flag, value)]
@@ -76,7 +113,10 @@ def shared_arguments(args):
 
 
 def make_photographs(folder, count):
-    """Writes `count` JPEGs, cycling through the four photographs and the sizes; returns the paths."""
+    """Writes `count` JPEGs, cycling through the four photographs and the sizes; returns the paths.
+
+    Those that come up again are hard links.
+    """
     import skimage.data
     from PIL import Image
 
@@ -85,7 +125,9 @@ def make_photographs(folder, count):
     for index in range(count):
         path = folder / f"{index:04}.jpg"
         paths.append(str(path))
-        if not path.exists():
+        if not path.exists() and index >= 4 * len(SIZES):
+            os.link(paths[index - 4 * len(SIZES)], path)
+        elif not path.exists():
             image = Image.fromarray(getattr(skimage.data, names[index % 4])())
             scale = SIZES[index // 4 % len(SIZES)] / max(image.size)
             image.resize([round(side * scale) for side in image.size], Image.Resampling.LANCZOS).save(
@@ -112,17 +154,18 @@ def make_vae(work):
     return work / "vae"
 
 
-def decode_256(path):
+def decode(path, side=256):
     from cachetrain.caching import images
 
-    return images.decode_file(path, [(256, 256)]).pixels
+    return images.decode_file(path, [(side, side)]).pixels
 
 
-def decode_alone(paths):
+def decode_alone(paths, side):
     """Returns the seconds needed to decode all files on all cores, without starting the processes."""
+    decode_one = partial(decode, side=side)
     with multiprocessing.get_context("fork").Pool(cli.available_cores()) as pool:
-        pool.map(decode_256, paths[: 2 * cli.available_cores()])
-        return seconds(pool.map, decode_256, paths, 4)[0]
+        pool.map(decode_one, paths[: 2 * cli.available_cores()])
+        return seconds(pool.map, decode_one, paths, 4)[0]
 
 
 def encode_alone(args, vae_dir, count, batch_size=8):
@@ -134,64 +177,79 @@ def encode_alone(args, vae_dir, count, batch_size=8):
 
     device = load.pick_device(args.device)
     dtype = load.pick_dtype(args.dtype, device)
-    vae, batch = load.load_vae(vae_dir, dtype).to(device), torch.rand(batch_size, 3, 256, 256)
-    times_s = [seconds(lambda: encode_images(vae, batch.to(device, dtype)).float().cpu())[0] for _ in range(8)]
+    batch = torch.rand(batch_size, 3, args.side, args.side).to(device, dtype)
+    vae = load.load_vae(vae_dir, dtype).to(device)
+    times_s = [seconds(lambda: encode_images(vae, batch).float().cpu())[0] for _ in range(8)]
     return statistics.median(times_s[1:]) * count / batch_size
 
 
 def measure_images(args, work):
-    """Yields the rows of both VAEs and of reduced-scale decoding."""
+    """Yields the rows of each VAE."""
     from cachetrain.modeling import load
 
     on_cpu = load.pick_device(args.device).type == "cpu"
-    for label, vae_dir, count in (
-        ("tiny VAE", TINY / "vae", 10 * args.num_images),
-        ("SD-size VAE", make_vae(work), args.num_images),
-    ):
+    few = work / f"photographs_{len(SIZES)}"
+    make_photographs(few, len(SIZES))
+    for name in args.vaes:
+        vae_dir, count = (TINY / "vae", 10 * args.num_images) if name == "tiny" else (make_vae(work), args.num_images)
         paths = make_photographs(work / f"photographs_{count}", count)
-        argv = ["--data_root", Path(paths[0]).parent, "--model", vae_dir, "--vae", "--resolution", 256, "--overwrite"]
-        decode_s, encode_s = decode_alone(paths), encode_alone(args, vae_dir, count)
-        script_s = seconds(run_script, "create_img_sdxl", *argv, *shared_arguments(args))[0]
+        argv = ["--model", vae_dir, "--vae", "--resolution", args.side]
+        decode_s, encode_s = decode_alone(paths, args.side), encode_alone(args, vae_dir, count)
+        script_s, steady_s, gib = script_seconds(args, "create_img_sdxl", few, Path(paths[0]).parent, *argv)
         reference_s = decode_s + encode_s if on_cpu else max(decode_s, encode_s)
-        parts = f"decode {decode_s:.1f} s {'+' if on_cpu else '|'} encode {encode_s:.1f} s"
-        yield f"{count} images, {label}: {script_s:.1f} s", parts, script_s / reference_s, "<= 1.10"
-    yield measure_draft(make_photographs(work / f"photographs_{10 * args.num_images}", 10 * args.num_images))
+        parts = f"decode {decode_s:.1f} s {'+' if on_cpu else 'or'} encode {encode_s:.1f} s"
+        label = f"{count} images of {args.side} px, VAE of {name} size"
+        yield label, f"{script_s:.1f} s", parts, script_s / reference_s, "<= 1.10" if on_cpu else ""
+        if steady_s is not None:
+            figure = f"{steady_s:.1f} s, {(count - len(SIZES)) / steady_s:.0f} images/s"
+            yield f"{label}, without start-up", figure, parts, steady_s / reference_s, "<= 1.10"
+            yield f"{label}: peak memory", f"{gib:.1f} GiB", "", None, ""
 
 
-def measure_draft(paths):
-    """Returns the row that compares reduced-scale with full-scale decoding of large images: PSNR and time."""
+def measure_draft(args, work):
+    """Yields the row that compares reduced-scale with full-scale decoding of large images: PSNR and time."""
     import math
 
     import numpy as np
 
     from cachetrain.caching import images
 
+    paths = make_photographs(work / f"photographs_{10 * args.num_images}", 10 * args.num_images)
     large = [path for index, path in enumerate(paths) if SIZES[index // 4 % len(SIZES)] >= 2048][:16]
     margin = images._DRAFT_MARGIN
-    reduced_s, reduced = seconds(lambda: [decode_256(path) for path in large])
+    reduced_s, reduced = seconds(lambda: [decode(path) for path in large])
     images._DRAFT_MARGIN = math.inf
-    full_s, full = seconds(lambda: [decode_256(path) for path in large])
+    full_s, full = seconds(lambda: [decode(path) for path in large])
     images._DRAFT_MARGIN = margin
     errors = [np.mean((a.astype(float) - b) ** 2) for a, b in zip(reduced, full, strict=True)]
     psnr = 10 * math.log10(255**2 / max(errors))
-    label = f"decode of 2048 to 4000 px: {1000 * reduced_s / len(large):.0f} ms, PSNR >= {psnr:.1f} dB"
-    return label, f"full scale {1000 * full_s / len(large):.0f} ms", reduced_s / full_s, "< 1"
+    figure = f"{1000 * reduced_s / len(large):.0f} ms, PSNR >= {psnr:.1f} dB"
+    against = f"full scale {1000 * full_s / len(large):.0f} ms"
+    yield "decode of 2048 to 4000 px at reduced scale", figure, against, reduced_s / full_s, "< 1"
 
 
 # Text
 
 
-def make_t5(work):
-    """Saves a random T5 encoder of t5-small's size with the tiny tokenizer, in which each word is one token."""
+def make_t5(args, work):
+    """Saves a random T5 encoder with the tiny tokenizer, in which each word is one token; returns its directory.
+
+    It is made on the device and in the dtype in which the script encodes.
+    """
     import torch
     from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-    out = work / "t5"
-    if not out.exists():
+    from cachetrain.modeling import load
+
+    out, device = work / f"t5_{args.t5}", load.pick_device(args.device)
+    if not (out / "model_index.json").exists():
         torch.manual_seed(0)
         tokenizer = T5Tokenizer.from_pretrained(TINY / "t5" / "tokenizer")
-        config = T5Config(vocab_size=len(tokenizer), d_model=512, d_kv=64, d_ff=2048, num_layers=6, num_heads=8)
-        T5EncoderModel(config).save_pretrained(out / "text_encoder")
+        # XXL's own vocabulary is not needed: an embedding is looked up, whatever the number of rows.
+        config = T5Config(vocab_size=len(tokenizer), **dict(zip(T5_FIELDS, T5_SIZES[args.t5], strict=True)))
+        config.dtype = load.pick_dtype(args.dtype, device)
+        with torch.device(device):
+            T5EncoderModel._from_config(config).save_pretrained(out / "text_encoder")
         tokenizer.save_pretrained(out / "tokenizer")
         (out / "model_index.json").write_text("{}")
     return out
@@ -215,40 +273,69 @@ def make_captions(folder, count):
 
 def measure_text(args, work):
     """Yields the rows for speed and for the share of padding."""
-    folder = work / f"captions_{args.num_captions}"
-    captions = make_captions(folder, args.num_captions)
-    row, lengths = measure_t5(args, folder, captions, make_t5(work))
-    yield row
+    from cachetrain.data.sidecar import read_sidecar
+
+    folder, few = work / f"captions_{args.num_captions}", work / "captions_8"
+    make_captions(few, 8)
+    captions, model = make_captions(folder, args.num_captions), make_t5(args, work)
+    single_s, batches_s, lengths, expected = encode_captions_alone(args, captions, model)
+    argv = ["--model", model, "--raw", "--store_dtype", "bf16" if load_dtype(args) == "bfloat16" else "fp32"]
+    script_s, steady_s, gib = script_seconds(args, "create_t5cache_768", few, folder, *argv)
+    stored = (read_sidecar(folder / f"{index:05}.txt_t5cache")[0]["emb"] for index in range(len(expected)))
+    error = max(((a.float() - b).norm() / b.norm()).item() for a, b in zip(stored, expected, strict=True))
+    label = f"{len(captions)} captions, T5 of {args.t5} size"
+    against, wanted = f"one by one {single_s:.1f} s", ">= 3" if steady_s is None else ""
+    yield f"{label}, relative error {error:.0e}", f"{script_s:.1f} s", against, single_s / script_s, wanted
+    if steady_s is not None:
+        label, against = f"{label}, without start-up", f"batches alone {batches_s:.1f} s"
+        figure = f"{steady_s:.1f} s, {sum(lengths) / steady_s:.0f} tokens/s"
+        yield label, figure, against, steady_s / batches_s, "<= 1.10"
+        yield f"{len(captions)} captions: peak memory", f"{gib:.1f} GiB", "", None, ""
     yield measure_padding(lengths)
 
 
-def measure_t5(args, folder, captions, model):
-    """Compares the cache script with encoding one by one; returns (row, number of tokens of each caption)."""
+def load_dtype(args):
+    """Returns the name of the dtype in which the scripts compute, such as bfloat16."""
+    from cachetrain.modeling import load
+
+    return str(load.pick_dtype(args.dtype, load.pick_device(args.device))).removeprefix("torch.")
+
+
+def encode_captions_alone(args, captions, model, num_singles=400):
+    """Encodes captions one by one, at most `num_singles`, and all in batches that are on the device already.
+
+    Returns:
+        (seconds one by one, of all; seconds in batches; number of tokens of each caption; float32 embeddings [T, D]
+        of those encoded one by one).
+    """
     import torch
     from transformers import T5EncoderModel, T5Tokenizer, logging
 
-    logging.disable_progress_bar()
-    from cachetrain.data.sidecar import read_sidecar
+    from cachetrain.caching.text_run import length_batches
     from cachetrain.modeling import load
 
+    logging.disable_progress_bar()
     device = load.pick_device(args.device)
-    dtype = load.pick_dtype(args.dtype, device)
     tokenizer = T5Tokenizer.from_pretrained(model / "tokenizer")
-    encoder = T5EncoderModel.from_pretrained(model / "text_encoder", dtype=dtype).eval().to(device)
+    encoder = T5EncoderModel.from_pretrained(model / "text_encoder", dtype=load.pick_dtype(args.dtype, device))
+    encoder.eval().to(device)
+    ids = [tokenizer(caption, return_tensors="pt").input_ids[0].to(device) for caption in captions]
+    lengths, singles = [len(row) for row in ids], ids[:num_singles]
+    batches = [torch.nn.utils.rnn.pad_sequence([ids[i] for i in b], True) for b in length_batches(lengths, 32)]
 
     @torch.no_grad()
-    def one_by_one():
-        ids = [tokenizer(caption, return_tensors="pt").input_ids.to(device) for caption in captions]
-        return [encoder(row).last_hidden_state[0].float().cpu() for row in ids]
+    def encode(inputs):
+        return [encoder(i, attention_mask=(i != tokenizer.pad_token_id).long()).last_hidden_state for i in inputs]
 
-    encoder(torch.zeros(1, 8, dtype=torch.long, device=device))  # warm up
-    single_s, expected = seconds(one_by_one)
-    argv = ["--data_root", folder, "--model", model, "--raw", "--store_dtype", "fp32", "--overwrite"]
-    script_s = seconds(run_script, "create_t5cache_768", *argv, *shared_arguments(args))[0]
-    stored = (read_sidecar(folder / f"{index:05}.txt_t5cache")[0]["emb"] for index in range(len(captions)))
-    error = max(((a - b).norm() / b.norm()).item() for a, b in zip(stored, expected, strict=True))
-    label = f"{len(captions)} captions: {script_s:.1f} s, relative error {error:.0e}"
-    return (label, f"one by one {single_s:.1f} s", single_s / script_s, ">= 3"), [len(rows) for rows in expected]
+    @torch.no_grad()
+    def time_batches():
+        for batch in batches:
+            hidden = encode([batch])[0]
+        return hidden.float().cpu()  # the host waits for the device
+
+    encode([batches[0], singles[0][None]])  # warm up
+    single_s, expected = seconds(lambda: [h[0].float().cpu() for h in encode(row[None] for row in singles)])
+    return single_s * len(ids) / len(singles), seconds(time_batches)[0], lengths, expected
 
 
 def measure_padding(lengths):
@@ -256,7 +343,7 @@ def measure_padding(lengths):
 
     batches = list(text_run.length_batches(lengths, 32))
     computed = sum(len(batch) * max(lengths[index] for index in batch) for batch in batches)
-    return f"{computed} tokens computed", f"{sum(lengths)} stored", computed / sum(lengths), "<= 1.10"
+    return "tokens computed", str(computed), f"{sum(lengths)} stored", computed / sum(lengths), "<= 1.10"
 
 
 # Scan
@@ -331,8 +418,10 @@ def measure_scan(args, work):
     ):
         elapsed_s = min(seconds(function, *arguments)[0] for _ in range(3))  # the first one fills the page cache
         peak, retained = bytes_per_pair(function, arguments, count)
-        yield f"{count} pairs, {label}: {elapsed_s:.1f} s", f"bound {bound_s:.0f} s", elapsed_s / bound_s, "<= 1"
-        yield f"  memory: peak {peak:.0f}, retained {retained:.0f} bytes per pair", "bound 200", peak / 200, "<= 1"
+        what = f"{count} pairs, {label}"
+        yield what, f"{elapsed_s:.1f} s", f"bound {bound_s:.0f} s", elapsed_s / bound_s, "<= 1"
+        figure = f"peak {peak:.0f}, retained {retained:.0f} bytes per pair"
+        yield f"{what}: memory", figure, "bound 200", peak / 200, "<= 1"
 
 
 def measure_start(args, work):
@@ -341,18 +430,20 @@ def measure_start(args, work):
         best_s = min(
             seconds(lambda c: subprocess.run(c, check=True, capture_output=True), command)[0] for _ in range(5)
         )
-        yield f"{path.name} --help: {best_s:.2f} s", "bound 0.5 s", best_s / 0.5, "<= 1"
+        yield f"{path.name} --help", f"{best_s:.2f} s", "bound 0.5 s", best_s / 0.5, "<= 1"
 
 
 def main(argv=None):
     args = parse_args(argv)
     work = Path(args.work)
     work.mkdir(parents=True, exist_ok=True)
-    measures = {"images": measure_images, "text": measure_text, "scan": measure_scan, "start": measure_start}
-    rows = [row for part in args.parts for row in measures[part](args, work)]
-    print(f"\n{'measured':62}{'reference':34}{'ratio':>6}  target")
-    for measured, reference, ratio, target in rows:
-        print(f"{measured:62}{reference:34}{ratio:6.2f}  {target}")
+    measure = (measure_images, measure_draft, measure_text, measure_scan, measure_start)
+    measures = dict(zip(PARTS, measure, strict=True))
+    print("| what | figure | against | ratio | wanted |\n|---|---|---|---|---|", flush=True)
+    for part in args.parts:
+        for what, figure, against, ratio, wanted in measures[part](args, work):
+            ratio = "" if ratio is None else f"{ratio:.2f}"
+            print(f"| {what} | {figure} | {against} | {ratio} | {wanted} |", flush=True)
     return 0
 
 

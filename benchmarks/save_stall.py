@@ -3,8 +3,8 @@
 
     ./benchmarks/save_stall.py --work /tmp/save_stall
 
-The column "blocked" is the duration of the call in the training loop; "bare copy" is the time to copy the same
-tensors to host memory, the lower bound. Needs 15 GB of memory and 15 GB of disk.
+"Held up" is the duration of the call in the training loop; "bare copy" is the time to copy the same tensors to host
+memory, the lower bound. Needs 15 GB of memory and 15 GB of disk. --unet tiny saves the quickstart's model instead.
 """
 
 import shutil
@@ -14,10 +14,13 @@ from types import SimpleNamespace
 
 from cachetrain import cli
 
+TINY = Path(__file__).resolve().parent.parent / "models" / "tiny" / "unet"
+
 
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     parser.add_argument("--work", required=True, type=Path, help="directory for the checkpoints; removed afterwards")
+    parser.add_argument("--unet", choices=("tiny", "sd15"), default="sd15", help="UNet to save, see above")
     parser.add_argument("--device", help="torch device; default: cuda if there is one, else cpu")
     parser.add_argument("--saves", type=cli.positive_int, default=2, help="checkpoints to write, one after the other")
     return parser.parse_args(argv)
@@ -35,8 +38,10 @@ def main(argv=None):
     from cachetrain.modeling import load
 
     device = load.pick_device(args.device)
+    config = {"sample_size": 64, "cross_attention_dim": 768}
+    config = UNet2DConditionModel.load_config(TINY) if args.unet == "tiny" else config
     with torch.device(device):
-        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+        unet = UNet2DConditionModel.from_config(config)
     moments = {number: {"exp_avg": p.detach().clone()} for number, p in enumerate(unet.parameters())}
     settings = SimpleNamespace(save_on_epoch=False, keep_last=1, save_every_minutes=None, ckpt_dir=None)
     run = SimpleNamespace(
@@ -49,7 +54,7 @@ def main(argv=None):
     )
     saving = Saving(run, {"objective": "epsilon"})
     args.work.mkdir(parents=True, exist_ok=True)
-    print(f"{'save':>6}{'bare copy, s':>14}{'blocked, s':>12}{'ratio':>7}{'on disk, s':>12}{'checked, s':>12}")
+    print("| what | figure | against | ratio | wanted |\n|---|---|---|---|---|", flush=True)
     for step in range(1, args.saves + 1):
         copies, start = [], time.perf_counter()
         for parameter in unet.parameters():
@@ -65,8 +70,10 @@ def main(argv=None):
         start = time.perf_counter()
         assert not damages(checkpoint)
         checked_s = time.perf_counter() - start
-        ratio = blocked_s / bare_s
-        print(f"{step:6}{bare_s:14.1f}{blocked_s:12.1f}{ratio:7.2f}{on_disk_s:12.1f}{checked_s:12.1f}", flush=True)
+        rows = f"| {args.unet}, save {step}: training held up | {blocked_s:.3g} s | bare copy {bare_s:.3g} s "
+        rows += f"| {blocked_s / bare_s:.2f} | |\n"
+        rows += f"| {args.unet}, save {step}: on disk after | {on_disk_s:.3g} s | checked in {checked_s:.3g} s | | |"
+        print(rows, flush=True)
     shutil.rmtree(args.work)
     return 0
 

@@ -8,14 +8,13 @@ The whole loop is train_from_cached.py with default logging, on caches of random
 model, optimizer, precision, clipping and EMA. The loops run alternately, each in a separate process, and are timed in
 windows from one log step to the next. Ratios compare medians of wall time and of the process's CPU time (all threads,
 without the loader's workers). CPU time is more reliable on a shared machine; on a GPU only wall time is compared. The
-last column is the project's target.
+last column is the project's target. Rows are printed as they are measured.
 
 --unet tiny: the quickstart's model with T5 and the quickstart's settings for a CPU (batch 16, float32, one thread,
 EMA). Takes about twenty minutes on two cores.
 
 --unet sd15: SD1.5's UNet with random weights, CLIP embeddings, 512x512, the trainer's defaults. Needs a GPU with
-141 GB at batch 64, or with 80 GB at --batch_size 48, and 20 GB of disk. Also compares with a plain loop like the
-training scripts of diffusers (float32 weights, bfloat16 autocast, torch's default AdamW, NCHW, eager).
+141 GB at batch 64, or with 80 GB at --batch_size 48, and 5 GB of disk.
 
 On a GPU, waits of the host for the device outside log steps are counted (torch.cuda.set_sync_debug_mode), and
 --memory_gib finds the largest batch that fits on a card of that size.
@@ -35,10 +34,10 @@ from pathlib import Path
 from cachetrain import cli
 
 REPO = Path(__file__).resolve().parent.parent
-LOG_STEP = 25  # steps per window; the trainer's default
 MLPERF_H200 = 128.3  # images/s per GPU of SD2's UNet on eight GPUs, MLPerf training v4.0
 # As set by quickstart.sh for the tiny model on a CPU.
 CPU_ENV = {"OMP_NUM_THREADS": "1", "MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
+SPEED_TAGS = ("data_wait_fraction", "mfu")
 QUICKSTART = "--lr 2e-3 --scheduler cosine --betas 0.9 0.99 --cond_dropout 0.1 --cache_in_ram".split()
 
 
@@ -63,10 +62,17 @@ def parse_args(argv=None):
     parser.add_argument(
         "--batch_size", type=cli.batch_size, help="samples per step; default: 16 for tiny, 64 for sd15"
     )
+    parser.add_argument("--windows", type=cli.positive_int, default=4, help="number of timed windows per turn")
     parser.add_argument(
-        "--windows", type=cli.positive_int, default=4, help=f"number of timed windows of {LOG_STEP} steps per turn"
+        "--window_steps", type=cli.positive_int, default=25, help="steps from one log step to the next; a window"
     )
     parser.add_argument("--turns", type=cli.positive_int, default=3, help="how often each loop runs")
+    parser.add_argument(
+        "--plain",
+        action="store_true",
+        help="also compare with a loop set up like the training scripts of diffusers: float32 weights, bfloat16 "
+        "autocast, torch's default AdamW, NCHW, eager",
+    )
     parser.add_argument(
         "--memory_gib",
         type=cli.positive_float,
@@ -90,16 +96,17 @@ def make_inputs(work, tiny):
     Returns:
         (model directory, data directory, trainer flags with the cache suffixes).
     """
-    import torch
-    from diffusers import UNet2DConditionModel
-
-    from cachetrain.modeling import load
-
     model, data, done = work / "unet", work / "data", work / "complete"
     kind, tokens, width, side = ("txt_t5cache", 16, 64, 8) if tiny else ("txt_clipl", 77, 768, 64)
     flags = ["--imgcache_suffix", ".img_sdvae", "--txtcache_suffix", f".{kind}"]
     if done.exists():
         return model, data, flags
+
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    from cachetrain.modeling import load
+
     config = UNet2DConditionModel.load_config(REPO / "models" / "tiny" / "unet") if tiny else {}
     config |= {} if tiny else {"sample_size": 64, "cross_attention_dim": 768}
     load.fresh_unet(config, seed=0).save_pretrained(model / "unet")
@@ -133,8 +140,9 @@ def write(path, tensors, kind, **more):
 class Clock:
     """Records wall time and CPU time at the end of each window, after waiting for the device."""
 
-    def __init__(self, device):
+    def __init__(self, device, window_steps):
         self.device = device
+        self.window_steps = window_steps
         self.marks = []
 
     def mark(self):
@@ -145,15 +153,20 @@ class Clock:
         self.marks.append((time.perf_counter(), time.process_time()))
 
     def result(self, **more):
-        """Prints seconds per step of each window, without the first steps, which include start-up and compilation."""
+        """Prints the seconds per step of each window, without the first steps, which include start-up and
+        compilation, and the peak of GPU memory in GiB (0 on the CPU)."""
+        import torch
+
         pairs = list(zip(self.marks[1:], self.marks[2:], strict=False))
-        wall, cpu = ([(b[i] - a[i]) / LOG_STEP for a, b in pairs] for i in (0, 1))
-        print(json.dumps({"wall": wall, "cpu": cpu, **more}))
+        wall, cpu = ([(b[i] - a[i]) / self.window_steps for a, b in pairs] for i in (0, 1))
+        gib = torch.cuda.max_memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else 0.0
+        print(json.dumps({"wall": wall, "cpu": cpu, "gib": gib, **more}))
 
 
 def trainer_flags(args, work, model, data, steps):
     flags = ["--model", model, "--train_data_dir", data, "--output_dir", work / f"run-{time.time_ns()}"]
     flags += ["--logdir", work / "tensorboard", "--batch_size", args.batch_size, "--max_steps", steps]
+    flags += ["--log_step", args.window_steps]
     flags += ["--precision", args.precisions[0], "--objective", "flow"]
     flags += [*QUICKSTART, "--ema_decay", 0.99] if args.tiny else []
     flags += ["--device", args.device] if args.device else []
@@ -173,34 +186,33 @@ def whole_loop(args, work, model, data, flags):
     spec = importlib.util.spec_from_file_location("train_from_cached", REPO / "train_from_cached.py")
     trainer = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(trainer)
-    clock, waits, wait_shares = Clock(load.pick_device(args.device)), Waits(), []
-    write_logs, save = Logs.write, Saving.save
+    clock, waits, logged = Clock(load.pick_device(args.device), args.window_steps), Waits(), []
+    write_logs = Logs.write
 
     def write_and_mark(self, step, *rest):
         with waits.allowed():
             tags = write_logs(self, step, *rest)
             clock.mark()
-        if step > LOG_STEP:
-            wait_shares.append(tags["05_Performance/data_wait_fraction"])
+        if step > args.window_steps:
+            logged.append(tags)
         return tags
 
-    def save_uncounted(self, *rest):  # the save in the last step has to wait, because it copies to the host
-        with waits.allowed():
-            save(self, *rest)
-
-    Logs.write, Saving.save = write_and_mark, save_uncounted
+    Logs.write = write_and_mark
+    Saving.save = lambda *_: None  # the one after the last step, of 10 GB; save_stall.py measures saves
+    steps = args.window_steps * (args.windows + 1)
     with waits.counted(clock.device):
-        trainer.main([*trainer_flags(args, work, model, data, LOG_STEP * (args.windows + 1)), *flags])
+        trainer.main([*trainer_flags(args, work, model, data, steps), *flags])
     cuda = clock.device.type == "cuda"
+    mean = {tag: statistics.mean(tags.get(f"05_Performance/{tag}", 0) for tags in logged) for tag in SPEED_TAGS}
     clock.result(
-        data_wait=statistics.mean(wait_shares) if wait_shares else 0.0,
+        **mean,
         waits=waits.count if cuda else None,
         device=torch.cuda.get_device_name(clock.device) if cuda else "cpu",
     )
 
 
 class Waits:
-    """Counts how often the host waits for a CUDA device, from the first log step, without log steps and saves."""
+    """Counts how often the host waits for a CUDA device, from the first log step, without log steps."""
 
     def __init__(self):
         self.count = 0
@@ -211,7 +223,7 @@ class Waits:
         import torch
 
         def show(message, *_, **__):
-            self.count += "synchroniz" in str(message)
+            self.count += "called a synchronizing" in str(message)
 
         with warnings.catch_warnings():
             warnings.simplefilter("always")
@@ -222,7 +234,7 @@ class Waits:
 
     @contextmanager
     def allowed(self):
-        """Context of a log step or a save, where waits are not counted; counting starts after the first one."""
+        """Context of a log step, where waits are not counted; counting starts after the first one."""
         import torch
 
         if self._counting:
@@ -237,6 +249,7 @@ def bare_loop(args, work, model, data, flags):
     import torch
 
     from cachetrain.modeling import load
+    from cachetrain.modeling.conditioning import predict
     from cachetrain.modeling.precision import autocast_for
     from cachetrain.training.optim import make_optimizer
 
@@ -249,7 +262,7 @@ def bare_loop(args, work, model, data, flags):
     else:
         unet.to(device, memory_format=torch.channels_last)
     if args.modes[0] == "compiled" and not plain:
-        unet.compile(fullgraph=True)
+        unet.compile(fullgraph=True, dynamic=False)
     parameters = list(unet.parameters())
     if plain:
         optimizer = torch.optim.AdamW(parameters, lr=1e-5)
@@ -258,12 +271,14 @@ def bare_loop(args, work, model, data, flags):
     averages = [p.detach().float().clone() for p in parameters] if args.tiny and not plain else []
     autocast, batch = autocast_for(device, precision), resident_batch(args, data, flags, device)
     latents, noise, hidden, mask, timesteps = batch
-    clock = Clock(device)
-    for step in range(LOG_STEP * (args.windows + 1)):
+    # The trainer's call, so that the loops share compiled graphs.
+    texts = {"encoder_hidden_states": hidden, "encoder_attention_mask": mask}
+    clock = Clock(device, args.window_steps)
+    for step in range(args.window_steps * (args.windows + 1)):
         sigma = (timesteps / 1000)[:, None, None, None]
         noisy = (1 - sigma) * latents + sigma * noise
         with autocast():
-            output = unet(noisy.to(unet.dtype), timesteps, hidden, encoder_attention_mask=mask).sample
+            output = predict(unet, noisy.to(unet.dtype), timesteps, texts)
         (output.float() - (noise - latents)).square().mean().backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -274,7 +289,7 @@ def bare_loop(args, work, model, data, flags):
             elif averages:
                 for average, parameter in zip(averages, parameters, strict=True):
                     average.lerp_(parameter.float(), 0.01)
-        if step == 0 or (step + 1) % LOG_STEP == 0:
+        if step == 0 or (step + 1) % args.window_steps == 0:
             clock.mark()
     clock.result()
 
@@ -301,13 +316,12 @@ def resident_batch(args, data, flags, device):
 
 def run_loop(args, loop, precision, mode, batch_size, windows=None, memory_gib=None):
     """Runs one loop in a separate process; returns its measurements, or None if memory ran out."""
-    import torch
-
     command = [__file__, "--work", args.work, "--unet", args.unet, "--loop", loop, "--precisions", precision]
     command += ["--modes", mode, "--batch_size", batch_size, "--windows", windows or args.windows]
+    command += ["--window_steps", args.window_steps]
     command += ["--device", args.device] if args.device else []
     command += ["--memory_gib", memory_gib] if memory_gib else []
-    env = os.environ | ({} if torch.cuda.is_available() and args.device != "cpu" else CPU_ENV)
+    env = os.environ | (CPU_ENV if args.tiny else {})
     done = subprocess.run([sys.executable, *map(str, command)], env=env, text=True, capture_output=True)
     if done.returncode:
         if "out of memory" in done.stderr:
@@ -337,26 +351,30 @@ def in_turns(args, loops, precision, mode, batch_size):
 
 
 def compare(args, precision, mode, batch_size):
-    """Yields the rows for one precision, mode and batch size."""
-    label, references = f"{precision}, {mode}, batch {batch_size}", ["bare"] if args.tiny else ["bare", "plain"]
-    results = in_turns(args, ["whole", *references], precision, mode, batch_size)
+    """Yields the rows for one precision, mode and batch size: (what, figure, against, ratio or None, wanted)."""
+    label = f"{args.unet} training, {precision}, {mode}, batch {batch_size}"
+    results = in_turns(args, ["whole", "bare", *(["plain"] if args.plain else [])], precision, mode, batch_size)
     whole, bare = results["whole"], results["bare"]
     on_gpu = whole["device"] != "cpu"
     for key in ("wall",) if on_gpu else ("wall", "cpu"):
-        whole_s, bare_s = (statistics.median(measurements[key]) for measurements in (whole, bare))
-        measured = f"{label}: {1e3 * whole_s:.1f} ms per step, {key} time"
-        yield measured, f"bare loop {1e3 * bare_s:.1f} ms", whole_s / bare_s, "<= 1.03"
+        whole_s, bare_s = (statistics.median(measured[key]) for measured in (whole, bare))
+        figure = f"{1e3 * whole_s:.1f} ms per step, {key} time"
+        yield label, figure, f"bare loop {1e3 * bare_s:.1f} ms", whole_s / bare_s, "<= 1.03"
+    yield f"{label}: fraction of time waiting for data", f"{whole['data_wait_fraction']:.4f}", "", None, ""
     step_s = statistics.median(whole["wall"])
     images_per_s = batch_size / step_s
-    speed = f"  {images_per_s:.1f} images/s"
-    yield "  fraction of time waiting for data", "", whole["data_wait"], ""
-    if whole["waits"] is not None:
-        yield "  waits of the host for the device outside log steps", "", whole["waits"], "0"
-    if "plain" in results:
+    speed = f"{images_per_s:.1f} images/s" + (f", MFU {whole['mfu']:.3f}" if on_gpu else "")
+    if args.plain:
         plain_s = statistics.median(results["plain"]["wall"])
-        yield speed, f"plain loop {batch_size / plain_s:.1f}", plain_s / step_s, ">= 1.5"
+        yield label, speed, f"plain loop {batch_size / plain_s:.1f}", plain_s / step_s, ">= 1.5"
     if "H200" in whole["device"] and not args.tiny:
-        yield speed, f"MLPerf {MLPERF_H200}", images_per_s / MLPERF_H200, ">= 1"
+        yield label, speed, f"MLPerf {MLPERF_H200}", images_per_s / MLPERF_H200, ">= 1"
+    else:
+        yield label, speed, "", None, ""
+    if on_gpu:
+        figure, against = (f"{measured['gib']:.1f} GiB" for measured in (whole, bare))
+        yield f"{label}: peak memory", figure, f"bare loop {against}", whole["gib"] / bare["gib"], ""
+        yield f"{label}: waits of the host for the device outside log steps", whole["waits"], "", None, "0"
 
 
 def largest_batch(args, precision, mode):
@@ -371,34 +389,39 @@ def largest_batch(args, precision, mode):
     return fits
 
 
-def main(argv=None):
-    args = parse_args(argv)
+def limit_memory(gib):
+    """Limits the GPU memory of this process, in GiB."""
     import torch
 
-    if args.memory_gib and not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         raise ValueError("--memory_gib limits GPU memory, but this machine has no GPU; omit the flag")
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total))
+
+
+def measure(args):
+    """Yields all rows."""
+    for precision in args.precisions:
+        for mode in args.modes:
+            yield from compare(args, precision, mode, args.batch_size)
+    for precision in args.precisions if args.memory_gib else ():
+        batch_size = largest_batch(args, precision, args.modes[0])
+        yield f"{precision}, {args.modes[0]}: batch in {args.memory_gib:g} GiB", batch_size, "", None, ""
+        yield from compare(args, precision, args.modes[0], batch_size) if batch_size else ()
+
+
+def main(argv=None):
+    args = parse_args(argv)
     work = Path(args.work) / args.unet
     inputs = make_inputs(work, args.tiny)
     if args.loop:
         if args.memory_gib:
-            share = args.memory_gib * 2**30 / torch.cuda.get_device_properties(0).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, share))
+            limit_memory(args.memory_gib)
         (whole_loop if args.loop == "whole" else bare_loop)(args, work, *inputs)
         return 0
-    rows = [
-        row
-        for precision in args.precisions
-        for mode in args.modes
-        for row in compare(args, precision, mode, args.batch_size)
-    ]
-    if args.memory_gib:
-        for precision in args.precisions:
-            batch_size = largest_batch(args, precision, args.modes[0])
-            rows.append((f"{precision}, {args.modes[0]}: batch in {args.memory_gib:g} GiB", "", batch_size, ""))
-            rows += compare(args, precision, args.modes[0], batch_size) if batch_size else []
-    print(f"\n{'measured':62}{'reference':28}{'ratio':>7}  target")
-    for measured, reference, ratio, target in rows:
-        print(f"{measured:62}{reference:28}{ratio:7.3f}  {target}")
+    print("| what | figure | against | ratio | wanted |\n|---|---|---|---|---|", flush=True)
+    for what, figure, against, ratio, wanted in measure(args):
+        print(f"| {what} | {figure} | {against} | {'' if ratio is None else f'{ratio:.3f}'} | {wanted} |", flush=True)
     return 0
 
 

@@ -197,6 +197,28 @@ def render(unet, vae, sampler, embeddings, null, cfg, seeds, steps, kind, batch_
     return [image for _, _, image in renderer.draw(drawings, [cfg])]
 
 
+def where_the_host_may_wait(monkeypatch, allowed):
+    """Runs log steps, validations, saves and samples of the trainer in the context that `allowed` makes."""
+    from cachetrain.checkpoints.save import Saving
+    from cachetrain.sampling.samples import SampleImages
+    from cachetrain.training import run
+    from cachetrain.training.logs.run_logs import Logs
+    from cachetrain.training.validation import Validation
+
+    for owner, name in ((Logs, "write"), (Validation, "measure"), (Saving, "save"), (SampleImages, "draw"),
+                        (run, "run_state")):  # fmt: skip
+        monkeypatch.setattr(owner, name, _within(allowed, getattr(owner, name)))
+
+
+def _within(context, function):
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        with context():
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
 def bare_run(**fields):
     """A Run of just these fields; dicts become namespaces."""
     return SimpleNamespace(**{k: SimpleNamespace(**v) if isinstance(v, dict) else v for k, v in fields.items()})

@@ -19,7 +19,7 @@ DOCUMENTS = [README, REPO / "CONTRIBUTING.md", REPO / "CHANGELOG.md", *sorted((R
 TEXTS = {path.relative_to(REPO).as_posix(): path.read_text(encoding="utf-8") for path in DOCUMENTS}
 ALL_SCRIPTS = sorted(SCRIPTS + BENCHMARKS)
 SHELL_SCRIPTS = ("quickstart.sh", "run_tests.sh")
-MADE_BY_COMMANDS = {"my_run.sh"}  # a file that the documents have the reader make
+MADE_BY_COMMANDS = {"my_run.sh", "on_gpu.md"}  # files that the documents have the reader make
 ODD_PHRASES = (
     "manieth", "leave the flag away", "bit by bit", "keep the others company", "goes on from", "the data's way",
     "what the way feels like", "what a save waits behind", "written behind training",
@@ -66,8 +66,8 @@ def test_command_of_a_document_parses(command, tmp_path, monkeypatch):
     if program == "models/train_tiny_vae.py":  # counts its images before anything else
         for number in range(200):
             (tmp_path / "shapes_vae" / f"{number}.png").touch()
-    if program.endswith(".py"):
-        parser_of(program)(argv)
+    if program.endswith(".py") or program == "benchmarks/on_gpu.sh":
+        parser_of(program.replace("on_gpu.sh", "on_gpu.py"))(argv)
     elif program.startswith("train_") or program == "my_run.sh":
         check_wrapper("train_t5.sh" if program == "my_run.sh" else program, settings, argv, tmp_path)
     elif program in SHELL_SCRIPTS:

@@ -10,18 +10,14 @@ from itertools import count
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from helpers import bare_run, load_script, run_script, trainer_argv
+from helpers import bare_run, load_script, run_script, trainer_argv, where_the_host_may_wait
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cachetrain.checkpoints.save import Saving
 from cachetrain.data.loader import on_device, pack
 from cachetrain.distributed import World
 from cachetrain.modeling.precision import autocast_for
-from cachetrain.sampling.samples import SampleImages
 from cachetrain.training import run as opening
-from cachetrain.training.logs.run_logs import Logs
-from cachetrain.training.validation import Validation
 
 torch.set_num_threads(1)
 trainer = load_script("train_from_cached.py")
@@ -137,19 +133,7 @@ def test_arithmetic_is_no_read():
 def reads(monkeypatch):
     """Reads of a run of the trainer from the first forward pass on; log steps, validation, saves and samples may."""
     reads = Reads()
-
-    def allow(owner, name):
-        original = getattr(owner, name)
-
-        def allowed(*args, **kwargs):
-            with reads.allowed():
-                return original(*args, **kwargs)
-
-        monkeypatch.setattr(owner, name, allowed)
-
-    for owner, name in ((Logs, "write"), (Validation, "measure"), (Saving, "save"), (SampleImages, "draw"),
-                        (opening, "run_state")):  # fmt: skip
-        allow(owner, name)
+    where_the_host_may_wait(monkeypatch, reads.allowed)
     forward, calls = trainer.forward_pass, count()
 
     def counted(*args, **kwargs):
