@@ -78,6 +78,7 @@ def _encode(args, pairs, vae_dir, fields, summary):
                 summary.fail(path, reason)
                 progress.update()
             if decoded:
+                summary.check_sizes(decoded)
                 latents = _latents(vae, pixels.to(vae.device), dtype, args)
                 writer.submit(_rows(latents, decoded, fields, args.cache_suffix))
 

@@ -5,10 +5,12 @@ import sys
 
 from tqdm import tqdm
 
+from cachetrain.log import printable
+
 
 def print_line(message: str) -> None:
     """Prints a line on stderr, above the progress bar if there is one."""
-    tqdm.write(message, file=sys.stderr)
+    tqdm.write(printable(message), file=sys.stderr)
 
 
 def failure_line(path: str | os.PathLike, reason: str | Exception) -> str:

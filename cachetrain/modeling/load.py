@@ -10,11 +10,14 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cachetrain.modeling.files import component_files, read_config, read_json, weight_files
+from cachetrain.log import describe, first_line
+from cachetrain.modeling.files import CONFIG, component_files, read_config, read_json, weight_files
+from cachetrain.reading import open_regular, read_text
 
 if TYPE_CHECKING:
     import torch
@@ -40,11 +43,19 @@ _INCIDENTAL = ("transformers_version", "torch_dtype", "dtype", "architectures")
 
 
 def pick_device(device: str | None = None) -> torch.device:
-    """Returns `device`; None: cuda if available (under a launcher, the GPU of LOCAL_RANK), else cpu."""
+    """Returns `device`; None: cuda if available (under a launcher, the GPU of LOCAL_RANK), else cpu.
+
+    Raises:
+        ValueError: this machine has no such device.
+    """
     import torch
 
     if device is None and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        torch.ones(1, device=device or "cpu").item()
+    except Exception as error:  # any: each kind of device has its own
+        raise ValueError(f"--device {device}: {first_line(error)}; use cpu, or cuda where there is a GPU") from None
     return torch.device(device or "cpu")
 
 
@@ -156,14 +167,21 @@ def fingerprint(files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for path in files:
         if path.suffix == ".json":
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = _parsed(path)
             if isinstance(content, dict):
                 content = {k: v for k, v in content.items() if k[:1] != "_" and k not in _INCIDENTAL}
             digest.update(path.name.encode() + json.dumps(content, sort_keys=True).encode())
         else:
-            with open(path, "rb") as file:
+            with open_regular(path) as file:
                 digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def _parsed(path):
+    try:
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: is not JSON ({error}); get the file again") from None
 
 
 def load_vae(directory: str | Path, dtype: torch.dtype | None = None) -> ModelMixin:
@@ -206,9 +224,22 @@ def fresh_unet(config: Mapping, seed: int) -> UNet2DConditionModel:
     from diffusers import UNet2DConditionModel
 
     config = {key: value for key, value in config.items() if key not in FRESH}
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), named("the UNet's config.json"):
         torch.manual_seed(seed)
         return UNet2DConditionModel.from_config(config)
+
+
+def empty_unet(directory: str | Path) -> UNet2DConditionModel:
+    """Returns the UNet of a directory without its weights, on the meta device.
+
+    Raises:
+        ValueError: its config is not one of such a UNet.
+    """
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"), named(Path(directory) / CONFIG):
+        return UNet2DConditionModel.from_config(read_config(directory))
 
 
 def has_text_projection(unet_config: Mapping) -> bool:
@@ -262,7 +293,9 @@ def load_tokenizer(directory: str | Path, encoder: PreTrainedModel) -> PreTraine
     import transformers
 
     cls = transformers.T5Tokenizer if encoder.config.model_type == "t5" else transformers.CLIPTokenizer
-    return cls.from_pretrained(directory)
+    component_files(directory, "tokenizer")
+    with named(directory):
+        return cls.from_pretrained(directory)
 
 
 def load_projection(directory: str | Path, dtype: torch.dtype | None = None) -> T5Projection:
@@ -281,14 +314,11 @@ def load_scheduler(directory: str | Path) -> SchedulerMixin:
     import diffusers
 
     path = Path(directory) / "scheduler_config.json"
-    try:
-        name = read_json(path)["_class_name"]
-        if not (isinstance(name, str) and name.endswith("Scheduler") and hasattr(diffusers, name)):
-            raise ValueError(f"{name} is not a diffusers scheduler")
+    name = read_json(path).get("_class_name")
+    if not (isinstance(name, str) and name.endswith("Scheduler") and hasattr(diffusers, name)):
+        raise ValueError(f"{path}: its _class_name is {name!r}, expected that of a diffusers scheduler")
+    with named(path):
         return getattr(diffusers, name).from_pretrained(directory)
-    except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
-        reason = "has no _class_name" if isinstance(error, KeyError) else str(error).removeprefix(f"{path}: ")
-        raise ValueError(f"{path}: {reason}; expected the config of a scheduler, as diffusers saves it") from error
 
 
 def load_custom_pipeline(
@@ -316,6 +346,23 @@ def _load_diffusers(cls, directory, dtype, train=False):
     return module.train() if train else module.eval().requires_grad_(False)
 
 
+@contextmanager
+def named(path: str | Path) -> Iterator[None]:
+    """Names the file or directory in whatever a library raises on what it holds, which becomes a ValueError."""
+    try:
+        yield
+    except Exception as error:  # any: the libraries check little of what they read
+        cause = error
+        while cause:
+            # The death of a loader's worker interrupts whatever runs; too little memory is nobody's fault.
+            if isinstance(cause, MemoryError) or (
+                isinstance(cause, RuntimeError) and re.search("DataLoader|memory", str(cause))
+            ):
+                raise cause from None
+            cause = cause.__context__
+        raise ValueError(f"{path}: cannot be used ({describe(error)}); get the files again") from error
+
+
 def _load_checked(cls, directory, ignored=re.compile(""), **options):
     """from_pretrained, except that files and config must have exactly the same weights, of the same shapes.
 
@@ -325,19 +372,11 @@ def _load_checked(cls, directory, ignored=re.compile(""), **options):
     Raises:
         ValueError: they have not, or the files cannot be read.
     """
-    from safetensors import SafetensorError
-
     weight_files(directory)
-    try:
+    with named(directory):
         module, found = cls.from_pretrained(
             directory, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, **options
         )
-    except (SafetensorError, OSError) as error:
-        cause = error
-        while cause := cause.__context__:
-            if isinstance(cause, RuntimeError):  # of a loader's worker, whose death interrupts whatever runs
-                raise cause from None
-        raise ValueError(f"{directory}: its weights cannot be read ({error}); get the files again") from error
     problems = {
         "missing": found["missing_keys"],
         "of another shape": [name for name, *_ in found["mismatched_keys"]],

@@ -6,7 +6,14 @@ from pathlib import Path
 import torch
 
 from cachetrain.modeling import load
-from cachetrain.modeling.conditioning import text_kind
+from cachetrain.modeling.conditioning import MAX_TOKENS, text_kind
+
+# Settings of a text cache that decide how captions are encoded, and what they can be.
+_SETTINGS = {
+    "clip_skip": lambda value: type(value) is int and 0 <= value < 1000,
+    "max_length": lambda value: type(value) is int and 1 < value <= MAX_TOKENS,
+    "raw": lambda value: type(value) is bool,
+}
 
 
 class TextEncoder:
@@ -114,7 +121,10 @@ def encode_like_cache(
             "the captions were cached with code from a model repository (--custom), which is not run here; train "
             "without sample prompts, and draw samples with that repository's pipeline"
         )
-    options = {key: settings[key] for key in ("clip_skip", "max_length", "raw") if key in settings}
+    options = {key: settings[key] for key in _SETTINGS if key in settings}
+    for key, value in options.items():
+        if not _SETTINGS[key](value):
+            raise ValueError(f"{model_dir}: its captions were cached with {key} {value!r:.40}, which nothing sets")
     encoder, row = TextEncoder(model_dir, device, dtype, **options), text_kind(kind)
     if encoder.is_t5 != (row.encoder == "t5"):
         raise ValueError(

@@ -245,7 +245,7 @@ class SampleImages:
             unet, self.vae, self.sampler, self.conditioning, self.prompts.num_inference_steps, batch_size
         )
         # Eager, because a compiled UNet would be recompiled for each batch size and picture size.
-        with torch.compiler.set_stance("force_eager"), autocast():
+        with torch.compiler.set_stance("force_eager"), autocast(), load.named(self.model_dir):
             yield from tqdm(
                 renderer.draw(drawings, cfgs),
                 desc="samples",

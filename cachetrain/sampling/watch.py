@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import json
 import time
 from pathlib import Path
 
@@ -17,10 +16,19 @@ from cachetrain.distributed import World
 from cachetrain.log import describe, warn
 from cachetrain.modeling import load
 from cachetrain.modeling.precision import autocast_for
+from cachetrain.reading import read_json
 from cachetrain.sampling.prompts import Prompts, read_prompts
 from cachetrain.sampling.samples import SampleImages, default_latent_size
 
 POLL_S = 3
+# What is needed of a run's args.json before its first checkpoint, and its type.
+_SETTINGS = {
+    "precision": str,
+    "sample_cfgs": list,
+    "sample_prompt": (list, type(None)),
+    "sample_prompts": (str, type(None)),
+    "sampler_steps": int,
+}
 
 
 def watch(args: argparse.Namespace) -> int:
@@ -78,7 +86,17 @@ def _wait_for_run(output_dir):
         print(f"{output_dir}: waiting for a run to start there", flush=True)
     while not path.exists():
         time.sleep(POLL_S)
-    return argparse.Namespace(**json.loads(path.read_text()))
+    return _settings_of(path)
+
+
+def _settings_of(path):
+    """Returns the flags in an args.json, which need not be that of a run of this project."""
+    settings = read_json(path)
+    for name, kinds in _SETTINGS.items():
+        if name not in settings or not isinstance(settings[name], kinds):
+            found = f"{settings[name]!r:.40}" if name in settings else "nothing"
+            raise ValueError(f"{path}: is not that of a run: {name} is {found}; pass the --output_dir of training")
+    return argparse.Namespace(**settings)
 
 
 def _samples_dir(checkpoint):

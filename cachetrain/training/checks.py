@@ -8,7 +8,6 @@ from argparse import Namespace
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DConditionModel
 
 from cachetrain.atomic import claim
 from cachetrain.checkpoints.export import check_exportable
@@ -106,9 +105,7 @@ def check_start(run, resumed) -> None:
         ValueError: one of these is not so, or another run of this name has its files in --ckpt_dir.
     """
     args, plan, model_dir = run.args, run.plan, run.model_dir
-    config = UNet2DConditionModel.load_config(load.component_dir(model_dir, "unet"))
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(config)
+    unet = load.empty_unet(load.component_dir(model_dir, "unet"))
     check_fit(run.index, unet.config, args)
     trainable.apply(unet, args, args.seed, resumed=True)
     num_all = sum(parameter.numel() for parameter in unet.parameters())

@@ -4,7 +4,6 @@ Imports no torch until a `Decoder` is made, so that `--help` answers at once.
 """
 
 import hashlib
-import json
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,9 +14,9 @@ from PIL import Image, UnidentifiedImageError
 from cachetrain.caching import images
 from cachetrain.caching.messages import failure_line, print_line
 from cachetrain.data import sidecar
-from cachetrain.data.many_files import open_regular
 from cachetrain.modeling import load
 from cachetrain.modeling.files import component_files
+from cachetrain.reading import read_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -103,7 +102,7 @@ class Decoder:
             return
         metadata = header.metadata
         # With --custom the fingerprint also covers the repository's code, which is not read here.
-        custom = json.loads(metadata.get("settings", "{}")).get("custom")
+        custom = sidecar.settings_of(path, header).get("custom")
         encoder = metadata.get("encoder", "")
         if encoder != self.fingerprint and not custom:
             self.warned = True
@@ -165,8 +164,7 @@ def source_pixels(path: str, width: int, height: int, sha256: str | None = None)
     Raises:
         OSError, ValueError: the file cannot be read, or is no image.
     """
-    with open_regular(path) as file:
-        data = file.read()
+    data = read_bytes(path, images.MAX_FILE)
     if sha256 and hashlib.sha256(data).hexdigest() != sha256:
         return None
     try:
