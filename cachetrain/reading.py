@@ -70,7 +70,7 @@ def decoded(path: str | os.PathLike, data: bytes) -> str:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}, line {line}: not UTF-8 text; save it as UTF-8") from None
+        raise ValueError(f"{path}: not UTF-8 text (line {line}); save it as UTF-8") from None
     if "\0" in text:
         raise ValueError(f"{path}: not UTF-8 text (it has NUL characters, as UTF-16); save it as UTF-8")
     return text
@@ -99,10 +99,8 @@ def json_object(where: str | os.PathLike, text: str) -> dict:
     """
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}, line {error.lineno}: is not JSON ({error.msg})") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
-        raise ValueError(f"{where}: is not JSON that can be read ({error})") from None
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, and lists in lists in lists
+        raise ValueError(f"{where}: is not JSON ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{where}: expected a JSON object, found {value!r:.40}")
     return value

@@ -17,6 +17,7 @@ import sys
 
 try:
     from cachetrain import cli
+    from cachetrain.log import info
     from cachetrain.reading import read_text
 except ImportError as error:
     print(f"{error}: run `pip install -e .`, or ./quickstart.sh and `source .venv/bin/activate`", file=sys.stderr)
@@ -56,7 +57,7 @@ def main(argv=None):
     target = Target(args.out, args.objective, args.fresh_unet, args.seed, args.overwrite)
     projection = ProjectionOptions(captions, args.train_projection, pick_dtype(args.dtype, device), device)
     compose_t5(args.unet, args.vae, args.t5, target, projection)
-    print(f"wrote {args.out}")
+    info(f"wrote {args.out}")
     return 0
 
 

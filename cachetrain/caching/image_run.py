@@ -79,7 +79,8 @@ def _encode(args, pairs, vae_dir, fields, summary):
                 progress.update()
             if decoded:
                 summary.check_sizes(decoded)
-                latents = _latents(vae, pixels.to(vae.device), dtype, args)
+                with load.named(vae_dir):
+                    latents = _latents(vae, pixels.to(vae.device), dtype, args)
                 writer.submit(_rows(latents, decoded, fields, args.cache_suffix))
 
 

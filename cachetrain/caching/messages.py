@@ -1,4 +1,4 @@
-"""Lines on stderr that do not break a progress bar, and how a failure of one file is worded."""
+"""Lines on stdout, lines on stderr that do not break a progress bar, and how a failure of one file is worded."""
 
 import os
 import sys
@@ -11,6 +11,12 @@ from cachetrain.log import printable
 def print_line(message: str) -> None:
     """Prints a line on stderr, above the progress bar if there is one."""
     tqdm.write(printable(message), file=sys.stderr)
+
+
+def say(*lines: object) -> None:
+    """Prints lines on stdout, whatever characters the names in them have."""
+    for line in lines:
+        print(printable(line))
 
 
 def failure_line(path: str | os.PathLike, reason: str | Exception) -> str:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from cachetrain.caching import ranks
 from cachetrain.caching.buckets import Coverage, UpscaledList, is_upscaled, upscaling
 from cachetrain.caching.freshness import CORRUPT, FOREIGN, FRESH, STALE
-from cachetrain.caching.messages import failure_line, print_line
+from cachetrain.caching.messages import failure_line, print_line, say
 from cachetrain.data.walk import Leftovers
 from cachetrain.log import printable, warn
 
@@ -175,12 +175,12 @@ class RunSummary:
                 lines.append(f"... and {self.counts['failed'] - _MAX_LISTED:,} more")
             print("\n  ".join(map(printable, lines)), file=sys.stderr)
         if show_coverage and self.coverage.images:
-            print(*self.coverage.table(), sep="\n")
-        print(self.line())
+            say(*self.coverage.table())
+        say(self.line())
         if self.counts["upscaled"] and self.upscaled.target.exists():
-            print(printable(f"upscaled images are listed in {self.upscaled.target}"))
+            say(f"upscaled images are listed in {self.upscaled.target}")
         if line := self.leftovers.unused.line():
-            print(printable(line))
+            say(line)
         if orphans := self.leftovers.orphans:
             roots = shlex.join(word for root in orphans for word in ("--data_root", root))
             warn(

@@ -95,7 +95,10 @@ def check_text(kind: str, path: str, header: Header) -> tuple[int, dict[str, int
     Raises:
         ValueError: of `check_tensor`, or the text has more than MAX_TOKENS.
     """
-    row = text_kind(kind)
+    try:
+        row = text_kind(kind)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     num_tokens, width = check_tensor(path, header, row.sequence, 2)
     if num_tokens > MAX_TOKENS:
         raise ValueError(f"{path}: has {num_tokens:,} tokens, expected at most {MAX_TOKENS:,}; shorten the caption")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cachetrain import cli
 from cachetrain.log import describe, first_line
 from cachetrain.modeling.files import CONFIG, component_files, read_config, read_json, weight_files
 from cachetrain.reading import open_regular, read_text
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 CONFIG_PATTERNS = ("*.json", "*.txt", "*.model")
+
+_MAX_TIMESTEPS = 10**5  # of a noise schedule, whose length takes memory
 
 # Says in the config of a UNet without weights that composing a model initializes them.
 FRESH = {"_weights": "fresh"}
@@ -196,7 +200,12 @@ def load_vae(directory: str | Path, dtype: torch.dtype | None = None) -> ModelMi
     """
     import diffusers
 
-    name = str(read_config(directory).get("_class_name"))
+    config = read_config(directory)
+    for key, is_right in (("scaling_factor", cli.scaling_factor.holds), ("shift_factor", math.isfinite)):
+        value = config.get(key)
+        if value is not None and not (type(value) in (int, float) and is_right(value)):
+            raise ValueError(f"{directory}: {CONFIG} has {key} {value!r:.40}, expected a number; get the file again")
+    name = str(config.get("_class_name"))
     cls = getattr(diffusers, name, None)
     if not (name.startswith(("Autoencoder", "AsymmetricAutoencoder")) and isinstance(cls, type)):
         raise ValueError(f"{directory}: {name} is not a diffusers autoencoder; pass a VAE, or a pipeline with one")
@@ -260,7 +269,7 @@ def text_architecture(directory: str | Path) -> str:
     Raises:
         ValueError: the config names another architecture.
     """
-    model_type = read_config(directory).get("model_type")
+    model_type = str(read_config(directory).get("model_type"))
     if model_type not in _TEXT_ARCHITECTURES:
         known = ", ".join(_TEXT_ARCHITECTURES)
         raise ValueError(f"{directory}: text encoder of type {model_type!r}; expected one of {known}")
@@ -314,11 +323,17 @@ def load_scheduler(directory: str | Path) -> SchedulerMixin:
     import diffusers
 
     path = Path(directory) / "scheduler_config.json"
-    name = read_json(path).get("_class_name")
-    if not (isinstance(name, str) and name.endswith("Scheduler") and hasattr(diffusers, name)):
-        raise ValueError(f"{path}: its _class_name is {name!r}, expected that of a diffusers scheduler")
-    with named(path):
+    try:
+        config = read_json(path)
+        name, num_timesteps = config["_class_name"], config.get("num_train_timesteps")
+        if not (isinstance(name, str) and name.endswith("Scheduler") and hasattr(diffusers, name)):
+            raise ValueError(f"{name} is not a diffusers scheduler")
+        if isinstance(num_timesteps, int) and num_timesteps > _MAX_TIMESTEPS:
+            raise ValueError(f"num_train_timesteps is {num_timesteps}")
         return getattr(diffusers, name).from_pretrained(directory)
+    except Exception as error:  # any: diffusers checks little of what it reads
+        reason = "has no _class_name" if isinstance(error, KeyError) else describe(error).removeprefix(f"{path}: ")
+        raise ValueError(f"{path}: {reason}; expected the config of a scheduler, as diffusers saves it") from error
 
 
 def load_custom_pipeline(
@@ -373,10 +388,15 @@ def _load_checked(cls, directory, ignored=re.compile(""), **options):
         ValueError: they have not, or the files cannot be read.
     """
     weight_files(directory)
-    with named(directory):
-        module, found = cls.from_pretrained(
-            directory, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, **options
-        )
+    try:
+        with named(directory):
+            module, found = cls.from_pretrained(
+                directory, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, **options
+            )
+    except RuntimeError as error:
+        if "memory" in str(error):
+            raise MemoryError(f"{directory}: {first_line(error)}") from error
+        raise
     problems = {
         "missing": found["missing_keys"],
         "of another shape": [name for name, *_ in found["mismatched_keys"]],

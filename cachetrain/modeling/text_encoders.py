@@ -40,6 +40,7 @@ class TextEncoder:
         max_length: int = 256,
         raw: bool | None = None,
     ):
+        self.model_dir = model_dir
         self.encoder = load.load_text_encoder(load.component_dir(model_dir, "text_encoder"), dtype).to(device)
         self.tokenizer = load.load_tokenizer(load.component_dir(model_dir, "tokenizer"), self.encoder)
         self.is_t5 = self.encoder.config.model_type == "t5"
@@ -58,7 +59,8 @@ class TextEncoder:
 
     def tokenize(self, captions: list[str]) -> tuple[list[list[int]], list[bool]]:
         """Returns (token ids of each caption, whether each caption was truncated to the maximum length)."""
-        ids = self.tokenizer(captions, truncation=False, verbose=False).input_ids
+        with load.named(self.model_dir):
+            ids = self.tokenizer(captions, truncation=False, verbose=False).input_ids
         too_long = [len(row) > self.max_length for row in ids]
         # Truncate as the tokenizers do: keep the beginning and the closing token.
         ids = [row[: self.max_length - 1] + row[-1:] if cut else row for row, cut in zip(ids, too_long, strict=True)]
@@ -71,6 +73,10 @@ class TextEncoder:
         Returns:
             CPU tensors in the encoder's dtype: [77, D] for CLIP, [T_i, D] without padding for T5.
         """
+        with load.named(self.model_dir):
+            return self._encode_ids(ids)
+
+    def _encode_ids(self, ids):
         length = max(map(len, ids)) if self.is_t5 else self.max_length
         batch = torch.full((len(ids), length), self.tokenizer.pad_token_id, dtype=torch.long)
         mask = torch.zeros_like(batch)

@@ -148,7 +148,7 @@ class SampleImages:
             complete = [
                 (drawn_at, path)
                 for drawn_at, path in earlier
-                if all((path / name).exists() for name in names.values())
+                if all((path / name).is_file() for name in names.values())
             ]
             if len(complete) > 1:
                 metrics.animation(f"{tag} (progress)", _frames(dict(complete[-_MAX_FRAMES:]), names), step)

@@ -13,7 +13,7 @@ from cachetrain.checkpoints.manifest import read_manifest
 from cachetrain.checkpoints.save import checkpoints, step_of
 from cachetrain.data.split import open_index
 from cachetrain.distributed import World
-from cachetrain.log import describe, warn
+from cachetrain.log import describe, info, warn
 from cachetrain.modeling import load
 from cachetrain.modeling.precision import autocast_for
 from cachetrain.reading import read_json
@@ -65,10 +65,10 @@ def watch(args: argparse.Namespace) -> int:
         drawer.draw(checkpoint)
         if _samples_dir(checkpoint).exists():
             drawn += 1
-            print(f"{checkpoint}: drawn in {time.perf_counter() - start:.0f} s", flush=True)
+            info(f"{checkpoint}: drawn in {time.perf_counter() - start:.0f} s")
         else:
             failed += checkpoint.exists()
-    print(f"{output_dir}: the run has ended; {drawn} checkpoints drawn" + (f", {failed} failed" if failed else ""))
+    info(f"{output_dir}: the run has ended; {drawn} checkpoints drawn" + (f", {failed} failed" if failed else ""))
     return int(failed > 0)
 
 
@@ -83,7 +83,7 @@ def _wait_for_run(output_dir):
     """Returns the run's flags, as parsed by the trainer."""
     path = output_dir / "args.json"
     if not path.exists():
-        print(f"{output_dir}: waiting for a run to start there", flush=True)
+        info(f"{output_dir}: waiting for a run to start there")
     while not path.exists():
         time.sleep(POLL_S)
     return _settings_of(path)

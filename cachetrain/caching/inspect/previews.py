@@ -91,9 +91,9 @@ class Decoder:
             hint = "; run the image cache script with --flip" if name == "latent_flip" and "latent" in tensors else ""
             raise ValueError(f"has no {name}, only {', '.join(tensors) or 'nothing'}{hint}")
         shape, channels = tuple(tensors[name].shape), self.vae.config.latent_channels
-        if len(shape) != 3 or shape[0] != channels:
+        if len(shape) != 3 or shape[0] != channels or 0 in shape or not tensors[name].is_floating_point():
             raise ValueError(
-                f"its {name} is {list(shape)}, the VAE of {self.model} wants [{channels}, h, w]; "
+                f"its {name} is {list(shape)}, {tensors[name].dtype}, the VAE of {self.model} wants [{channels}, h, w]; "
                 "pass the VAE that made it as --model"
             )
 
