@@ -100,7 +100,7 @@ def json_object(where: str | os.PathLike, text: str) -> dict:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:  # also a number of thousands of digits, and lists in lists in lists
-        raise ValueError(f"{where}: is not JSON ({error})") from None
+        raise ValueError(f"{where}: is not JSON ({error})") from error
     if not isinstance(value, dict):
         raise ValueError(f"{where}: expected a JSON object, found {value!r:.40}")
     return value

@@ -145,7 +145,9 @@ def read_prompts(path: str | os.PathLike, content: bytes | None = None) -> tuple
     try:
         json_object(path, text)
     except ValueError as error:
-        raise ValueError(f"{error}; expected {_EXAMPLE}") from None
+        line = getattr(error.__cause__, "lineno", 1)
+        reason = getattr(error.__cause__, "msg", f"expected an object {_EXAMPLE}")
+        raise ValueError(f"{path}, line {line}: {reason}") from None
     return _JsonPrompts(path, text).parse()
 
 

@@ -93,8 +93,8 @@ class Decoder:
         shape, channels = tuple(tensors[name].shape), self.vae.config.latent_channels
         if len(shape) != 3 or shape[0] != channels or 0 in shape or not tensors[name].is_floating_point():
             raise ValueError(
-                f"its {name} is {list(shape)}, {tensors[name].dtype}, the VAE of {self.model} wants [{channels}, h, w]; "
-                "pass the VAE that made it as --model"
+                f"its {name} is {list(shape)}, {tensors[name].dtype}, "
+                f"the VAE of {self.model} wants [{channels}, h, w]; pass the VAE that made it as --model"
             )
 
     def _warn_of_another_vae(self, path, header):
