@@ -54,13 +54,13 @@ def pick_device(device: str | None = None) -> torch.device:
     """
     import torch
 
-    if device is None and torch.cuda.is_available():
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if device is None:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
-        torch.ones(1, device=device or "cpu").item()
+        torch.ones(1, device=device).item()
     except Exception as error:  # any: each kind of device has its own
         raise ValueError(f"--device {device}: {first_line(error)}; use cpu, or cuda where there is a GPU") from None
-    return torch.device(device or "cpu")
+    return torch.device(device)
 
 
 def pick_dtype(name: str | None, device: torch.device | str) -> torch.dtype:
