@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from cachetrain.data.captions import Pair, read_caption
 from cachetrain.data.sidecar import Header, SidecarError, read_header, read_sidecar, write_sidecar
-from cachetrain.reading import open_regular
+from cachetrain.data.walk import MAX_IMAGE
+from cachetrain.reading import open_regular, read_bytes
 
 FRESH, MISSING, STALE, CORRUPT, FOREIGN = "fresh", "missing", "stale", "corrupt", "foreign"
 
@@ -33,8 +34,7 @@ def image_source(pair: Pair) -> Source:
     stat = os.stat(pair.image)
 
     def sha256():
-        with open_regular(pair.image) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.sha256(read_bytes(pair.image, MAX_IMAGE)).hexdigest()
 
     return Source(str(stat.st_size), str(stat.st_mtime_ns), sha256)
 

@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from cachetrain.caching.buckets import nearest_size
 from cachetrain.caching.metadata import with_less_metadata
 from cachetrain.caching.pixels import FORMATS, open_image, orientation, stored_rows, to_rgb, upright
-from cachetrain.data.walk import Pairs
+from cachetrain.data.walk import MAX_IMAGE, Pairs
 from cachetrain.reading import read_with_stat
 
 # What `decode` always does; part of the settings in every image sidecar, so that a change makes old sidecars stale.
@@ -26,8 +26,6 @@ _DRAFT_MARGIN = 2
 
 # Pixels that are converted at a time, and how many pixels to each side the filter sees, where it enlarges.
 _BAND_PIXELS, _BICUBIC_SUPPORT = 2**24, 2
-
-MAX_FILE = 2**30  # bytes; more is not read
 
 
 class Decoded(NamedTuple):
@@ -69,7 +67,7 @@ def decode_file(path: str, sizes: list[tuple[int, int]]) -> Decoded:
     Raises:
         OSError, ValueError and whatever Pillow raises on malformed input.
     """
-    data, stat = read_with_stat(path, MAX_FILE)
+    data, stat = read_with_stat(path, MAX_IMAGE)
     pixels, original_size, crop_box = decode(data, sizes)
     height, width = pixels.shape[:2]
     fields = {

@@ -14,6 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from cachetrain.caching import images
 from cachetrain.caching.messages import failure_line, print_line
 from cachetrain.data import sidecar
+from cachetrain.data.walk import MAX_IMAGE
 from cachetrain.modeling import load
 from cachetrain.modeling.files import component_files
 from cachetrain.reading import read_bytes
@@ -164,7 +165,7 @@ def source_pixels(path: str, width: int, height: int, sha256: str | None = None)
     Raises:
         OSError, ValueError: the file cannot be read, or is no image.
     """
-    data = read_bytes(path, images.MAX_FILE)
+    data = read_bytes(path, MAX_IMAGE)
     if sha256 and hashlib.sha256(data).hexdigest() != sha256:
         return None
     try:
