@@ -18,7 +18,12 @@ STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SI
 
 def parser(doc: str) -> argparse.ArgumentParser:
     """An argument parser whose help starts with the script's docstring and shows ranges and defaults."""
-    return argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter)
+    return _Parser(description=doc, formatter_class=HelpFormatter)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        super().error(printable(message))
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):

@@ -394,7 +394,7 @@ def _load_checked(cls, directory, ignored=re.compile(""), **options):
                 directory, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, **options
             )
     except RuntimeError as error:
-        if "memory" in str(error):
+        if "memory" in str(error) and "DataLoader" not in str(error):
             raise MemoryError(f"{directory}: {first_line(error)}") from error
         raise
     problems = {
