@@ -195,7 +195,12 @@ def test_a_script_of_another_checkout_is_refused_not_run_with_this_ones_code(tmp
 def test_a_crash_has_an_exit_code_of_its_own(capsys):
     from cachetrain import cli
 
-    for error, code in ((KeyError("x"), 70), (RuntimeError("x"), 70), (ValueError("x"), 2)):
+    too_little_memory = (MemoryError("vae: x"), RuntimeError("DefaultCPUAllocator: can't allocate memory\nframe 0"))
+    for error, code in (
+        (KeyError("x"), 70),
+        (RuntimeError("x"), 70),
+        *((error, 2) for error in (ValueError("a\x1b\nb"), OSError("x"), *too_little_memory)),
+    ):
 
         def main(error=error):
             raise error
@@ -203,7 +208,9 @@ def test_a_crash_has_an_exit_code_of_its_own(capsys):
         with pytest.raises(SystemExit) as ended:
             cli.run(main)
         assert ended.value.code == code
-        assert ("Traceback" in capsys.readouterr().err) == (code == 70)
+        errors = capsys.readouterr().err
+        assert ("Traceback" in errors, errors.count("\n") == 1) == (code == 70, code == 2)
+        assert error not in too_little_memory or "out of memory" in errors
 
 
 # The virtual environment

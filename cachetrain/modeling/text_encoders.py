@@ -40,9 +40,10 @@ class TextEncoder:
         max_length: int = 256,
         raw: bool | None = None,
     ):
-        self.model_dir = model_dir
-        self.encoder = load.load_text_encoder(load.component_dir(model_dir, "text_encoder"), dtype).to(device)
-        self.tokenizer = load.load_tokenizer(load.component_dir(model_dir, "tokenizer"), self.encoder)
+        self._encoder_dir = load.component_dir(model_dir, "text_encoder")
+        self._tokenizer_dir = load.component_dir(model_dir, "tokenizer")
+        self.encoder = load.load_text_encoder(self._encoder_dir, dtype).to(device)
+        self.tokenizer = load.load_tokenizer(self._tokenizer_dir, self.encoder)
         self.is_t5 = self.encoder.config.model_type == "t5"
         self.clip_skip = clip_skip
         self.max_length = max_length if self.is_t5 else self.encoder.config.max_position_embeddings
@@ -59,7 +60,7 @@ class TextEncoder:
 
     def tokenize(self, captions: list[str]) -> tuple[list[list[int]], list[bool]]:
         """Returns (token ids of each caption, whether each caption was truncated to the maximum length)."""
-        with load.named(self.model_dir):
+        with load.named(self._tokenizer_dir):
             ids = self.tokenizer(captions, truncation=False, verbose=False).input_ids
         too_long = [len(row) > self.max_length for row in ids]
         # Truncate as the tokenizers do: keep the beginning and the closing token.
@@ -73,7 +74,7 @@ class TextEncoder:
         Returns:
             CPU tensors in the encoder's dtype: [77, D] for CLIP, [T_i, D] without padding for T5.
         """
-        with load.named(self.model_dir):
+        with load.named(self._encoder_dir):
             return self._encode_ids(ids)
 
     def _encode_ids(self, ids):

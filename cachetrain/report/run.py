@@ -50,7 +50,10 @@ def read_run(output_dir: str | Path) -> dict:
         raise ValueError(
             f"{output_dir}: has no args.json, so no run was written here; pass the --output_dir of training"
         )
-    settings = read_json(output_dir / "args.json")
+    try:
+        settings = read_json(output_dir / "args.json")
+    except ValueError as error:
+        raise ValueError(f"{error}; pass the --output_dir of training") from None
     scalars = read_scalars(output_dir / "metrics.jsonl")
     step = max((steps[-1] for steps, _ in scalars.values()), default=0)
     return {
