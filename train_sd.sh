@@ -51,7 +51,7 @@ export PYTHONSAFEPATH=1 # no file of the current directory takes the place of a 
 PYTHON=python3
 is_installed='import sys, os, cachetrain as c; sys.exit(not os.path.samefile(c.__path__[0], sys.argv[1]))'
 [ ! -x "$HERE/.venv/bin/python" ] || { [ -n "${VIRTUAL_ENV:-}" ] && python3 -c "$is_installed" "$HERE/cachetrain"; } \
-    2>/dev/null || PYTHON=$HERE/.venv/bin/python
+    >/dev/null 2>&1 || PYTHON=$HERE/.venv/bin/python
 
 if [ "${1:-}" = checkpoint ]; then
     is_locked='import sys; from cachetrain.atomic import is_locked; print(is_locked(sys.argv[1]))'
