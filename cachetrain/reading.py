@@ -7,6 +7,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from errno import EFBIG, EINVAL
 from io import BufferedReader, FileIO
 
@@ -43,16 +44,28 @@ def check_regular(path: str | os.PathLike) -> None:
 def read_with_stat(path: str | os.PathLike, most: int = MAX_TEXT) -> tuple[bytes, os.stat_result]:
     """Reads a file once, so that the result of os.stat describes exactly the bytes that were read.
 
-    No more is read than the size says: files in /proc, whose size is 0, can be endless.
-
     Raises:
-        OSError: it cannot be read, is not a regular file, or has more than `most` bytes.
+        OSError: it cannot be read, is not a regular file, has more than `most` bytes, or more than its size says, as
+            the files in /proc, which can be endless.
     """
-    with open_regular(path) as file:
+    with open_regular(path) as file, named_errors(path):
         state = os.fstat(file.fileno())
         if state.st_size > most:
-            raise OSError(EFBIG, f"has {state.st_size:,} bytes, expected at most {most:,}", os.fspath(path))
+            raise OSError(EFBIG, f"has {state.st_size:,} bytes, expected at most {most:,}")
+        if not state.st_size and file.read(1) != b"":
+            raise OSError(EINVAL, "is not a regular file: it has no size, but content")
         return BufferedReader(file).read(state.st_size) or b"", state
+
+
+@contextmanager
+def named_errors(path: str | os.PathLike) -> Iterator[None]:
+    """Adds the path to an OSError without one: unlike `open`, reading names no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from None
+        raise
 
 
 def read_bytes(path: str | os.PathLike, most: int = MAX_TEXT) -> bytes:

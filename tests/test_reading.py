@@ -45,8 +45,12 @@ def test_what_is_no_regular_file_is_named_and_nothing_waits_for_it(kind, tmp_pat
             read(path)
 
 
-def test_no_more_is_read_of_a_file_than_its_size_says(tmp_path):
-    assert reading.read_bytes("/proc/self/status") == b""  # as of /proc/kmsg, which has no end
+def test_files_without_a_size_or_beyond_their_limit_are_named(tmp_path):
+    for path in ("/proc/self/status", "/proc/self/mem"):  # as /proc/kmsg, which has no end
+        (tmp_path / "link").unlink(missing_ok=True)
+        (tmp_path / "link").symlink_to(path)
+        with pytest.raises(OSError, match=re.escape(str(tmp_path / "link"))):
+            reading.read_bytes(tmp_path / "link")
     (tmp_path / "x").write_bytes(b"12345")
     assert reading.read_bytes(tmp_path / "x", 5) == b"12345"
     with pytest.raises(OSError, match="has 5 bytes, expected at most 4"):

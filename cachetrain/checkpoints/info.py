@@ -48,7 +48,7 @@ def checkpoint_info(model_dir: Path) -> dict:
     if path.exists():
         info = {"latent_size": None, "step": 0} | read_json(path)
         _check(path, info)
-        return info
+        return info | {"text": {"scaling_factor": 1.0} | info["text"]}
     encoder = Path(model_dir) / "text_encoder"
     is_t5 = encoder.exists() and load.text_architecture(encoder) == "t5"
     text = {"kind": "txt_t5cache" if is_t5 else "txt_clipl", "settings": {}, "scaling_factor": 1.0}
@@ -61,7 +61,7 @@ def _check(path, info):
     wrong = [] if _is_count(info["step"]) else ["step"]
     if not (isinstance(text, dict) and text.get("kind") in KINDS and isinstance(text.get("settings"), dict)):
         wrong.append("text")
-    elif type(text.get("scaling_factor")) not in (int, float) or not cli.scaling_factor.holds(text["scaling_factor"]):
+    elif not _is_factor(text.get("scaling_factor", 1.0)):
         wrong.append("scaling_factor")
     if size is not None and not (
         isinstance(size, list) and len(size) == 2 and all(_is_count(side) and 0 < side <= _MAX_SIDE for side in size)
@@ -69,6 +69,10 @@ def _check(path, info):
         wrong.append("latent_size")
     if wrong:
         raise ValueError(f"{path}: its {wrong[0]} is not one that training writes; get the checkpoint again")
+
+
+def _is_factor(value):
+    return type(value) in (int, float) and cli.scaling_factor.holds(value)
 
 
 def _is_count(value):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from cachetrain.atomic import atomic_write
-from cachetrain.reading import json_object, open_regular, read_bytes
+from cachetrain.reading import json_object, named_errors, open_regular, read_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -110,7 +110,7 @@ def read_header(path: str | Path) -> Header:
         SidecarError: the file is truncated, or the header is damaged.
         OSError: the file cannot be opened.
     """
-    with open_regular(path) as file:
+    with open_regular(path) as file, named_errors(path):
         size = os.fstat(file.fileno()).st_size
         data = file.read(min(size, 4096)) or b""
         header_size = _payload_start(data)
