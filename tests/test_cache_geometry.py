@@ -160,10 +160,12 @@ def test_names_with_control_characters_keep_messages_and_lists_to_a_line_each(ro
     names = ["a\x1b[31m.png", "b\n.png", "c\td.png", "é.png"]
     save_pictures(root, names, size=(64, 64))
     (root / "z\x1b]0;title\x07\n.png").write_bytes(b"no image")
+    save_pictures(root, ["x" * 247 + ".png"])
     assert cache() == 1
     output = capsys.readouterr()
     assert not set(map(chr, range(32))) - {"\n", "\r"} & set(output.out + output.err)
     assert r"z\x1b]0;title\x07\n.png: not an image" in output.err
+    assert "xxx.png: the name of its sidecar would be too long; shorten" in output.err
     lines = (root / f"_upscaled{SUFFIX}.txt").read_text().split("\n")
     expected = [r"a\x1b[31m.png", r"b\n.png", r"c\td.png", "é.png"]
     assert lines == [f"{root}/{name}\t64x64 -> 192x192" for name in expected] + [""]

@@ -268,6 +268,13 @@ def test_a_config_with_a_value_of_another_kind_is_named(component, entry, part):
         LOADERS[component](directory)
 
 
+def test_a_config_that_fails_only_in_training_is_named(shapes, model_t5, tmp_path):
+    model = shutil.copytree(model_t5, tmp_path / "model")
+    config = json.loads((model / "unet" / "config.json").read_text())
+    (model / "unet" / "config.json").write_text(json.dumps(config | {"norm_eps": "x"}))
+    assert f"check unet/config.json of {model}" in refused(shapes, model, tmp_path / "run", "--log_groups")
+
+
 @pytest.mark.parametrize("component", ["clip", "vae", "unet", "t5", "projection"])
 def test_a_pipe_among_the_files_of_a_component_is_named(component, part):
     directory, _ = part

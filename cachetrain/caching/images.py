@@ -13,6 +13,7 @@ from cachetrain.caching.buckets import nearest_size
 from cachetrain.caching.metadata import with_less_metadata
 from cachetrain.caching.pixels import FORMATS, open_image, orientation, stored_rows, to_rgb, upright
 from cachetrain.data.walk import MAX_IMAGE, Pairs
+from cachetrain.log import describe
 from cachetrain.reading import read_with_stat
 
 # What `decode` always does; part of the settings in every image sidecar, so that a change makes old sidecars stale.
@@ -58,7 +59,7 @@ class ImageFiles:
             return path, NOT_AN_IMAGE
         # Pillow's plugins raise almost anything on malformed input, and one bad image must not stop the run.
         except Exception as error:
-            return path, getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+            return path, getattr(error, "strerror", None) or describe(error)
 
 
 def decode_file(path: str, sizes: list[tuple[int, int]]) -> Decoded:

@@ -196,8 +196,10 @@ def explained(error: Exception, newest: Path | None, args: Namespace, world) -> 
     elif isinstance(error, ValueError | OSError):
         reason = describe(error)
     else:  # not foreseen: where it was raised helps to find out why
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        reason = f"{describe(error)} ({place.filename}:{place.lineno})"
+        frames = traceback.extract_tb(error.__traceback__)
+        reason = f"{describe(error)} ({frames[-1].filename}:{frames[-1].lineno})"
+        if any("unet_2d_condition" in frame.filename for frame in frames):
+            reason += f"; check unet/config.json of {args.model}"
     if newest is not None and str(newest) in reason:
         return ValueError(reason)
     return ValueError(f"{reason}; last checkpoint: {newest or 'none yet'}")
