@@ -87,8 +87,8 @@ is_zero "$VAL_SPLIT" || args+=(--val_split "$VAL_SPLIT")
 
 launch=("$PYTHON")
 [ "$GPUS" = 1 ] || launch+=(-m torch.distributed.run --standalone --nproc_per_node "$GPUS")
-data=("${DATADIR[@]}")
-if [ "${#data[@]}" = 1 ] && [ ! -d "${DATADIR%:*}" ]; then # not one directory, whose name may have spaces
+data=("${DATADIR[@]}") # the name of a single directory may have spaces
+if [ "${#data[@]}" = 1 ] && [ ! -d "$DATADIR" ] && [ ! -d "${DATADIR%:*}" ]; then # several
     [[ $DATADIR != *$'\n'* ]] || separator=$'\n'
     IFS=${separator:-$' \t\n'} read -r -d '' -a data <<< "$DATADIR" || true
 fi

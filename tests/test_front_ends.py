@@ -67,6 +67,8 @@ def test_number_of_gpus_is_checked(gpus, tmp_path):
     [
         ("my set", ["my set"], [1]),
         ("my set:2", ["my set"], [2]),
+        ("a b:2", ["a b:2"], [1]),
+        ("my set\na b:2:3", ["my set", "a b:2"], [1, 3]),
         ("set[1]", ["set[1]"], [1]),
         ("set1 set[1]:2.5", ["set1", "set[1]"], [1, 2.5]),
         ("*", ["*"], [1]),
@@ -74,7 +76,7 @@ def test_number_of_gpus_is_checked(gpus, tmp_path):
     ],
 )
 def test_datadir_names_the_directories_it_says(datadir, directories, weights, tmp_path, monkeypatch):
-    for name in ("my set", "set[1]", "set1"):
+    for name in ("my set", "set[1]", "set1", "a b:2"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
     args = trainer_flags(started("train_sd.sh", tmp_path, DATADIR=datadir)[2])
