@@ -12,7 +12,7 @@ while [ $# -gt 0 ]; do
     case $1 in
         --sd) FLAVOUR=sd ;;
         --data_root)
-            OWN_DATA=$(cd "${2:?--data_root needs a directory}" && pwd) || exit 2
+            OWN_DATA=$(CDPATH='' cd -- "${2:?--data_root needs a directory}" && pwd) || exit 2
             shift
             ;;
         -h | --help) sed -n '2,6s/^# //p' "${BASH_SOURCE[0]}"; exit 0 ;;

@@ -9,7 +9,8 @@ set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 MODEL=${MODEL:-$HERE/models/t5_sd15}    # made by models/compose_t5_sd.py
-DATADIR=${DATADIR:-/data}               # directories with caches: "/data/a /data/b:2.5" (b 2.5 times an epoch)
+DATADIR=${DATADIR:-/data}               # directories with caches: "/data/a /data/b:2.5" (b 2.5 times an epoch); if
+                                        # names have spaces, one per line, or an array: DATADIR=("/my a" /data/b:2.5)
 IMGCACHE=${IMGCACHE:-.img_sdxl}         # made by cache/create_img_sdxl.py
 TXTCACHE=${TXTCACHE:-.txt_t5cache}      # made by cache/create_t5cache_768.py
 
@@ -32,6 +33,7 @@ SAVE_STEPS=${SAVE_STEPS:-1000}          # optimizer steps between checkpoints, o
 GPUS=${GPUS:-1}                         # GPUs of this machine to train on
 
 NAME=${NAME:-t5_${OPTIMIZER}_lr${LR}_b${BATCH}x${ACCUM}_${SCHED}_g${GAMMA:-5}_s${STEPS}}
+[[ " $* " != *" --overfit"[\ =]* ]] || NAME+=_overfit # a trial run does not take the place of the real one
 OUTPUT=${OUTPUT:-output/$NAME}
 LOGDIR=${LOGDIR:-tensorboard}
 
@@ -45,8 +47,11 @@ is_zero() { [[ $1 =~ ^0+(\.0*)?$ ]]; }
 [[ $GPUS =~ ^[1-9][0-9]*$ ]] || refuse "GPUS: expected a whole number from 1, got $GPUS"
 
 export PYTHONSAFEPATH=1 # no file of the current directory takes the place of a Python package
+# The active environment, if this checkout is installed there; else the checkout's own.
 PYTHON=python3
-[ -n "${VIRTUAL_ENV:-}" ] || [ ! -x "$HERE/.venv/bin/python" ] || PYTHON=$HERE/.venv/bin/python
+is_installed='import sys, os, cachetrain as c; sys.exit(not os.path.samefile(c.__path__[0], sys.argv[1]))'
+[ ! -x "$HERE/.venv/bin/python" ] || { [ -n "${VIRTUAL_ENV:-}" ] && python3 -c "$is_installed" "$HERE/cachetrain"; } \
+    >/dev/null 2>&1 || PYTHON=$HERE/.venv/bin/python
 
 if [ "${1:-}" = checkpoint ]; then
     is_locked='import sys; from cachetrain.atomic import is_locked; print(is_locked(sys.argv[1]))'
@@ -59,6 +64,10 @@ if [ "${1:-}" = checkpoint ]; then
     echo "$OUTPUT: a checkpoint will be written after the current step"
     exit
 elif [ "${1:-}" = resume ]; then
+    for other in "${OUTPUT%_s*}"_s*/args.json; do # the name of a run contains its STEPS
+        [ -e "$OUTPUT/args.json" ] || [ ! -e "$other" ] ||
+            refuse "$OUTPUT: no run; to resume that of other STEPS, OUTPUT=$(printf %q "${other%/args.json}") $0 resume"
+    done
     set -- --resume latest "${@:2}"
 fi
 
@@ -78,9 +87,11 @@ is_zero "$VAL_SPLIT" || args+=(--val_split "$VAL_SPLIT")
 
 launch=("$PYTHON")
 [ "$GPUS" = 1 ] || launch+=(-m torch.distributed.run --standalone --nproc_per_node "$GPUS")
-# DATADIR names one directory, whose name may have spaces, or several.
-data=("$DATADIR")
-[ -d "${DATADIR%:*}" ] || read -r -d '' -a data <<< "$DATADIR" || true
+data=("${DATADIR[@]}") # the name of a single directory may have spaces
+if [ "${#data[@]}" = 1 ] && [ ! -d "$DATADIR" ] && [ ! -d "${DATADIR%:*}" ]; then # several
+    [[ $DATADIR != *$'\n'* ]] || separator=$'\n'
+    IFS=${separator:-$' \t\n'} read -r -d '' -a data <<< "$DATADIR" || true
+fi
 command=("${launch[@]}" "$HERE/train_from_cached.py" --train_data_dir "${data[@]}" "${args[@]}" "$@")
 [ "$GPUS" != 1 ] || exec "${command[@]}"
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from cachetrain.reading import open_regular, read_bytes
+
 LOCK = ".lock"
 
 # A name from `temporary_path`; machine and process id show whether its writer is still alive.
@@ -135,11 +137,12 @@ def locked_directory(directory: str | Path) -> Iterator[None]:
 
     Raises:
         ValueError: another process holds it.
+        OSError: the directory cannot be made, or its lock is no regular file.
     """
     import fcntl  # missing on Windows, where training is not supported
 
     Path(directory).mkdir(parents=True, exist_ok=True)
-    with open(Path(directory) / LOCK, "a") as file:
+    with open_regular(Path(directory) / LOCK, "ab") as file:
         try:
             # Not flock: loader workers would inherit the lock, and hold it for seconds after this process is killed.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -164,7 +167,7 @@ def claim(marker: str | Path, owner: str | Path, what: str) -> None:
     """
     marker, owner = Path(marker), os.path.realpath(owner)
     with suppress(FileNotFoundError):
-        other = os.path.realpath(marker.parent / os.fsdecode(marker.read_bytes()))
+        other = os.path.realpath(marker.parent / os.fsdecode(read_bytes(marker)))
         same_name = os.path.basename(other) == os.path.basename(owner)  # or the marker is a copy, with what it marks
         if other != owner and same_name and ((Path(other) / "args.json").exists() or is_locked(other)):
             raise ValueError(
@@ -182,7 +185,7 @@ def is_locked(directory: str | Path) -> bool:
     Always False on a file system without locks.
     """
     try:
-        file = open(Path(directory) / LOCK, "rb")
+        file = open_regular(Path(directory) / LOCK)
     except OSError:
         return False
     with file:

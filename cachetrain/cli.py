@@ -11,13 +11,20 @@ from contextlib import contextmanager, suppress
 from decimal import Decimal
 from pathlib import Path
 
+from cachetrain.log import first_line, printable
+
 # What asks a script to stop. SIGHUP: the terminal is gone; under nohup it is ignored.
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
     """An argument parser whose help starts with the script's docstring and shows ranges and defaults."""
-    return argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter)
+    return _Parser(description=doc, formatter_class=HelpFormatter)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        super().error(printable(message))
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -70,9 +77,16 @@ def run(main):
         if came:  # libraries make their own errors of it
             _stop("interrupted" if came[0] == signal.SIGINT else "terminated", 128 + came[0])
         _stop(error, 2)
-    except Exception:
+    except Exception as error:
+        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _is_of_memory(error)):
+            _stop(f"out of memory ({first_line(error)}); use a smaller --batch_size or smaller pictures", 2)
         traceback.print_exc()
         sys.exit(70)  # EX_SOFTWARE of sysexits.h
+
+
+def _is_of_memory(error):
+    """Whether an error is torch's, which is not imported here, for too little memory of a device or the host."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 def _guard_imports():
@@ -119,7 +133,7 @@ def _set_handlers(handler):
 
 def _stop(message, code):
     with suppress(OSError):  # the terminal is gone, or its disk is full
-        print(f"{sys.argv[0]}: {message}", file=sys.stderr)
+        print(printable(f"{sys.argv[0]}: {message}"), file=sys.stderr)
     sys.exit(code)
 
 

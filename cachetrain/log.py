@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -11,21 +12,47 @@ from errno import ENOSPC
 from pathlib import Path
 from typing import BinaryIO
 
+from cachetrain.reading import open_regular
+
+# Control characters, line separators, what changes the direction of text, and bytes that are not UTF-8.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
 _warning_log = None  # the WarningLog of the run in this process, if any
 
 
 def info(message: str) -> None:
-    """Prints a message on stdout at once, on rank 0 only."""
+    """Prints a message, of one line or more, on stdout at once; on rank 0 only."""
     if _is_rank_0():
-        _print(message, sys.stdout)
+        _print("\n".join(map(printable, message.split("\n"))), sys.stdout)
 
 
 def warn(message: str) -> None:
-    """Prints a warning on stderr and adds it to the run's WarningLog, on rank 0 only; from any thread."""
+    """Prints a warning of one line on stderr and adds it to the run's WarningLog, on rank 0 only; from any thread."""
     if _is_rank_0():  # all ranks of a run reach the same warnings
+        message = printable(message)
         _print(f"warning: {message}", sys.stderr)
         if _warning_log is not None:
             _warning_log.add(message)
+
+
+def printable(text: object) -> str:
+    """The text in one line that changes nothing else on a terminal: what would is written as in a Python string.
+
+    For names of files, which may hold any character, and for messages that contain such names.
+    """
+    return _UNPRINTABLE.sub(_escaped, str(text))
+
+
+def list_entry(name: str) -> bytes:
+    """The bytes of a file name for a list with a line for each, like `printable`; those that are no text remain."""
+    return b"".join(
+        os.fsencode(part) if "\udc80" <= part <= "\udcff" else printable(part).encode()
+        for part in re.split("([\udc80-\udcff])", name)
+    )
+
+
+def _escaped(match):
+    return match[0].encode("unicode_escape").decode()
 
 
 def first_line(error: BaseException) -> str:
@@ -97,7 +124,7 @@ class WarningLog:
                 self._write(line)
 
     def _write(self, line):
-        with suppress(OSError), open(self._path, "ab", buffering=0) as file:
+        with suppress(OSError), open_regular(self._path, "ab") as file:
             append_line(file, json.dumps({"step": self.step, **line}).encode() + b"\n")
 
 

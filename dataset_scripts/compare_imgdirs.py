@@ -93,7 +93,7 @@ def scan_images(root: Path) -> Iterator[str]:
             if name.startswith(".") or os.path.splitext(name)[1].lower() not in IMAGE_TYPES:
                 continue
             path = Path(folder, name)
-            if not path.is_symlink() or resolve_inside(root, path):
+            if path.is_file() and (not path.is_symlink() or resolve_inside(root, path)):
                 yield path.relative_to(root).as_posix()
 
 
@@ -216,7 +216,7 @@ def thumbnail(path: Path, cell: int) -> Image.Image | str:
                 image = ImageOps.exif_transpose(image)
             image = image.convert("RGBA")
     except UNREADABLE as error:
-        print(f"warning: {path}: {error}", file=sys.stderr)
+        print(f"warning: {str(path)!r}: {error}", file=sys.stderr)
         return "unreadable"
     image = Image.alpha_composite(Image.new("RGBA", image.size, EMPTY), image).convert("RGB")
     if max(image.size) > cell:
@@ -330,7 +330,7 @@ def main(argv=None):
         print("error: no image has the same relative path in two of these directories:", file=sys.stderr)
         for root in roots:
             first = min(scan_images(root), key=natural_key, default="no images")
-            print(f"  {root}: {first}", file=sys.stderr)
+            print(f"  {str(root)!r}: {first!r}", file=sys.stderr)
         return 1
     print(f"{len(rows)} common images, {len(missing)} missing somewhere")
     try:

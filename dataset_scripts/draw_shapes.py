@@ -28,6 +28,7 @@ try:
     from PIL import Image, ImageDraw
 
     from cachetrain import cli
+    from cachetrain.reading import read_json
 except ImportError as error:
     print(f"{error}: run `pip install -e .`, or ./quickstart.sh and `source .venv/bin/activate`", file=sys.stderr)
     sys.exit(2)
@@ -204,7 +205,7 @@ def check_settings(out: Path, settings: dict) -> None:
         ValueError: `out` contains a data set drawn with other settings.
     """
     path = out / "shapes.json"
-    if path.exists() and (found := json.loads(path.read_text())) != settings:
+    if path.exists() and (found := read_json(path)) != settings:
         raise ValueError(
             f"{path}: the images here were drawn with {found}, not {settings}; choose another --out, or delete the "
             "directory"

@@ -13,6 +13,7 @@ The score of pictures drawn by draw_shapes.py is 100%, and 0% with shuffled capt
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -28,6 +29,7 @@ try:
     from PIL import Image
 
     from cachetrain import cli
+    from cachetrain.reading import read_bytes, read_text
 except ImportError as error:
     print(f"{error}: run `pip install -e .`, or ./quickstart.sh and `source .venv/bin/activate`", file=sys.stderr)
     sys.exit(2)
@@ -159,8 +161,8 @@ def judge_folder(folder: Path) -> tuple[list[Judgement], list[Path]]:
     judgements, left_out = [], []
     for path in sorted(folder.rglob("*.png")):
         caption = path.with_suffix(".txt")
-        with Image.open(path, formats=["PNG"]) as image:
-            prompt = image.info.get("prompt") or (caption.read_text() if caption.exists() else "")
+        with Image.open(io.BytesIO(read_bytes(path)), formats=["PNG"]) as image:
+            prompt = image.info.get("prompt") or (read_text(caption) if caption.exists() else "")
             try:
                 judgements.append(judge(path, image, prompt.strip()))
             except ValueError:

@@ -17,6 +17,8 @@ import sys
 
 try:
     from cachetrain import cli
+    from cachetrain.log import info
+    from cachetrain.reading import read_text
 except ImportError as error:
     print(f"{error}: run `pip install -e .`, or ./quickstart.sh and `source .venv/bin/activate`", file=sys.stderr)
     sys.exit(2)
@@ -45,8 +47,7 @@ def main(argv=None):
     args = parse_args(argv)
     captions = None
     if args.fit_captions:
-        with open(args.fit_captions, encoding="utf-8") as file:
-            captions = [line.strip() for line in file if line.strip()]
+        captions = [line.strip() for line in read_text(args.fit_captions).splitlines() if line.strip()]
         if not captions:
             raise ValueError(f"{args.fit_captions}: contains no captions; add some, or omit --fit_captions")
     from cachetrain.modeling.compose import ProjectionOptions, Target, compose_t5
@@ -56,7 +57,7 @@ def main(argv=None):
     target = Target(args.out, args.objective, args.fresh_unet, args.seed, args.overwrite)
     projection = ProjectionOptions(captions, args.train_projection, pick_dtype(args.dtype, device), device)
     compose_t5(args.unet, args.vae, args.t5, target, projection)
-    print(f"wrote {args.out}")
+    info(f"wrote {args.out}")
     return 0
 
 

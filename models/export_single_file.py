@@ -11,6 +11,7 @@ import sys
 
 try:
     from cachetrain import cli
+    from cachetrain.log import info
 except ImportError as error:
     print(f"{error}: run `pip install -e .`, or ./quickstart.sh and `source .venv/bin/activate`", file=sys.stderr)
     sys.exit(2)
@@ -39,7 +40,7 @@ def main(argv=None):
 
     dtype = args.dtype and load.pick_dtype(args.dtype, "cpu")
     notes = export_single_file(load.resolve_model(args.model), args.out, dtype, args.raw_weights)
-    print("\n".join([f"wrote {args.out}", *(f"note: {note}" for note in notes)]))
+    info("\n".join([f"wrote {args.out}", *(f"note: {note}" for note in notes)]))
     return 0
 
 

@@ -94,12 +94,12 @@ def waiting_at(path, folder):
     folder.mkdir()
     os.mkfifo(folder / "pipe")
     (folder / "sitecustomize.py").write_text(
-        "import cachetrain.data.many_files as files\n"
+        "import cachetrain.reading as files\n"
         "original = files.open_regular\n"
-        "def open_regular(path):\n"
+        "def open_regular(path, *mode):\n"
         f"    if str(path) == {str(path)!r}:\n"
         f"        open({str(folder / 'pipe')!r}).read()\n"
-        "    return original(path)\n"
+        "    return original(path, *mode)\n"
         "files.open_regular = open_regular\n"
     )
     return os.environ | {"PYTHONPATH": str(folder)}

@@ -1,5 +1,6 @@
 """Sizes and encoders of the image cache: aspect buckets, upscaled images, posteriors, other autoencoders, dtypes."""
 
+import shutil
 from collections import Counter
 
 import pytest
@@ -9,7 +10,7 @@ from diffusers import AsymmetricAutoencoderKL, AutoencoderDC, AutoencoderKL, Aut
 from helpers import run_script
 from PIL import Image, ImageOps
 
-from cachetrain.caching import buckets
+from cachetrain.caching import buckets, summary
 from cachetrain.data.sidecar import read_header, read_sidecar
 
 SUFFIX = ".img_sdxl"
@@ -139,6 +140,35 @@ def test_upscaled_images_are_listed_in_a_file_until_they_are_replaced(cache, roo
     assert cache("--bucket") == 0
     assert not listing.exists() and "upscaled" not in capsys.readouterr().out
     assert not [path for path in root.iterdir() if path.name.startswith(".")]
+
+
+def test_it_is_said_early_that_all_images_are_upscaled(root, cache, monkeypatch, capsys):
+    save_pictures(root / "small", [f"{i}.png" for i in range(5)], size=(64, 64))
+    monkeypatch.setattr(summary, "_MAX_FIRST", 4)
+    argv = ("--data_root", root / "small", "--overwrite", "--batch_size", 2)
+    assert cache(*argv) == 0  # PICTURES come first, and are large
+    assert "images so far" not in capsys.readouterr().err
+    for path in root.glob("*.png"):
+        path.unlink()
+    assert cache("--batch_size", 2, "--overwrite") == 0
+    errors = capsys.readouterr().err
+    assert errors.count("all 4 images so far are smaller") == 1 and "0.png, 64x64 -> 192x192" in errors
+
+
+def test_names_with_control_characters_keep_messages_and_lists_to_a_line_each(root, cache, capsys):
+    shutil.rmtree(root)
+    names = ["a\x1b[31m.png", "b\n.png", "c\td.png", "é.png"]
+    save_pictures(root, names, size=(64, 64))
+    (root / "z\x1b]0;title\x07\n.png").write_bytes(b"no image")
+    save_pictures(root, ["x" * 247 + ".png"])
+    assert cache() == 1
+    output = capsys.readouterr()
+    assert not set(map(chr, range(32))) - {"\n", "\r"} & set(output.out + output.err)
+    assert r"z\x1b]0;title\x07\n.png: not an image" in output.err
+    assert "xxx.png: the name of its sidecar would be too long; shorten" in output.err
+    lines = (root / f"_upscaled{SUFFIX}.txt").read_text().split("\n")
+    expected = [r"a\x1b[31m.png", r"b\n.png", r"c\td.png", "é.png"]
+    assert lines == [f"{root}/{name}\t64x64 -> 192x192" for name in expected] + [""]
 
 
 # What is stored

@@ -1,4 +1,4 @@
-"""What an epoch visits, weights of folders, rare sizes, caches in memory, one text for all."""
+"""What an epoch visits, weights of folders, rare sizes, caches in memory, one text for all, malformed tensors."""
 
 import os
 import shutil
@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import CLIP, T5, WIDE, digest, open_pairs, refused, run_script, train, wait_until
+from helpers import CLIP, T5, WIDE, digest, open_pairs, refused, run_script, train, wait_until, without_headers
+from safetensors.torch import load_file, save_file
 
 from cachetrain.caching import images
 from cachetrain.data import dataset, ram, rng
@@ -19,7 +20,7 @@ from cachetrain.data.batching import BatchSampler
 from cachetrain.data.dataset import SampleKey
 from cachetrain.data.index import PairIndex
 from cachetrain.data.loader import batches_of, never_wait_in_vain, pack, unpack
-from cachetrain.data.sidecar import read_sidecar
+from cachetrain.data.sidecar import read_header, read_sidecar, write_sidecar
 from cachetrain.distributed import World
 from cachetrain.training import options
 from cachetrain.training import run as opening
@@ -278,3 +279,35 @@ def test_a_worker_whose_reader_is_killed_ends_although_its_batches_do_not_fit_in
     os.waitpid(reader, 0)
     worker = (tmp_path / "pid").read_text()
     wait_until(lambda: not Path("/proc", worker).exists() or "Z" in Path("/proc", worker, "stat").read_text())
+
+
+# Sidecars that cannot be trained on
+
+
+@pytest.mark.parametrize(
+    ("suffix", "tensors"),
+    [
+        *((T5[0], {"latent": torch.zeros(4, 8, 8, dtype=d)}) for d in (torch.int32, torch.bool, torch.complex64)),
+        *((T5[0], {"latent": torch.zeros(shape)}) for shape in ((4, 64), (1, 4, 8, 8), (4, 0, 8))),
+        (T5[0], {"latent": torch.zeros(4, 8, 8), "latent_flip": torch.zeros(4, 8, 16)}),
+        *((T5[1], {"emb": torch.zeros(3, 64, dtype=d)}) for d in (torch.int64, torch.bool, torch.complex64)),
+        *((T5[1], {"emb": torch.zeros(shape)}) for shape in ((64,), (1, 3, 64), (0, 64), (3, 0))),
+        (T5[1], {"emb": torch.zeros(2**16, 1)}),
+    ],
+)
+@pytest.mark.parametrize("number", [0, 1])
+def test_tensors_that_cannot_be_trained_on_are_named(suffix, tensors, number, shapes, tmp_path):
+    folder = copied(shapes, tmp_path / "data", slice(3))
+    path = sorted(folder.glob(f"0*{suffix}"))[number]
+    write_sidecar(path, tensors, read_header(path).metadata)
+    with pytest.raises(ValueError, match=path.name):
+        PairIndex([folder], *T5)
+
+
+def test_a_scaling_factor_that_is_no_number_is_refused(shapes, model_t5, tmp_path):
+    folder = without_headers(copied(shapes, tmp_path / "data", slice(3)), tmp_path / "foreign")
+    for value in ("nan", "0x1", "-1", "1e300"):
+        for path in folder.glob(f"*{T5[0]}"):
+            save_file(load_file(path), path, {"scaling_factor": value})
+        message = refused(folder, model_t5, tmp_path / value, "--cond_dropout", 0)
+        assert f"scaling_factor {value!r}" in message and T5[0] in message

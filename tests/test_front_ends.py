@@ -67,6 +67,8 @@ def test_number_of_gpus_is_checked(gpus, tmp_path):
     [
         ("my set", ["my set"], [1]),
         ("my set:2", ["my set"], [2]),
+        ("a b:2", ["a b:2"], [1]),
+        ("my set\na b:2:3", ["my set", "a b:2"], [1, 3]),
         ("set[1]", ["set[1]"], [1]),
         ("set1 set[1]:2.5", ["set1", "set[1]"], [1, 2.5]),
         ("*", ["*"], [1]),
@@ -74,11 +76,52 @@ def test_number_of_gpus_is_checked(gpus, tmp_path):
     ],
 )
 def test_datadir_names_the_directories_it_says(datadir, directories, weights, tmp_path, monkeypatch):
-    for name in ("my set", "set[1]", "set1"):
+    for name in ("my set", "set[1]", "set1", "a b:2"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
     args = trainer_flags(started("train_sd.sh", tmp_path, DATADIR=datadir)[2])
     assert (args.train_data_dir, args.dir_weights) == (directories, weights)
+
+
+def test_datadir_may_be_an_array_in_a_copy_of_the_script(tmp_path):
+    text = (REPO / "train_sd.sh").read_text().replace("DATADIR=${DATADIR:-/data} ", 'DATADIR=("my set" b:2) ')
+    (tmp_path / "train_from_cached.py").touch()
+    _, errors, words = started(str(executable(tmp_path / "copy.sh", text)), tmp_path)
+    assert words[words.index("--train_data_dir") + 1 :][:3] == ["my set", "b:2", "--model"], errors
+
+
+def test_a_trial_run_does_not_take_the_place_of_the_real_one(tmp_path):
+    real, trial, named, elsewhere = (
+        trainer_flags(started("train_sd.sh", tmp_path, *argv, "--max_steps", "9", **settings)[2]).output_dir
+        for argv, settings in (
+            ([], {}),
+            (["--overfit", "8"], {}),
+            (["--overfit=8"], {"NAME": "a"}),
+            (["--overfit", "8"], {"OUTPUT": "b"}),
+        )
+    )
+    assert trial == real + "_overfit" and (named, elsewhere) == ("output/a_overfit", "b")
+
+
+def test_resume_with_other_steps_says_which_run_there_is(tmp_path):
+    run = tmp_path / "output" / "a b_s2"
+    run.mkdir(parents=True)
+    (run / "args.json").touch()
+    code, errors, words = started("train_sd.sh", tmp_path, "resume", NAME="a b_s4")
+    assert code == 2 and "--resume" not in words and r"OUTPUT=output/a\ b_s2" in errors
+    code, errors, words = started("train_sd.sh", tmp_path, "resume", NAME="a b_s2")
+    assert code == 0 and "--resume" in words, errors
+
+
+@pytest.mark.parametrize(("is_installed", "used"), [(True, "active"), (False, "own")])
+def test_the_environment_of_another_project_is_not_used(is_installed, used, tmp_path):
+    copy = tmp_path / "checkout" / shutil.copy(REPO / "train_sd.sh", tmp_path)
+    (tmp_path / "train_from_cached.py").touch()
+    executable(tmp_path / "bin" / "python3", f'[ "$1" != -c ] || exit {int(not is_installed)}; echo active')
+    executable(tmp_path / ".venv" / "bin" / "python", "echo own")
+    environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "VIRTUAL_ENV": "x"}
+    done = subprocess.run([copy], env=environment, capture_output=True, text=True)
+    assert done.stdout == f"{used}\n", done.stderr
 
 
 def test_default_model_is_beside_the_script_wherever_it_is_started(tmp_path):
@@ -154,7 +197,12 @@ def test_a_script_of_another_checkout_is_refused_not_run_with_this_ones_code(tmp
 def test_a_crash_has_an_exit_code_of_its_own(capsys):
     from cachetrain import cli
 
-    for error, code in ((KeyError("x"), 70), (RuntimeError("x"), 70), (ValueError("x"), 2)):
+    too_little_memory = (MemoryError("vae: x"), RuntimeError("DefaultCPUAllocator: can't allocate memory\nframe 0"))
+    for error, code in (
+        (KeyError("x"), 70),
+        (RuntimeError("x"), 70),
+        *((error, 2) for error in (ValueError("a\x1b\nb"), OSError("x"), *too_little_memory)),
+    ):
 
         def main(error=error):
             raise error
@@ -162,7 +210,9 @@ def test_a_crash_has_an_exit_code_of_its_own(capsys):
         with pytest.raises(SystemExit) as ended:
             cli.run(main)
         assert ended.value.code == code
-        assert ("Traceback" in capsys.readouterr().err) == (code == 70)
+        errors = capsys.readouterr().err
+        assert ("Traceback" in errors, errors.count("\n") == 1) == (code == 70, code == 2)
+        assert error not in too_little_memory or "out of memory" in errors
 
 
 # The virtual environment

@@ -10,6 +10,7 @@ import pytest
 from helpers import BENCHMARKS, REPO, SCRIPTS
 from PIL import EpsImagePlugin, Image, ImageCms, UnidentifiedImageError
 
+from cachetrain.caching import images
 from cachetrain.caching.images import decode
 
 RED = (234, 51, 35)
@@ -246,3 +247,40 @@ def test_a_tiff_of_planes_that_pillow_misreads_is_refused_with_a_reason(bits, ph
     data = b"II*\0" + struct.pack("<IH", 8, 9) + directory + bytes(4) + tables + bytes(3 * size)
     with pytest.raises(ValueError, match="is a TIFF with a plane per channel"):
         decode(data, [(16, 16)])
+
+
+# Large images
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("size", [(16, 16), (200, 40)])  # reduced, enlarged
+def test_large_images_are_converted_in_bands_to_the_same_pixels(orientation, size, monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 256, (97, 131, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = saved(Image.fromarray(noise), exif=exif)
+    whole = decode(data, [size])
+    converted = []
+    original = images.to_rgb
+    monkeypatch.setattr(images, "to_rgb", lambda part, file: converted.append(part.size) or original(part, file))
+    monkeypatch.setattr(images, "_BAND_PIXELS", 131 * 97 // 4)
+    in_bands = decode(data, [size])
+    assert len(converted) >= 4 and max(width * height for width, height in converted) < 131 * 97
+    assert in_bands[1:] == whole[1:]
+    difference = np.abs(in_bands[0].astype(int) - whole[0])
+    assert difference.max() <= 1 and (difference > 0).mean() < 0.001  # rounding of where a band begins
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "I;16"])
+def test_large_images_of_any_mode_are_converted_in_bands(mode, monkeypatch):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (97, 131, 4), dtype=np.uint8), "RGBA")
+    data = saved(noise.convert("L").convert("I").convert(mode) if mode == "I;16" else noise.convert(mode))
+    whole = decode(data, [(16, 16)])[0]
+    monkeypatch.setattr(images, "_BAND_PIXELS", 3000)
+    assert np.abs(decode(data, [(16, 16)])[0].astype(int) - whole).max() <= 1
+
+
+def test_an_image_of_too_many_pixels_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match=r"has more than .* pixels, which take too much memory; scale it down"):
+        decode(saved(Image.new("RGB", (16, 16))), [(16, 16)])

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import math
+import os
 from contextlib import contextmanager
 
 import numpy as np
@@ -442,3 +443,58 @@ def test_markup_in_names_prompts_and_messages_is_shown_as_text(browser, tmp_path
         assert page.locator("b, i, img[src=x]").all_text_contents() == ["step 1"]  # our own
         assert hostile in page.locator("h3").all_text_contents()
         assert page.locator("#warnings li").all_text_contents() == [f"step 1{hostile}"]
+
+
+# Directories that are no runs of this project
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 100_000])
+def test_settings_that_are_no_json_object_are_named(text, tmp_path):
+    (write_run(tmp_path / "run") / "args.json").write_text(text)
+    with pytest.raises(ValueError, match=r"run/args\.json"):
+        read_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[]",
+        "7",
+        '{"loss": 1}',
+        '{"step": "x", "loss": 1}',
+        '{"step": true, "loss": 1}',
+        '{"step": 1e3, "loss": 1}',
+        '{"step": 99999999999999999999, "loss": 1}',
+        *(f'{{"step": 1, "loss": {value}}}' for value in ('"x"', "[1]", "{}", "true")),
+        "\xff",
+    ],
+)
+def test_metrics_of_another_program_are_named(line, tmp_path):
+    path = write_run(tmp_path / "run") / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 1}\n' + line.encode("latin-1") + b"\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
+        read_run(tmp_path / "run")
+
+
+def test_what_json_lacks_and_names_of_other_programs_do_not_end_the_report(tmp_path):
+    run = write_run(tmp_path / "run")
+    (run / "args.json").write_text(
+        '{"noise_gamma": Infinity, "max_steps": "' + "9" * 5000 + '", "a": ["\\ud83d", NaN]}'
+    )
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 1e999}\n{"step": 2, "loss": ' + "9" * 400 + "}\n")
+    (run / "warnings.jsonl").write_text('{"step": 1}\n{"step": 2, "message": [1]}\n')
+    (run / "quarantine.tsv").write_bytes(b"7\n8\tloss nan\t\xff\n9999999999999999999999\tx\n" + "٣\tx\n".encode())
+    for name in ("a_cfg1.2.3.png", "a_cfg.png", "a_cfg٣.png"):
+        (run / "samples" / "step-000300" / name).touch()
+    os.mkfifo(run / "samples" / "step-000300" / "a_cfg5.png")
+    for name in ("step-" + "9" * 100, "step-٣"):
+        (run / "samples" / name).mkdir()
+    assert run_script("report.py", run) == 0
+    assert read_skipped(run / "quarantine.tsv") == [8]
+
+
+def test_samples_of_any_cfg_are_found(tmp_path):
+    for cfg in (0, 1e-05, 1.5, 1000):
+        save_png(Image.new("RGB", (8, 8)), tmp_path / "step-000001" / sample_name(0, "a", cfg))
+    (found,) = read_samples(tmp_path)
+    assert found["cfgs"] == [0, 1e-05, 1.5, 1000] and all(found["pictures"][1])

@@ -187,7 +187,7 @@ def test_a_broken_file_is_refused_with_line_and_reason(content, line, reason, tm
 
 def test_text_that_is_not_utf8_is_refused_with_its_line(tmp_path):
     (tmp_path / "p.txt").write_bytes("a\nb\nMünchen".encode("latin-1"))
-    with pytest.raises(ValueError, match="line 3: not UTF-8"):
+    with pytest.raises(ValueError, match=r"not UTF-8 text \(line 3\)"):
         read_prompts(tmp_path / "p.txt")
 
 
@@ -361,7 +361,7 @@ def test_a_failure_warns_and_training_goes_on_but_not_at_the_start(
     samples.draw(unet, tmp_path / "out", Recorder(), 4, nullcontext)
     assert "no samples at step 4" in capsys.readouterr().err
     assert unet.training
-    with pytest.raises(ValueError, match="no samples before training: RuntimeError"):
+    with pytest.raises(ValueError, match=r"no samples before training: .*RuntimeError"):
         samples.draw(unet, tmp_path / "out", Recorder(), 0, nullcontext)
     with pytest.raises(ValueError, match=r"p\.json, line 1"):
         (tmp_path / "p.json").write_text("{")

@@ -1,6 +1,9 @@
 """The sidecar contract: what was written is read back, and damage anywhere is noticed."""
 
+import io
+import json
 import os
+import struct
 
 import pytest
 import torch
@@ -93,3 +96,92 @@ def test_failed_write_keeps_the_old_file_and_leaves_nothing_behind(path, monkeyp
 
 def test_sidecar_path_replaces_the_last_suffix_only():
     assert sidecar.sidecar_path("d/a.b.jpg", ".img_sdxl").as_posix() == "d/a.b.img_sdxl"
+
+
+def foreign(header, payload=b""):
+    """Bytes of a safetensors file with this header: bytes, or a value that becomes JSON."""
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(header)) + header + payload
+
+
+def entry(dtype="F16", shape=(4, 8, 8), end=512):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [0, end]}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        bytes(8),
+        struct.pack("<Q", 2**63) + b"{}",
+        foreign(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
+        foreign(b'{"a": ' + b"1" * 5000 + b"}"),
+        foreign([1, 2]),
+        foreign({"latent": []}),
+        foreign({"latent": None}),
+        *(foreign({"__metadata__": value, "latent": entry()}, bytes(512)) for value in ([], "x", None)),
+        *(foreign({"latent": entry(shape=s)}, bytes(512)) for s in ("488", [-4, 8, 8], [4.0, 8, 8], [[4], 8], None)),
+        foreign({"latent": entry(end="512")}, bytes(512)),
+        foreign({"latent": entry("X9")}, bytes(512)),
+        foreign({"latent": entry("F4", end=128)}, bytes(128)),
+    ],
+)
+def test_a_malformed_sidecar_is_named(data, path):
+    path.write_bytes(data)
+    with pytest.raises(sidecar.SidecarError, match=r"a\.img_sdxl"):
+        sidecar.read_sidecar(path)
+
+
+def test_a_huge_header_is_named_before_it_is_read(path, monkeypatch):
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", 10**8) + b'{"a": "')
+        file.truncate(8 + 10**8)
+    monkeypatch.setattr(sidecar, "open_regular", lambda path: Counting(path))
+    with pytest.raises(sidecar.SidecarError, match=r"a\.img_sdxl"):
+        sidecar.read_header(path)
+    assert Counting.num_bytes <= 4096
+
+
+class Counting(io.FileIO):
+    num_bytes = 0
+
+    def read(self, size=-1):
+        data = super().read(size)
+        Counting.num_bytes += len(data)
+        return data
+
+
+SIZES = {"width": "64", "height": "64", "original_width": "80", "original_height": "80", "crop_box": "0,0,80,80"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("scaling_factor", value) for value in ("nan", "inf", "-1", "x", "", "٣")),
+        *(("shift_factor", value) for value in ("nan", "x")),
+        *(("num_tokens", value) for value in ("x", "-1", "9" * 30)),
+        *((name, value) for name in SIZES for value in ("x", "", "-1", "0")),
+        *(("crop_box", value) for value in ("0,0,80", "nan,0,80,80", "0,0,0,0", "80,80,0,0")),
+    ],
+)
+def test_a_header_field_that_is_no_such_number_is_named(name, value, path):
+    sidecar.write_sidecar(path, {"latent": torch.zeros(4, 8, 8)}, METADATA | SIZES)
+    sidecar.read_header(path)
+    sidecar.write_sidecar(path, {"latent": torch.zeros(4, 8, 8)}, METADATA | SIZES | {name: value})
+    with pytest.raises(sidecar.SidecarError, match=r"a\.img_sdxl: its header"):
+        sidecar.read_header(path)
+
+
+def test_a_crop_box_without_its_sizes_is_named(path):
+    for name in SIZES.keys() - {"crop_box"}:
+        fields = METADATA | {key: value for key, value in SIZES.items() if key != name}
+        sidecar.write_sidecar(path, {"latent": torch.zeros(4, 8, 8)}, fields)
+        with pytest.raises(sidecar.SidecarError, match=f"its header lacks '{name}'"):
+            sidecar.read_header(path)
+
+
+@pytest.mark.parametrize("settings", ["null", "[]", "{", "x", "[" * 5000])
+def test_settings_that_are_no_object_are_named(settings, path):
+    sidecar.write_sidecar(path, {"latent": torch.zeros(4, 8, 8)}, METADATA | {"settings": settings})
+    with pytest.raises(ValueError, match=r"a\.img_sdxl: the settings in its header"):
+        sidecar.settings_of(path, sidecar.read_header(path))

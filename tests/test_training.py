@@ -668,7 +668,7 @@ def test_front_end_takes_one_directory_with_spaces_in_its_name_or_several(data, 
 def test_front_end_of_several_gpus_stops_torchrun_and_ends_with_the_exit_code_of_the_signal(number, tmp_path):
     wait = "read -r _" if number is None else "while :; do sleep 0.02; done"
     (tmp_path / "python3").write_text(
-        f"#!/bin/bash\ntrap 'echo stopped; exit 1' TERM\necho started\n{wait}\nexit 7\n"
+        f"#!/bin/bash\n[ $1 != -c ] || exit 0\ntrap 'echo stopped; exit 1' TERM\necho started\n{wait}\nexit 7\n"
     )
     (tmp_path / "python3").chmod(0o755)
     environment = os.environ | {"GPUS": "2", "VIRTUAL_ENV": "x", "PATH": f"{tmp_path}:{os.environ['PATH']}"}

@@ -56,6 +56,13 @@ def change_settings(run, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"sample_prompts": 5}'])
+def test_a_directory_of_another_program_is_named(text, tmp_path):
+    (tmp_path / "args.json").write_text(text)
+    with pytest.raises(ValueError, match=r"args\.json"):
+        watched(tmp_path)
+
+
 def watched(run, *flags):
     return run_script("sample.py", "--watch", run, "--device", "cpu", *flags)
 

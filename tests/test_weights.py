@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import math
+import os
 import shlex
 import shutil
 
@@ -10,6 +12,7 @@ import torch
 from helpers import TINY, WEIGHTS, refused, run_script, train, weights_of
 from safetensors.torch import load_file, save_file
 
+from cachetrain.checkpoints.info import checkpoint_info
 from cachetrain.modeling import load
 from cachetrain.modeling.files import component_files
 
@@ -73,7 +76,7 @@ def test_weights_that_are_not_those_of_the_config_are_refused_by_name(component,
 def test_damaged_weights_are_refused(component, part):
     directory, path = part
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"part: its weights cannot be read .* get the files again"):
+    with pytest.raises(ValueError, match=r"part: cannot be used .* get the files again"):
         LOADERS[component](directory)
 
 
@@ -262,3 +265,75 @@ def test_captions_are_not_cached_with_missing_weights(model_sd, tmp_path):
     with pytest.raises(ValueError, match="16 missing"):
         run_script("cache/create_clipl.py", "--data_root", tmp_path / "data", "--model", tmp_path / "model")
     assert not list((tmp_path / "data").glob("*.txt_clipl"))
+
+
+# Configs that the libraries fail on
+
+
+@pytest.mark.parametrize(
+    ("component", "entry"),
+    [
+        *(("unet", {"in_channels": value}) for value in (None, "x", -1, 1.5, [])),
+        ("unet", {"block_out_channels": [0]}),
+        ("unet", {"layers_per_block": 10**9}),
+        ("unet", {"down_block_types": ["NoBlock"]}),
+        ("unet", {"act_fn": []}),
+        *(("vae", {"scaling_factor": value}) for value in ("x", -1, 0, math.nan, [])),
+        *(("vae", {"shift_factor": value}) for value in ("x", math.inf)),
+        ("vae", {"latent_channels": None}),
+        ("vae", {"latent_channels": 10**9}),
+        *(("clip", {"model_type": value}) for value in (None, [], {})),
+        *(("clip", {"hidden_size": value}) for value in (None, "x", -1, 0)),
+        ("clip", {"num_hidden_layers": 10**9}),
+        ("t5", {"num_heads": "x"}),
+        ("t5", {"feed_forward_proj": 7}),
+        ("projection", {"in_features": -1}),
+    ],
+)
+def test_a_config_with_a_value_of_another_kind_is_named(component, entry, part):
+    directory, _ = part
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | entry))
+    with pytest.raises((ValueError, MemoryError), match=str(directory)):
+        LOADERS[component](directory)
+
+
+def test_a_config_that_fails_only_in_training_is_named(shapes, model_t5, tmp_path):
+    model = shutil.copytree(model_t5, tmp_path / "model")
+    config = json.loads((model / "unet" / "config.json").read_text())
+    (model / "unet" / "config.json").write_text(json.dumps(config | {"norm_eps": "x"}))
+    assert f"check unet/config.json of {model}" in refused(shapes, model, tmp_path / "run", "--log_groups")
+
+
+@pytest.mark.parametrize("component", ["clip", "vae", "unet", "t5", "projection"])
+def test_a_pipe_among_the_files_of_a_component_is_named(component, part):
+    directory, _ = part
+    os.mkfifo(directory / "added_tokens.json")
+    with pytest.raises(ValueError, match=r"added_tokens\.json: is a pipe"):
+        LOADERS[component](directory)
+
+
+def test_a_device_that_this_machine_lacks_is_named():
+    for device in ("foo", "cuda:99", "meta", ""):
+        with pytest.raises(ValueError, match=f"--device {device}: .*; use cpu"):
+            load.pick_device(device)
+
+
+INFO = {"step": 3, "text": {"kind": "txt_clipl", "settings": {}, "scaling_factor": 1.0}, "latent_size": [8, 8]}
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        *({"step": value} for value in ("x", -1, 1.5, None, True)),
+        *({"latent_size": value} for value in ("x", [8], [8, 0], [8, 1e9], [8, "8"])),
+        *({"text": value} for value in (None, [], {}, INFO["text"] | {"kind": "x"}, INFO["text"] | {"settings": []})),
+        *({"text": INFO["text"] | {"scaling_factor": value}} for value in ("x", math.nan, 0, -1, None)),
+    ],
+)
+def test_a_cachetrain_json_that_training_does_not_write_is_named(entry, tmp_path):
+    (tmp_path / "cachetrain.json").write_text(json.dumps(INFO))
+    assert checkpoint_info(tmp_path) == INFO
+    (tmp_path / "cachetrain.json").write_text(json.dumps(INFO | entry))
+    with pytest.raises(ValueError, match=r"cachetrain\.json: its"):
+        checkpoint_info(tmp_path)

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from cachetrain.atomic import atomic_write, temporary_path
+from cachetrain.log import list_entry
+from cachetrain.reading import read_bytes
 
 STEP = 64
 
@@ -74,6 +76,11 @@ def is_upscaled(metadata: dict[str, str]) -> bool:
     return any(int(metadata[original]) < int(metadata[side]) for original, side in sides)
 
 
+def upscaling(metadata: dict[str, str]) -> str:
+    """`200x100 -> 512x512`, of this header."""
+    return "{original_width}x{original_height} -> {width}x{height}".format_map(metadata)
+
+
 class UpscaledList:
     """A text file with a line for each enlarged image among all images of a run, fresh ones too.
 
@@ -85,8 +92,7 @@ class UpscaledList:
         self.lines = bytearray()
 
     def add(self, path: str, metadata: dict[str, str]) -> None:
-        size = "{original_width}x{original_height} -> {width}x{height}".format_map(metadata)
-        self.lines += os.fsencode(f"{path}\t{size}\n")
+        self.lines += list_entry(path) + f"\t{upscaling(metadata)}\n".encode()
 
     def write_part(self) -> str | None:
         """Leaves the lines in a temporary file for rank 0 to publish; returns its path, None without any lines."""
@@ -103,10 +109,10 @@ class UpscaledList:
         """
         try:
             lines = b"".join([self.lines, *(Path(part).read_bytes() for part in parts)])
-            old = self.target.read_bytes() if self.target.is_file() else b""
-            if lines and lines != old:
+            size = self.target.stat().st_size if self.target.is_file() else 0
+            if lines and (size != len(lines) or read_bytes(self.target, size) != lines):
                 atomic_write(self.target, lines)
-            elif old and not lines:
+            elif size and not lines:
                 self.target.unlink()
         finally:
             for part in parts:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cachetrain.data.captions import Pair, read_caption
-from cachetrain.data.many_files import open_regular
 from cachetrain.data.sidecar import Header, SidecarError, read_header, read_sidecar, write_sidecar
+from cachetrain.data.walk import MAX_IMAGE
+from cachetrain.reading import open_regular, read_bytes
 
 FRESH, MISSING, STALE, CORRUPT, FOREIGN = "fresh", "missing", "stale", "corrupt", "foreign"
 
@@ -33,8 +34,7 @@ def image_source(pair: Pair) -> Source:
     stat = os.stat(pair.image)
 
     def sha256():
-        with open_regular(pair.image) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.sha256(read_bytes(pair.image, MAX_IMAGE)).hexdigest()
 
     return Source(str(stat.st_size), str(stat.st_mtime_ns), sha256)
 
@@ -125,7 +125,7 @@ def is_of_others(path: str | Path) -> bool:
     Signs are the names of header fields, the beginning of a safetensors file, and zeros, as a power cut leaves.
     """
     with open_regular(path) as file:
-        data = file.read(65536)
+        data = file.read(65536) or b""
     if b'"cachetrain_format"' in data or b'"header_sha256"' in data or not data.strip(b"\0"):
         return False
     # safetensors: the length of the header in 8 bytes, of which at least 4 are zeros; then the header, which is JSON.

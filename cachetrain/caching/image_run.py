@@ -78,7 +78,9 @@ def _encode(args, pairs, vae_dir, fields, summary):
                 summary.fail(path, reason)
                 progress.update()
             if decoded:
-                latents = _latents(vae, pixels.to(vae.device), dtype, args)
+                summary.check_sizes(decoded)
+                with load.named(vae_dir):
+                    latents = _latents(vae, pixels.to(vae.device), dtype, args)
                 writer.submit(_rows(latents, decoded, fields, args.cache_suffix))
 
 

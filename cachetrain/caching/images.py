@@ -1,7 +1,7 @@
 """Decodes image files to the pixels that the VAE sees. Runs in worker processes; needs only Pillow and numpy."""
 
 import hashlib
-import os
+import math
 import warnings
 from contextlib import suppress
 from typing import NamedTuple
@@ -11,9 +11,10 @@ from PIL import Image, UnidentifiedImageError
 
 from cachetrain.caching.buckets import nearest_size
 from cachetrain.caching.metadata import with_less_metadata
-from cachetrain.caching.pixels import FORMATS, open_image, orientation, to_rgb, upright
-from cachetrain.data.many_files import open_regular
-from cachetrain.data.walk import Pairs
+from cachetrain.caching.pixels import FORMATS, open_image, orientation, stored_rows, to_rgb, upright
+from cachetrain.data.walk import MAX_IMAGE, Pairs
+from cachetrain.log import describe
+from cachetrain.reading import read_with_stat
 
 # What `decode` always does; part of the settings in every image sidecar, so that a change makes old sidecars stale.
 POLICY = {"resample": "bicubic", "alpha": "white", "exif": "transpose", "color": "sRGB"}
@@ -23,6 +24,9 @@ NOT_AN_IMAGE = f"not an image in one of the formats {', '.join(FORMATS)}"
 # JPEGs are decoded at a reduced scale, but never below this many times the target size, so that the antialiased
 # resize that follows still determines the pixels.
 _DRAFT_MARGIN = 2
+
+# Pixels that are converted at a time, and how many pixels to each side the filter sees, where it enlarges.
+_BAND_PIXELS, _BICUBIC_SUPPORT = 2**24, 2
 
 
 class Decoded(NamedTuple):
@@ -55,7 +59,7 @@ class ImageFiles:
             return path, NOT_AN_IMAGE
         # Pillow's plugins raise almost anything on malformed input, and one bad image must not stop the run.
         except Exception as error:
-            return path, getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+            return path, getattr(error, "strerror", None) or describe(error)
 
 
 def decode_file(path: str, sizes: list[tuple[int, int]]) -> Decoded:
@@ -64,9 +68,7 @@ def decode_file(path: str, sizes: list[tuple[int, int]]) -> Decoded:
     Raises:
         OSError, ValueError and whatever Pillow raises on malformed input.
     """
-    with open_regular(path) as file:
-        stat = os.fstat(file.fileno())
-        data = file.read()
+    data, stat = read_with_stat(path, MAX_IMAGE)
     pixels, original_size, crop_box = decode(data, sizes)
     height, width = pixels.shape[:2]
     fields = {
@@ -123,11 +125,33 @@ def _decode(data, sizes):
         if min(stored_size[0] / goal[0], stored_size[1] / goal[1]) > _DRAFT_MARGIN:
             image.draft(None, (goal[0] * _DRAFT_MARGIN, goal[1] * _DRAFT_MARGIN))
         reduction = round(stored_size[0] / image.size[0])
-        rgb = upright(to_rgb(image), turn)
-    crop_box = cover_box(original_size, width, height)
-    # The reduced size is rounded up, so the box is computed in the original and then scaled.
-    box = tuple(edge / reduction for edge in crop_box)
-    return np.array(rgb.resize((width, height), Image.Resampling.BICUBIC, box=box)), original_size, crop_box
+        crop_box = cover_box(original_size, width, height)
+        # The reduced size is rounded up, so the box is computed in the original and then scaled.
+        box = tuple(edge / reduction for edge in crop_box)
+        return _resized(image, turn, (width, height), box), original_size, crop_box
+
+
+def _resized(image, turn, size, box):
+    """Returns the upright image in RGB, resized from `box` (left, top, right, bottom) to `size` (width, height).
+
+    Large images are converted in bands of rows, as a whole copy in RGB and its intermediate steps would take several
+    times the memory of the image. The bands overlap by what the filter sees, so that the pixels are the same.
+    """
+    (width, height), (left, top, right, bottom) = size, box
+    num_rows = image.size[0] if turn > 4 else image.size[1]  # upright
+    step = height * _BAND_PIXELS // (image.size[0] * image.size[1])
+    if step >= height:
+        return np.array(upright(to_rgb(image, image), turn).resize(size, Image.Resampling.BICUBIC, box=box))
+    scale, step, bands = (bottom - top) / height, max(step, 1), []
+    margin = math.ceil(_BICUBIC_SUPPORT * max(scale, 1)) + 1
+    for start in range(0, height, step):
+        end = min(start + step, height)
+        upper, lower = top + start * scale, top + end * scale
+        first, last = max(0, math.floor(upper) - margin), min(num_rows, math.ceil(lower) + margin)
+        band = upright(to_rgb(image.crop(stored_rows(image.size, turn, first, last)), image), turn)
+        part = (left, upper - first, right, min(lower, num_rows) - first)
+        bands.append(np.asarray(band.resize((width, end - start), Image.Resampling.BICUBIC, box=part)))
+    return np.concatenate(bands)
 
 
 def cover_box(size: tuple[int, int], width: int, height: int) -> tuple[float, float, float, float]:

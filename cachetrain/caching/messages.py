@@ -1,14 +1,22 @@
-"""Lines on stderr that do not break a progress bar, and how a failure of one file is worded."""
+"""Lines on stdout, lines on stderr that do not break a progress bar, and how a failure of one file is worded."""
 
 import os
 import sys
 
 from tqdm import tqdm
 
+from cachetrain.log import printable
+
 
 def print_line(message: str) -> None:
     """Prints a line on stderr, above the progress bar if there is one."""
-    tqdm.write(message, file=sys.stderr)
+    tqdm.write(printable(message), file=sys.stderr)
+
+
+def say(*lines: object) -> None:
+    """Prints lines on stdout, whatever characters the names in them have."""
+    for line in lines:
+        print(printable(line))
 
 
 def failure_line(path: str | os.PathLike, reason: str | Exception) -> str:

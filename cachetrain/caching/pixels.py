@@ -25,6 +25,9 @@ _LAB = 8  # a value of _PHOTOMETRIC
 _TGA_DESCRIPTOR = 17  # offset of the byte whose low 4 bits are the number of alpha bits
 _PNG_DEPTH = 24  # offset of the byte in the IHDR chunk
 
+# More is an error to Pillow. A worker needs about 4 bytes for each, so 0.7 GiB at most.
+_MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS
+
 # Profiles that move no color by more than this many of 255 levels are sRGB, rounded in one way or another.
 _SAME_LEVELS = 2
 
@@ -35,7 +38,10 @@ def open_image(data: bytes) -> Image.Image:
     Raises:
         OSError, ValueError and whatever Pillow raises on malformed input.
     """
-    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError:
+        raise ValueError(f"has more than {_MAX_PIXELS:,} pixels, which take too much memory; scale it down") from None
     tags = getattr(image, "tag_v2", {})
     if tags.get(_PLANES) == 2 and (max(tags.get(_BITS_PER_SAMPLE, (1,))) > 8 or tags.get(_PHOTOMETRIC) == _LAB):
         raise ValueError("is a TIFF with a plane per channel, which Pillow decodes wrongly here; save it interleaved")
@@ -66,15 +72,32 @@ def upright(image: Image.Image, orientation: int) -> Image.Image:
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def stored_rows(size: tuple[int, int], orientation: int, first: int, last: int) -> tuple[int, int, int, int]:
+    """The box (left, top, right, bottom) of a stored image that `upright` turns into rows `first` to below `last`.
+
+    Args:
+        size: (width, height) of the stored image.
+    """
+    width, height = size
+    if orientation in (3, 4, 7, 8):  # counted from the other end
+        end = width if orientation > 4 else height
+        first, last = end - last, end - first
+    return (first, 0, last, height) if orientation > 4 else (0, first, width, last)
+
+
+def to_rgb(image: Image.Image, file: Image.Image) -> Image.Image:
     """Converts any Pillow image to sRGB in mode RGB: transparency becomes white, up to 16 bits are scaled to 8.
+
+    Args:
+        image: an opened image, or a crop of it.
+        file: the opened image, which knows its format and tags.
 
     Raises:
         ValueError: pixels of 32 bits, whose range the file does not give.
     """
     profile = image.info.get("icc_profile")
     if image.mode[0] in "IF":
-        image = _gray_of_8_bits(image)
+        image = _gray_of_8_bits(image, file)
     if profile:
         image = _to_srgb(image, profile)
     if image.has_transparency_data:
@@ -84,13 +107,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _gray_of_8_bits(image):
+def _gray_of_8_bits(image, file):
     """Scales gray of 9 to 16 bits to 8, which Pillow's own conversion clips at 255."""
-    if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
+    if image.mode == "F" or (image.mode == "I" and file.format != "PPM"):
         raise ValueError("has pixels of 32 bits, whose range the file does not give; convert it to 8 or 16 bits")
-    tags = getattr(image, "tag_v2", {})
+    tags = getattr(file, "tag_v2", {})
     most = 2 ** tags.get(_BITS_PER_SAMPLE, (16,))[0] - 1
-    wide = np.asarray(image).astype(np.int64).clip(0, most)
+    wide = np.asarray(image).astype(np.int32).clip(0, most)
     levels = (510 * wide + most) // (2 * most)  # rounded
     if tags.get(_PHOTOMETRIC) == 0:  # white is zero
         levels = 255 - levels

@@ -3,6 +3,7 @@
 import os
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
+from errno import ENAMETOOLONG
 from functools import lru_cache
 from pathlib import Path
 
@@ -59,6 +60,8 @@ def select(
             if state == CORRUPT and is_of_others(path):
                 raise ValueError(f"{path}: is some other file, no sidecar; delete it or use another --cache_suffix")
         except (OSError, ValueError) as error:
+            if getattr(error, "errno", None) == ENAMETOOLONG:
+                error = ValueError("the name of its sidecar would be too long; shorten the image's name")
             return error, {}
         return (None, {}) if args.overwrite else (state, metadata)
 

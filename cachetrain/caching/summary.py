@@ -11,13 +11,14 @@ from contextlib import contextmanager
 from tqdm import tqdm
 
 from cachetrain.caching import ranks
-from cachetrain.caching.buckets import Coverage, UpscaledList, is_upscaled
+from cachetrain.caching.buckets import Coverage, UpscaledList, is_upscaled, upscaling
 from cachetrain.caching.freshness import CORRUPT, FOREIGN, FRESH, STALE
-from cachetrain.caching.messages import failure_line, print_line
+from cachetrain.caching.messages import failure_line, print_line, say
 from cachetrain.data.walk import Leftovers
-from cachetrain.log import warn
+from cachetrain.log import printable, warn
 
 _MAX_LISTED = 50
+_MAX_FIRST = 32
 
 
 class RunSummary:
@@ -43,6 +44,7 @@ class RunSummary:
         self.coverage = Coverage()
         self.upscaled = UpscaledList(os.path.join(roots[0], f"_upscaled{suffix}.txt"))
         self.started_s = time.perf_counter()
+        self._first_sizes = []  # headers of the first _MAX_FIRST images that are encoded, as far as all are upscaled
 
     def fail(self, path: str, reason: str | Exception) -> None:
         """Names and counts a file that gets no sidecar; the run goes on."""
@@ -60,6 +62,26 @@ class RunSummary:
             if is_upscaled(metadata):
                 self.upscaled.add(source, metadata)
                 self.counts["upscaled"] += 1
+
+    def check_sizes(self, decoded: Iterable[tuple[str, dict[str, str]]]) -> None:
+        """Warns after the first _MAX_FIRST images if all of them are enlarged, and not hours later at the end.
+
+        Args:
+            decoded: (path, header fields) of the images of a batch.
+        """
+        if self._first_sizes is None or ranks.rank():
+            return
+        decoded = list(decoded)
+        self._first_sizes += decoded
+        if not all(is_upscaled(metadata) for _, metadata in decoded):
+            self._first_sizes = None
+        elif len(self._first_sizes) >= _MAX_FIRST:
+            path, metadata = self._first_sizes[0]
+            print_line(
+                f"warning: all {len(self._first_sizes)} images so far are smaller than what they are encoded at, "
+                f"like {path}, {upscaling(metadata)}; if that is not intended, stop and choose a smaller size"
+            )
+            self._first_sizes = None
 
     @contextmanager
     def time_encoding(self) -> Iterator[None]:
@@ -151,14 +173,14 @@ class RunSummary:
             lines = [f"{self.counts['failed']:,} failed:", *self.failures[:_MAX_LISTED]]
             if self.counts["failed"] > _MAX_LISTED:
                 lines.append(f"... and {self.counts['failed'] - _MAX_LISTED:,} more")
-            print("\n  ".join(lines), file=sys.stderr)
+            print("\n  ".join(map(printable, lines)), file=sys.stderr)
         if show_coverage and self.coverage.images:
-            print(*self.coverage.table(), sep="\n")
-        print(self.line())
+            say(*self.coverage.table())
+        say(self.line())
         if self.counts["upscaled"] and self.upscaled.target.exists():
-            print(f"upscaled images are listed in {self.upscaled.target}")
+            say(f"upscaled images are listed in {self.upscaled.target}")
         if line := self.leftovers.unused.line():
-            print(line)
+            say(line)
         if orphans := self.leftovers.orphans:
             roots = shlex.join(word for root in orphans for word in ("--data_root", root))
             warn(

@@ -5,9 +5,13 @@ from pathlib import Path
 
 import numpy as np
 
+from cachetrain import cli
 from cachetrain.modeling import load
+from cachetrain.modeling.conditioning import KINDS
+from cachetrain.reading import read_json
 
 FILE = "cachetrain.json"
+_MAX_SIDE = 8192  # of latents
 
 
 def data_info(index, text_scale: float) -> dict:
@@ -36,11 +40,40 @@ def checkpoint_info(model_dir: Path) -> dict:
 
     Returns:
         dict: "text" and "latent_size" (None: unknown) as in `data_info`; "step"; "objective", only of checkpoints.
+
+    Raises:
+        ValueError: it is not what training writes.
     """
     path = Path(model_dir) / FILE
     if path.exists():
-        return {"latent_size": None} | json.loads(path.read_text())
+        info = {"latent_size": None, "step": 0} | read_json(path)
+        _check(path, info)
+        return info | {"text": {"scaling_factor": 1.0} | info["text"]}
     encoder = Path(model_dir) / "text_encoder"
     is_t5 = encoder.exists() and load.text_architecture(encoder) == "t5"
     text = {"kind": "txt_t5cache" if is_t5 else "txt_clipl", "settings": {}, "scaling_factor": 1.0}
     return {"latent_size": None, "text": text, "step": 0}
+
+
+def _check(path, info):
+    """Checks what is read of a cachetrain.json, which need not come from a run of one's own."""
+    text, size = info.get("text"), info["latent_size"]
+    wrong = [] if _is_count(info["step"]) else ["step"]
+    if not (isinstance(text, dict) and text.get("kind") in KINDS and isinstance(text.get("settings"), dict)):
+        wrong.append("text")
+    elif not _is_factor(text.get("scaling_factor", 1.0)):
+        wrong.append("scaling_factor")
+    if size is not None and not (
+        isinstance(size, list) and len(size) == 2 and all(_is_count(side) and 0 < side <= _MAX_SIDE for side in size)
+    ):
+        wrong.append("latent_size")
+    if wrong:
+        raise ValueError(f"{path}: its {wrong[0]} is not one that training writes; get the checkpoint again")
+
+
+def _is_factor(value):
+    return type(value) in (int, float) and cli.scaling_factor.holds(value)
+
+
+def _is_count(value):
+    return type(value) is int and 0 <= value < 2**63

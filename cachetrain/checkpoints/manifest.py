@@ -6,6 +6,8 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
+from cachetrain.reading import open_regular, read_bytes
+
 NAME = "manifest.json"
 _THREADS = 4  # hashing releases the GIL
 
@@ -40,7 +42,7 @@ def read_manifest(directory: Path) -> dict[str, dict]:
     """
     path = Path(directory) / NAME
     try:
-        data = path.read_bytes()
+        data = read_bytes(path)
     except FileNotFoundError:
         raise ValueError(
             f"{directory}: has no {NAME}; the checkpoint is incomplete, or from an older version"
@@ -103,7 +105,7 @@ def _damage(directory, name, expected):
 
 
 def _entry(path):
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from cachetrain.log import describe
+from cachetrain.reading import check_regular, read_json
 
 DIRECTORY = "training_state"
 _TENSOR = "__tensor__"  # key in the JSON that replaces a tensor; its value is the name in the safetensors file
@@ -67,8 +68,9 @@ def read_state(checkpoint: Path) -> dict:
         raise ValueError(f"{checkpoint}: has no {DIRECTORY}; to start a new run from it, pass it as --model")
     advice = "resume from another checkpoint, or start a new run from this one with --model"
     try:
+        check_regular(directory / "tensors.safetensors")
         tensors = load_file(directory / "tensors.safetensors")
-        state = join_tensors(json.loads((directory / "state.json").read_text()), tensors)
+        state = join_tensors(read_json(directory / "state.json"), tensors)
     except KeyError as error:
         raise ValueError(f"{checkpoint}: its {DIRECTORY} lacks the tensor {error}; {advice}") from None
     except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as error:

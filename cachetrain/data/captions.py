@@ -9,9 +9,10 @@ import hashlib
 import os
 from typing import NamedTuple
 
-from cachetrain.data.many_files import open_regular
+from cachetrain.reading import decoded, read_with_stat
 
 CAPTION_SUFFIXES = (".txt", ".caption")
+MAX_CAPTION = 2**20  # bytes; what is longer is no caption
 
 
 class Pair(NamedTuple):
@@ -40,21 +41,13 @@ def read_caption(pair: Pair) -> Caption:
     """Reads the caption of a pair.
 
     Raises:
-        OSError: the caption file cannot be read.
+        OSError: the caption file cannot be read, or has more than MAX_CAPTION bytes.
         ValueError: the caption is not UTF-8 text.
     """
     if pair.caption_file is None:
         return _caption_from_name(os.path.splitext(pair.image)[0])
-    with open_regular(pair.caption_file) as file:
-        stat = os.fstat(file.fileno())
-        data = file.read()
-    try:
-        text = data.decode("utf-8-sig").strip()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{pair.caption_file}: not UTF-8 text ({error}); save it as UTF-8") from error
-    if "\0" in text:
-        raise ValueError(f"{pair.caption_file}: not UTF-8 text (it has NUL characters, as UTF-16); save it as UTF-8")
-    return Caption(text, str(stat.st_size), str(stat.st_mtime_ns))
+    data, stat = read_with_stat(pair.caption_file, MAX_CAPTION)
+    return Caption(decoded(pair.caption_file, data).strip(), str(stat.st_size), str(stat.st_mtime_ns))
 
 
 def find_caption(stem: str) -> Caption:

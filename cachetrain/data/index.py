@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import codecs
 import copy
-import json
 import os
 import zlib
 from bisect import bisect_right
@@ -18,12 +17,13 @@ from tqdm import tqdm
 
 from cachetrain import cli
 from cachetrain.data.links import Links
-from cachetrain.data.many_files import PackedStrings, in_threads, open_regular
-from cachetrain.data.sidecar import NULL_STEM, RUN_KEYS, SUFFIXES, Header, SidecarError, read_header
+from cachetrain.data.many_files import PackedStrings, in_threads
+from cachetrain.data.sidecar import NULL_STEM, RUN_KEYS, SUFFIXES, Header, SidecarError, read_header, settings_of
 from cachetrain.data.unused import MULTIPLY, is_numbered
 from cachetrain.data.walk import image_stems, is_image, walk_folders
 from cachetrain.log import warn
-from cachetrain.modeling.conditioning import check_shapes
+from cachetrain.modeling.conditioning import check_tensor, check_text
+from cachetrain.reading import read_bytes
 
 if TYPE_CHECKING:
     from cachetrain.distributed import World
@@ -129,14 +129,14 @@ class PairIndex:
         """
         path = self.image_path(i)
         _check_unchanged(path, self._first_headers[self._directory_of(i)].run_identity, header.run_identity)
-        if (shape := header.shapes.get("latent")) != self.shape(i):
+        if (shape := _latent_shape(path, header)) != self.shape(i):
             raise SidecarError(f"{path}: replaced since the run started: the latent was {self.shape(i)}, is {shape}")
 
     def check_text(self, i: int, header: Header) -> None:
         """Like `check_image`, for the text sidecar of pair `i`; its number of tokens may have changed."""
         path = self.text_path(i)
         _check_unchanged(path, self.text_header.run_identity, header.run_identity)
-        if (widths := check_shapes(self.text_kind, path, header.shapes)[1]) != self.text_widths:
+        if (widths := check_text(self.text_kind, path, header)[1]) != self.text_widths:
             raise SidecarError(
                 f"{path}: replaced since the run started: its widths were {self.text_widths}, are {widths}"
             )
@@ -159,12 +159,12 @@ class PairIndex:
     @property
     def image_settings(self) -> dict:
         """The settings with which the image caches were made; {} if not recorded."""
-        return json.loads(self.image_header.metadata.get("settings") or "{}")
+        return settings_of(self.image_path(0), self.image_header)
 
     @property
     def text_settings(self) -> dict:
         """The settings with which the text caches were made; {} if not recorded."""
-        return json.loads(self.text_header.metadata.get("settings") or "{}")
+        return settings_of(self.text_path(0), self.text_header)
 
     @property
     def text_kind(self) -> str:
@@ -191,7 +191,7 @@ class PairIndex:
         Raises:
             ValueError: it was made by another encoder, with other settings, or has another width.
         """
-        _, widths = check_shapes(self.text_kind, path, header.shapes)
+        _, widths = check_text(self.text_kind, path, header)
         if widths != self.text_widths:
             raise ValueError(
                 f"{path}: has tensors of width {widths}, {self.text_path(0)} of {self.text_widths}; delete it, and "
@@ -296,7 +296,7 @@ class PairIndex:
         self.shape_ids = np.zeros(len(self), np.uint16)
         self.tokens = np.zeros(len(self), np.uint16)
         self.image_header, self.text_header = self._headers(0)
-        _, self.text_widths = check_shapes(self.text_kind, self.text_path(0), self.text_header.shapes)
+        _, self.text_widths = check_text(self.text_kind, self.text_path(0), self.text_header)
         first_headers = [self._headers(start)[0] for start in self._starts]
         # Directories may differ in settings, such as the image size; within a directory all settings must agree.
         self._first_headers = first_headers
@@ -312,13 +312,13 @@ class PairIndex:
                 self._check_image(self._starts[directory], first_headers[directory], i, image)
             if text.run_identity != self.text_header.run_identity:
                 check_same_run(self.text_header, text, self.text_path(0), self.text_path(i))
-            self.tokens[i], widths = check_shapes(self.text_kind, self.text_path(i), text.shapes)
+            self.tokens[i], widths = check_text(self.text_kind, self.text_path(i), text)
             if widths != self.text_widths:
                 raise ValueError(
                     f"{self.text_path(i)}: has tensors of width {widths}, {self.text_path(0)} of "
                     f"{self.text_widths}; encode both with the same model"
                 )
-            self.shape_ids[i] = shapes.setdefault(image.shapes["latent"], len(shapes))
+            self.shape_ids[i] = shapes.setdefault(_latent_shape(self.image_path(i), image), len(shapes))
             self.num_foreign += image.foreign or text.foreign
         self.shapes = list(shapes)
         if ranks > 1:
@@ -346,11 +346,18 @@ class PairIndex:
 
     def _headers(self, i):
         """Headers of the image sidecar and the text sidecar of pair `i`."""
-        path = self.image_path(i)
-        image = read_header(path)
-        if len(image.shapes.get("latent", ())) != 3:
-            raise ValueError(f"{path}: expected a tensor 'latent' of 3 dimensions, found {image.shapes}")
+        image = read_header(self.image_path(i))
         return image, self.text_header if self.one_text and i else read_header(self.text_path(i))
+
+
+def _latent_shape(path, header):
+    """Shape (C, h, w) of an image sidecar's latents; mirrored ones have the same."""
+    shape = check_tensor(path, header, "latent", 3)
+    if "latent_flip" in header.shapes and check_tensor(path, header, "latent_flip", 3) != shape:
+        raise ValueError(
+            f"{path}: latent is {shape}, but latent_flip {header.shapes['latent_flip']}; run the cache script again"
+        )
+    return shape
 
 
 def _overlaps(directory, others):
@@ -364,8 +371,7 @@ def _warn_of_skipped_folder(folder, reason):
 
 
 def _read_multiple(path):
-    with open_regular(path) as file:
-        content = file.read()
+    content = read_bytes(path)
     utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # as Windows' editors and shells write it
     text = content.decode("utf-16" if utf16 else "utf-8-sig", errors="replace").strip()
     try:

@@ -1,17 +1,14 @@
-"""Helpers for millions of files: compact lists of paths, random subsets, opening, reading in several threads."""
+"""Helpers for millions of files: compact lists of paths, random subsets, reading in several threads."""
 
 import heapq
 import os
 import random
-import stat
 import time
 import zlib
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from errno import EINVAL
-from io import FileIO
 from itertools import islice
 from threading import Event
 
@@ -45,19 +42,6 @@ class PackedStrings:
         index = range(len(self))[index]
         start = self._ends[index - 1] if index else 0
         return os.fsdecode(bytes(self._bytes[start : self._ends[index]]))
-
-
-def open_regular(path: str | os.PathLike) -> FileIO:
-    """Opens a file for reading in bytes, unbuffered.
-
-    Raises:
-        OSError: it cannot be opened, or is a pipe or device, which could keep the reader for ever.
-    """
-    file = open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError(EINVAL, "is not a regular file", os.fspath(path))
-    return file
 
 
 def random_subset(items: Iterable, number: int, seed: int) -> Iterable:

@@ -8,11 +8,12 @@ settings that the tensors were made from. This module does not import torch unti
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from cachetrain.atomic import atomic_write
-from cachetrain.data.many_files import open_regular
+from cachetrain.reading import json_object, named_errors, open_regular, read_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +27,18 @@ SUFFIXES = {
     "img_sdxl": ".img_sdxl",
     "txt_clipl": ".txt_clipl",
     "txt_t5cache": ".txt_t5cache",
+}
+
+# Bytes of a header, which takes less than 2 KiB, and of a whole file; more is not read.
+_MAX_HEADER, _MAX_FILE = 2**20, 2**30
+
+# The form of the header fields that are numbers. ASCII digits only: int() takes those of all scripts.
+_WHOLE, _DECIMAL = "[0-9]{1,18}", r"[0-9]{1,18}(\.[0-9]{1,30})?(e[+-]?[0-9]{1,3})?"
+_FORMS = {
+    **dict.fromkeys(("width", "height", "original_width", "original_height", "num_tokens"), _WHOLE),
+    "scaling_factor": _DECIMAL,
+    "shift_factor": f"-?{_DECIMAL}",
+    "crop_box": ",".join([_DECIMAL] * 4),
 }
 
 # Placeholder in the header for a hash that is not computed yet.
@@ -97,12 +110,12 @@ def read_header(path: str | Path) -> Header:
         SidecarError: the file is truncated, or the header is damaged.
         OSError: the file cannot be opened.
     """
-    with open_regular(path) as file:
+    with open_regular(path) as file, named_errors(path):
         size = os.fstat(file.fileno()).st_size
-        data = file.read(min(size, 4096))
-        header_size = 8 + int.from_bytes(data[:8], "little")
-        if len(data) < header_size <= size:
-            data += file.read(header_size - len(data))
+        data = file.read(min(size, 4096)) or b""
+        header_size = _payload_start(data)
+        if len(data) < header_size <= min(size, _MAX_HEADER):
+            data += file.read(header_size - len(data)) or b""
     return _parse(path, data, size)
 
 
@@ -122,14 +135,13 @@ def read_sidecar(path: str | Path) -> "tuple[dict[str, torch.Tensor], Header]":
     data, header = read_verified(path)
     try:
         return load(data), header
-    except SafetensorError as error:
+    except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch lacks
         raise SidecarError(f"{path}: {error}; run the cache script again") from error
 
 
 def read_verified(path: str | Path) -> tuple[bytes, Header]:
     """Reads and verifies one sidecar like `read_sidecar`, but returns (bytes of the file, Header)."""
-    with open_regular(path) as file:
-        data = file.read()
+    data = read_bytes(path, _MAX_FILE)
     header = _parse(path, data, len(data))
     payload = memoryview(data)[_payload_start(data) :]
     if not header.foreign and header.metadata.get("sha256") != hashlib.sha256(payload).hexdigest():
@@ -142,6 +154,15 @@ def read_verified(path: str | Path) -> tuple[bytes, Header]:
 def metadata_of(data: bytes) -> dict[str, str]:
     """Returns the header fields of a verified sidecar from the file's bytes."""
     return json.loads(data[8 : _payload_start(data)]).get("__metadata__", {})
+
+
+def settings_of(path: str | Path, header: Header) -> dict:
+    """Returns the settings that a sidecar was made with; {} if they are not recorded.
+
+    Raises:
+        ValueError: they are no JSON object.
+    """
+    return json_object(f"{path}: the settings in its header", header.metadata.get("settings") or "{}")
 
 
 def _entry(key, digest=_NO_SHA256):
@@ -157,14 +178,16 @@ def _parse(path, data, size):
     """Parses and checks the header in `data`, the beginning of a file of `size` bytes."""
     start = _payload_start(data)
     try:
+        if start > _MAX_HEADER:
+            raise ValueError
         table = json.loads(data[8:start])
         metadata = table.pop("__metadata__", {})
         header = Header(
             {name: str(value) for name, value in metadata.items()},
-            {name: tuple(map(int, entry["shape"])) for name, entry in table.items()},
-            {name: entry["dtype"] for name, entry in table.items()},
+            {name: tuple(map(_count, entry["shape"])) for name, entry in table.items()},
+            {name: str(entry["dtype"]) for name, entry in table.items()},
         )
-        end = start + max((entry["data_offsets"][1] for entry in table.values()), default=0)
+        end = start + max((_count(entry["data_offsets"][1]) for entry in table.values()), default=0)
     except (AttributeError, KeyError, TypeError, ValueError, IndexError, RecursionError) as error:
         raise SidecarError(f"{path}: not a readable safetensors file; run the cache script again") from error
     if end != size:
@@ -180,4 +203,28 @@ def _parse(path, data, size):
     blank = data[:start].replace(_entry("header_sha256", digest), _entry("header_sha256"))
     if hashlib.sha256(blank).hexdigest() != digest:
         raise SidecarError(f"{path}: the header does not match its SHA-256; run the cache script again")
+    _check_fields(path, header.metadata)
     return header
+
+
+def _count(value):
+    """A whole number from 0 in JSON; int() would also take "8" and 8.5."""
+    if type(value) is not int or value < 0:
+        raise ValueError(value)
+    return value
+
+
+def _check_fields(path, metadata):
+    """Checks the header fields that are numbers, whoever wrote them."""
+    for name, value in metadata.items():
+        pattern = _FORMS.get(name)
+        if pattern is not None and not re.fullmatch(pattern, value):
+            raise SidecarError(f"{path}: its header says {name} {value!r:.40}; run the cache script again")
+    if "crop_box" in metadata:
+        try:
+            sides = [int(metadata[name]) for name in ("width", "height", "original_width", "original_height")]
+            left, top, right, bottom = map(float, metadata["crop_box"].split(","))
+        except KeyError as error:
+            raise SidecarError(f"{path}: its header lacks {error}; run the cache script again") from None
+        if min(sides) < 1 or not (left < right and top < bottom):
+            raise SidecarError(f"{path}: its header has an empty image; run the cache script again")

@@ -18,6 +18,8 @@ from cachetrain.data.unused import Unused
 
 IMAGE_SUFFIXES = frozenset(".jpg .jpeg .jfif .jpe .png .webp .bmp .gif .tif .tiff .avif .jp2 .ppm .pgm .tga".split())
 
+MAX_IMAGE = 2**30  # bytes of a file; more are not read
+
 # For str.endswith, which takes a third of the time of os.path.splitext.
 _IMAGES = tuple(IMAGE_SUFFIXES)
 _SOURCES = (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES)

@@ -137,7 +137,8 @@ def objective_of(scheduler: SchedulerMixin) -> str:
     objective = scheduler.config.get("prediction_type", "epsilon")
     if objective not in OBJECTIVES:
         raise ValueError(
-            f"{type(scheduler).__name__} has prediction_type {objective!r}; expected one of {OBJECTIVES}"
+            f"{type(scheduler).__name__} has prediction_type {objective!r}; expected one of {OBJECTIVES}; "
+            "correct scheduler/scheduler_config.json of the model"
         )
     return objective
 

@@ -12,15 +12,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
 from cachetrain.modeling import load
 from cachetrain.modeling.t5_pipeline import pad_embeddings
 
+# Of the tensors in sidecars, as safetensors names them; F64 as other programs may write it.
+FLOATS = ("F16", "BF16", "F32", "F64")
+MAX_TOKENS = 2**16 - 1  # of a text; PairIndex counts them in 16 bits
+
 # SDXL's micro-conditioning (Podell et al. 2023, section 2.2), from the header of an image sidecar.
 TIME_IDS = "time_ids"
+
+
+class Header(Protocol):
+    """What is known of a sidecar without its tensors, as data.sidecar.Header."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, str]
 
 
 class TextKind(NamedTuple):
@@ -59,21 +70,39 @@ def text_kind(name: str) -> TextKind:
     return KINDS[name]
 
 
-def check_shapes(kind: str, path: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, dict[str, int]]:
-    """Checks the tensors of a text sidecar, given the shapes from the header.
+def check_tensor(path: str, header: Header, name: str, dimensions: int) -> tuple[int, ...]:
+    """Checks a tensor of a sidecar by the header alone; returns its shape.
+
+    Raises:
+        ValueError: it is missing or empty, has another number of dimensions, or does not hold real numbers.
+    """
+    shape, dtype = header.shapes.get(name, ()), header.dtypes.get(name)
+    if len(shape) != dimensions or 0 in shape or dtype not in FLOATS:
+        found = {name: f"{header.dtypes[name]} {shape}" for name, shape in header.shapes.items()}
+        raise ValueError(
+            f"{path}: expected a tensor {name!r} of {dimensions} dimensions in one of {', '.join(FLOATS)}, found "
+            f"{found}; run the cache script again"
+        )
+    return shape
+
+
+def check_text(kind: str, path: str, header: Header) -> tuple[int, dict[str, int]]:
+    """Checks the tensors of a text sidecar by its header.
 
     Returns:
         (number of tokens, {tensor name: width}).
 
     Raises:
-        ValueError: a tensor is missing or has the wrong number of dimensions.
+        ValueError: of `check_tensor`, or the text has more than MAX_TOKENS.
     """
-    row, widths = text_kind(kind), {}
-    for name, dimensions in ((row.sequence, 2), *((vector, 1) for vector in row.vectors)):
-        if len(shapes.get(name, ())) != dimensions:
-            raise ValueError(f"{path}: expected a tensor {name!r} of {dimensions} dimensions, found {dict(shapes)}")
-        widths[name] = shapes[name][-1]
-    return shapes[row.sequence][0], widths
+    try:
+        row = text_kind(kind)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    num_tokens, width = check_tensor(path, header, row.sequence, 2)
+    if num_tokens > MAX_TOKENS:
+        raise ValueError(f"{path}: has {num_tokens:,} tokens, expected at most {MAX_TOKENS:,}; shorten the caption")
+    return num_tokens, {row.sequence: width} | {name: check_tensor(path, header, name, 1)[0] for name in row.vectors}
 
 
 def num_elements(kind: str, widths: Mapping[str, int], num_tokens: int, num_samples: int) -> int:

@@ -6,7 +6,6 @@ and a model's code are never among them.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -14,6 +13,8 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from cachetrain import reading
 
 CONFIG = "config.json"
 # Code that plain diffusers needs in a pipeline. It is always this project's own, never the model's.
@@ -39,6 +40,7 @@ _CODE = re.compile(
     r"|configuration_files|transformers_weights|fast_tokenizer_files"
 )
 _BUILT_IN = (None, "eager", "sdpa")
+_MAX_LAYERS = 1000
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -51,6 +53,7 @@ def read_config(directory: str | Path) -> dict:
     path = Path(directory) / CONFIG
     config = read_json(path)
     _refuse_code(path, config)
+    _refuse_endless(path, config)
     return config
 
 
@@ -59,16 +62,22 @@ def read_json(path: Path) -> dict:
 
     Raises:
         ValueError: it does not exist, or is not a JSON object.
+        OSError: it cannot be read.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return reading.read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path}: no such file; pass a directory that contains this component") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: is not JSON ({error}); get the file again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {content!r:.40}; get the file again")
-    return content
+    except ValueError as error:
+        raise ValueError(f"{error}; get the file again") from None
+
+
+def _refuse_endless(path, config):
+    """Refuses numbers of layers that take for ever to make."""
+    for key, value in config.items():
+        for number in value if isinstance(value, list) else [value]:
+            if "layers" in key and isinstance(number, int) and number > _MAX_LAYERS:
+                raise ValueError(f"{path}: {key} is {value!r:.40}, expected at most {_MAX_LAYERS}; get it again")
 
 
 def _refuse_code(path, config):
@@ -93,6 +102,7 @@ def weight_files(directory: str | Path) -> list[Path]:
     directory = Path(directory)
     stem = "diffusion_pytorch_model" if "_class_name" in read_config(directory) else "model"
     single, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors{_INDEX}"
+    _check_regular(directory)
     if single.exists() and index.exists():  # the libraries differ in which they prefer
         raise ValueError(f"{directory}: contains both {single.name} and {index.name}; remove the outdated one")
     if index.exists():
@@ -161,6 +171,7 @@ def component_files(directory: str | Path, name: str) -> list[Path]:
     """
     directory = Path(directory)
     if name in _DATA:
+        _check_regular(directory)
         files = [path for name in _DATA[name] if (path := directory / name).exists()]
         if not files:
             raise ValueError(f"{directory}: contains none of {', '.join(_DATA[name])}; pass a model with a {name}")
@@ -183,6 +194,13 @@ def only_files(files: Iterable[Path]) -> Iterator[Path]:
         for path in files:
             os.symlink(os.path.abspath(path), os.path.join(directory, path.name))
         yield Path(directory)
+
+
+def _check_regular(directory):
+    """Checks what libraries are going to open: of a pipe they would wait for the other end."""
+    for path in directory.iterdir():
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise ValueError(f"{path}: is a pipe, socket or device; get the file again")
 
 
 def pipeline_code(model_dir: str | Path) -> Path | None:

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cachetrain.log import first_line
-from cachetrain.modeling.files import component_files, only_files, read_config, read_json
+from cachetrain import cli
+from cachetrain.log import describe, first_line
+from cachetrain.modeling.files import CONFIG, component_files, only_files, read_config, read_json
+from cachetrain.reading import open_regular, read_text
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +30,8 @@ if TYPE_CHECKING:
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 CONFIG_PATTERNS = ("*.json", "*.txt", "*.model")
+
+_MAX_TIMESTEPS = 10**5  # of a noise schedule, whose length takes memory
 
 # Says in the config of a UNet without weights that composing a model initializes them.
 FRESH = {"_weights": "fresh"}
@@ -44,19 +50,17 @@ def pick_device(device: str | None = None) -> torch.device:
     """Returns `device`; None: cuda if available (under a launcher, the GPU of LOCAL_RANK), else cpu.
 
     Raises:
-        ValueError: torch knows no device of this name, or cannot use it on this machine.
+        ValueError: this machine has no such device.
     """
     import torch
 
-    if device is None and torch.cuda.is_available():
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if device is None:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=device or "cpu")
-        if torch.device(device or "cpu").type == "meta":
-            raise ValueError("it holds no numbers")
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise ValueError(f"--device {device}: {first_line(error)}; pass cpu, cuda or cuda:1") from None
-    return torch.device(device or "cpu")
+        torch.ones(1, device=device).item()
+    except Exception as error:  # any: each kind of device has its own
+        raise ValueError(f"--device {device}: {first_line(error)}; use cpu, or cuda where there is a GPU") from None
+    return torch.device(device)
 
 
 def pick_dtype(name: str | None, device: torch.device | str) -> torch.dtype:
@@ -167,14 +171,21 @@ def fingerprint(files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for path in files:
         if path.suffix == ".json":
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = _parsed(path)
             if isinstance(content, dict):
                 content = {k: v for k, v in content.items() if k[:1] != "_" and k not in _INCIDENTAL}
             digest.update(path.name.encode() + json.dumps(content, sort_keys=True).encode())
         else:
-            with open(path, "rb") as file:
+            with open_regular(path) as file:
                 digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def _parsed(path):
+    try:
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: is not JSON ({error}); get the file again") from None
 
 
 def load_vae(directory: str | Path, dtype: torch.dtype | None = None) -> ModelMixin:
@@ -189,7 +200,12 @@ def load_vae(directory: str | Path, dtype: torch.dtype | None = None) -> ModelMi
     """
     import diffusers
 
-    name = str(read_config(directory).get("_class_name"))
+    config = read_config(directory)
+    for key, is_right in (("scaling_factor", cli.scaling_factor.holds), ("shift_factor", math.isfinite)):
+        value = config.get(key)
+        if value is not None and not (type(value) in (int, float) and is_right(value)):
+            raise ValueError(f"{directory}: {CONFIG} has {key} {value!r:.40}, expected a number; get the file again")
+    name = str(config.get("_class_name"))
     cls = getattr(diffusers, name, None)
     if not (name.startswith(("Autoencoder", "AsymmetricAutoencoder")) and isinstance(cls, type)):
         raise ValueError(f"{directory}: {name} is not a diffusers autoencoder; pass a VAE, or a pipeline with one")
@@ -217,9 +233,22 @@ def fresh_unet(config: Mapping, seed: int) -> UNet2DConditionModel:
     from diffusers import UNet2DConditionModel
 
     config = {key: value for key, value in config.items() if key not in FRESH}
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), named("the UNet's config.json"):
         torch.manual_seed(seed)
         return UNet2DConditionModel.from_config(config)
+
+
+def empty_unet(directory: str | Path) -> UNet2DConditionModel:
+    """Returns the UNet of a directory without its weights, on the meta device.
+
+    Raises:
+        ValueError: its config is not one of such a UNet.
+    """
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"), named(Path(directory) / CONFIG):
+        return UNet2DConditionModel.from_config(read_config(directory))
 
 
 def has_text_projection(unet_config: Mapping) -> bool:
@@ -240,7 +269,7 @@ def text_architecture(directory: str | Path) -> str:
     Raises:
         ValueError: the config names another architecture.
     """
-    model_type = read_config(directory).get("model_type")
+    model_type = str(read_config(directory).get("model_type"))
     if model_type not in _TEXT_ARCHITECTURES:
         known = ", ".join(_TEXT_ARCHITECTURES)
         raise ValueError(f"{directory}: text encoder of type {model_type!r}; expected one of {known}")
@@ -273,7 +302,7 @@ def load_tokenizer(directory: str | Path, encoder: PreTrainedModel) -> PreTraine
     import transformers
 
     cls = transformers.T5Tokenizer if encoder.config.model_type == "t5" else transformers.CLIPTokenizer
-    with only_files(component_files(directory, "tokenizer")) as copy:
+    with named(directory), only_files(component_files(directory, "tokenizer")) as copy:
         return cls.from_pretrained(copy)
 
 
@@ -294,12 +323,15 @@ def load_scheduler(directory: str | Path) -> SchedulerMixin:
 
     path = Path(directory) / "scheduler_config.json"
     try:
-        name = read_json(path)["_class_name"]
+        config = read_json(path)
+        name, num_timesteps = config["_class_name"], config.get("num_train_timesteps")
         if not (isinstance(name, str) and name.endswith("Scheduler") and hasattr(diffusers, name)):
             raise ValueError(f"{name} is not a diffusers scheduler")
+        if isinstance(num_timesteps, int) and num_timesteps > _MAX_TIMESTEPS:
+            raise ValueError(f"num_train_timesteps is {num_timesteps}")
         return getattr(diffusers, name).from_pretrained(directory)
-    except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
-        reason = "has no _class_name" if isinstance(error, KeyError) else str(error).removeprefix(f"{path}: ")
+    except Exception as error:  # any: diffusers checks little of what it reads
+        reason = "has no _class_name" if isinstance(error, KeyError) else describe(error).removeprefix(f"{path}: ")
         raise ValueError(f"{path}: {reason}; expected the config of a scheduler, as diffusers saves it") from error
 
 
@@ -329,6 +361,23 @@ def _load_diffusers(cls, directory, name, dtype, train=False):
     return module.train() if train else module.eval().requires_grad_(False)
 
 
+@contextmanager
+def named(path: str | Path) -> Iterator[None]:
+    """Names the file or directory in whatever a library raises on what it holds, which becomes a ValueError."""
+    try:
+        yield
+    except Exception as error:  # any: the libraries check little of what they read
+        cause = error
+        while cause:
+            # The death of a loader's worker interrupts whatever runs; too little memory is nobody's fault.
+            if isinstance(cause, MemoryError) or (
+                isinstance(cause, RuntimeError) and re.search("DataLoader|memory", str(cause))
+            ):
+                raise cause from None
+            cause = cause.__context__
+        raise ValueError(f"{path}: cannot be used ({describe(error)}); get the files again") from error
+
+
 def _load_checked(cls, directory, name, ignored=re.compile(""), **options):
     """from_pretrained of the files in `component_files` alone, which must have exactly the config's weights.
 
@@ -339,19 +388,15 @@ def _load_checked(cls, directory, name, ignored=re.compile(""), **options):
     Raises:
         ValueError: they have not, or the files cannot be read.
     """
-    from safetensors import SafetensorError
-
     files = component_files(directory, name)
     options |= {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     try:
-        with only_files(files) as copy:
+        with named(directory), only_files(files) as copy:
             module, found = cls.from_pretrained(copy, **options)
-    except (SafetensorError, OSError) as error:
-        cause = error
-        while cause := cause.__context__:
-            if isinstance(cause, RuntimeError):  # of a loader's worker, whose death interrupts whatever runs
-                raise cause from None
-        raise ValueError(f"{directory}: its weights cannot be read ({error}); get the files again") from error
+    except RuntimeError as error:
+        if "memory" in str(error) and "DataLoader" not in str(error):
+            raise MemoryError(f"{directory}: {first_line(error)}") from error
+        raise
     problems = {
         "missing": found["missing_keys"],
         "of another shape": [name for name, *_ in found["mismatched_keys"]],

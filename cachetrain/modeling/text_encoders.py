@@ -6,7 +6,14 @@ from pathlib import Path
 import torch
 
 from cachetrain.modeling import load
-from cachetrain.modeling.conditioning import text_kind
+from cachetrain.modeling.conditioning import MAX_TOKENS, text_kind
+
+# Settings of a text cache that decide how captions are encoded, and what they can be.
+_SETTINGS = {
+    "clip_skip": lambda value: type(value) is int and 0 <= value < 1000,
+    "max_length": lambda value: type(value) is int and 1 < value <= MAX_TOKENS,
+    "raw": lambda value: type(value) is bool,
+}
 
 
 class TextEncoder:
@@ -33,8 +40,10 @@ class TextEncoder:
         max_length: int = 256,
         raw: bool | None = None,
     ):
-        self.encoder = load.load_text_encoder(load.component_dir(model_dir, "text_encoder"), dtype).to(device)
-        self.tokenizer = load.load_tokenizer(load.component_dir(model_dir, "tokenizer"), self.encoder)
+        self._encoder_dir = load.component_dir(model_dir, "text_encoder")
+        self._tokenizer_dir = load.component_dir(model_dir, "tokenizer")
+        self.encoder = load.load_text_encoder(self._encoder_dir, dtype).to(device)
+        self.tokenizer = load.load_tokenizer(self._tokenizer_dir, self.encoder)
         self.is_t5 = self.encoder.config.model_type == "t5"
         self.clip_skip = clip_skip
         self.max_length = max_length if self.is_t5 else self.encoder.config.max_position_embeddings
@@ -51,7 +60,8 @@ class TextEncoder:
 
     def tokenize(self, captions: list[str]) -> tuple[list[list[int]], list[bool]]:
         """Returns (token ids of each caption, whether each caption was truncated to the maximum length)."""
-        ids = self.tokenizer(captions, truncation=False, verbose=False).input_ids
+        with load.named(self._tokenizer_dir):
+            ids = self.tokenizer(captions, truncation=False, verbose=False).input_ids
         too_long = [len(row) > self.max_length for row in ids]
         # Truncate as the tokenizers do: keep the beginning and the closing token.
         ids = [row[: self.max_length - 1] + row[-1:] if cut else row for row, cut in zip(ids, too_long, strict=True)]
@@ -64,6 +74,10 @@ class TextEncoder:
         Returns:
             CPU tensors in the encoder's dtype: [77, D] for CLIP, [T_i, D] without padding for T5.
         """
+        with load.named(self._encoder_dir):
+            return self._encode_ids(ids)
+
+    def _encode_ids(self, ids):
         length = max(map(len, ids)) if self.is_t5 else self.max_length
         batch = torch.full((len(ids), length), self.tokenizer.pad_token_id, dtype=torch.long)
         mask = torch.zeros_like(batch)
@@ -114,7 +128,10 @@ def encode_like_cache(
             "the captions were cached with code from a model repository (--custom), which is not run here; train "
             "without sample prompts, and draw samples with that repository's pipeline"
         )
-    options = {key: settings[key] for key in ("clip_skip", "max_length", "raw") if key in settings}
+    options = {key: settings[key] for key in _SETTINGS if key in settings}
+    for key, value in options.items():
+        if not _SETTINGS[key](value):
+            raise ValueError(f"{model_dir}: its captions were cached with {key} {value!r:.40}, which nothing sets")
     encoder, row = TextEncoder(model_dir, device, dtype, **options), text_kind(kind)
     if encoder.is_t5 != (row.encoder == "t5"):
         raise ValueError(

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from cachetrain import cli
+from cachetrain.log import info
 
 
 def parse_args(argv=None):
@@ -44,7 +45,7 @@ def main(argv=None):
             run["name"] = run["path"]
     path = Path(args.out or Path(args.output_dir[0]) / f"report{other}.html")
     size = write_page(path, runs)
-    print(f"{path} ({size / 2**20:.1f} MiB)")
+    info(f"{path} ({size / 2**20:.1f} MiB)")
     return 0
 
 

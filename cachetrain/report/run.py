@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import math
 import re
+import sys
 from array import array
 from collections.abc import Sequence
+from io import BufferedReader
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from cachetrain.atomic import is_locked
+from cachetrain.reading import json_lines, open_regular, read_bytes, read_json
 from cachetrain.report.findings import findings
 
 MAX_POINTS = 1000  # per curve
 MAX_STEPS = 60  # positions of the sample slider
 MAX_PICTURES = 3000  # pictures in the page
 MAX_SIDE = 320  # pixels; larger pictures are scaled down
-_SAMPLE = re.compile(r"(.+)_cfg([0-9.]+)\.png")
-_NUMBERED = re.compile(r"(?:step|checkpoint)-(\d+)")
+_STEP = "[0-9]{1,18}"
+_SAMPLE = re.compile(r"(.+)_cfg(-?[0-9]+(?:\.[0-9]+)?(?:e[+-][0-9]+)?)\.png", re.DOTALL)
+_NUMBERED = re.compile(f"(?:step|checkpoint)-({_STEP})")
+_SKIPPED = re.compile(f"({_STEP})\\t(?!unreadable:)".encode())
+_MAX_FLOAT = sys.float_info.max
 _UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises on bad files
 
 
@@ -45,13 +50,16 @@ def read_run(output_dir: str | Path) -> dict:
         raise ValueError(
             f"{output_dir}: has no args.json, so no run was written here; pass the --output_dir of training"
         )
-    settings = json.loads((output_dir / "args.json").read_text(encoding="utf-8"))
+    try:
+        settings = read_json(output_dir / "args.json")
+    except ValueError as error:
+        raise ValueError(f"{error}; pass the --output_dir of training") from None
     scalars = read_scalars(output_dir / "metrics.jsonl")
     step = max((steps[-1] for steps, _ in scalars.values()), default=0)
     return {
         "name": output_dir.resolve().name,
         "path": str(output_dir),
-        "settings": settings,
+        "settings": _finite(settings),
         "step": step,
         "state": _state(settings, step, is_locked(output_dir)),
         "checkpoints": [number for number, _ in _numbered(output_dir, "checkpoint-*")],
@@ -68,7 +76,7 @@ def read_run(output_dir: str | Path) -> dict:
 
 def _state(settings, step, running):
     max_steps = str(settings.get("max_steps", ""))
-    if not max_steps.isdecimal():  # epochs
+    if not re.fullmatch(_STEP, max_steps):  # epochs
         return f"{'running' if running else 'ended'}, step {step:,} (--max_steps {max_steps})"
     if step >= int(max_steps):
         return f"complete, {step:,} steps"
@@ -78,18 +86,20 @@ def _state(settings, step, running):
 def read_scalars(path: Path) -> dict[str, tuple[array, array]]:
     """Reads a metrics.jsonl; returns {tag: (steps, values)}, arrays of int and of float, null as nan."""
     scalars = {}
-    for line in _lines(path):
+    for where, line in _lines(path):
         step = line.pop("step")
         for tag, value in line.items():
+            if value is not None and type(value) not in (int, float):
+                raise ValueError(f"{where}: {tag!r} is {value!r:.40}, expected a number; remove the line")
             steps, values = scalars.setdefault(tag, (array("q"), array("d")))
             steps.append(step)
-            values.append(math.nan if value is None else value)
+            values.append(math.nan if value is None or abs(value) > _MAX_FLOAT else value)
     return dict(sorted(scalars.items()))
 
 
 def read_warnings(path: Path) -> list[dict]:
     """Returns [{step, message}] sorted by step; warnings repeated by steps rerun after a resume are listed once."""
-    unique = {(line["step"], line["message"]): None for line in _lines(path)}
+    unique = {(line["step"], str(line.get("message", ""))): None for _, line in _lines(path)}
     return [{"step": step, "message": message} for step, message in sorted(unique, key=lambda key: key[0])]
 
 
@@ -97,23 +107,30 @@ def read_skipped(path: Path) -> list[int]:
     """Returns the sorted numbers of the skipped steps in quarantine.tsv."""
     if not path.exists():
         return []
-    lines = (line.split("\t") for line in path.read_bytes().decode(errors="replace").split("\n"))
-    # File names may contain line breaks, and pairs that could not be read end no step.
-    return sorted({int(step) for step, *more in lines if step.isdecimal() and not more[0].startswith("unreadable:")})
+    with open_regular(path) as file:
+        # Pairs that could not be read end no step.
+        steps = {match[1] for line in BufferedReader(file) if (match := _SKIPPED.match(line))}
+    return sorted(map(int, steps))
 
 
 def _lines(path):
-    """Yields the objects in a file of JSON lines; an incomplete last line is left out."""
+    """Yields (place, object with a step) for each line of a file of JSON lines."""
     if not path.exists():
         return
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.endswith("\n"):
-                return
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: {error.msg}; remove the line") from error
+    for number, line in json_lines(path):
+        where = f"{path}, line {number}"
+        if type(line.get("step")) is not int or abs(line["step"]) >= 2**63:
+            raise ValueError(f"{where}: expected an object with a step, as training writes it; remove the line")
+        yield where, line
+
+
+def _finite(value):
+    """A JSON value in which numbers that JSON lacks are text."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_finite(entry) for entry in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def thinned(steps: Sequence[int], values: Sequence[float]) -> list[list]:
@@ -177,7 +194,7 @@ def _picture(path):
     if path is None:
         return None
     try:
-        data = path.read_bytes()
+        data = read_bytes(path)
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
             text = {key: value for key, value in image.info.items() if isinstance(value, str)}
             kind = "png"

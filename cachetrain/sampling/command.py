@@ -107,6 +107,7 @@ def main(argv=None):
         from cachetrain.sampling.watch import watch
 
         return watch(args)
+    from cachetrain import log
     from cachetrain.modeling import load
     from cachetrain.sampling.render import grid
     from cachetrain.sampling.samples import default_latent_size
@@ -130,7 +131,7 @@ def main(argv=None):
         labels = [drawings[slot].prompt + ("" if len(cfgs) == 1 else f" (cfg {cfg:g})") for slot, cfg in keys]
         Path(args.grid).parent.mkdir(parents=True, exist_ok=True)
         grid([for_grid[key] for key in keys], labels, columns=min(8, len(keys))).save(args.grid)
-    print(f"{len(drawings) * len(cfgs)} images in {out}" + (f"; grid: {args.grid}" if args.grid else ""))
+    log.info(f"{len(drawings) * len(cfgs)} images in {out}" + (f"; grid: {args.grid}" if args.grid else ""))
     return 0
 
 

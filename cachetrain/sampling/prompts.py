@@ -16,6 +16,7 @@ import numpy as np
 from cachetrain import cli
 from cachetrain.data.captions import find_caption
 from cachetrain.log import warn
+from cachetrain.reading import decoded, json_object, read_bytes
 
 
 class Sample(NamedTuple):
@@ -138,22 +139,15 @@ def read_prompts(path: str | os.PathLike, content: bytes | None = None) -> tuple
         ValueError: the file is invalid; the message gives file, line and reason.
         OSError: the file cannot be read.
     """
-    content = Path(path).read_bytes() if content is None else content
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}, line {line}: not UTF-8 text; save it as UTF-8") from error
+    text = decoded(path, read_bytes(path) if content is None else content)
     if Path(path).suffix.lower() != ".json":
         return prompts_of(line.strip() for line in re.split(r"\r\n|\r|\n", text) if line.strip()), []
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: {error.msg}") from error
-    except RecursionError as error:
-        raise ValueError(f"{path}: lists or objects are nested too deeply; expected {_EXAMPLE}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}, line 1: expected an object {_EXAMPLE}")
+        json_object(path, text)
+    except ValueError as error:
+        line = getattr(error.__cause__, "lineno", 1)
+        reason = getattr(error.__cause__, "msg", f"expected an object {_EXAMPLE}")
+        raise ValueError(f"{path}, line {line}: {reason}") from None
     return _JsonPrompts(path, text).parse()
 
 
@@ -230,7 +224,7 @@ class PromptFile:
 
     def __init__(self, path: str | os.PathLike):
         self.path = path
-        self._content = Path(path).read_bytes()
+        self._content = read_bytes(path)
         self.prompts, warnings = read_prompts(path, self._content)
         for warning in warnings:
             warn(warning)
@@ -241,7 +235,7 @@ class PromptFile:
         Warns once about each new content that is invalid or has unknown keys.
         """
         try:
-            content = Path(self.path).read_bytes()
+            content = read_bytes(self.path)
         except OSError as error:
             content = f"{self.path}: {error.strerror}"
         if content == self._content:

@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
+from cachetrain import cli
 from cachetrain.modeling.conditioning import Conditioning, moved, predict, rows
 from cachetrain.modeling.t5_pipeline import decode_latents, denoise
 
@@ -99,7 +100,16 @@ def _decode(vae, latents):
 def native_latent_size(unet: torch.nn.Module) -> tuple[int, int] | None:
     """Returns the latent size (h, w) in the UNet's config; None if the config has none."""
     size = unet.config.sample_size
-    return (size, size) if isinstance(size, int) else size and tuple(size)
+    sides = [size, size] if type(size) is int else size
+    if size is None:
+        return None
+    if not (isinstance(sides, list | tuple) and len(sides) == 2 and all(_is_side(side) for side in sides)):
+        raise ValueError(f"the UNet's config.json has sample_size {size!r:.40}; expected a number or [height, width]")
+    return tuple(sides)
+
+
+def _is_side(value):
+    return type(value) is int and 0 < value <= cli.pixels.most
 
 
 def sample_name(index: int, prompt: str, cfg: float) -> str:

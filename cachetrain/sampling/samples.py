@@ -148,7 +148,7 @@ class SampleImages:
             complete = [
                 (drawn_at, path)
                 for drawn_at, path in earlier
-                if all((path / name).exists() for name in names.values())
+                if all((path / name).is_file() for name in names.values())
             ]
             if len(complete) > 1:
                 metrics.animation(f"{tag} (progress)", _frames(dict(complete[-_MAX_FRAMES:]), names), step)
@@ -245,7 +245,7 @@ class SampleImages:
             unet, self.vae, self.sampler, self.conditioning, self.prompts.num_inference_steps, batch_size
         )
         # Eager, because a compiled UNet would be recompiled for each batch size and picture size.
-        with torch.compiler.set_stance("force_eager"), autocast():
+        with torch.compiler.set_stance("force_eager"), autocast(), load.named(self.model_dir):
             yield from tqdm(
                 renderer.draw(drawings, cfgs),
                 desc="samples",

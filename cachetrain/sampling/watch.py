@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import json
 import time
 from pathlib import Path
 
@@ -14,13 +13,22 @@ from cachetrain.checkpoints.manifest import read_manifest
 from cachetrain.checkpoints.save import checkpoints, step_of
 from cachetrain.data.split import open_index
 from cachetrain.distributed import World
-from cachetrain.log import describe, warn
+from cachetrain.log import describe, info, warn
 from cachetrain.modeling import load
 from cachetrain.modeling.precision import autocast_for
+from cachetrain.reading import read_json
 from cachetrain.sampling.prompts import Prompts, read_prompts
 from cachetrain.sampling.samples import SampleImages, default_latent_size
 
 POLL_S = 3
+# What is needed of a run's args.json before its first checkpoint, and its type.
+_SETTINGS = {
+    "precision": str,
+    "sample_cfgs": list,
+    "sample_prompt": (list, type(None)),
+    "sample_prompts": (str, type(None)),
+    "sampler_steps": int,
+}
 
 
 def watch(args: argparse.Namespace) -> int:
@@ -57,10 +65,10 @@ def watch(args: argparse.Namespace) -> int:
         drawer.draw(checkpoint)
         if _samples_dir(checkpoint).exists():
             drawn += 1
-            print(f"{checkpoint}: drawn in {time.perf_counter() - start:.0f} s", flush=True)
+            info(f"{checkpoint}: drawn in {time.perf_counter() - start:.0f} s")
         else:
             failed += checkpoint.exists()
-    print(f"{output_dir}: the run has ended; {drawn} checkpoints drawn" + (f", {failed} failed" if failed else ""))
+    info(f"{output_dir}: the run has ended; {drawn} checkpoints drawn" + (f", {failed} failed" if failed else ""))
     return int(failed > 0)
 
 
@@ -75,10 +83,20 @@ def _wait_for_run(output_dir):
     """Returns the run's flags, as parsed by the trainer."""
     path = output_dir / "args.json"
     if not path.exists():
-        print(f"{output_dir}: waiting for a run to start there", flush=True)
+        info(f"{output_dir}: waiting for a run to start there")
     while not path.exists():
         time.sleep(POLL_S)
-    return argparse.Namespace(**json.loads(path.read_text()))
+    return _settings_of(path)
+
+
+def _settings_of(path):
+    """Returns the flags in an args.json, which need not be that of a run of this project."""
+    settings = read_json(path)
+    for name, kinds in _SETTINGS.items():
+        if name not in settings or not isinstance(settings[name], kinds):
+            found = f"{settings[name]!r:.40}" if name in settings else "nothing"
+            raise ValueError(f"{path}: is not that of a run: {name} is {found}; pass the --output_dir of training")
+    return argparse.Namespace(**settings)
 
 
 def _samples_dir(checkpoint):

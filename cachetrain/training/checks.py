@@ -8,7 +8,6 @@ from argparse import Namespace
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DConditionModel
 
 from cachetrain.atomic import claim
 from cachetrain.checkpoints.export import check_exportable
@@ -106,9 +105,7 @@ def check_start(run, resumed) -> None:
         ValueError: one of these is not so, or another run of this name has its files in --ckpt_dir.
     """
     args, plan, model_dir = run.args, run.plan, run.model_dir
-    config = UNet2DConditionModel.load_config(load.component_dir(model_dir, "unet"))
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(config)
+    unet = load.empty_unet(load.component_dir(model_dir, "unet"))
     check_fit(run.index, unet.config, args)
     trainable.apply(unet, args, args.seed, resumed=True)
     num_all = sum(parameter.numel() for parameter in unet.parameters())
@@ -199,8 +196,10 @@ def explained(error: Exception, newest: Path | None, args: Namespace, world) -> 
     elif isinstance(error, ValueError | OSError):
         reason = describe(error)
     else:  # not foreseen: where it was raised helps to find out why
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        reason = f"{describe(error)} ({place.filename}:{place.lineno})"
+        frames = traceback.extract_tb(error.__traceback__)
+        reason = f"{describe(error)} ({frames[-1].filename}:{frames[-1].lineno})"
+        if any("unet_2d_condition" in frame.filename for frame in frames):
+            reason += f"; check unet/config.json of {args.model}"
     if newest is not None and str(newest) in reason:
         return ValueError(reason)
     return ValueError(f"{reason}; last checkpoint: {newest or 'none yet'}")

@@ -1,12 +1,14 @@
 """Skips optimizer steps whose loss or gradients are NaN or infinite, and lists the files of their samples, and those
 of samples that cannot be read."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from cachetrain.log import warn
+from cachetrain.log import append_line, list_entry, warn
+from cachetrain.reading import open_regular
 
 QUARANTINE = "quarantine.tsv"
 # A run ends when more pairs than both of these, or all pairs, cannot be read.
@@ -124,7 +126,7 @@ class NonfiniteSteps:
             if self.in_a_row >= self.limit:
                 break
         if lines:
-            numbers = sorted({int(line.split("\t")[0]) for line in lines})
+            numbers = sorted({int(line.split(b"\t")[0]) for line in lines})
             more = f" and {len(numbers) - 5} more" if len(numbers) > 5 else ""
             listed = ", ".join(map(str, numbers[:5])) + more
             message = f"loss or gradients were not finite at step {listed}: skipped, the weights have not changed"
@@ -159,12 +161,13 @@ class NonfiniteSteps:
             return
         self._unreadable[new] = True
         self._last_fault = faults[new[-1]]
-        lines = [self._line(step, "unreadable: " + " ".join(faults[number].split()), number) for number in new]
+        lines = [self._line(step, f"unreadable: {faults[number]}", number) for number in new]
         message = f"up to step {step}, {len(new)} more pairs could not be read ({faults[new[0]]}): "
         self._write(lines, message + "they count with weight 0 in their batches")
 
     def _line(self, step, reason, number):
-        return f"{step}\t{reason}\t{self.index.image_path(number)}\t{self.index.text_path(number)}\n"
+        paths = self.index.image_path(number), self.index.text_path(number)
+        return b"\t".join([b"%d" % step, *map(list_entry, (reason, *paths))]) + b"\n"
 
     def _lines(self, step, samples, losses, bad):
         """Returns lines for quarantine.tsv: the pairs of all ranks with a bad loss; if none, all of the step."""
@@ -178,8 +181,10 @@ class NonfiniteSteps:
         if not self.world.main:
             return
         try:
-            with open(self.path, "a", encoding="utf-8", errors="surrogateescape") as file:  # paths may be any bytes
-                file.writelines(lines)
+            with open_regular(self.path, "ab") as file:
+                append_line(file, b"".join(lines))
             warn(f"{message}; {len(lines)} pairs are listed in {self.path}")
         except OSError as error:
-            warn(f"{message}; {self.path}: {error.strerror}; the lines are:\n{''.join(lines)}")
+            warn(f"{message}; {self.path}: {error.strerror}; the lines are:")
+            for line in lines:
+                warn(os.fsdecode(line).rstrip("\n"))

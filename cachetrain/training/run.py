@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from cachetrain import cli
 from cachetrain.checkpoints.info import data_info
 from cachetrain.checkpoints.resume import run_state
 from cachetrain.data import rng
@@ -36,6 +37,8 @@ from cachetrain.training.lr_schedule import lr_factor
 from cachetrain.training.optim import loss_scaler, make_optimizer
 from cachetrain.training.plan import Plan, make_plan, planned_coverage
 from cachetrain.training.validation import Validation
+
+_SHIFT = cli.Number(float, -1000, 1000)
 
 
 @dataclass(frozen=True)
@@ -274,8 +277,7 @@ def open_pairs(run: Run) -> CachedPairs:
 
 def _latent_scaling(run, warn_if_different):
     """LatentScaling of --vae_scaling_factor, or of the caches' VAE; `warn_if_different`: warn if the two differ."""
-    metadata = run.index.image_header.metadata
-    cached_factor = float(metadata.get("scaling_factor") or 0)
+    cached_factor = _of_caches(run.index, "scaling_factor", cli.scaling_factor)
     factor = run.args.vae_scaling_factor or cached_factor
     if warn_if_different and cached_factor and not math.isclose(factor, cached_factor, rel_tol=0.01):
         warn(
@@ -284,7 +286,22 @@ def _latent_scaling(run, warn_if_different):
         )
     if not factor:
         raise ValueError("the image caches do not record the scaling_factor of their VAE; pass --vae_scaling_factor")
-    return LatentScaling(factor, float(metadata.get("shift_factor") or 0))
+    return LatentScaling(factor, _of_caches(run.index, "shift_factor", _SHIFT))
+
+
+def _of_caches(index, name, number):
+    """A number in the headers of the image caches, where other programs may have written anything; 0: none."""
+    text = index.image_header.metadata.get(name) or "0"
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if value and not number.holds(value):
+        raise ValueError(
+            f"{index.image_path(0)}: its header says {name} {text!r:.40}, expected {number.expected}; cache the "
+            "images again"
+        )
+    return value
 
 
 def _null_condition(run):

@@ -32,6 +32,7 @@ from cachetrain.caching.inspect.caches import (
     settings_flags,
 )
 from cachetrain.caching.inspect.status import Status, delete_orphans
+from cachetrain.caching.messages import print_line, say
 
 _COLUMNS = (FRESH, STALE, CORRUPT, FOREIGN, MISSING, ORPHANED)
 _BAR, _NUM_BINS = 40, 6
@@ -59,7 +60,6 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
     status = Status(args.data_root, args.cache_suffix or (), args.verify)
     if not status.num_images and not any(caches.counts.total() for caches in status.caches):
         raise ValueError(f"no images and no sidecars under {', '.join(args.data_root)}")
@@ -79,40 +79,40 @@ def main(argv: list[str] | None = None) -> int:
 
 def print_table(status: Status) -> None:
     captions = [f"{status.captions[suffix]:,} {suffix or 'file name'}" for suffix in (".txt", ".caption", "")]
-    print(f"{', '.join(status.roots)}: {status.num_images:,} images; captions: {', '.join(captions)}")
+    say(f"{', '.join(status.roots)}: {status.num_images:,} images; captions: {', '.join(captions)}")
     if line := status.unused.line():
-        print(line)
+        say(line)
     for root in status.alone:
-        print(f"{root}: no images, so whether its sidecars are up to date is not known")
-    print()
+        say(f"{root}: no images, so whether its sidecars are up to date is not known")
+    say("")
     rows = [("sidecars", *_COLUMNS, "size")] if status.caches else []
     for caches in status.caches:
         numbers = (f"{caches.counts[column]:,}" if caches.counts[column] else "-" for column in _COLUMNS)
         rows.append((caches.suffix, *numbers, file_size(caches.num_bytes)))
     width = max((len(row[0]) for row in rows), default=0)
     for name, *cells in rows:
-        print(f"{name:<{width}}" + "".join(f"{cell:>11}" for cell in cells))
+        say(f"{name:<{width}}" + "".join(f"{cell:>11}" for cell in cells))
 
 
 def print_details(caches: Caches) -> None:
     """What made the sidecars of one suffix, sizes of images, lengths of captions."""
     if not caches.first:
         return
-    print(f"\n{caches.suffix}")
+    say("", caches.suffix)
     for number, path, metadata, differing in caches.by_run():
-        print(f"  {number:,} {maker(metadata)}")
+        say(f"  {number:,} {maker(metadata)}")
         if differing:
-            print(f"    differs in {', '.join(differing)}; the first: {path}")
+            say(f"    differs in {', '.join(differing)}; the first: {path}")
     if caches.mixed:
-        print("  mixed: these will not train together")
+        say("  mixed: these will not train together")
     if caches.coverage.images:
-        print(*caches.coverage.table(), sep="\n")
+        say(*caches.coverage.table())
     if caches.num_upscaled:
-        print(f"  {caches.num_upscaled:,} images upscaled")
+        say(f"  {caches.num_upscaled:,} images upscaled")
     if caches.tokens:
         print_tokens(caches)
     if caches.is_text:
-        print(f"  null caption {', '.join(null_states(caches)) or 'in each data root'}")
+        say(f"  null caption {', '.join(null_states(caches)) or 'in each data root'}")
 
 
 def maker(metadata: dict[str, str]) -> str:
@@ -137,19 +137,19 @@ def print_tokens(caches: Caches) -> None:
     width = -(-(lengths[-1] - lengths[0] + 1) // _NUM_BINS)
     starts = range(lengths[0], lengths[-1] + 1, width)
     bins = [sum(tokens[length] for length in range(start, start + width)) for start in starts]
-    print(f"{'tokens':>11}{'captions':>11}")
+    say(f"{'tokens':>11}{'captions':>11}")
     for start, number in zip(starts, bins, strict=True):
         label = f"{start}-{start + width - 1}" if width > 1 else start
-        print(f"{label:>11}{number:>11,}  {'#' * -(-_BAR * number // max(bins))}".rstrip())
-    print(f"  {lengths[0]} to {lengths[-1]} tokens, median {median}; {caches.num_truncated:,} captions truncated")
+        say(f"{label:>11}{number:>11,}  {'#' * -(-_BAR * number // max(bins))}".rstrip())
+    say(f"  {lengths[0]} to {lengths[-1]} tokens, median {median}; {caches.num_truncated:,} captions truncated")
 
 
 def print_examples(title: str, examples: Examples) -> None:
     if examples.count:
-        print(f"\n{title}: {examples.count:,}")
-        print(*(f"  {line}" for line in examples.first), sep="\n")
+        say("", f"{title}: {examples.count:,}")
+        say(*(f"  {line}" for line in examples.first))
         if examples.count > len(examples.first):
-            print(f"  ... and {examples.count - len(examples.first):,} more")
+            say(f"  ... and {examples.count - len(examples.first):,} more")
 
 
 def print_to_do(status: Status, args: Namespace) -> None:
@@ -164,9 +164,9 @@ def print_to_do(status: Status, args: Namespace) -> None:
             lines += [f"  no {'text' if is_text else 'image'} sidecars yet"]
             lines += [f"    {' or '.join(scripts.values())} with {shlex.join(roots)}"]
     if lines:
-        print("\nto do", *lines, sep="\n")
+        say("", "to do", *lines)
     elif status.complete and not status.kept.count:
-        print("\nall fresh and complete" + ("" if args.verify else " (tensors not read; --verify reads them too)"))
+        say("", "all fresh and complete" + ("" if args.verify else " (tensors not read; --verify reads them too)"))
 
 
 def to_do_of(status: Status, caches: Caches, roots: list[str]) -> list[str]:
@@ -198,23 +198,23 @@ def prune(status: Status, yes: bool) -> int:
     """Lists the orphaned sidecars and, once confirmed, deletes them; returns their number."""
     orphans = status.orphans
     if not orphans:
-        print("\nnothing to prune")
+        say("", "nothing to prune")
         return 0
-    print("\norphaned, to be deleted:")
+    say("", "orphaned, to be deleted:")
     for path in orphans:
-        print(f"  {path}")
-    print(f"{len(orphans):,} sidecars, {file_size(status.orphan_bytes)}")
+        say(f"  {path}")
+    say(f"{len(orphans):,} sidecars, {file_size(status.orphan_bytes)}")
     if not (yes or confirmed()):
-        print("nothing was deleted")
+        say("nothing was deleted")
         return 0
-    number = delete_orphans(orphans, lambda path, reason: print(f"{path}: {reason}", file=sys.stderr))
-    print(f"{number:,} deleted")
+    number = delete_orphans(orphans, lambda path, reason: print_line(f"{path}: {reason}"))
+    say(f"{number:,} deleted")
     return number
 
 
 def confirmed() -> bool:
     if not sys.stdin.isatty():
-        print("there is no terminal to ask on; run again with --yes to delete them", file=sys.stderr)
+        print_line("there is no terminal to ask on; run again with --yes to delete them")
         return False
     return input("Delete them? [y/N] ").strip().lower() in ("y", "yes")
 

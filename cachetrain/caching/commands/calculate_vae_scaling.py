@@ -15,6 +15,7 @@ from functools import partial
 from cachetrain import cli
 from cachetrain.caching.inspect import statistics
 from cachetrain.caching.inspect.statistics import Moments, Statistics
+from cachetrain.caching.messages import say
 from cachetrain.data import many_files
 from cachetrain.data.sidecar import Header
 
@@ -34,11 +35,11 @@ def main(argv: list[str] | None = None) -> int:
         fields = header.metadata
     statistics.check_measured(overall.num_groups, args, skipped)
     shapes = f"latents of shape {min(sizes)}" if len(sizes) == 1 else f"latents of {len(sizes)} sizes"
-    print(f"{overall.num_groups} images, {shapes}; standard errors from the spread between images\n")
+    say(f"{overall.num_groups} images, {shapes}; standard errors from the spread between images", "")
     print_table(overall.statistics()[0], channels.statistics())
     print_factors(overall.statistics()[0], fields)
     if skipped:
-        print(f"{len(skipped)} sidecars were left out, named above")
+        say(f"{len(skipped)} sidecars were left out, named above")
     return 1 if skipped else 0
 
 
@@ -49,21 +50,21 @@ def vae_identity(header: Header) -> dict:
 
 
 def print_table(overall: Statistics, channels: list[Statistics]) -> None:
-    print(f"{'':12}{'mean':24}std")
+    say(f"{'':12}{'mean':24}std")
     for name, row in [("all", overall), *((f"channel {i}", row) for i, row in enumerate(channels))]:
-        print(f"{name:12}{row.mean!s:24}{row.std}")
+        say(f"{name:12}{row.mean!s:24}{row.std}")
 
 
 def print_factors(overall: Statistics, fields: dict[str, str]) -> None:
     """Prints the two measured factors beside those in the header."""
-    print()
+    say("")
     for key, what, measured in (
         ("scaling_factor", "1/std", overall.inverse_std),
         ("shift_factor", "mean", overall.mean),
     ):
         expected = fields.get(key)
         beside = f"header {expected}, {measured.distance(float(expected))}" if expected else "not in the header"
-        print(f"{key:14}  {what:5} = {measured}; {beside}")
+        say(f"{key:14}  {what:5} = {measured}; {beside}")
 
 
 run = partial(cli.run, main)  # the console script

@@ -18,6 +18,7 @@ import numpy as np
 from cachetrain import cli
 from cachetrain.caching.inspect import statistics
 from cachetrain.caching.inspect.statistics import Moments, Statistics
+from cachetrain.caching.messages import say
 from cachetrain.data import many_files
 from cachetrain.data.sidecar import NULL_STEM, Header
 
@@ -41,12 +42,12 @@ def main(argv: list[str] | None = None) -> int:
     statistics.check_measured(values.num_groups, args, skipped)
     tokens = f"{min(lengths)} to {max(lengths)} tokens of width {width}"
     unknown = f", {truncated[None]} whose header does not say" if truncated[None] else ""
-    print(f"{values.num_groups} captions of {tokens}, {truncated['1']} truncated{unknown}\n")
+    say(f"{values.num_groups} captions of {tokens}, {truncated['1']} truncated{unknown}", "")
     print_factor(values.statistics()[0], norms.statistics()[0], kind)
     for path, emb, _ in statistics.read_tensors(null_paths, "emb", 2, encoder_identity, skipped):
-        print(f"{path}: std {emb.std():.5g}, shape {emb.shape} (not counted above)")
+        say(f"{path}: std {emb.std():.5g}, shape {emb.shape} (not counted above)")
     if skipped:
-        print(f"{len(skipped)} sidecars were left out, named above")
+        say(f"{len(skipped)} sidecars were left out, named above")
     return 1 if skipped else 0
 
 
@@ -67,15 +68,15 @@ def encoder_identity(header: Header) -> dict:
 def print_factor(values: Statistics, norms: Statistics, kind: str | None) -> None:
     """Prints the measurements, and the factor to train with."""
     factor = values.inverse_std
-    print(f"mean        {values.mean}")
-    print(f"std         {values.std}")
-    print(f"token norm  {norms.mean} (mean L2 norm of a token's embedding)")
-    print(f"1/std       {factor}")
+    say(f"mean        {values.mean}")
+    say(f"std         {values.std}")
+    say(f"token norm  {norms.mean} (mean L2 norm of a token's embedding)")
+    say(f"1/std       {factor}")
     if kind == "txt_clipl":
-        print("A UNet trained on CLIP knows its embeddings as they are: leave --text_scaling_factor at 1.")
+        say("A UNet trained on CLIP knows its embeddings as they are: leave --text_scaling_factor at 1.")
     else:
-        print(f"Projected T5 caches should have unit variance: std 1, {values.std.distance(1)}.")
-        print(f"train_from_cached.py --text_scaling_factor {factor.rounded} gives them unit variance.")
+        say(f"Projected T5 caches should have unit variance: std 1, {values.std.distance(1)}.")
+        say(f"train_from_cached.py --text_scaling_factor {factor.rounded} gives them unit variance.")
 
 
 run = partial(cli.run, main)  # the console script

@@ -10,7 +10,6 @@ missing on one side; 2 on any other error.
 
 import heapq
 import os
-import sys
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 from cachetrain import cli
 from cachetrain.caching.inspect.differences import Difference, compare_files
-from cachetrain.caching.messages import print_line
+from cachetrain.caching.messages import print_line, say
 from cachetrain.data.sidecar import SUFFIXES, read_header
 from cachetrain.data.walk import find_sidecars
 
@@ -70,13 +69,13 @@ def compare_two_files(args: Namespace) -> int:
         differences = compare_files(args.a, args.b)
         headers = [read_header(path).metadata for path in (args.a, args.b)]
     except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
+        print_line(str(error))
         return 1
-    print(*differences, sep="\n")
+    say(*differences)
     for key in sorted(headers[0].keys() | headers[1].keys()):
         a, b = (header.get(key) for header in headers)
         if a != b:
-            print(f"header {key}: {a} against {b}")
+            say(f"header {key}: {a} against {b}")
     return 0 if all(difference.relative_l2 <= args.tolerance for difference in differences) else 1
 
 
@@ -95,7 +94,7 @@ def compare_two_trees(args: Namespace) -> int:
     print_list("only in A", only_in_a, counts["only in A"])
     print_list("only in B", only_in_b, counts["only in B"])
     num_pairs = sum(counts[state] for state in _STATES[:5])
-    print(f"{num_pairs} pairs: {', '.join(f'{counts[state]} {state}' for state in _STATES)}")
+    say(f"{num_pairs} pairs: {', '.join(f'{counts[state]} {state}' for state in _STATES)}")
     return 1 if any(counts[state] for state in _STATES[2:]) else 0
 
 
@@ -137,7 +136,8 @@ def count_unpaired(relative: str, state: str, counts: Counter, names: list[str])
 
 def print_list(title: str, lines: list[str], number: int) -> None:
     if lines:
-        print(f"{title}:", *lines, *([f"and {number - len(lines)} more"] if number > len(lines) else []), sep="\n  ")
+        lines += [f"and {number - len(lines)} more"] if number > len(lines) else []
+        say(f"{title}:", *(f"  {line}" for line in lines))
 
 
 run = partial(cli.run, main)  # the console script

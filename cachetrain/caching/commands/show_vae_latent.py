@@ -17,6 +17,7 @@ from pathlib import Path
 from cachetrain import cli
 from cachetrain.caching import arguments
 from cachetrain.caching.inspect import previews
+from cachetrain.caching.messages import say
 from cachetrain.data import many_files, walk
 
 _SHEET_IMAGES = 36
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         num_written = write_previews(args, decoded, names)
     failed = f", {fail.count} failed" if fail.count else ""
-    print(f"{num_written} of {len(found)} latents decoded{failed}: {args.sheet or args.out}")
+    say(f"{num_written} of {len(found)} latents decoded{failed}: {args.sheet or args.out}")
     return 1 if fail.count else 0
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from cachetrain import cli
 from cachetrain.caching import arguments
 from cachetrain.caching.inspect import previews
+from cachetrain.caching.messages import say
 from cachetrain.data import many_files, walk
 from cachetrain.data.sidecar import sidecar_path
 
@@ -66,10 +67,10 @@ def main(argv: list[str] | None = None) -> int:
         worst = sorted([*worst, comparison], key=lambda one: one.psnr)[:_NUM_WORST]
     num_low = print_table(sorted(measured), stale, args.min_psnr)
     summary = previews.psnr_summary([value for value, _ in measured])
-    print(f"{summary} of {len(cached)} cached, {len(stale)} stale, {fail.count} failed")
+    say(f"{summary} of {len(cached)} cached, {len(stale)} stale, {fail.count} failed")
     if args.sheet and worst:
         save_png(previews.comparison_sheet(worst, _SHEET_SIDE), args.sheet, model=args.model)
-        print(args.sheet)
+        say(args.sheet)
     return 1 if num_low or fail.count or not measured else 0
 
 
@@ -134,13 +135,13 @@ def print_table(measured: list[tuple[float, str]], stale: list[str], min_psnr: f
         measured: (PSNR in dB, sidecar), ascending.
     """
     for path in stale:
-        print(f"{path}: stale, its image has changed; run the cache script again")
+        say(f"{path}: stale, its image has changed; run the cache script again")
     num_low = 0 if min_psnr is None else sum(value < min_psnr for value, _ in measured)
-    print(f"{'PSNR':>7}  the worst")
+    say(f"{'PSNR':>7}  the worst")
     for value, path in measured[: max(_NUM_WORST, num_low)]:
-        print(f"{value:7.2f}  {path}")
+        say(f"{value:7.2f}  {path}")
     if num_low:
-        print(
+        say(
             f"{num_low} of {len(measured)} below {min_psnr:g} dB. If all of them are, --model has another VAE "
             "than the one that made the cache, or a poor one (cache/validate_vae.py shows). If some are, delete "
             "these sidecars and run the cache script again"

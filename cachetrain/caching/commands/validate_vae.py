@@ -14,6 +14,7 @@ from functools import partial
 from cachetrain import cli
 from cachetrain.caching import arguments
 from cachetrain.caching.inspect import previews
+from cachetrain.caching.messages import say
 from cachetrain.data import many_files, walk
 
 _MAX_ROWS = 16
@@ -47,17 +48,17 @@ def main(argv: list[str] | None = None) -> int:
     decoder = previews.Decoder(args, fail)
     check_vae(decoder.vae, [(args.resolution, args.resolution)])
     values, shown = [], []
-    print(f"{'PSNR':>7}  image")
+    say(f"{'PSNR':>7}  image")
     for comparison in round_trips(decoder, paths, args.resolution):
-        print(f"{comparison.psnr:7.2f}  {comparison.name}")
+        say(f"{comparison.psnr:7.2f}  {comparison.name}")
         values.append(comparison.psnr)
         if len(shown) < _MAX_ROWS:
             shown.append(comparison)
     vae = f"{type(decoder.vae).__name__} of {args.model}, {decoder.vae.config.latent_channels} channels"
-    print(f"{previews.psnr_summary(values)} at {args.resolution}x{args.resolution}, {vae}")
+    say(f"{previews.psnr_summary(values)} at {args.resolution}x{args.resolution}, {vae}")
     if args.out and shown:
         save_png(previews.comparison_sheet(shown, max_side=args.resolution), args.out, model=args.model)
-        print(args.out)
+        say(args.out)
     return 1 if fail.count else 0
 
 

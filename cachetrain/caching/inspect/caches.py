@@ -1,6 +1,5 @@
 """The sidecars of one suffix: how many are in which state, what made them, which commands would complete them."""
 
-import json
 import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -9,6 +8,7 @@ from typing import NamedTuple
 from cachetrain.caching.buckets import Coverage, is_upscaled
 from cachetrain.caching.freshness import CORRUPT, FOREIGN, FRESH, MISSING, STALE
 from cachetrain.data.sidecar import RUN_KEYS, SUFFIXES, Header
+from cachetrain.reading import json_object
 
 ORPHANED, UNREADABLE = "orphaned", "unreadable"
 
@@ -196,10 +196,9 @@ def _encoder(identity):
 def _settings(metadata):
     text = metadata.get("settings") or "{}"
     try:
-        settings = json.loads(text)
+        return json_object("settings", text)
     except ValueError:
-        settings = None
-    return settings if isinstance(settings, dict) else {"settings": text}
+        return {"settings": text}
 
 
 def _differing(identity, other):

@@ -4,7 +4,6 @@ Imports no torch until a `Decoder` is made, so that `--help` answers at once.
 """
 
 import hashlib
-import json
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,9 +14,10 @@ from PIL import Image, UnidentifiedImageError
 from cachetrain.caching import images
 from cachetrain.caching.messages import failure_line, print_line
 from cachetrain.data import sidecar
-from cachetrain.data.many_files import open_regular
+from cachetrain.data.walk import MAX_IMAGE
 from cachetrain.modeling import load
 from cachetrain.modeling.files import component_files
+from cachetrain.reading import read_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -92,10 +92,10 @@ class Decoder:
             hint = "; run the image cache script with --flip" if name == "latent_flip" and "latent" in tensors else ""
             raise ValueError(f"has no {name}, only {', '.join(tensors) or 'nothing'}{hint}")
         shape, channels = tuple(tensors[name].shape), self.vae.config.latent_channels
-        if len(shape) != 3 or shape[0] != channels:
+        if len(shape) != 3 or shape[0] != channels or 0 in shape or not tensors[name].is_floating_point():
             raise ValueError(
-                f"its {name} is {list(shape)}, the VAE of {self.model} wants [{channels}, h, w]; "
-                "pass the VAE that made it as --model"
+                f"its {name} is {list(shape)}, {tensors[name].dtype}, "
+                f"the VAE of {self.model} wants [{channels}, h, w]; pass the VAE that made it as --model"
             )
 
     def _warn_of_another_vae(self, path, header):
@@ -103,7 +103,7 @@ class Decoder:
             return
         metadata = header.metadata
         # With --custom the fingerprint also covers the repository's code, which is not read here.
-        custom = json.loads(metadata.get("settings", "{}")).get("custom")
+        custom = sidecar.settings_of(path, header).get("custom")
         encoder = metadata.get("encoder", "")
         if encoder != self.fingerprint and not custom:
             self.warned = True
@@ -165,8 +165,7 @@ def source_pixels(path: str, width: int, height: int, sha256: str | None = None)
     Raises:
         OSError, ValueError: the file cannot be read, or is no image.
     """
-    with open_regular(path) as file:
-        data = file.read()
+    data = read_bytes(path, MAX_IMAGE)
     if sha256 and hashlib.sha256(data).hexdigest() != sha256:
         return None
     try:

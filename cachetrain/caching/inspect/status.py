@@ -16,6 +16,7 @@ from cachetrain.data.captions import Pair
 from cachetrain.data.many_files import PackedStrings, in_threads
 from cachetrain.data.sidecar import NULL_STEM, SUFFIXES, SidecarError, read_header
 from cachetrain.data.unused import Unused
+from cachetrain.reading import open_regular
 
 # How many files of an unknown suffix are opened to see whether they are sidecars: the first may be damaged.
 _TRIES = 3
@@ -236,5 +237,5 @@ def delete_orphans(paths: Iterable[str], on_error: Callable[[str, str], None]) -
 
 
 def _mentions_format(path):
-    with open(path, "rb") as file:
-        return b'"cachetrain_format"' in file.read(65536)
+    with open_regular(path) as file:
+        return b'"cachetrain_format"' in (file.read(65536) or b"")

@@ -17,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from cachetrain.log import append_line, describe, warn
+from cachetrain.reading import json_lines, open_regular
 
 _FRAME_MS = 250
 _LAST_FRAME_MS = 1500
@@ -59,7 +60,7 @@ class Metrics:
         # A run resumed from step 0 logs step 0 again; a new run hides what a removed run of its name has left.
         purge_step = start_step + 1 if start_step else 0 if any(Path(log_dir).glob("events.*")) else None
         self.writer = SummaryWriter(self.log_dir, flush_secs=30, purge_step=purge_step)
-        self._file = open(path, "ab", buffering=0)
+        self._file = open_regular(path, "ab")
         self._jobs = queue.Queue(maxsize=16)  # training waits when it is full, to bound memory
         self._encoder = threading.Thread(target=self._encode, name="metrics", daemon=True)
         self._encoder.start()
@@ -191,8 +192,10 @@ def _remove_lines_after(path, last_step):
     if not path.exists():
         return
     part = path.with_name(path.name + ".part")
-    with open(path, encoding="utf-8") as lines, open(part, "w", encoding="utf-8") as shortened:
-        for line in lines:
-            if line.endswith("\n") and json.loads(line)["step"] <= last_step:
-                shortened.write(line)
+    with open(part, "w", encoding="utf-8") as shortened:
+        for number, line in json_lines(path):
+            if type(line.get("step")) is not int:
+                raise ValueError(f"{path}, line {number}: has no step; remove the line")
+            if line["step"] <= last_step:
+                shortened.write(json.dumps(line) + "\n")
     os.replace(part, path)

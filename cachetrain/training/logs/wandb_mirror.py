@@ -13,6 +13,7 @@ from pathlib import Path
 
 from cachetrain.atomic import atomic_write
 from cachetrain.log import warn
+from cachetrain.reading import read_text
 
 ID = "wandb_id"  # file in a run's output_dir, with which a resumed run continues the same wandb run
 _INIT_TIMEOUT_S = 30
@@ -101,7 +102,7 @@ def _start(args, mode):
             project=setting("PROJECT", "cachetrain"),
             name=setting("NAME", output_dir.resolve().name),
             dir=setting("DIR", output_dir),
-            id=setting("RUN_ID", (output_dir / ID).read_text()),
+            id=setting("RUN_ID", read_text(output_dir / ID)),
             resume=setting("RESUME", "allow"),
             mode=mode,
             config=vars(args),
