@@ -17,7 +17,6 @@ from typing import NamedTuple
 import torch
 
 from cachetrain.modeling import load
-from cachetrain.modeling.t5_pipeline import pad_embeddings
 
 # SDXL's micro-conditioning (Podell et al. 2023, section 2.2), from the header of an image sidecar.
 TIME_IDS = "time_ids"
@@ -159,6 +158,8 @@ class Conditioning:
             dict: encoder_hidden_states [B, T, D]; encoder_attention_mask bool [B, T], True where there is text, or
             None; and, if the kind has vectors or time ids, added_cond_kwargs, a dict of [B, D].
         """
+        from cachetrain.modeling.t5_pipeline import pad_embeddings  # diffusers: not needed to encode captions
+
         sequences = [condition[self.row.sequence] for condition in conditions]
         hidden, mask = pad_embeddings(sequences, multiple) if self.row.masked else (torch.stack(sequences), None)
         arguments = {"encoder_hidden_states": hidden, "encoder_attention_mask": mask}

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cachetrain.modeling.digests import sha256_of
 from cachetrain.modeling.files import component_files, read_config, read_json, weight_files
 
 if TYPE_CHECKING:
@@ -161,8 +162,7 @@ def fingerprint(files: Iterable[Path]) -> str:
                 content = {k: v for k, v in content.items() if k[:1] != "_" and k not in _INCIDENTAL}
             digest.update(path.name.encode() + json.dumps(content, sort_keys=True).encode())
         else:
-            with open(path, "rb") as file:
-                digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+            digest.update(path.name.encode() + sha256_of(path))
     return digest.hexdigest()
 
 
