@@ -247,6 +247,30 @@ def test_other_autoencoders_decode(tmp_path):
         assert run_script(*run) == 0
 
 
+def test_suffixes_that_are_there_are_found_and_one_that_is_asked_for_is_all(root, tmp_path, capsys):
+    for path in (root / "sub").glob("*.img_sdxl"):
+        path.rename(path.with_suffix(".img_mine"))
+    assert run_script("cache/show_vae_latent.py", *VAE, root, "--out", tmp_path / "all") == 0
+    assert [name.split(".")[1] for name in files_of(tmp_path / "all")] == [*["img_sdxl"] * 4, *["img_mine"] * 2]
+    validate = ["cache/validate_img_cache.py", *VAE, "--data_root", root]
+    assert run_script(*validate) == 0 and "of 6 cached" in capsys.readouterr().out
+    assert run_script(*validate, "--cache_suffix", ".img_mine") == 0 and "of 2 cached" in capsys.readouterr().out
+
+
+def test_an_image_is_enlarged_only_if_asked(tmp_path, capsys):
+    for name, side in (("large", 512), ("small", 150), ("tiny", 40)):
+        Image.fromarray(picture(side + 9, side)).save(tmp_path / f"{name}.png")
+    run = ["cache/validate_vae.py", *VAE, *(tmp_path / f"{name}.png" for name in ("large", "small", "tiny"))]
+    assert run_script(*run) == 1
+    out = capsys.readouterr()
+    assert re.search(r"large\.png$", out.out, re.MULTILINE) and re.search(
+        r"small\.png  \(128x128\)$", out.out, re.MULTILINE
+    )
+    assert "tiny.png: is 49x40; to enlarge it, pass --resolution" in out.err
+    assert run_script(*run, "--resolution", 192) == 0
+    assert "at 192x192" in (out := capsys.readouterr().out) and "(128x128)" not in out
+
+
 # What goes wrong
 
 

@@ -5,7 +5,7 @@ import argparse
 OPTIMIZER_SPELLINGS = {"opt_lion": "lion", "py_lion": "lion"}
 
 _NO_DISCRIMINATOR = "there is no adversarial loss; omit it"
-_NO_LORA = "the UNet itself is trained; to train a part of it, use --unfreeze_attn2 and the other --unfreeze_* flags"
+_NO_LORA = "the UNet itself is trained; to train a part of it, see --unfreeze_attn2 and the flags beside it"
 _CACHED = "that is decided when the images are cached; see cache/create_img_sdxl.py --help"
 
 # Options without an equal here, or whose equal takes other values: what to use.
