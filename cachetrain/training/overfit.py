@@ -32,7 +32,9 @@ def report(run, pairs: CachedPairs, forward: Callable, unet: torch.nn.Module, lo
     """
     first, last = losses
     if run.world.main:
-        info("\n  ".join(["pairs that were trained:", *(run.index.stem(i) for i in range(len(run.index)))]))
+        count, shown = len(run.index), min(len(run.index), _MAX_PAIRS)
+        more = [f"... and {count - shown:,} more"] if count > shown else []
+        info("\n  ".join(["pairs that were trained:", *map(run.index.stem, range(shown)), *more]))
         try:
             _write_sheet(run, pairs, forward, unet)
         except Exception as error:  # any: pictures are not worth a run
@@ -51,7 +53,7 @@ def report(run, pairs: CachedPairs, forward: Callable, unet: torch.nn.Module, lo
 @torch.no_grad()
 def _write_sheet(run, pairs, forward, unet):
     """Draws three pictures of each of the first pairs: the pair, the noisy one, what the UNet makes of that."""
-    if not (run.model_dir / "vae").is_dir():
+    if run.args.fsdp or not (run.model_dir / "vae").is_dir():  # a sharded UNet needs all ranks
         return
     vae, images, labels = load.load_vae(run.model_dir / "vae").to(run.device), [], []
     for i in range(min(len(run.index), _MAX_PAIRS)):
