@@ -8,6 +8,7 @@ from diffusers import UNet2DConditionModel
 from helpers import SD15, TINY, memory_model
 from helpers import train as run
 
+from cachetrain.data import ram
 from cachetrain.training import memory
 from cachetrain.training.optim import make_optimizer
 
@@ -117,3 +118,14 @@ def test_a_run_says_what_it_takes_beside_what_is_there_and_is_warned_where_it_do
     out = capsys.readouterr()
     assert "memory: about " in out.out and "this machine has 20 MiB free" in out.out
     assert "will probably not fit into the memory of this machine; what would fit: --batch_size" in out.err
+
+
+def test_free_memory_is_what_a_container_may_still_take(tmp_path, monkeypatch):
+    assert ram._container_bytes(tmp_path) is None
+    for name, text in (("max", "1000\n"), ("current", "700\n"), ("stat", "anon 600\ninactive_file 50\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert ram._container_bytes(tmp_path) == 350
+    (tmp_path / "memory.max").write_text("max\n")
+    assert ram._container_bytes(tmp_path) is None
+    monkeypatch.setattr(ram, "_container_bytes", lambda: 350)
+    assert memory.free_memory(torch.device("cpu")) == (350, "this machine")
