@@ -120,6 +120,17 @@ def test_a_run_says_what_it_takes_beside_what_is_there_and_is_warned_where_it_do
     assert "will probably not fit into the memory of this machine; what would fit: --batch_size" in out.err
 
 
+def test_a_unet_that_the_meta_device_cannot_run_trains_without_an_estimate(
+    shapes, model_t5, tmp_path, monkeypatch, capsys
+):
+    def fails(*_):
+        raise NotImplementedError("no such operation")
+
+    monkeypatch.setattr(memory.MemoryModel, "estimate", fails)
+    run(shapes, model_t5, tmp_path / "run", "--max_steps", 1, "--batch_size", 2)
+    assert "memory: no estimate (NotImplementedError: no such operation)" in capsys.readouterr().out
+
+
 def test_free_memory_is_what_a_container_may_still_take(tmp_path, monkeypatch):
     assert ram._container_bytes(tmp_path) is None
     for name, text in (("max", "1000\n"), ("current", "700\n"), ("stat", "anon 600\ninactive_file 50\n")):

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from cachetrain.data.ram import available_bytes
-from cachetrain.log import info, warn
+from cachetrain.log import describe, info, warn
 from cachetrain.modeling.conditioning import moved, predict
 from cachetrain.training.optimizers import KAHAN_OPTIMIZERS, OPTIMIZERS
 
@@ -177,6 +177,13 @@ def report(run, unet: torch.nn.Module) -> None:
     """
     if run.args.fsdp or not run.world.main:
         return
+    try:
+        _report(run, unet)
+    except Exception as error:  # any: the meta device may lack an operation of an unusual UNet, which still trains
+        info(f"memory: no estimate ({describe(error)})")
+
+
+def _report(run, unet):
     index, blank = run.index, run.conditioning.blank(run.index.text_widths, int(run.index.tokens.max()))
     largest = max(index.shapes, key=math.prod)
     model = MemoryModel(unet, largest, lambda batch_size: run.conditioning.collate([blank] * batch_size))
