@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-# --overfit succeeds once the loss falls below this share of the loss at step 1.
-OVERFIT_SHARE = 0.1
 # Files that a run writes into its directory.
 RUN_FILES = ("args.json", "metrics.jsonl", "warnings.jsonl", "quarantine.tsv")
 
@@ -82,7 +80,7 @@ def train(args, resumed, world, cleanup, warning_log) -> int:
     from cachetrain.data.loader import on_device
     from cachetrain.distributed import gradient_sync
     from cachetrain.log import info
-    from cachetrain.training import checks, flags
+    from cachetrain.training import checks, flags, overfit
     from cachetrain.training import run as setup
     from cachetrain.training.logs.run_logs import Logs
     from cachetrain.training.nonfinite import NonfiniteSteps, backward_seed, step_if_finite
@@ -183,7 +181,7 @@ def train(args, resumed, world, cleanup, warning_log) -> int:
                 break
         if args.overfit and log_now:
             first_loss = first_loss or stats.loss_raw
-            if stats.loss_raw < OVERFIT_SHARE * first_loss:
+            if stats.loss_raw < overfit.SHARE * first_loss:
                 break
     progress.close()
     saved = saving.finish()
@@ -192,7 +190,7 @@ def train(args, resumed, world, cleanup, warning_log) -> int:
     if stop and step < max_steps:
         return report_stop(warning_log, (signals or [signal.SIGTERM])[0], step, max_steps)
     if args.overfit:
-        return report_overfit(first_loss, stats.loss_raw, step)
+        return overfit.report(run, pairs, forward, unet, (first_loss, stats.loss_raw), step)
     info(data_coverage(run.index, batch_sampler))
     return 0
 
@@ -325,27 +323,16 @@ def archive_settings(args: "Namespace", output_dir: Path) -> None:
 
 
 def report_stop(warning_log, signal_number: int, step: int, max_steps: int) -> int:
-    """Reports the signal that ended the run; returns the exit code, 128 + the number of the signal."""
+    """Reports the signal that ended the run; returns the exit code, 128 + the number of the signal.
+
+    Of these, the user's own Ctrl-C is no warning.
+    """
     from cachetrain.log import info
 
-    warning_log.add(f"the run ended: {signal.Signals(signal_number).name} after step {step} of {max_steps}")
+    if signal_number != signal.SIGINT:
+        warning_log.add(f"the run ended: {signal.Signals(signal_number).name} after step {step} of {max_steps}")
     info(f"stopped after step {step} of {max_steps}; --resume latest continues the run")
     return 128 + signal_number
-
-
-def report_overfit(first_loss: float, loss: float, step: int) -> int:
-    """Reports the result of --overfit; returns the exit code."""
-    from cachetrain.log import info
-
-    result = f"the loss on fixed noise went from {first_loss:.4f} to {loss:.4f} in {step} steps"
-    if loss < OVERFIT_SHARE * first_loss:
-        info(f"overfit succeeded: {result}; script, caches and model train")
-        return 0
-    info(
-        f"overfit failed: {result}, not below a tenth of the first; raise --max_steps or --lr, and if that does not "
-        "help, check the caches, the model and the flags"
-    )
-    return 1
 
 
 console_script = partial(cli.run, main)  # cachetrain-train

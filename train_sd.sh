@@ -14,8 +14,20 @@ DATADIR=${DATADIR:-/data}               # directories with caches: "/data/a /dat
 IMGCACHE=${IMGCACHE:-.img_sdvae}        # made by cache/create_img_sdvae.py
 TXTCACHE=${TXTCACHE:-.txt_clipl}        # made by cache/create_clipl.py
 
-BATCH=${BATCH:-64}                      # samples per backward pass and GPU; lower it if memory runs out
-ACCUM=${ACCUM:-1}                       # backward passes per step
+# Presets for GPUs of 12, 24, 48 and 80 GB, at 512x512: always 64 samples a step. BATCH, if set, replaces the preset.
+CARD=${CARD:-24}
+case ${BATCH:+no}$CARD in # BATCH ACCUM CHECKPOINT PRECISION
+    12) preset=(            8     8     1          bf16_pure) ;;
+    24) preset=(            4     16    0) ;;
+    48) preset=(            16    4     0) ;;
+    80) preset=(            32    2     0) ;;
+    no*) preset=(           "$BATCH" 1  0) ;;
+    *) echo "$0: CARD: expected 12, 24, 48 or 80, got $CARD" >&2 && exit 2 ;;
+esac
+BATCH=${preset[0]}                      # samples per backward pass and GPU
+ACCUM=${ACCUM:-${preset[1]}}            # backward passes per step
+CHECKPOINT=${CHECKPOINT:-${preset[2]}}  # 1: --gradient_checkpointing: less memory, a third more computation
+PRECISION=${PRECISION:-${preset[3]:-}}  # bf16, bf16_pure, fp32, fp16; empty: bf16 on a GPU, fp32 on a CPU
 STEPS=${STEPS:-10000}                   # optimizer steps, or epochs like 2e
 OPTIMIZER=${OPTIMIZER:-adamw}           # adamw, lion, stableadamw, adamw8, prodigy
 LR=${LR:-1e-5}                          # peak; lion needs 3 to 10 times less than adamw, prodigy needs 1
@@ -24,7 +36,6 @@ GAMMA=${GAMMA:-}                        # Min-SNR gamma; empty: 5, but off for f
 OBJECTIVE=${OBJECTIVE:-}                # epsilon, v_prediction, flow; empty: that of the model
 DROPOUT=${DROPOUT:-0.04}                # share of captions replaced by the empty caption, for guidance
 EMA=${EMA:-0}                           # decay of the moving average of the weights, like 0.9999; 0: off
-PRECISION=${PRECISION:-bf16}            # bf16, bf16_pure, fp32, fp16
 
 SAMPLE_PROMPTS=${SAMPLE_PROMPTS:-}      # a file of prompts, .txt or .json; empty: no samples
 SAMPLE_STEPS=${SAMPLE_STEPS:-250}       # optimizer steps between samples
@@ -74,13 +85,15 @@ fi
 args=(--model "$MODEL" --imgcache_suffix "$IMGCACHE" --txtcache_suffix "$TXTCACHE"
       --batch_size "$BATCH" --gradient_accum "$ACCUM" --max_steps "$STEPS"
       --optimizer "$OPTIMIZER" --lr "$LR" --scheduler "$SCHED"
-      --cond_dropout "$DROPOUT" --ema_decay "$EMA" --precision "$PRECISION"
+      --cond_dropout "$DROPOUT" --ema_decay "$EMA"
       --output_dir "$OUTPUT" --logdir "$LOGDIR" --save_steps "$SAVE_STEPS" --copy_config "${BASH_SOURCE[0]}")
 if [ -z "$GAMMA" ]; then
     args+=(--use_snr auto)
 elif ! is_zero "$GAMMA"; then
     args+=(--use_snr --noise_gamma "$GAMMA")
 fi
+[ -z "$PRECISION" ] || args+=(--precision "$PRECISION")
+is_zero "$CHECKPOINT" || args+=(--gradient_checkpointing)
 [ -z "$OBJECTIVE" ] || args+=(--objective "$OBJECTIVE")
 [ -z "$SAMPLE_PROMPTS" ] || args+=(--sample_prompts "$SAMPLE_PROMPTS" --sample_every "$SAMPLE_STEPS")
 is_zero "$VAL_SPLIT" || args+=(--val_split "$VAL_SPLIT")

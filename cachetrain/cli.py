@@ -1,6 +1,7 @@
 """What the scripts' command lines share. Imports no torch, so that `--help` answers at once."""
 
 import argparse
+import difflib
 import math
 import os
 import re
@@ -10,6 +11,7 @@ import traceback
 from contextlib import contextmanager, suppress
 from decimal import Decimal
 from pathlib import Path
+from typing import ClassVar
 
 from cachetrain.log import first_line, printable
 
@@ -19,12 +21,36 @@ STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SI
 
 def parser(doc: str) -> argparse.ArgumentParser:
     """An argument parser whose help starts with the script's docstring and shows ranges and defaults."""
-    return _Parser(description=doc, formatter_class=HelpFormatter)
+    return Parser(description=doc, formatter_class=HelpFormatter)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong; of an option that does not exist, what to use instead.
+
+    Attributes:
+        instead: {option of another program: what to use}.
+    """
+
+    instead: ClassVar = {}
+
+    def parse_known_args(self, args=None, namespace=None):
+        options = list(self._option_string_actions)
+        for word in sys.argv[1:] if args is None else args:
+            name = word.partition("=")[0]
+            if name == "--":
+                break
+            if name.startswith("--") and " " not in name and not any(o.startswith(name) for o in options):
+                self.error(self._unknown(name, options))
+        return super().parse_known_args(args, namespace)
+
+    def _unknown(self, name, options):
+        if name in self.instead:
+            return f"{name} is not an option here: {self.instead[name]}"
+        near = difflib.get_close_matches(name, options, 1)
+        return f"unknown option {name}; " + (f"did you mean {near[0]}?" if near else "--help lists all options")
+
     def error(self, message):
-        super().error(printable(message))
+        self.exit(2, f"{self.prog}: error: {printable(message)}\n")
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):

@@ -5,7 +5,7 @@
 
 Writes 00000.png and 00000.txt ("a small red circle on the left on a blue background"), and so on. Six shapes, eight
 colors, five places and two sizes give 3,360 captions. Six pairs of shape and color are held out and never drawn: a
-model that draws them has learned to combine words, not only to memorise pictures.
+model that draws them has learned to combine words, not only to memorize pictures.
 
 Image i depends only on i and the seed. A larger data set therefore starts with the same images as a smaller one, and
 a second run draws only missing images.

@@ -14,6 +14,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Where diffusers copies a directory's own pipeline code before it runs it.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="cachetrain-test-modules-")
 
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cachetrain-test-cache-")  # of modeling/digests.py
+
 # A shell starts a background job with SIGINT ignored, nohup one with SIGHUP ignored; all processes started from here
 # would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)

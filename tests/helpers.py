@@ -39,6 +39,7 @@ def load_script(relative):
     spec.loader.exec_module(module)
     if relative == "train_from_cached.py":
         _count_flops_once()
+        _estimate_memory_once()
     return module
 
 
@@ -55,6 +56,23 @@ def _count_flops_once():
         return counted[key]
 
     run_logs.forward_flops = forward_flops
+
+
+def _estimate_memory_once():
+    """The same for the memory that a run takes, whatever the length of its captions."""
+    from cachetrain.training import memory
+
+    estimated, run_step = {}, memory.MemoryModel._run_step
+
+    def once(self, setup):
+        same = setup._replace(optimizer="", ema=False, offload=False)
+        trained = [parameter.requires_grad for parameter in self.unet.parameters()]
+        key = json.dumps([self.unet.config, self.latent_shape, same, trained], default=str, sort_keys=True)
+        if key not in estimated:
+            estimated[key] = run_step(self, setup)
+        return estimated[key]
+
+    memory.MemoryModel._run_step = once
 
 
 def run_script(relative, *argv):
@@ -222,3 +240,24 @@ def _within(context, function):
 def bare_run(**fields):
     """A Run of just these fields; dicts become namespaces."""
     return SimpleNamespace(**{k: SimpleNamespace(**v) if isinstance(v, dict) else v for k, v in fields.items()})
+
+
+SD15 = {
+    "sample_size": 64,
+    "cross_attention_dim": 768,
+}  # config of a UNet that differs from diffusers' defaults in these
+
+
+def memory_model(config, kind, width, tokens, side):
+    """MemoryModel of a UNet with this config, trained on captions of `tokens` tokens and latents [4, side, side]."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    from cachetrain.modeling.conditioning import Conditioning
+    from cachetrain.training.memory import MemoryModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config)
+    conditioning = Conditioning(kind)
+    blank = conditioning.blank({"emb": width}, tokens)
+    return MemoryModel(unet, (4, side, side), lambda batch_size: conditioning.collate([blank] * batch_size))

@@ -234,7 +234,7 @@ def test_reduced_scale_decode_of_large_jpegs_is_not_visible(monkeypatch, name):
     assert 0 < mse < 255**2 / 10**4  # PSNR above 40 dB
 
 
-def test_cover_box_has_the_ratio_is_centred_and_inside():
+def test_cover_box_has_the_ratio_is_centered_and_inside():
     for size in ((7, 1000), (1000, 7), (64, 64), (333, 777), (1, 1)):
         for width, height in ((64, 64), (96, 64), (512, 768)):
             left, top, right, bottom = images.cover_box(size, width, height)

@@ -247,6 +247,28 @@ def test_other_autoencoders_decode(tmp_path):
         assert run_script(*run) == 0
 
 
+def test_suffixes_that_are_there_are_found_and_one_that_is_asked_for_is_all(root, tmp_path, capsys):
+    for path in (root / "sub").glob("*.img_sdxl"):
+        path.rename(path.with_suffix(".img_mine"))
+    assert run_script("cache/show_vae_latent.py", *VAE, root, "--out", tmp_path / "all") == 0
+    assert [name.split(".")[1] for name in files_of(tmp_path / "all")] == [*["img_sdxl"] * 4, *["img_mine"] * 2]
+    validate = ["cache/validate_img_cache.py", *VAE, "--data_root", root]
+    assert run_script(*validate) == 0 and "of 6 cached" in capsys.readouterr().out
+    assert run_script(*validate, "--cache_suffix", ".img_mine") == 0 and "of 2 cached" in capsys.readouterr().out
+
+
+def test_an_image_is_enlarged_only_if_asked(tmp_path, capsys):
+    for name, side in (("large", 512), ("small", 150), ("tiny", 40)):
+        Image.fromarray(picture(side + 9, side)).save(tmp_path / f"{name}.png")
+    run = ["cache/validate_vae.py", *VAE, *(tmp_path / f"{name}.png" for name in ("large", "small", "tiny"))]
+    assert run_script(*run) == 1
+    out = capsys.readouterr()
+    assert "large.png\n" in out.out and "small.png  (128x128)\n" in out.out
+    assert "tiny.png: is 49x40; to enlarge it, pass --resolution" in out.err
+    assert run_script(*run, "--resolution", 192) == 0
+    assert "at 192x192" in (out := capsys.readouterr().out) and "(128x128)" not in out
+
+
 # What goes wrong
 
 
@@ -432,7 +454,7 @@ def test_changed_source_is_named_as_stale_and_not_compared(root, capsys):
     assert "00000" not in table(output) and "over 5 images of 6 cached, 1 stale, 0 failed" in output
 
 
-def test_foreign_sidecar_is_compared_with_the_centre_crop_of_its_size(root, capsys):
+def test_foreign_sidecar_is_compared_with_the_center_crop_of_its_size(root, capsys):
     for name in NAMES[:2]:
         save_file({"latent": read_sidecar(root / f"{name}.img_sdxl")[0]["latent"]}, root / f"{name}.img_sdxl")
     shutil.copy(root / "00002.png", root / "00001.png")

@@ -341,12 +341,12 @@ HOSTILE = "</script><script>document.title='hit'</script><img src=x onerror=\"do
 
 
 @contextmanager
-def opened(browser, directories, tmp_path, **options):
-    """Writes the page, opens it from disk and yields (page, addresses that it asked for)."""
+def opened(browser, directories, tmp_path, start="#1", **options):
+    """Writes the page, opens it from disk at its first pair and yields (page, addresses that it asked for)."""
     target = tmp_path / "page.html"
     assert run_script(SCRIPT, *directories, "--out", target) == 0
     options["viewport"] = {"width": 1000, "height": 800}
-    with opened_page(browser, target.as_uri(), ".frame img", **options) as opening:
+    with opened_page(browser, target.as_uri() + start, ".frame img", **options) as opening:
         yield opening
 
 
@@ -363,6 +363,11 @@ def test_page_from_disk_asks_the_network_for_nothing(browser, runs, tmp_path):
         drawn(page)
         assert requests
         assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
+
+
+def test_page_opens_at_the_last_step(browser, runs, tmp_path):
+    with opened(browser, runs, tmp_path, start="") as (page, _):
+        assert page.text_content("#path") == "step-001000/00-a-red-circle_cfg4.png"
 
 
 def test_arrow_keys_move_through_pairs_and_steps(browser, runs, tmp_path):
@@ -508,7 +513,7 @@ def test_served_page_loads_only_what_is_shown(browser, runs):
         page.on(
             "request", lambda sent: requests.append(sent.url.removeprefix(f"http://127.0.0.1:{server.server_port}"))
         )
-        page.goto(f"http://127.0.0.1:{server.server_port}/")
+        page.goto(f"http://127.0.0.1:{server.server_port}/#1")
         page.wait_for_selector(".frame img")
         kinds = [f"/{kind}/{column}/{IMAGE}" for kind in ("image", "text") for column in (0, 1)]
         assert sorted(requests) == sorted(["/", *kinds])
@@ -547,7 +552,7 @@ def test_image_that_loads_late_does_not_replace_a_newer_one(browser, runs):
         page = browser.new_page()
         page.add_init_script(NOTE_DECODED)
         page.set_default_timeout(1000 * HANG_S)
-        page.goto(f"http://127.0.0.1:{server.server_port}/")
+        page.goto(f"http://127.0.0.1:{server.server_port}/#1")
         page.wait_for_selector(".frame img")
         held = []
         page.route("**/image/0/step-000050/01-same.png", lambda route: held.append(route))

@@ -216,7 +216,7 @@ def test_every_flag_has_a_meaning_for_a_resume():
     assert meanings.keys() == vars(trainer()).keys()
     kinds = {kind: {name for name in meanings if meanings[name] == kind} for kind in flags.MEANINGS}
     assert set().union(*kinds.values()) == meanings.keys()
-    assert kinds["silent"] == {"resume", "resume_anyway", "copy_config", "overfit"}
+    assert kinds["silent"] == {"resume", "resume_anyway", "copy_config", "overfit", "is_custom"}
     assert kinds["rounding"] == {
         "device", "compile", "fsdp", "cpu_offload", "gradient_checkpointing", "allow_tf32",
     }  # fmt: skip
@@ -224,6 +224,6 @@ def test_every_flag_has_a_meaning_for_a_resume():
     assert {name for name in kinds["same"] if not name.startswith(("reinit_", "unfreeze_"))} == {
         "imgcache_suffix", "txtcache_suffix", "force_txtcache", "vae_scaling_factor", "text_scaling_factor",
         "use_snr", "noise_gamma", "offset_noise", "timestep_sampling", "timestep_range", "cond_dropout", "flip_p",
-        "targetted_training", "gradient_accum", "scheduler", "min_lr_rate", "optimizer", "betas", "weight_decay",
-        "gradient_clip", "ema_decay", "seed", "precision",
+        "targetted_training", "gradient_accum", "scheduler", "min_lr_rate", "num_cycles", "optimizer", "betas",
+        "weight_decay", "gradient_clip", "ema_decay", "seed", "precision",
     }  # fmt: skip

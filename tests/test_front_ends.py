@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import REPO, load_script
+from helpers import REPO, SD15, load_script, memory_model
 
 FRONT_ENDS = ["train_sd.sh", "train_t5.sh"]
 
@@ -122,6 +122,30 @@ def test_the_environment_of_another_project_is_not_used(is_installed, used, tmp_
     environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "VIRTUAL_ENV": "x"}
     done = subprocess.run([copy], env=environment, capture_output=True, text=True)
     assert done.stdout == f"{used}\n", done.stderr
+
+
+@pytest.mark.parametrize("script", FRONT_ENDS)
+def test_a_batch_that_is_given_takes_the_place_of_the_preset(script, tmp_path):
+    code, errors, words = started(script, tmp_path, CARD="16")
+    assert (code, words) == (2, []) and "CARD: expected 12, 24, 48 or 80, got 16" in errors
+    args = trainer_flags(started(script, tmp_path, BATCH="3", CARD="12")[2])
+    assert (args.batch_size, args.gradient_accum, args.gradient_checkpointing, args.precision) == (3, 1, False, None)
+
+
+def test_presets_fit_their_cards_and_take_the_same_samples_a_step(tmp_path):
+    from cachetrain.training.memory import Setup
+
+    model = memory_model(SD15, "txt_t5cache", width=768, tokens=256, side=64)  # T5's texts take more than CLIP's
+    # Of a card's memory, what is left for a process: the driver and CUDA's context take the rest.
+    for card, usable_gib in ((12, 11.5), (24, 23.5), (48, 44.5), (80, 79)):
+        setups = set()
+        for script in FRONT_ENDS:
+            args = trainer_flags(started(script, tmp_path, CARD=str(card), OPTIMIZER="adamw")[2])
+            assert args.batch_size * args.gradient_accum == 64
+            args.precision = args.precision or "bf16"  # the default on a GPU
+            setups.add(Setup.of(args, ranks=1))
+        (setup,) = setups
+        assert usable_gib / 2 < model.estimate(setup).total / 2**30 < usable_gib
 
 
 def test_default_model_is_beside_the_script_wherever_it_is_started(tmp_path):

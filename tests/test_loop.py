@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,15 +24,25 @@ FLOW = ["--objective", "flow"]
 def test_overfit_learns_a_handful_by_heart_and_says_so(shapes, model_t5, tmp_path, capsys):
     flags = ["--overfit", 4, "--batch_size", 4, "--max_steps", 400, "--lr", 2e-3, *FLOW, "--log_step", 10]
     assert overfit(shapes, model_t5, tmp_path / "run", flags) == 0
+    out = capsys.readouterr().out
     said = re.search(
-        r"overfit succeeded: the loss on fixed noise went from ([\d.]+) to ([\d.]+) in (\d+) steps;",
-        capsys.readouterr().out,
+        r"overfit succeeded: the loss on fixed noise went from ([\d.]+) to ([\d.]+) in (\d+) steps;", out
     )
     first, last, steps = map(float, said.groups())
     assert last < 0.1 * first and steps < 400
     # What was learned is there: the weights predict these samples, with this noise, as well as it says.
     last_line = json_lines(tmp_path / "run" / "metrics.jsonl")[-1]
     assert last_line["01_Training/loss_raw"] == pytest.approx(last, abs=1e-4)
+    named = [line.strip() for line in out.splitlines() if line.startswith(f"  {shapes}")]
+    assert len(named) == 4 and all(Path(f"{stem}.img_sdxl").exists() for stem in named)
+    # Three pictures a pair: itself, with noise, and what the UNet makes of that, which is the pair again.
+    with Image.open(tmp_path / "run" / "overfit.png") as sheet:
+        pixels = np.asarray(sheet.convert("RGB"), np.float32)
+    (height, width), band = (side // parts for side, parts in zip(pixels.shape, (4, 3), strict=False)), 100
+    rows = [[pixels[y * height + height - band : (y + 1) * height, x * width + 8 : (x + 1) * width - 8]
+             for x in range(3)] for y in range(4)]  # fmt: skip
+    for pair, noisy, guess in rows:
+        assert np.abs(guess - pair).mean() < 0.5 * np.abs(noisy - pair).mean() + 2
 
 
 @pytest.mark.parametrize("broken", [["--lr", 1e-7], ["--lr", 2e-3, "--unfreeze_norms"]])

@@ -5,7 +5,11 @@ import itertools
 import pytest
 import torch
 from diffusers.optimization import get_scheduler
-from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
+from transformers.optimization import (
+    get_cosine_schedule_with_warmup,
+    get_cosine_with_min_lr_schedule_with_warmup,
+    get_polynomial_decay_schedule_with_warmup,
+)
 
 from cachetrain.cli import Steps
 from cachetrain.training.lr_schedule import SCHEDULES, lr_factor
@@ -16,6 +20,8 @@ PEAK = 1e-5
 def reference_scheduler(name, optimizer, warmup_steps, decay_steps):
     if name == "cosine_with_min_lr":
         return get_cosine_with_min_lr_schedule_with_warmup(optimizer, warmup_steps, decay_steps, min_lr_rate=0.1)
+    if name == "linear_with_min_lr":  # polynomial of power 1, with an end of its own
+        return get_polynomial_decay_schedule_with_warmup(optimizer, warmup_steps, decay_steps, lr_end=0.1 * PEAK)
     return get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=decay_steps)
 
 
@@ -26,6 +32,20 @@ def test_lr_factor_equals_diffusers_and_transformers(name, warmup_steps):
     reference = reference_scheduler(name, optimizer, warmup_steps, 100)
     for step in range(101):
         rate = PEAK * lr_factor(name, step, warmup_steps, 100, peak_lr=PEAK)
+        assert rate == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12 * PEAK)
+        optimizer.step()
+        reference.step()
+
+
+@pytest.mark.parametrize("name", ["cosine", "cosine_with_min_lr"])
+def test_num_cycles_is_that_of_transformers(name):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
+    if name == "cosine":
+        reference = get_cosine_schedule_with_warmup(optimizer, 10, 100, num_cycles=1.5)
+    else:
+        reference = get_cosine_with_min_lr_schedule_with_warmup(optimizer, 10, 100, num_cycles=1.5, min_lr_rate=0.1)
+    for step in range(101):
+        rate = PEAK * lr_factor(name, step, 10, 100, peak_lr=PEAK, num_cycles=1.5)
         assert rate == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12 * PEAK)
         optimizer.step()
         reference.step()
@@ -46,7 +66,8 @@ def test_lr_factor_rises_in_the_warmup_and_never_again(name):
         return
     assert factors[:11] == pytest.approx([step / 10 for step in range(11)])
     assert all(later <= earlier for earlier, later in itertools.pairwise(factors[10:]))
-    end = {"constant_with_warmup": 1.0, "cosine_with_min_lr": 0.1, "polynomial": 1e-7 / PEAK}.get(name, 0.0)
+    ends = {"constant_with_warmup": 1.0, "polynomial": 1e-7 / PEAK}
+    end = 0.1 if name.endswith("_with_min_lr") else ends.get(name, 0.0)
     assert factors[100:] == pytest.approx([end] * 300, abs=1e-12)
 
 

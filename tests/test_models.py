@@ -1,6 +1,8 @@
 """Composed models: they load for their users, and draw for us what they draw for them."""
 
+import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,7 +16,7 @@ from PIL import Image
 from transformers import T5EncoderModel, T5Tokenizer
 
 from cachetrain.diffusion.noise_schedulers import make_scheduler, sampler_for
-from cachetrain.modeling import load
+from cachetrain.modeling import digests, load
 from cachetrain.modeling.files import component_files
 from cachetrain.modeling.t5_pipeline import pad_embeddings
 from cachetrain.modeling.text_encoders import TextEncoder, encode_like_cache
@@ -111,8 +113,8 @@ def test_projection_fitted_to_captions_spans_their_principal_components(tmp_path
     assert compose("t5", tmp_path / "model", "--fit_captions", str(tmp_path / "captions.txt"), unet=unet) == 0
     text = TextEncoder(tmp_path / "model", raw=True)
     hidden = torch.cat([text.encode_ids(text.tokenize([c])[0])[0] for c in captions])
-    centred = (hidden - hidden.mean(0)).double()
-    principal = torch.linalg.svd(centred, full_matrices=False).Vh[:16]
+    centered = (hidden - hidden.mean(0)).double()
+    principal = torch.linalg.svd(centered, full_matrices=False).Vh[:16]
     weight = load.load_projection(tmp_path / "model" / "projection").linear.weight.double()
     torch.testing.assert_close(weight.T @ weight, principal.T @ principal, rtol=1e-3, atol=1e-3)  # the same subspace
     projected = load.load_projection(tmp_path / "model" / "projection")(hidden)
@@ -186,6 +188,24 @@ def test_components_of_other_classes_are_refused(tmp_path):
     (tmp_path / "vae" / "config.json").write_text(json.dumps(config | {"_class_name": "DiffusionPipeline"}))
     with pytest.raises(ValueError, match="not a diffusers autoencoder"):
         load.load_vae(tmp_path / "vae")
+
+
+def test_a_large_file_is_hashed_once_until_it_changes(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(digests, "_RACY_NS", -(10**12))
+    hashed, real = [], digests._hash
+    monkeypatch.setattr(digests, "_hash", lambda path: hashed.append(path) or real(path))
+    file, content = tmp_path / "model.safetensors", bytes(digests.LEAST_BYTES)
+    for data in (content, content[:-1] + b"1"):
+        file.write_bytes(data)
+        os.utime(file, ns=(0, 0))  # the second content has the size and the time of the first
+        assert {digests.sha256_of(file) for _ in range(3)} == {hashlib.sha256(data).digest()}
+    assert len(hashed) == 2
+    for damage in (b"{", b"[]", json.dumps({str(file): [1]}).encode()):
+        (tmp_path / "cache" / "cachetrain" / "sha256.json").write_bytes(damage)
+        assert digests.sha256_of(file) == hashlib.sha256(data).digest()
+    monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
+    assert digests.sha256_of(file) == hashlib.sha256(data).digest()
 
 
 def vae_fingerprint(directory):

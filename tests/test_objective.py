@@ -12,6 +12,7 @@ from diffusers.training_utils import compute_density_for_timestep_sampling, comp
 from cachetrain.diffusion.noise_schedulers import SD_SCHEDULE, make_scheduler, objective_of, sampler_for
 from cachetrain.diffusion.objective import (
     alpha_sigma,
+    denoised,
     min_snr_weights,
     noise_schedule,
     squared_error,
@@ -40,9 +41,11 @@ def test_ddpm_noising_and_targets_equal_diffusers(objective, batch):
     reference = ddpm()
     alphas = noise_schedule(make_scheduler(objective), "cpu")
     alpha, sigma = alpha_sigma(objective, timesteps, alphas)
-    torch.testing.assert_close(alpha * latents + sigma * noise, reference.add_noise(latents, noise, timesteps))
+    noisy = alpha * latents + sigma * noise
+    torch.testing.assert_close(noisy, reference.add_noise(latents, noise, timesteps))
     expected = noise if objective == "epsilon" else reference.get_velocity(latents, noise, timesteps)
     torch.testing.assert_close(target_of(objective, latents, noise, alpha, sigma), expected)
+    torch.testing.assert_close(denoised(objective, noisy, expected, alpha, sigma), latents, atol=1e-4, rtol=1e-4)
 
 
 def test_flow_noising_and_target_equal_diffusers_and_lead_back_to_the_image(batch):

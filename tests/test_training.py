@@ -505,6 +505,28 @@ def test_run_that_cannot_start_says_why(shapes, model_t5, tmp_path):
     assert str(damaged) in refused(data, model_t5, tmp_path / "d")
 
 
+def test_precision_that_is_not_given_is_fp32_on_a_cpu_and_what_it_was_in_a_resumed_run(
+    shapes, model_t5, tmp_path, capsys
+):
+    from cachetrain.training.run import _default_precision
+
+    argv = trainer_argv(shapes, model_t5, tmp_path / "run", "--max_steps", 1, "--batch_size", 2, "--is_custom")
+    start = argv.index("--precision")
+    argv = argv[:start] + argv[start + 2 :]
+    assert run_script("train_from_cached.py", *argv) == 0
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["precision"] == "fp32"
+    out = capsys.readouterr().out
+    assert "precision: fp32, since bf16 is up to 3 times slower on CPUs" in out and "--is_custom: not needed" in out
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [_default_precision(cpu, saved) for saved in ("bf16", "fp32", "bf16_pure")] == ["bf16", "fp32", "fp32"]
+    assert [_default_precision(gpu, saved) for saved in (None, "fp32")] == ["bf16", "fp32"]
+
+
+def test_captions_longer_than_force_toklen_are_refused(shapes, model_t5, tmp_path):
+    message = refused(shapes, model_t5, tmp_path / "run", "--force_toklen", 3)
+    assert "the longest caption in" in message and "create_t5cache_768.py --max_length 3" in message
+
+
 def test_headerless_caches_train_with_one_warning(shapes, model_t5, tmp_path, capsys):
     data = without_headers(shapes, tmp_path / "data")
     assert "vae_scaling_factor" in refused(data, model_t5, tmp_path / "a")

@@ -23,7 +23,7 @@ def image_parser(doc: str, kind: str, model: str) -> argparse.ArgumentParser:
         action="store_true",
         help="load the VAE with the pipeline code in the model's repository; this RUNS that code",
     )
-    size = parser.add_argument_group("size at which images are encoded (resized to cover it, then centre-cropped)")
+    size = parser.add_argument_group("size at which images are encoded (resized to cover it, then center-cropped)")
     size.add_argument(
         "--resolution",
         type=resolution,

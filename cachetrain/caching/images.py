@@ -87,7 +87,7 @@ def decode_file(path: str, sizes: list[tuple[int, int]]) -> Decoded:
 def decode(
     data: bytes, sizes: list[tuple[int, int]]
 ) -> tuple[np.ndarray, tuple[int, int], tuple[float, float, float, float]]:
-    """Decodes an image file's bytes: upright, sRGB, on white, cover-resized and centre-cropped.
+    """Decodes an image file's bytes: upright, sRGB, on white, cover-resized and center-cropped.
 
     Metadata that cannot be read is ignored.
 
@@ -155,7 +155,7 @@ def _resized(image, turn, size, box):
 
 
 def cover_box(size: tuple[int, int], width: int, height: int) -> tuple[float, float, float, float]:
-    """The largest centred box of the ratio width:height in an image of `size` (width, height).
+    """The largest centered box of the ratio width:height in an image of `size` (width, height).
 
     Returns:
         (left, top, right, bottom) in pixels.

@@ -68,7 +68,7 @@ def select(
     can_write = lru_cache(1024)(lambda folder: os.access(folder, os.W_OK | os.X_OK))
     selected = Pairs()
     mine = (pair for pair in pairs if ranks.is_mine(pair.image))
-    with tqdm(desc="checking", unit="image", disable=None, leave=False) as progress:
+    with tqdm(desc="checking", unit=summary.unit, disable=None, leave=False) as progress:
         for pair, (state, metadata) in in_threads(check, mine):
             progress.update()
             if isinstance(state, Exception):

@@ -29,6 +29,7 @@ class RunSummary:
         roots: the data roots. Enlarged images are listed in `_upscaled<suffix>.txt` of the first.
 
     Attributes:
+        unit: what is encoded: "image" or "caption".
         counts: number of sidecars by state ("fresh", "stale", ...), and of those "encoded", "failed", "truncated" and
             "upscaled".
         leftovers: walk.Leftovers: sidecars without an image, and what this run does not use.
@@ -37,6 +38,7 @@ class RunSummary:
 
     def __init__(self, kind: str, roots: Sequence[str], suffix: str):
         self.kind = kind
+        self.unit = "caption" if kind.startswith("txt_") else "image"
         self.leftovers = Leftovers(suffix)
         self.counts = Counter()
         self.times_s = Counter()
@@ -130,7 +132,8 @@ class RunSummary:
         ):
             if counts[key]:
                 parts.append(f"{counts[key]} {words}")
-        line = f"{self.kind}: {', '.join(parts)} in {elapsed_s:.1f} s, {counts['encoded'] / elapsed_s:.1f} images/s"
+        line = f"{self.kind}: {', '.join(parts)} in {elapsed_s:.1f} s, "
+        line += f"{counts['encoded'] / elapsed_s:.1f} {self.unit}s/s"
         return line + (f", {times_s['waiting'] / times_s['encoding']:.0%} data wait" if times_s["encoding"] else "")
 
     def finish(self, show_coverage: bool = False) -> int:

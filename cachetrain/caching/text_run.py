@@ -104,7 +104,9 @@ def _encode(args, pairs, make_encoder, fields, summary):
     encode = make_encoder(device, dtype)
     fields = {**fields, "compute_dtype": str(dtype).removeprefix("torch.")}
     store_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.store_dtype]
-    progress = tqdm(total=len(pairs), desc=fields["kind"], unit="image", disable=None if ranks.rank() == 0 else True)
+    progress = tqdm(
+        total=len(pairs), desc=fields["kind"], unit=summary.unit, disable=None if ranks.rank() == 0 else True
+    )
     with progress, Writer(summary, progress) as writer:
         windows = (_by_caption(window, summary, progress) for window in _windows(pairs))
         for images_of in summary.time_waiting(windows, progress):

@@ -80,9 +80,21 @@ def needed_bytes(index: PairIndex) -> int:
 
 
 def available_bytes() -> int | None:
-    """Memory that can be allocated without swapping; None on systems without /proc/meminfo."""
+    """Memory that can be allocated without swapping, on the machine and in the container; None if it is not known."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    limits = [number for number in (free, _container_bytes()) if number is not None]
+    return min(limits) if limits else None
+
+
+def _container_bytes(cgroup="/sys/fs/cgroup"):
+    """What is left of a container's limit (cgroup v2), where pages of files can be dropped; None without a limit."""
+    try:
+        limit, used, stat = ((Path(cgroup) / f"memory.{name}").read_text() for name in ("max", "current", "stat"))
+        droppable = dict(line.split() for line in stat.splitlines()).get("inactive_file", "0")
+        return max(0, int(limit) - int(used) + int(droppable))
+    except (OSError, ValueError):  # "max": no limit
+        return None

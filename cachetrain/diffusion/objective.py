@@ -78,6 +78,17 @@ def target_of(
     return noise - latents
 
 
+def denoised(
+    objective: str, noisy: torch.Tensor, prediction: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor
+) -> torch.Tensor:
+    """The x_0 that a prediction for `noisy` = alpha x_0 + sigma noise amounts to; inverse of `target_of`."""
+    if objective == "epsilon":
+        return (noisy - sigma * prediction) / alpha
+    if objective == "v_prediction":
+        return alpha * noisy - sigma * prediction
+    return noisy - sigma * prediction
+
+
 def min_snr_weights(objective: str, alpha: torch.Tensor, sigma: torch.Tensor, gamma: float) -> torch.Tensor:
     """Min-SNR-gamma (Hang et al. 2023) as a weight on the squared error of the objective's target, float32 [B].
 

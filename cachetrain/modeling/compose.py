@@ -242,7 +242,7 @@ def projection_into_unet(stage: Path, projection: T5Projection) -> None:
 def make_projection(model_dir: Path, width: int, seed: int, options: ProjectionOptions) -> T5Projection:
     """Makes the projection for a model directory that has text_encoder/ and tokenizer/.
 
-    With captions: the `width` leading principal components of their hidden states, centred. Without: a random
+    With captions: the `width` leading principal components of their hidden states, centered. Without: a random
     orthogonal map (orthonormal rows), which preserves distances as well as `width` dimensions can. Both are scaled to
     unit standard deviation over the captions (PLAIN_CAPTIONS if none are given).
 

@@ -17,7 +17,6 @@ from typing import NamedTuple, Protocol
 import torch
 
 from cachetrain.modeling import load
-from cachetrain.modeling.t5_pipeline import pad_embeddings
 
 # Of the tensors in sidecars, as safetensors names them; F64 as other programs may write it.
 FLOATS = ("F16", "BF16", "F32", "F64")
@@ -188,6 +187,8 @@ class Conditioning:
             dict: encoder_hidden_states [B, T, D]; encoder_attention_mask bool [B, T], True where there is text, or
             None; and, if the kind has vectors or time ids, added_cond_kwargs, a dict of [B, D].
         """
+        from cachetrain.modeling.t5_pipeline import pad_embeddings  # diffusers: not needed to encode captions
+
         sequences = [condition[self.row.sequence] for condition in conditions]
         hidden, mask = pad_embeddings(sequences, multiple) if self.row.masked else (torch.stack(sequences), None)
         arguments = {"encoder_hidden_states": hidden, "encoder_attention_mask": mask}

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 
 from cachetrain import cli
 from cachetrain.log import describe, first_line
+from cachetrain.modeling.digests import sha256_of
 from cachetrain.modeling.files import CONFIG, component_files, only_files, read_config, read_json
-from cachetrain.reading import open_regular, read_text
+from cachetrain.reading import read_text
 
 if TYPE_CHECKING:
     import torch
@@ -176,8 +177,7 @@ def fingerprint(files: Iterable[Path]) -> str:
                 content = {k: v for k, v in content.items() if k[:1] != "_" and k not in _INCIDENTAL}
             digest.update(path.name.encode() + json.dumps(content, sort_keys=True).encode())
         else:
-            with open_regular(path) as file:
-                digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+            digest.update(path.name.encode() + sha256_of(path))
     return digest.hexdigest()
 
 

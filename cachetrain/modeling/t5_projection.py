@@ -8,7 +8,7 @@ from diffusers.models.modeling_utils import ModelMixin
 class T5Projection(ModelMixin, ConfigMixin):
     """`scaling_factor * (W x + b)`: T5 hidden states [B, T, in_features] -> [B, T, out_features].
 
-    W has orthonormal rows (random, or principal components of a caption set, then b centres); scaling_factor is
+    W has orthonormal rows (random, or principal components of a caption set, then b centers); scaling_factor is
     1/std of the result, so that the UNet's cross-attention sees unit variance as it does with CLIP.
     """
 

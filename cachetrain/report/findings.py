@@ -53,7 +53,7 @@ def _validation(scalars):
     if len(values) - 1 - best >= _PATIENCE:
         return "note", (
             f"{first} to {values[best]:.4g} at step {steps[best]:,} and has not improved in the "
-            f"{len(values) - 1 - best} validations since: the model may be memorising the training data"
+            f"{len(values) - 1 - best} validations since: the model may be memorizing the training data"
         )
     if values[best] > _HARDLY_FALLEN * values[0]:
         return "note", (
@@ -64,7 +64,7 @@ def _validation(scalars):
     if values[-1] > _RISEN_VALIDATION * values[best]:
         return "bad", (
             f"{tag} is rising: {values[best]:.4g} at step {steps[best]:,}, {values[-1]:.4g} at step "
-            f"{steps[-1]:,}. If the training loss falls, the model is memorising; if not, lower --lr"
+            f"{steps[-1]:,}. If the training loss falls, the model is memorizing; if not, lower --lr"
         )
     last = "the lowest so far" if best == len(values) - 1 else f"lowest {values[best]:.4g} at step {steps[best]:,}"
     return "good", f"{first} to {values[-1]:.4g} (step {steps[-1]:,}), {last}"
@@ -78,7 +78,7 @@ def _training_loss(scalars):
     early, late = np.median(values[:tenth]), np.median(values[-tenth:])
     summary = f"loss_raw: {early:.4g} in the first tenth of the run, {late:.4g} in the last"
     if late < 0.95 * early:
-        return "good", f"{summary}; use --val_split to see whether the model learns or memorises"
+        return "good", f"{summary}; use --val_split to see whether the model learns or memorizes"
     return "note", f"{summary}. A loss that hardly falls is usual in fine-tuning; judge by samples and --val_split"
 
 

@@ -87,10 +87,11 @@ class Renderer(NamedTuple):
             generators,
         )
         # One at a time, because decoding takes much memory.
-        return [_decode(self.vae, latent) for latent in latents.to(self.vae.device).split(1)]
+        return [decode_image(self.vae, latent) for latent in latents.to(self.vae.device).split(1)]
 
 
-def _decode(vae, latents):
+def decode_image(vae: torch.nn.Module, latents: torch.Tensor) -> Image.Image:
+    """Decodes latents [1, C, h, w] (scaling_factor applied) to a picture."""
     # Without the caller's autocast, because the SDXL VAE overflows in float16.
     with torch.autocast(latents.device.type, enabled=False):
         pixels = decode_latents(vae, latents)[0].mul(127.5).add(127.5).round().to(torch.uint8)

@@ -16,6 +16,7 @@ from cachetrain.log import describe, first_line, warn
 from cachetrain.modeling import load, trainable
 from cachetrain.modeling.conditioning import check_unet, text_kind
 from cachetrain.modeling.files import component_files
+from cachetrain.training import memory
 from cachetrain.training.optimizers import OPTIMIZERS
 
 
@@ -42,6 +43,12 @@ def check_fit(index, config: dict, args: Namespace) -> None:
         raise ValueError(
             f"{where}: captions were cached with a projection, but the UNet has a projection itself; cache the "
             "captions with create_t5cache_768.py --raw"
+        )
+    longest = int(index.tokens.max())
+    if args.force_toklen and longest > args.force_toklen:
+        raise ValueError(
+            f"--force_toklen {args.force_toklen}: the longest caption in {where} has {longest} tokens; cache the "
+            f"captions again with create_t5cache_768.py --max_length {args.force_toklen}"
         )
     if args.cond_dropout > 0.25:
         warn(f"--cond_dropout {args.cond_dropout}: above 0.25 the model learns little from captions; default: 0.04")
@@ -95,7 +102,7 @@ def _made_with_others(header, settings, files):
 
 def check_start(run, resumed) -> None:
     """Checks, before weights are loaded, that the caches fit the UNet, that the --unfreeze_* flags name existing
-    parts, and that the disk has room for a checkpoint.
+    parts, that the disk has room for a checkpoint, and, with a warning only, that memory has room for a step.
 
     Args:
         run: Run.
@@ -128,6 +135,7 @@ def check_start(run, resumed) -> None:
             f"{args.output_dir}: a checkpoint takes {needed / 2**30:.1f} GiB, and {num_saves} are planned, but only "
             f"{free / 2**30:.1f} GiB are free: use --keep_last or a higher --save_steps"
         )
+    memory.report(run, unet)
 
 
 def _frozen_bytes(model_dir):
@@ -151,15 +159,16 @@ def check_model(run) -> list[str]:
         run: Run.
 
     Returns:
-        notes for users of the files in --ckpt_dir.
+        notes for the user.
 
     Raises:
         ValueError: of `check_encoders`; the model cannot be exported as a single file.
     """
     check_encoders(run.index, run.model_dir)
-    if not run.args.ckpt_dir:
-        return []
-    return [f"--ckpt_dir: {note}" for note in check_exportable(run.model_dir, run.noise_scheduler)[0]]
+    notes = ["--is_custom: not needed here, the model's code is not run"] if run.args.is_custom else []
+    if run.args.ckpt_dir:
+        notes += [f"--ckpt_dir: {note}" for note in check_exportable(run.model_dir, run.noise_scheduler)[0]]
+    return notes
 
 
 def is_out_of_memory(error: BaseException) -> bool:

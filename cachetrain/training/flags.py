@@ -17,6 +17,7 @@ import os
 from cachetrain import cli
 from cachetrain.data.sidecar import SUFFIXES
 from cachetrain.modeling import trainable
+from cachetrain.training import spellings
 from cachetrain.training.lr_schedule import SCHEDULES
 from cachetrain.training.optimizers import OPTIMIZERS
 
@@ -28,6 +29,7 @@ _GAMMA = cli.Number(float, 0.01, 1000)
 _RATE = cli.Number(float, 0, 10)
 _DECAY = cli.Number(float, 0, 100)
 _OFFSET = cli.Number(float, 0, 10)
+_CYCLES = cli.Number(float, 0, 1000, exclude=(0,))
 _BELOW_1 = cli.Number(float, 0, 1, exclude=(1,))
 _STEPS, _STEPS_OR_0 = cli.StepCount(1), cli.StepCount(0)
 _CORES = cli.cores_of_this_rank()
@@ -97,9 +99,11 @@ def _data_flags(group):
           resume="free",  # the pairs in it are compared
           help="directories with cached images and captions, subfolders included; each pair of DIR comes up REPEATS "
                "times in an epoch, from 0.001 to 10000; default: once")
-    _flag(group, "--model", required=True, resume="free",
+    _flag(group, "--model", "--pretrained_model", required=True, resume="free",
           help="pipeline directory, checkpoint or Hugging Face model id whose UNet is trained; a bare UNet without "
                "VAE and text encoder trains too, but cannot draw samples")
+    _flag(group, "--is_custom", action="store_true", resume="silent",
+          help="accepted from other trainers' scripts: a model's parts are loaded one by one, its code is never run")
     _flag(group, "--revision", resume="free", help="branch, tag or commit of a Hugging Face model id")
     _flag(group, "--imgcache_suffix", default=SUFFIXES["img_sdxl"],
           help="file name suffix of the cached images, as the image cache script wrote them")
@@ -107,6 +111,8 @@ def _data_flags(group):
           help="file name suffix of the cached captions, as the text cache script wrote them")
     _flag(group, "--force_txtcache", metavar="FILE",
           help="use this one cached caption for every image, for training without captions")
+    _flag(group, "--force_toklen", type=cli.positive_int, metavar="N", resume="free",
+          help="check that no cached caption has more than N tokens; shorter ones are padded and masked in any case")
     _flag(group, "--repeats", type=cli.repeats, default=1.0, resume="free",  # what it comes to is compared
           help="how often each pair comes up in an epoch, times REPEATS of its DIR and the number in multiply.txt; "
                "with 1.5 half of the pairs, drawn anew in each epoch, come up twice")
@@ -174,9 +180,12 @@ def _optimization_flags(group):
     _flag(group, "--lr_decay_steps", type=_STEPS, metavar="N|Ne", resume="free",
           help="when the learning rate reaches its last value, counted from the start of the run: optimizer steps, "
                "or epochs like 2e; default: 1.1 x max_steps, so that the run ends before the rate is 0")
-    _flag(group, "--min_lr_rate", type=cli.share, metavar="SHARE",
-          help="last learning rate of cosine_with_min_lr, as a share of the peak; default: 0.1")
-    _flag(group, "--optimizer", choices=OPTIMIZERS, default="adamw",
+    _flag(group, "--min_lr_rate", "--min_lr_ratio", type=cli.share, metavar="SHARE",
+          help="last learning rate of cosine_with_min_lr and linear_with_min_lr, as a share of the peak; "
+               "default: 0.1")
+    _flag(group, "--num_cycles", type=_CYCLES, metavar="X",
+          help="waves of cosine and cosine_with_min_lr: 0.5 falls once, 1 falls and rises again; default: 0.5")
+    _flag(group, "--optimizer", type=spellings.optimizer, choices=OPTIMIZERS, default="adamw",
           help="adamw: torch's, fused; lion: half of its state; stableadamw: AdamW that takes smaller steps after a "
                "jump of the gradients; adamw8: state in 8 bits, pip install bitsandbytes; prodigy: finds the "
                "learning rate itself, pip install prodigyopt")
@@ -195,9 +204,12 @@ def _optimization_flags(group):
 
 
 def _speed_flags(group):
-    _flag(group, "--precision", choices=("bf16", "bf16_pure", "fp32", "fp16"), default="bf16",
+    _flag(group, "--precision", choices=("bf16", "bf16_pure", "fp32", "fp16"),
           help="bf16: float32 weights, computed in bfloat16; bf16_pure: bfloat16 weights too, half the memory, with "
-               "Kahan-compensated updates; fp32: all in float32; fp16: with loss scaling, for GPUs without bfloat16")
+               "Kahan-compensated updates; fp32: all in float32; fp16: with loss scaling, for GPUs without bfloat16; "
+               "default: bf16 on a GPU, fp32 on a CPU, and what it was saved with for a resumed run")
+    _flag(group, "--fp32", action="store_const", const="fp32", dest="precision", default=argparse.SUPPRESS,
+          help="the same as --precision fp32")
     _flag(group, "--allow_tf32", action="store_true", resume="rounding",
           help="compute in TensorFloat-32 in place of float32: faster, less exact; CUDA only")
     _flag(group, "--gradient_checkpointing", action="store_true", resume="rounding",

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from cachetrain import cli
 from cachetrain.training.flags import add_flags
 from cachetrain.training.optimizers import OPTIMIZERS, check_optimizer, default_betas
+from cachetrain.training.spellings import INSTEAD
 
 
 def parse_args(doc: str, argv: list[str] | None = None) -> Namespace:
@@ -17,6 +18,7 @@ def parse_args(doc: str, argv: list[str] | None = None) -> Namespace:
         SystemExit: a flag is wrong, or cannot apply to this run.
     """
     parser = cli.parser(doc)
+    parser.instead = INSTEAD
     add_flags(parser)
     args = parser.parse_args(argv)
     for message in _conflicts(args):
@@ -59,8 +61,10 @@ def _rate_conflicts(args):
         yield f"--lr_decay_steps does nothing with --scheduler {args.scheduler}"
     if args.scheduler == "constant" and args.warmup_steps is not None and args.warmup_steps.resolve(1) > 0:
         yield "--warmup_steps: --scheduler constant has no warm-up; use constant_with_warmup"
-    if args.scheduler != "cosine_with_min_lr" and args.min_lr_rate is not None:
-        yield "--min_lr_rate needs --scheduler cosine_with_min_lr"
+    if not args.scheduler.endswith("_with_min_lr") and args.min_lr_rate is not None:
+        yield "--min_lr_rate needs --scheduler cosine_with_min_lr or linear_with_min_lr"
+    if not args.scheduler.startswith("cosine") and args.num_cycles is not None:
+        yield "--num_cycles needs --scheduler cosine or cosine_with_min_lr"
     if args.scale_lr and OPTIMIZERS[args.optimizer].finds_rate:
         yield f"--scale_lr cannot be combined with --optimizer {args.optimizer}, which finds the rate itself"
 

@@ -25,7 +25,7 @@ from cachetrain.data.split import open_index
 from cachetrain.diffusion.noise_schedulers import make_scheduler, objective_of
 from cachetrain.diffusion.objective import noise_schedule
 from cachetrain.distributed import World, wrap
-from cachetrain.log import warn
+from cachetrain.log import info, warn
 from cachetrain.modeling import load, trainable
 from cachetrain.modeling.conditioning import Conditioning
 from cachetrain.modeling.files import read_config
@@ -85,6 +85,7 @@ class Run:
             plan.decay_steps,
             min_lr_rate=args.min_lr_rate,
             peak_lr=plan.peak_lr,
+            num_cycles=args.num_cycles or 0.5,
         )
 
     def data_info(self) -> dict:
@@ -144,7 +145,8 @@ class TrainState(NamedTuple):
 
 
 def open_run(args: Namespace, world: World, saved_settings: dict | None = None) -> Run:
-    """Lists the data and reads the model's configuration; loads no weights. Resolves --use_snr auto in `args`.
+    """Lists the data and reads the model's configuration; loads no weights. Resolves in `args` what the flags leave
+    open: --use_snr auto and the precision.
 
     Args:
         saved_settings: of the checkpoint that the run resumes from, as of resume.settings_of; None: a new run.
@@ -157,6 +159,8 @@ def open_run(args: Namespace, world: World, saved_settings: dict | None = None) 
     noise_scheduler = open_noise_scheduler(model_dir, args.objective, args.zero_terminal_snr)
     if args.use_snr == "auto":
         args.use_snr = (saved_settings or {}).get("use_snr", objective_of(noise_scheduler) != "flow")
+    if args.precision is None:
+        args.precision = _default_precision(world.device, (saved_settings or {}).get("precision"))
     dtype = torch.bfloat16 if args.precision.startswith("bf16") else torch.float32
     return Run(
         args=args,
@@ -173,6 +177,16 @@ def open_run(args: Namespace, world: World, saved_settings: dict | None = None) 
         conditioning=Conditioning(index.text_kind, args.text_scaling_factor, dtype),
         autocast=autocast_for(world.device, args.precision),
     )
+
+
+def _default_precision(device, saved):
+    """That of the checkpoint, if it was a default; else bf16 on a GPU, fp32 on a CPU."""
+    if saved in ("bf16", "fp32"):
+        return saved
+    if device.type != "cpu":
+        return "bf16"
+    info("precision: fp32, since bf16 is up to 3 times slower on CPUs without instructions for it (--precision bf16)")
+    return "fp32"
 
 
 def open_noise_scheduler(model_dir: Path, objective: str | None, zero_terminal_snr: bool = False):

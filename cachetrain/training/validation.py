@@ -171,7 +171,7 @@ class Validation:
             self._warned = True
             warn(
                 f"the validation loss has not improved in {_PATIENCE} validations (step {step}: {loss:.5f}, best "
-                f"{self._best:.5f}); further training may only memorise the training data"
+                f"{self._best:.5f}); further training may only memorize the training data"
             )
 
 

@@ -31,7 +31,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser.add_argument(
         "--cache_suffix",
         metavar="SUFFIX",
-        help=f"suffix of the sidecars in folders; default: {' and '.join(previews.IMAGE_CACHE_SUFFIXES)}",
+        help="suffix of the sidecars in folders; default: all that begin with .img_",
     )
     output = parser.add_mutually_exclusive_group(required=True)
     output.add_argument("--out", type=Path, metavar="DIR", help="write a PNG per sidecar into this folder")
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     from tqdm import tqdm
 
-    suffixes = [args.cache_suffix] if args.cache_suffix else previews.IMAGE_CACHE_SUFFIXES
+    suffixes = previews.image_cache_suffixes(args.paths, args.cache_suffix)
     # By absolute path, because a sidecar may be named beside its folder.
     found = list({os.path.abspath(path): path for path in walk.find_sidecars(args.paths, suffixes)}.values())
     if not found:

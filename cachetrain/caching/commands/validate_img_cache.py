@@ -33,7 +33,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser.add_argument(
         "--cache_suffix",
         metavar="SUFFIX",
-        help=f"suffix of the sidecars; default: {' and '.join(previews.IMAGE_CACHE_SUFFIXES)}",
+        help="suffix of the sidecars; default: all that begin with .img_",
     )
     arguments.add_subset_arguments(parser, 100)
     parser.add_argument(
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def find_cached(args: Namespace, fail: previews.Failures) -> list[tuple[str, str]]:
     """Returns a list of (sidecar, its image)."""
-    suffixes = [args.cache_suffix] if args.cache_suffix else previews.IMAGE_CACHE_SUFFIXES
+    suffixes = previews.image_cache_suffixes(args.data_root, args.cache_suffix)
     candidates = (
         (str(sidecar_path(pair.image, suffix)), pair.image)
         for pair in walk.find_images(args.data_root, fail)

@@ -28,9 +28,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser.add_argument(
         "--resolution",
         type=arguments.resolution,
-        default=512,
         metavar="N",
-        help="side in pixels of the centre square that is encoded, 64 to 2048 in steps of 64",
+        help="side in pixels of the center square that is encoded; smaller images are enlarged to it; default: 512, "
+        "or less for a smaller image, which is not enlarged",
     )
     parser.add_argument(
         "--out", type=arguments.png_file, metavar="FILE", help=f"write a PNG of the first {_MAX_ROWS} images"
@@ -46,18 +46,20 @@ def main(argv: list[str] | None = None) -> int:
     fail = previews.Failures()
     paths = many_files.random_subset(find_images(args.paths, fail), args.num_images, args.seed)
     decoder = previews.Decoder(args, fail)
-    check_vae(decoder.vae, [(args.resolution, args.resolution)])
+    side = args.resolution or 512
+    check_vae(decoder.vae, [(side, side)])
     values, shown = [], []
     say(f"{'PSNR':>7}  image")
-    for comparison in round_trips(decoder, paths, args.resolution):
-        say(f"{comparison.psnr:7.2f}  {comparison.name}")
+    for comparison in round_trips(decoder, paths, side, enlarge=args.resolution is not None):
+        smaller = f"  ({len(comparison.source)}x{len(comparison.source)})" * (len(comparison.source) < side)
+        say(f"{comparison.psnr:7.2f}  {comparison.name}{smaller}")
         values.append(comparison.psnr)
         if len(shown) < _MAX_ROWS:
             shown.append(comparison)
     vae = f"{type(decoder.vae).__name__} of {args.model}, {decoder.vae.config.latent_channels} channels"
-    say(f"{previews.psnr_summary(values)} at {args.resolution}x{args.resolution}, {vae}")
+    say(f"{previews.psnr_summary(values)} at {side}x{side}, {vae}")
     if args.out and shown:
-        save_png(previews.comparison_sheet(shown, max_side=args.resolution), args.out, model=args.model)
+        save_png(previews.comparison_sheet(shown, max_side=side), args.out, model=args.model)
         say(args.out)
     return 1 if fail.count else 0
 
@@ -72,16 +74,20 @@ def find_images(paths: list[str], fail: previews.Failures) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def round_trips(decoder: previews.Decoder, paths: list[str], side: int) -> Iterator[previews.Comparison]:
-    """Yields a Comparison per image that can be read."""
+def round_trips(
+    decoder: previews.Decoder, paths: list[str], side: int, enlarge: bool
+) -> Iterator[previews.Comparison]:
+    """Yields a Comparison per image that can be read. `side`, `enlarge`: see previews.square_pixels."""
     for start in range(0, len(paths), decoder.batch_size):
-        sources = {}
+        by_side = {}
         for path in paths[start : start + decoder.batch_size]:
             try:
-                sources[path] = previews.source_pixels(path, side, side)
+                pixels = previews.square_pixels(path, side, enlarge)
             except (OSError, ValueError) as error:
                 decoder.fail(path, error)
-        if sources:
+            else:
+                by_side.setdefault(len(pixels), {})[path] = pixels
+        for sources in by_side.values():
             latents = map(previews.Latent, sources, decoder.encode(list(sources.values())))
             for latent, pixels in decoder.pictures(latents):
                 yield previews.compare(latent.path, sources[latent.path], pixels)

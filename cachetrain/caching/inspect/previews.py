@@ -4,6 +4,7 @@ Imports no torch until a `Decoder` is made, so that `--help` answers at once.
 """
 
 import hashlib
+import os
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from cachetrain.caching import images
 from cachetrain.caching.messages import failure_line, print_line
 from cachetrain.data import sidecar
-from cachetrain.data.walk import MAX_IMAGE
+from cachetrain.data.walk import MAX_IMAGE, walk_folders
 from cachetrain.modeling import load
 from cachetrain.modeling.files import component_files
 from cachetrain.reading import read_bytes
@@ -22,10 +23,30 @@ from cachetrain.reading import read_bytes
 if TYPE_CHECKING:
     import torch
 
-IMAGE_CACHE_SUFFIXES = tuple(suffix for kind, suffix in sidecar.SUFFIXES.items() if kind.startswith("img_"))
+_IMAGE_CACHE_SUFFIXES = tuple(suffix for kind, suffix in sidecar.SUFFIXES.items() if kind.startswith("img_"))
 
 # The differences that a good VAE leaves are too dark to see.
 _DIFFERENCE_GAIN = 4
+_LEAST_SIDE = 64  # of an image that a VAE is shown
+
+
+def image_cache_suffixes(paths: Iterable[str], suffix: str | None) -> list[str]:
+    """Returns the suffixes of image sidecars to look for: the one asked for, else all .img_* in and below folders.
+
+    Args:
+        paths: folders; other paths are passed over.
+    """
+    if suffix:
+        return [suffix]
+    folders, visited = filter(os.path.isdir, paths), set()
+    names = (
+        name for root in folders for folder in walk_folders(root, visited, _is_image_cache) for name in folder.names
+    )
+    return sorted({os.path.splitext(name)[1] for name in names}) or list(_IMAGE_CACHE_SUFFIXES)
+
+
+def _is_image_cache(name):
+    return os.path.splitext(name)[1].startswith(".img_")
 
 
 class Latent(NamedTuple):
@@ -168,8 +189,32 @@ def source_pixels(path: str, width: int, height: int, sha256: str | None = None)
     data = read_bytes(path, MAX_IMAGE)
     if sha256 and hashlib.sha256(data).hexdigest() != sha256:
         return None
+    return _decode(path, data, (width, height))[0]
+
+
+def square_pixels(path: str, side: int, enlarge: bool) -> np.ndarray:
+    """Decodes the center square of an image file, to uint8 [side, side, 3].
+
+    Args:
+        enlarge: whether a smaller image is enlarged; else its side is the largest multiple of 64 that it has.
+
+    Raises:
+        OSError, ValueError: the file cannot be read, is no image, or is below 64 pixels and not to be enlarged.
+    """
+    data = read_bytes(path, MAX_IMAGE)
+    pixels, original_size, _ = _decode(path, data, (side, side))
+    if enlarge or min(original_size) >= side:
+        return pixels
+    if min(original_size) < _LEAST_SIDE:
+        width, height = original_size
+        raise ValueError(f"{path}: is {width}x{height}; to enlarge it, pass --resolution")
+    smaller = min(original_size) // _LEAST_SIDE * _LEAST_SIDE
+    return _decode(path, data, (smaller, smaller))[0]
+
+
+def _decode(path, data, size):
     try:
-        return images.decode(data, [(width, height)])[0]
+        return images.decode(data, [size])
     except UnidentifiedImageError as error:
         raise ValueError(f"{path}: {images.NOT_AN_IMAGE}") from error
     # Pillow's plugins raise almost anything on malformed input.

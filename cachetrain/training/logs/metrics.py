@@ -97,15 +97,15 @@ class Metrics:
     def histogram(self, tag: str, counts: np.ndarray, edges: np.ndarray, step: int) -> None:
         """Writes a histogram as numpy.histogram returns it: counts [N], edges [N + 1]."""
         counts, edges = np.asarray(counts, np.float64), np.asarray(edges, np.float64)
-        centres = (edges[1:] + edges[:-1]) / 2
+        centers = (edges[1:] + edges[:-1]) / 2
         self._event(
             lambda writer: writer.add_histogram_raw(
                 tag,
                 min=edges[0],
                 max=edges[-1],
                 num=counts.sum(),
-                sum=(counts * centres).sum(),
-                sum_squares=(counts * centres**2).sum(),
+                sum=(counts * centers).sum(),
+                sum_squares=(counts * centers**2).sum(),
                 bucket_limits=edges[1:].tolist(),
                 bucket_counts=counts.tolist(),
                 global_step=step,
