@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from cachetrain.atomic import atomic_write
-from cachetrain.reading import open_regular
+from cachetrain.reading import open_regular, read_json
 
 LEAST_BYTES = 2**20  # smaller files are hashed at once
 _RACY_NS = 2 * 10**9  # a file this young may change again within the clock's resolution
@@ -49,7 +49,6 @@ def _list_path():
 
 def _read_list():
     try:
-        known = json.loads(_list_path().read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return read_json(_list_path())
+    except (OSError, ValueError):
         return {}
-    return known if isinstance(known, dict) else {}
