@@ -24,7 +24,7 @@ from cachetrain.distributed import copy_to_host
 from cachetrain.log import first_line, warn
 from cachetrain.modeling.files import component_files, pipeline_code, read_json
 
-FROZEN = ("vae", "text_encoder", "tokenizer", "projection")
+FROZEN = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "projection")
 PIPELINE = "pipeline.py"
 TRIGGER = "trigger.checkpoint"
 

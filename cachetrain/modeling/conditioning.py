@@ -27,7 +27,7 @@ class TextKind(NamedTuple):
     """The tensors of one kind of text sidecar.
 
     Attributes:
-        encoder: architecture of the text encoder: "clip" or "t5".
+        encoder: what encodes the captions, of load.text_family: "clip", "t5" or "sdxl".
         masked: sequences differ in length, and padding is hidden from cross-attention; False: the UNet attends to all
             positions.
         sequence: name of the tensor [T, D] that becomes encoder_hidden_states.
@@ -45,6 +45,7 @@ class TextKind(NamedTuple):
 KINDS = {
     "txt_clipl": TextKind("clip", masked=False),  # SD1.5 was trained to attend to all 77 positions, padding included
     "txt_t5cache": TextKind("t5", masked=True),
+    "txt_sdxl": TextKind("sdxl", masked=False, vectors={"pooled": "text_embeds"}, time_ids=True),
 }
 
 
@@ -107,11 +108,13 @@ class Conditioning:
         kind: kind of the text sidecars, a key of KINDS.
         scale: factor for every text tensor.
         dtype: dtype of the conditions. bfloat16 halves the copy to a device that computes in bfloat16 anyway.
+        time_ids: the six time ids of images whose sidecars do not record them; None: such images are an error.
     """
 
     kind: str
     scale: float = 1.0
     dtype: torch.dtype = torch.float32
+    time_ids: tuple[float, ...] | None = None
     row: TextKind = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
@@ -122,15 +125,16 @@ class Conditioning:
         names = (self.row.sequence, *self.row.vectors)
         return {name: (tensors[name].float() * self.scale).to(self.dtype) for name in names}
 
-    def of_image(self, header: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    def of_image(self, header: Mapping[str, str], flipped: bool = False) -> dict[str, torch.Tensor]:
         """Returns the part of a condition that comes from the image sidecar; {} for kinds without time ids.
 
         Args:
             header: metadata of the image sidecar.
+            flipped: the mirrored image is trained; its left is the right of the original.
 
         Returns:
             {"time_ids": float32 [6]}: original height and width, crop top and left in pixels of the resized image,
-            height and width.
+            height and width; whole numbers, as SDXL was trained with.
 
         Raises:
             ValueError: the header lacks size or crop.
@@ -142,12 +146,21 @@ class Conditioning:
             original = int(header["original_height"]), int(header["original_width"])
             left, top, right, _ = map(float, header["crop_box"].split(","))
         except (KeyError, ValueError) as error:
+            if self.time_ids is not None:
+                return {TIME_IDS: torch.tensor(self.time_ids)}
             raise ValueError(
-                f"captions of kind {self.kind} need each image's size and crop, but the header of an image cache "
-                f"lacks them ({error}); run the image cache script again"
+                "the UNet needs each image's size and crop, but the header of an image cache lacks them "
+                f"({error}); run the image cache script again, or pass --time_ids to give all images the same"
             ) from error
         scale = width / (right - left)  # the crop box is in pixels of the original image
-        return {TIME_IDS: torch.tensor([*original, top * scale, left * scale, height, width])}
+        left = original[1] - right if flipped else left
+        return {TIME_IDS: torch.tensor([*original, round(top * scale), round(left * scale), height, width]).float()}
+
+    def of_size(self, height: int, width: int) -> dict[str, torch.Tensor]:
+        """Like `of_image`, for a picture to be drawn: not resized, not cropped."""
+        if not self.row.time_ids:
+            return {}
+        return {TIME_IDS: torch.tensor([height, width, 0, 0, height, width]).float()}
 
     def collate(self, conditions: Sequence[Mapping[str, torch.Tensor]], multiple: int = 8) -> dict:
         """Returns the UNet's keyword arguments for a batch of B conditions.

@@ -26,7 +26,7 @@ _TOKENIZER = (
     "vocab.json",
 )
 # Components without weights.
-_DATA = {"tokenizer": _TOKENIZER, "feature_extractor": ("preprocessor_config.json",)}
+_DATA = {"tokenizer": _TOKENIZER, "tokenizer_2": _TOKENIZER, "feature_extractor": ("preprocessor_config.json",)}
 _INDEX = ".index.json"
 # Config entries that make transformers or diffusers fetch code, run code of other packages, or change the weights.
 _CODE = re.compile(r"auto_map|custom_pipelines|quantization_config|\w*_implementation\w*")

@@ -67,7 +67,7 @@ def check_encoders(index, model_dir: Path) -> None:
                 "compose the model with the VAE of the caches, or cache the images again"
             )
     if (encoder := model_dir / "text_encoder").is_dir():
-        architecture, expected = load.text_architecture(encoder), text_kind(index.text_kind).encoder
+        architecture, expected = load.text_family(model_dir), text_kind(index.text_kind).encoder
         if architecture != expected:
             raise ValueError(
                 f"{encoder}: the text encoder is {architecture.upper()}, but the captions were cached with "
@@ -78,9 +78,10 @@ def check_encoders(index, model_dir: Path) -> None:
                 f"{model_dir}: has no projection, but the captions were cached with one; pass the model they were "
                 "cached with, or cache the captions for this model with create_t5cache_768.py --raw"
             )
-        if _made_with_others(index.text_header, index.text_settings, load.text_files(model_dir, index.text_settings)):
+        made_by = index.text_kind, index.text_settings
+        if _made_with_others(index.text_header, index.text_settings, load.text_files(model_dir, *made_by)):
             warn(
-                f"{', '.join(load.text_components(index.text_settings))} in {model_dir} are not those that made the "
+                f"{', '.join(load.text_components(*made_by))} in {model_dir} are not those that made the "
                 "text caches; prompts would be encoded differently from the captions: pass the model that the "
                 "captions were cached with, or cache them again"
             )

@@ -1,0 +1,71 @@
+"""A tiny SDXL pipeline of random weights: two CLIP towers of different widths, a UNet that takes pooled vector and
+time ids. Real in its structure, so that diffusers' own pipeline reads it."""
+
+import json
+import shutil
+
+from helpers import TINY
+
+WIDTHS, POOLED, TIME_DIM = (32, 48), 40, 8
+SDXL = (".img_sdxl", ".txt_sdxl")
+
+
+def make_sdxl(out, force_zeros=True, seed=0):
+    """Writes the pipeline directory `out`; returns it."""
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    from cachetrain.diffusion.noise_schedulers import SD_SCHEDULE
+
+    torch.manual_seed(seed)
+    tokenizer = CLIPTokenizer.from_pretrained(TINY / "clip" / "tokenizer")
+    tokenizer_2 = CLIPTokenizer.from_pretrained(TINY / "clip" / "tokenizer", pad_token="!")
+    words = {"vocab_size": len(tokenizer), "bos_token_id": len(tokenizer) - 2, "eos_token_id": len(tokenizer) - 1}
+    common = words | {"num_attention_heads": 4, "max_position_embeddings": 77}
+    # Eleven layers: diffusers recognizes SDXL's file by a tensor of the tenth.
+    first = CLIPTextConfig(**common, hidden_size=WIDTHS[0], intermediate_size=64, num_hidden_layers=3)
+    second = CLIPTextConfig(
+        **common, hidden_size=WIDTHS[1], intermediate_size=96, num_hidden_layers=11, projection_dim=POOLED,
+        hidden_act="gelu",
+    )  # fmt: skip
+    towers = CLIPTextModel(first), CLIPTextModelWithProjection(second)
+    for tower in towers:
+        for norm in [module for module in tower.modules() if isinstance(module, torch.nn.LayerNorm)]:
+            torch.nn.init.normal_(norm.weight, 1, 0.2)  # so that a forgotten or doubled norm shows
+            torch.nn.init.normal_(norm.bias, 0, 0.2)
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(32, 64, 64), layers_per_block=1, norm_num_groups=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=[1, 1, 2], attention_head_dim=[2, 4, 4], cross_attention_dim=sum(WIDTHS),
+        use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=TIME_DIM,
+        projection_class_embeddings_input_dim=POOLED + 6 * TIME_DIM,
+    )  # fmt: skip
+    vae = AutoencoderKL.from_pretrained(TINY / "vae", torch_dtype=torch.float32)
+    StableDiffusionXLPipeline(
+        vae=vae, text_encoder=towers[0], text_encoder_2=towers[1], tokenizer=tokenizer, tokenizer_2=tokenizer_2,
+        unet=unet, scheduler=DDIMScheduler(**SD_SCHEDULE), force_zeros_for_empty_prompt=force_zeros,
+        add_watermarker=False,
+    ).save_pretrained(out)  # fmt: skip
+    return out
+
+
+def load_pipeline(model):
+    """diffusers' own pipeline of a model directory, in float32, without a progress bar."""
+    import torch
+    from diffusers import StableDiffusionXLPipeline
+
+    pipeline = StableDiffusionXLPipeline.from_pretrained(model, torch_dtype=torch.float32, add_watermarker=False)
+    # Where that pipeline looks for the tower's own norm in transformers 4.
+    pipeline.text_encoder.__dict__.setdefault("text_model", pipeline.text_encoder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def copy_with(model, out, component, **config):
+    """Copies a pipeline directory with other entries in the config of a component; returns `out`."""
+    shutil.copytree(model, out)
+    path = out / component / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return out
