@@ -69,3 +69,28 @@ def copy_with(model, out, component, **config):
     path = out / component / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | config))
     return out
+
+
+def cache_shapes(root, model):
+    """Six drawn pictures of several sizes, cached at 64x64 with their captions in float32; returns `root`."""
+    from cache_fixtures import save_pictures
+    from helpers import run_script
+
+    for number, size in enumerate([(64, 64), (72, 64), (64, 100), (90, 80), (128, 64), (200, 300)]):
+        name = f"{number}"
+        save_pictures(root, [f"{name}.png"], size)
+        (root / f"{name}.txt").write_text(f"a small red {('circle', 'square', 'star')[number % 3]} on the left")
+    size = ["--target_width", 64, "--target_height", 64, "--num_workers", 0]
+    assert run_script("cache/create_img_sdxl.py", "--data_root", root, "--model", model, *size) == 0
+    flags = ["--store_dtype", "fp32"]
+    assert run_script("cache/create_sdxl_text.py", "--data_root", root, "--model", model, *flags) == 0
+    return root
+
+
+def ids_of_training_script(width, height, target_width, target_height):
+    """train_text_to_image_sdxl.py of diffusers, --center_crop, with a rectangle in place of its square."""
+    scale = max(target_width / width, target_height / height)
+    resized = int(width * scale + 1e-6), int(height * scale + 1e-6)  # torchvision's Resize truncates
+    x1 = max(0, round((resized[0] - target_width) / 2.0))
+    y1 = max(0, round((resized[1] - target_height) / 2.0))
+    return [height, width, y1, x1, target_height, target_width]

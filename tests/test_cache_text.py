@@ -339,7 +339,7 @@ def test_wrong_kind_of_encoder_is_refused(root, clip_model, t5_model):
 
 def test_t5_without_a_projection_needs_raw(root, t5_model, tmp_path):
     model = shutil.copytree(t5_model, tmp_path / "model", ignore=shutil.ignore_patterns("projection"))
-    with pytest.raises(ValueError, match="has no projection/; .* or pass --raw"):
+    with pytest.raises(ValueError, match=r"has no projection/; .* or pass --raw"):
         run_script("cache/create_t5cache_768.py", "--data_root", root, "--model", model)
 
 

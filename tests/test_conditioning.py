@@ -25,7 +25,7 @@ WIDTH, POOLED = 64, 32
 @pytest.fixture
 def row(monkeypatch):
     """The table with a row for the made-up kind."""
-    new = TextKind("t5", masked=True, vectors={"pooled": "text_embeds"}, time_ids=True)
+    new = TextKind("create_madeup.py", "t5", masked=True, vectors={"pooled": "text_embeds"}, time_ids=True)
     monkeypatch.setitem(conditioning.KINDS, KIND, new)
     return new
 

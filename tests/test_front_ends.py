@@ -1,4 +1,4 @@
-"""The shell scripts with a stand-in for Python: what train_sd.sh and train_t5.sh call, and how .venv is made."""
+"""The shell scripts with a stand-in for Python: what the front ends call, and how .venv is made."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ import sys
 import pytest
 from helpers import REPO, load_script
 
-FRONT_ENDS = ["train_sd.sh", "train_t5.sh"]
+FRONT_ENDS = ["train_sd.sh", "train_t5.sh", "train_sdxl.sh"]
 
 
 def executable(path, text):

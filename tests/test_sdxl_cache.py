@@ -7,7 +7,7 @@ import pytest
 import torch
 from cache_fixtures import changed, save_pictures, sidecars
 from helpers import run_script
-from sdxl_fixtures import POOLED, WIDTHS, load_pipeline, make_sdxl
+from sdxl_fixtures import POOLED, WIDTHS, ids_of_training_script, load_pipeline, make_sdxl
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from cachetrain.caching.images import cover_box
@@ -167,15 +167,6 @@ def test_pair_of_encoders_that_is_not_sdxls_is_refused_by_name(root, model_sdxl,
 # Time ids
 
 
-def ids_of_training_script(width, height, target_width, target_height, flip=False):
-    """train_text_to_image_sdxl.py of diffusers, --center_crop, with a rectangle in place of its square."""
-    scale = max(target_width / width, target_height / height)
-    resized = int(width * scale + 1e-6), int(height * scale + 1e-6)  # torchvision's Resize truncates
-    x1 = max(0, round((resized[0] - target_width) / 2.0))
-    y1 = max(0, round((resized[1] - target_height) / 2.0))
-    return [height, width, y1, x1, target_height, target_width]
-
-
 def header_of(width, height, target_width, target_height, box=None):
     box = box or cover_box((width, height), target_width, target_height)
     fields = {"width": target_width, "height": target_height, "original_width": width, "original_height": height}
@@ -193,8 +184,8 @@ def header_of(width, height, target_width, target_height, box=None):
 )  # fmt: skip
 def test_time_ids_are_those_of_diffusers_training_script(size, target, flip):
     ids = Conditioning("txt_sdxl").of_image(header_of(*size, *target), flip)["time_ids"]
-    expected = torch.tensor(ids_of_training_script(*size, *target)).float()
-    assert ids.dtype == torch.float32 and ids[[0, 1, 4, 5]].tolist() == expected[[0, 1, 4, 5]].tolist()
+    expected = torch.tensor(ids_of_training_script(*size, *target))
+    assert ids.dtype == torch.int64 and ids[[0, 1, 4, 5]].tolist() == expected[[0, 1, 4, 5]].tolist()
     # The script crops from an image resized to whole pixels, so that half a pixel may be rounded the other way.
     exact = all(side * max(t / s for t, s in zip(target, size, strict=True)) % 2 == 0 for side in size)
     assert (ids - expected).abs().max() <= (0 if exact else 1)

@@ -225,6 +225,23 @@ def text_width(unet_config: Mapping) -> int:
     return unet_config["encoder_hid_dim" if has_text_projection(unet_config) else "cross_attention_dim"]
 
 
+def pooled_width(unet_config: Mapping) -> int:
+    """Width of the pooled text vector that a UNet with this config takes beside time ids, as SDXL's does; 0: none.
+
+    Raises:
+        ValueError: the UNet takes something else.
+    """
+    kind = unet_config.get("addition_embed_type")
+    if kind not in (None, "text_time"):
+        raise ValueError(
+            f"the UNet's addition_embed_type is {kind!r}; expected none, as in Stable Diffusion 1.5, or 'text_time', "
+            "as in SDXL"
+        )
+    if kind is None:
+        return 0
+    return unet_config["projection_class_embeddings_input_dim"] - 6 * unet_config["addition_time_embed_dim"]
+
+
 def text_architecture(directory: str | Path) -> str:
     """Returns the architecture of a text encoder, as its config says: "clip" or "t5".
 

@@ -15,7 +15,7 @@ from cachetrain.checkpoints.export import check_exportable
 from cachetrain.checkpoints.save import frozen_files
 from cachetrain.log import describe, first_line, warn
 from cachetrain.modeling import load, trainable
-from cachetrain.modeling.conditioning import check_unet, text_kind
+from cachetrain.modeling.conditioning import cache_command, check_unet, text_kind
 from cachetrain.modeling.files import component_files
 from cachetrain.training.optimizers import OPTIMIZERS
 
@@ -38,7 +38,7 @@ def check_fit(index, config: dict, args: Namespace) -> None:
                 f"{where}: latents are {shape}, the UNet expects {config['in_channels']} channels; cache the images "
                 "with the VAE of this model"
             )
-    check_unet(index.text_kind, index.text_widths, config, where)
+    check_unet(index.text_kind, index.text_widths, config, args.model, where)
     if load.has_text_projection(config) and index.text_settings.get("raw") is False:
         raise ValueError(
             f"{where}: captions were cached with a projection, but the UNet has a projection itself; cache the "
@@ -71,7 +71,8 @@ def check_encoders(index, model_dir: Path) -> None:
         if architecture != expected:
             raise ValueError(
                 f"{encoder}: the text encoder is {architecture.upper()}, but the captions were cached with "
-                f"{expected.upper()}; pass the model that the captions were cached with, or cache them again"
+                f"{expected.upper()}; pass the model that the captions were cached with, or run "
+                + cache_command(architecture, model_dir, index.directories[0])
             )
         if index.text_settings.get("raw") is False and not (model_dir / "projection").is_dir():
             raise ValueError(
@@ -111,6 +112,7 @@ def check_start(run, resumed) -> None:
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config)
     check_fit(run.index, unet.config, args)
+    _check_time_ids(run)
     trainable.apply(unet, args, args.seed, resumed=True)
     num_all = sum(parameter.numel() for parameter in unet.parameters())
     num_trained = sum(parameter.numel() for parameter in unet.parameters() if parameter.requires_grad)
@@ -132,6 +134,20 @@ def check_start(run, resumed) -> None:
             f"{args.output_dir}: a checkpoint takes {needed / 2**30:.1f} GiB, and {num_saves} are planned, but only "
             f"{free / 2**30:.1f} GiB are free: use --keep_last or a higher --save_steps"
         )
+
+
+def _check_time_ids(run):
+    """Checks that SDXL's UNet gets the size and crop of each image, and that --time_ids has an effect."""
+    given = run.args.time_ids is not None
+    if given and not run.conditioning.takes_time_ids:
+        raise ValueError(f"--time_ids: the UNet of {run.args.model} takes none; omit the flag")
+    for index in filter(None, (run.index, run.held_out)):
+        try:
+            run.conditioning.of_image(index.image_header.metadata)
+        except ValueError as error:
+            raise ValueError(f"{index.image_path(0)}: {error}") from error
+        if given and "crop_box" in index.image_header.metadata:
+            warn("--time_ids does nothing: the image caches record the size and crop of each image")
 
 
 def _frozen_bytes(model_dir):

@@ -23,6 +23,7 @@ from cachetrain.training.optimizers import OPTIMIZERS
 GROUPS = tuple(range(1, 16))  # of the logs
 MEANINGS = ("same", "rounding", "free", "silent")
 
+_PIXELS = cli.Number(int, 0, 65536)
 _TIMESTEP = cli.Number(int, 0, 1000)
 _GAMMA = cli.Number(float, 0.01, 1000)
 _RATE = cli.Number(float, 0, 10)
@@ -114,6 +115,9 @@ def _data_flags(group):
           help="multiplies the latents; give it only for caches that do not record the factor of their VAE")
     _flag(group, "--text_scaling_factor", type=cli.scaling_factor, default=1.0, metavar="X",
           help="multiplies the text embeddings")
+    _flag(group, "--time_ids", type=_PIXELS, nargs=6, metavar=("H", "W", "TOP", "LEFT", "HEIGHT", "WIDTH"),
+          help="for SDXL, if the image caches do not record them: original height and width, crop top and left, "
+               "height and width of all images, in pixels")
     _flag(group, "--cache_in_ram", action="store_true", resume="free",
           help="read all caches into memory before training, for slow disks; each rank keeps its own copy")
     _flag(group, "--num_workers", type=cli.workers, default=min(8, max(0, _CORES - 1)), metavar="N", resume="free",
