@@ -28,6 +28,7 @@ ZERO = {
     "dataset_scripts/draw_shapes.py": {"--num_images", "--seed"},
     "dataset_scripts/score_shapes.py": {"--min_trained", "--min_held_out"},
     "models/compose_sd.py": {"--seed"},
+    "models/compose_sdxl.py": {"--seed"},
     "models/compose_t5_sd.py": {"--seed"},
     "models/train_tiny_vae.py": {"--seed"},
     "train_from_cached.py": {
