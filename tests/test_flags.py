@@ -226,5 +226,5 @@ def test_every_flag_has_a_meaning_for_a_resume():
         "imgcache_suffix", "txtcache_suffix", "force_txtcache", "vae_scaling_factor", "text_scaling_factor",
         "time_ids", "use_snr", "noise_gamma", "offset_noise", "timestep_sampling", "timestep_range", "cond_dropout",
         "flip_p", "targetted_training", "gradient_accum", "scheduler", "min_lr_rate", "optimizer", "betas",
-        "weight_decay", "gradient_clip", "ema_decay", "seed", "precision",
+        "weight_decay", "gradient_clip", "gradient_release", "ema_decay", "seed", "precision",
     }  # fmt: skip

@@ -195,6 +195,8 @@ def memory_advice(args: Namespace, error: BaseException) -> str:
     if OPTIMIZERS[args.optimizer].state_tensors > OPTIMIZERS["lion"].state_tensors:
         advice.append("--optimizer lion (half the state of adamw)")
     advice += [] if args.precision == "bf16_pure" else ["--precision bf16_pure"]
+    alone = args.gradient_accum == 1 and not (args.gradient_release or args.cpu_offload or args.fsdp)
+    advice += ["--gradient_release with --precision bf16_pure"] if alone else []
     return f"out of memory ({first_line(error)}); try " + ", ".join(advice)
 
 

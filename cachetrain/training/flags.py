@@ -189,8 +189,9 @@ def _optimization_flags(group):
                "0.9 0.99 for lion, stableadamw and bf16_pure")
     _flag(group, "--weight_decay", type=_DECAY, default=0.01, metavar="X",
           help="decoupled weight decay: a weight loses X x learning rate of itself in each step")
-    _flag(group, "--gradient_clip", "--clip_grad_norm", type=cli.not_negative, default=1.0, metavar="NORM",
-          help="scale gradients down where the norm of all of them together is larger; 0: off")
+    _flag(group, "--gradient_clip", "--clip_grad_norm", type=cli.not_negative, metavar="NORM",
+          help="scale gradients down where the norm of all of them together is larger; 0: off; default: 1, or 0 with "
+               "--gradient_release")
     _flag(group, "--ema_decay", type=_BELOW_1, default=0.0, metavar="DECAY",
           help="decay of a moving average of the weights, which is saved beside them and used for samples; 0: off, "
                "0.9999: common for long runs")
@@ -206,6 +207,9 @@ def _speed_flags(group):
           help="compute in TensorFloat-32 in place of float32: faster, less exact; CUDA only")
     _flag(group, "--gradient_checkpointing", action="store_true", resume="rounding",
           help="compute activations again in the backward pass: less memory, a third more computation")
+    _flag(group, "--gradient_release", action="store_true",
+          help="update each weight and free its gradient during the backward pass: saves the gradients' memory, but "
+               "they can be neither clipped nor accumulated; with --precision bf16_pure, or lion and stableadamw")
     _flag(group, "--cpu_offload", action="store_true", resume="rounding",
           help="keep the optimizer's state and the EMA in CPU memory: less GPU memory, slower steps")
     _flag(group, "--compile", action="store_true", resume="rounding",

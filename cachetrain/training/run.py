@@ -203,7 +203,13 @@ def open_train_state(run: Run, resumed):
     model = wrap(unet, run.world, args.fsdp)
     trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(
-        args.optimizer, trained, run.plan.peak_lr, args.betas, args.weight_decay, cpu_offload=args.cpu_offload
+        args.optimizer,
+        trained,
+        run.plan.peak_lr,
+        args.betas,
+        args.weight_decay,
+        cpu_offload=args.cpu_offload,
+        gradient_release=args.gradient_release,
     )
     ema = None
     if args.ema_decay:
