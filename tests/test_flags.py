@@ -30,6 +30,7 @@ ZERO = {
     "models/compose_sd.py": {"--seed"},
     "models/compose_sdxl.py": {"--seed"},
     "models/compose_t5_sd.py": {"--seed"},
+    "models/compose_t5_sdxl.py": {"--seed"},
     "models/train_tiny_vae.py": {"--seed"},
     "train_from_cached.py": {
         "--num_workers", "--offset_noise", "--timestep_range", "--cond_dropout", "--flip_p", "--unfreeze_up_blocks",

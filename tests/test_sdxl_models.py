@@ -2,14 +2,17 @@
 
 import json
 import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler
-from helpers import run_script, train, weights_of
+from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler
+from helpers import FULL_LOG, T5, run_script, train, weights_of
 from PIL import Image
-from sdxl_fixtures import SDXL, copy_with, load_pipeline, make_sdxl
+from sdxl_fixtures import POOLED, SDXL, copy_with, load_pipeline, make_sdxl
+
+from cachetrain.modeling import conditioning
 
 CFGS = (1, 4, 7)
 
@@ -128,10 +131,81 @@ def test_parts_that_do_not_fit_are_refused_by_name(change, message, model_sdxl, 
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("script", ["compose_sd.py", "compose_t5_sd.py"])
-def test_other_compose_scripts_refuse_sdxls_unet(script, model_sdxl, model_sd, model_t5, tmp_path):
+def test_other_compose_scripts_refuse_sdxls_unet_and_the_reverse(model_sdxl, model_sd, model_t5, tmp_path):
     wide = copy_with(model_sdxl, tmp_path / "unet", "unet", cross_attention_dim=64)
-    text = ["--clip", model_sd] if script == "compose_sd.py" else ["--t5", model_t5]
-    flags = ["--unet", wide, "--vae", model_sdxl, *text, "--out", tmp_path / "out"]
-    with pytest.raises(ValueError, match=r"expects a pooled text vector of width 40 .* use models/compose_sdxl.py"):
-        run_script(f"models/{script}", *flags)
+    for script, unet, text, message in (
+        ("compose_sd.py", wide, ["--clip", model_sd], "width 40 .* use models/compose_sdxl.py"),
+        ("compose_t5_sd.py", wide, ["--t5", model_t5], "this UNet is SDXL's; .* use models/compose_t5_sdxl.py"),
+        ("compose_t5_sdxl.py", model_sd, ["--t5", model_t5], "is not SDXL's; .* use models/compose_t5_sd.py"),
+    ):
+        flags = ["--unet", unet, "--vae", model_sdxl, *text, "--out", tmp_path / "out"]
+        with pytest.raises(ValueError, match=message):
+            run_script(f"models/{script}", *flags)
+
+
+@pytest.fixture(scope="module")
+def model_t5_sdxl(model_sdxl, model_t5, tmp_path_factory):
+    """SDXL's UNet with T5, whose tiny one has a width of 64."""
+    folder = tmp_path_factory.mktemp("t5_sdxl")
+    narrow = copy_with(model_sdxl, folder / "narrow", "unet", cross_attention_dim=64)
+    flags = ["--unet", narrow, "--fresh_unet", "--vae", model_sdxl, "--t5", model_t5, "--out", folder / "model"]
+    assert run_script("models/compose_t5_sdxl.py", *flags) == 0
+    return folder / "model"
+
+
+def load_t5_pipeline(model):
+    pipeline = DiffusionPipeline.from_pretrained(
+        model, custom_pipeline=str(model), trust_remote_code=True, torch_dtype=torch.float32
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    return pipeline
+
+
+@pytest.mark.parametrize("cfg", [1, 4])
+def test_sdxl_with_t5_draws_what_its_pipeline_and_a_loop_by_hand_draw(cfg, model_t5_sdxl, tmp_path):
+    flags = ["--cfgs", cfg, "--seed", 5, "--sampler_steps", 3, "--device", "cpu", "--width", 128, "--height", 64]
+    prompt = ["--prompt", "a red circle", "--out", tmp_path / "out"]
+    assert run_script("sample.py", "--model", model_t5_sdxl, *prompt, *flags) == 0
+    pipeline = load_t5_pipeline(model_t5_sdxl)
+    latents = torch.randn(4, 8, 16, generator=torch.Generator().manual_seed(5))[None]
+    settings = {"num_inference_steps": 3, "guidance_scale": cfg}
+    image = pipeline("a red circle", latents=latents, **settings).images[0]
+    assert np.abs(pictures(tmp_path / "out")[0] - np.asarray(image).astype(int)).max() <= 1
+    # By hand: pooled zeros, time ids of a picture of 64 x 128.
+    halves = []
+    for text in ("", "a red circle"):
+        embeddings, mask = pipeline.encode_prompt(text)
+        added = {"text_embeds": torch.zeros(1, POOLED), "time_ids": torch.tensor([[64.0, 128, 0, 0, 64, 128]])}
+        halves.append(
+            {"encoder_hidden_states": embeddings, "encoder_attention_mask": mask, "added_cond_kwargs": added}
+        )
+    pipeline.scheduler.set_timesteps(3)
+    with torch.no_grad():
+        for t in pipeline.scheduler.timesteps:
+            null, output = (pipeline.unet(latents, t, **half).sample for half in halves)
+            output = null + cfg * (output - null)
+            latents = pipeline.scheduler.step(output, t, latents).prev_sample
+        decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample[0].clamp(-1, 1)
+    by_hand = decoded.mul(127.5).add(127.5).round().permute(1, 2, 0).numpy()
+    assert np.abs(by_hand - np.asarray(image).astype(int)).max() <= 1
+
+
+def test_sdxl_with_t5_trains_from_t5_caches_and_saves_a_pipeline(model_t5_sdxl, shapes_sdxl, tmp_path):
+    data = shutil.copytree(shapes_sdxl, tmp_path / "data")
+    assert run_script("cache/create_t5cache_768.py", "--data_root", data, "--model", model_t5_sdxl) == 0
+    seen, predict = [], conditioning.predict
+
+    def watched(unet, latents, timesteps, arguments):
+        if latents.device.type != "meta":  # where FLOPs are counted
+            seen.append(arguments["added_cond_kwargs"])
+        return predict(unet, latents, timesteps, arguments)
+
+    flags = ["--max_steps", 2, "--batch_size", 3, "--cond_dropout", 0.3, *FULL_LOG]
+    with mock.patch.object(conditioning, "predict", watched):
+        _, weights = train(data, model_t5_sdxl, tmp_path / "run", *flags, suffixes=T5)
+    sizes = {Image.open(path).size[::-1] for path in data.glob("*.png")}
+    assert {tuple(ids[:2]) for added in seen for ids in added["time_ids"].tolist()} <= sizes
+    assert all(added["text_embeds"].shape == (3, POOLED) and not added["text_embeds"].any() for added in seen)
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+    load_t5_pipeline(tmp_path / "run" / "checkpoint-000002")

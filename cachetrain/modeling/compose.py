@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -240,6 +241,8 @@ def compose_t5(
     t5: str | Path,
     target: Target,
     projection_options: ProjectionOptions | None = None,
+    *,
+    sdxl: bool = False,
 ) -> None:
     """Composes a StableDiffusionT5Pipeline directory: UNet + VAE + T5 encoder + projection to the UNet's width.
 
@@ -248,6 +251,7 @@ def compose_t5(
 
     Args:
         unet, vae, t5: pipeline directories, bare components or Hugging Face model ids.
+        sdxl: the UNet is SDXL's; it gets zeros in place of a pooled text vector.
 
     Raises:
         ValueError: a part cannot be found, the parts do not fit together, or projection options are given for a UNet
@@ -258,6 +262,10 @@ def compose_t5(
     vae_module, encoder_dir = load.load_vae(vae_dir), load.component_dir(t5_root, "text_encoder")
     _check_architecture(encoder_dir, "t5")
     config, fresh = read_config(unet_dir), _starts_fresh(unet_dir, target)
+    pooled = load.pooled_width(config)
+    if sdxl != (pooled > 0):
+        what, right = ("not SDXL's", "compose_t5_sd.py") if sdxl else ("SDXL's", "compose_t5_sdxl.py")
+        raise ValueError(f"{unet_dir}: this UNet is {what}; pass another --unet, or use models/{right}")
     width, has_projection = config["cross_attention_dim"], load.has_text_projection(config)
     keep_projection = has_projection and not fresh
     if keep_projection and (options.trained or options.captions):
@@ -268,7 +276,8 @@ def compose_t5(
     in_unet = has_projection or options.trained
     with staged_directory(target.out, target.overwrite) as stage:
         text_width = read_config(encoder_dir).get("d_model") if has_projection else width
-        save_unet(unet_dir, vae_module, stage / "unet", text_width, fresh=fresh, seed=target.seed)
+        unet_target = stage / "unet"
+        save_unet(unet_dir, vae_module, unet_target, text_width, pooled_width=pooled, fresh=fresh, seed=target.seed)
         copy_component(vae_dir, stage / "vae", "vae")
         copy_component(encoder_dir, stage / "text_encoder", "text_encoder")
         copy_component(load.component_dir(t5_root, "tokenizer"), stage / "tokenizer", "tokenizer")
@@ -290,6 +299,24 @@ def compose_t5(
                 "scheduler": ["diffusers", type(scheduler).__name__],
             },
         )
+
+
+def compose_t5_of(args: Namespace, sdxl: bool) -> None:
+    """Composes the model that the flags of compose_t5_sd.py or compose_t5_sdxl.py ask for.
+
+    Raises:
+        ValueError: of `compose_t5`; or the file of --fit_captions contains none.
+    """
+    captions = None
+    if args.fit_captions:
+        with open(args.fit_captions, encoding="utf-8") as file:
+            captions = [line.strip() for line in file if line.strip()]
+        if not captions:
+            raise ValueError(f"{args.fit_captions}: contains no captions; add some, or omit --fit_captions")
+    device = load.pick_device(args.device)
+    target = Target(args.out, args.objective, args.fresh_unet, args.seed, args.overwrite)
+    projection = ProjectionOptions(captions, args.train_projection, load.pick_dtype(args.dtype, device), device)
+    compose_t5(args.unet, args.vae, args.t5, target, projection, sdxl=sdxl)
 
 
 def save_projection(stage: Path, projection: T5Projection) -> None:
