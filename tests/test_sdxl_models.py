@@ -98,6 +98,14 @@ def test_composed_model_is_the_pipeline_its_parts_came_from(model_sdxl, tmp_path
         assert pipeline.tokenizer_2.pad_token == expected.tokenizer_2.pad_token != pipeline.tokenizer.pad_token
 
 
+def test_second_encoder_that_is_only_a_variant_names_the_command_that_keeps_its_projection(model_sdxl, tmp_path):
+    model = shutil.copytree(model_sdxl, tmp_path / "model")
+    weights = model / "text_encoder_2" / "model.safetensors"
+    weights.rename(weights.with_name("model.fp16.safetensors"))
+    with pytest.raises(ValueError, match=r"only the variant .* import CLIPTextModelWithProjection as M"):
+        compose(tmp_path / "out", **parts_of(model_sdxl) | {"clip_g": model})
+
+
 def test_the_empty_prompt_is_that_of_the_unets_pipeline(tmp_path):
     model = make_sdxl(tmp_path / "model", force_zeros=False)
     assert compose(tmp_path / "out", "--fresh_unet", "--seed", 3, "--objective", "flow", **parts_of(model)) == 0

@@ -170,3 +170,18 @@ def test_flipped_images_have_mirrored_crops(model_sdxl, shapes_sdxl, tmp_path):
     tensors, _ = read_sidecar(index.image_path(4))
     assert torch.equal(sample["latents"], tensors["latent_flip"].float())
     assert sample["condition"]["time_ids"].tolist() == [64, 128, 0, 32, 64, 64]
+
+
+def test_compiled_unet_is_one_graph(shapes_sdxl, model_sdxl, tmp_path, monkeypatch):
+    made, compile_module = [], UNet2DConditionModel.compile
+
+    def keep(graph, _):
+        made.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(UNet2DConditionModel, "compile", lambda self, **kw: compile_module(self, backend=keep, **kw))
+    torch._dynamo.reset()
+    flags = ["--compile", "--max_steps", 2, "--batch_size", 2, "--log_groups", 1]
+    train(shapes_sdxl, model_sdxl, tmp_path / "run", *flags, suffixes=SDXL)
+    torch._dynamo.reset()
+    assert len(made) == 1  # fullgraph: a graph break would be an error

@@ -262,10 +262,7 @@ def compose_t5(
     vae_module, encoder_dir = load.load_vae(vae_dir), load.component_dir(t5_root, "text_encoder")
     _check_architecture(encoder_dir, "t5")
     config, fresh = read_config(unet_dir), _starts_fresh(unet_dir, target)
-    pooled = load.pooled_width(config)
-    if sdxl != (pooled > 0):
-        what, right = ("not SDXL's", "compose_t5_sd.py") if sdxl else ("SDXL's", "compose_t5_sdxl.py")
-        raise ValueError(f"{unet_dir}: this UNet is {what}; pass another --unet, or use models/{right}")
+    pooled = _pooled_width(unet_dir, config, sdxl)
     width, has_projection = config["cross_attention_dim"], load.has_text_projection(config)
     keep_projection = has_projection and not fresh
     if keep_projection and (options.trained or options.captions):
@@ -299,6 +296,15 @@ def compose_t5(
                 "scheduler": ["diffusers", type(scheduler).__name__],
             },
         )
+
+
+def _pooled_width(unet_dir, config, sdxl):
+    """Width of the zeros that a UNet gets in place of a pooled text vector; refuses a UNet for the other script."""
+    pooled = load.pooled_width(config)
+    if sdxl != (pooled > 0):
+        what, right = ("not SDXL's", "compose_t5_sd.py") if sdxl else ("SDXL's", "compose_t5_sdxl.py")
+        raise ValueError(f"{unet_dir}: this UNet is {what}; pass another --unet, or use models/{right}")
+    return pooled
 
 
 def compose_t5_of(args: Namespace, sdxl: bool) -> None:

@@ -133,6 +133,8 @@ def _conversion(directory, argument):
     library, name = "diffusers", config.get("_class_name")
     if name is None:
         library, name = "transformers", "T5EncoderModel" if config.get("model_type") == "t5" else "CLIPTextModel"
+        if "CLIPTextModelWithProjection" in config.get("architectures", ()):  # SDXL's second text encoder
+            name = "CLIPTextModelWithProjection"
     elif name == "T5Projection":
         library = "cachetrain.modeling.t5_projection"
     where = str(directory)

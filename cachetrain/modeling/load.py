@@ -104,7 +104,7 @@ def _is_local_folder(name):
 
 def _where_it_comes_from(path):
     if path.parent.name == "models":
-        return "; make it with models/compose_sd.py or models/compose_t5_sd.py, or pass another model"
+        return "; make it with one of models/compose_*.py, or pass another model"
     return "; a Hugging Face model id is owner/name, where no folder `owner` lies in the current directory"
 
 
