@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from runs import RESUME, content
 from sdxl_fixtures import SDXL
 
 from cachetrain.checkpoints import save
+from cachetrain.checkpoints.resume import Resumed
+from cachetrain.training.flags import resume_meanings
 from cachetrain.training.nonfinite import backward_seed, step_if_finite
 from cachetrain.training.optim import loss_scaler, make_optimizer
 from cachetrain.training.release import GradientRelease
@@ -236,3 +239,12 @@ def test_checkpoint_without_room_for_copies_is_written_before_training_goes_on(
     assert threads == 2 * [threading.main_thread()]
     assert content(tmp_path / "run", 4) == content(folder / "released", 4)
     assert content(tmp_path / "run", 2) == content(folder / "released", 2)
+
+
+def test_run_of_a_version_without_the_flag_resumes_without_it_and_not_with_it():
+    resumed = Resumed(None, False)
+    resumed.path, resumed.state = Path("checkpoint-000002"), {"settings": {"optimizer": "adamw"}}
+    settings = {"optimizer": "adamw", "gradient_release": False, "time_ids": None}
+    assert resumed.check(settings, False, resume_meanings()) == []
+    with pytest.raises(ValueError, match="gradient_release: None then, True now"):
+        resumed.check(settings | {"gradient_release": True}, False, resume_meanings())
