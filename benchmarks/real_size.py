@@ -200,8 +200,9 @@ def bare_sdxl_loop(work, args):
     unet.enable_gradient_checkpointing()
     optimizer = optimi.AdamW(unet.parameters(), lr=1e-5, triton=False, gradient_release=True)
     optimi.prepare_for_gradient_release(unet, optimizer)
+    widths = unet.config.cross_attention_dim, load.pooled_width(unet.config)
     x, t = torch.randn(1, 4, 64, 64, dtype=torch.bfloat16), torch.tensor([500])
-    text, pooled = torch.randn(1, 77, 2048, dtype=torch.bfloat16), torch.randn(1, 1280, dtype=torch.bfloat16)
+    text, pooled = torch.randn(1, 77, widths[0]).bfloat16(), torch.randn(1, widths[1]).bfloat16()
     added = {"text_embeds": pooled, "time_ids": torch.tensor([[512, 512, 0, 0, 512, 512]])}
     for step in range(args.steps):
         if step == 1:

@@ -137,6 +137,13 @@ def test_widths_and_additions_that_do_not_fit_are_refused(config, message, shape
         train(shapes_sdxl, model, tmp_path / "run", "--max_steps", 1, "--batch_size", 2, suffixes=SDXL)
 
 
+def test_model_with_one_of_two_encoders_is_refused_by_name(shapes_sdxl, model_sdxl, tmp_path):
+    model = shutil.copytree(model_sdxl, tmp_path / "model", ignore=shutil.ignore_patterns("text_encoder_2"))
+    with mock.patch.object(UNet2DConditionModel, "from_pretrained", side_effect=AssertionError("loaded")):
+        message = refused(shapes_sdxl, model, tmp_path / "run", suffixes=SDXL)
+    assert "has no component 'text_encoder_2'" in message
+
+
 def test_pooled_vector_that_is_missing_is_refused_by_name(shapes_sdxl, model_sdxl, tmp_path):
     data = shutil.copytree(shapes_sdxl, tmp_path / "data")
     tensors = load_file(data / "3.txt_sdxl")
