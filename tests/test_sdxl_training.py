@@ -27,7 +27,7 @@ from sdxl_fixtures import SDXL, copy_with, ids_of_training_script, load_pipeline
 
 from cachetrain.data.dataset import SampleKey
 from cachetrain.data.index import PairIndex
-from cachetrain.data.sidecar import read_sidecar
+from cachetrain.data.sidecar import read_sidecar, write_sidecar
 
 STEPS = 5
 
@@ -172,11 +172,12 @@ def test_flipped_images_have_mirrored_crops(model_sdxl, shapes_sdxl, tmp_path):
     data = shutil.copytree(shapes_sdxl, tmp_path / "data")
     size = ["--target_width", 64, "--target_height", 64, "--num_workers", 0, "--flip"]
     assert run_script("cache/create_img_sdxl.py", "--data_root", data, "--model", model_sdxl, *size) == 0
+    tensors, header = read_sidecar(data / "4.img_sdxl")  # 128 x 64 pixels: crop the left half
+    write_sidecar(data / "4.img_sdxl", tensors, header.metadata | {"crop_box": "0,0,64,64"})
     index = PairIndex([data], *SDXL)
     sample = open_pairs(index, flip_p=1.0)[SampleKey(0, 4)]
-    tensors, _ = read_sidecar(index.image_path(4))
     assert torch.equal(sample["latents"], tensors["latent_flip"].float())
-    assert sample["condition"]["time_ids"].tolist() == [64, 128, 0, 32, 64, 64]
+    assert sample["condition"]["time_ids"].tolist() == [64, 128, 0, 64, 64, 64]
 
 
 def test_compiled_unet_is_one_graph(shapes_sdxl, model_sdxl, tmp_path, monkeypatch):
