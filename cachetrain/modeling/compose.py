@@ -272,9 +272,8 @@ def compose_t5(
         )
     in_unet = has_projection or options.trained
     with staged_directory(target.out, target.overwrite) as stage:
-        text_width = read_config(encoder_dir).get("d_model") if has_projection else width
-        unet_target = stage / "unet"
-        save_unet(unet_dir, vae_module, unet_target, text_width, pooled_width=pooled, fresh=fresh, seed=target.seed)
+        t5_width = read_config(encoder_dir).get("d_model") if has_projection else width
+        save_unet(unet_dir, vae_module, stage / "unet", t5_width, pooled_width=pooled, fresh=fresh, seed=target.seed)
         copy_component(vae_dir, stage / "vae", "vae")
         copy_component(encoder_dir, stage / "text_encoder", "text_encoder")
         copy_component(load.component_dir(t5_root, "tokenizer"), stage / "tokenizer", "tokenizer")
