@@ -2,6 +2,7 @@
 # Runs the whole workflow on a tiny model, from captioned images to samples that follow their prompts.
 #   ./quickstart.sh                  with T5: shapes data set, caches, training, samples, report, score
 #   ./quickstart.sh --sd             with CLIP instead of T5
+#   ./quickstart.sh --sdxl           with SDXL's UNet and two CLIP encoders
 #   ./quickstart.sh --data_root DIR  your own captioned images, at 64x64: caches, short training, samples, report
 # Writes everything to quickstart/. A second call skips finished stages; to repeat a stage, delete its output.
 set -euo pipefail
@@ -10,12 +11,12 @@ FLAVOUR=t5
 OWN_DATA=
 while [ $# -gt 0 ]; do
     case $1 in
-        --sd) FLAVOUR=sd ;;
+        --sd | --sdxl) FLAVOUR=${1#--} ;;
         --data_root)
             OWN_DATA=$(CDPATH='' cd -- "${2:?--data_root needs a directory}" && pwd) || exit 2
             shift
             ;;
-        -h | --help) sed -n '2,6s/^# //p' "${BASH_SOURCE[0]}"; exit 0 ;;
+        -h | --help) sed -n '2,7s/^# //p' "${BASH_SOURCE[0]}"; exit 0 ;;
         *) echo "quickstart.sh: unknown option $1 (see --help)" >&2; exit 2 ;;
     esac
     shift
@@ -42,12 +43,15 @@ stage() { # stage TITLE COMMAND...: runs the command and prints how long it took
 
 compose() {
     [ ! -d "$MODEL" ] || { echo "$MODEL already exists"; return; }
-    local parts=(--unet models/tiny/unet --vae models/tiny/vae --objective flow --out "$MODEL")
-    if [ "$FLAVOUR" = t5 ]; then
-        models/compose_t5_sd.py "${parts[@]}" --t5 models/tiny/t5
-    else
-        models/compose_sd.py "${parts[@]}" --clip models/tiny/clip
-    fi
+    local parts=(--vae models/tiny/vae --objective flow --out "$MODEL")
+    case $FLAVOUR in
+        t5) models/compose_t5_sd.py "${parts[@]}" --unet models/tiny/unet --t5 models/tiny/t5 ;;
+        sd) models/compose_sd.py "${parts[@]}" --unet models/tiny/unet --clip models/tiny/clip ;;
+        sdxl)
+            models/compose_sdxl.py "${parts[@]}" --unet models/tiny/sdxl_unet --clip_l models/tiny/clip \
+                --clip_g models/tiny/clip_g
+            ;;
+    esac
 }
 
 draw_data() {
@@ -59,9 +63,8 @@ make_caches() {
     # Separate suffixes, so that caches of real models in the same folder are not replaced.
     encode cache/create_img_sdxl.py --data_root "$DATA" --model "$MODEL" --target_width 64 --target_height 64 \
         --batch_size 64 --cache_suffix "$IMGCACHE"
-    local script=create_clipl.py
-    [ "$FLAVOUR" = sd ] || script=create_t5cache_768.py
-    encode "cache/$script" --data_root "$DATA" --model "$MODEL" --batch_size 64 --cache_suffix "$TXTCACHE"
+    local -A script=([t5]=create_t5cache_768.py [sd]=create_clipl.py [sdxl]=create_sdxl_text.py)
+    encode "cache/${script[$FLAVOUR]}" --data_root "$DATA" --model "$MODEL" --batch_size 64 --cache_suffix "$TXTCACHE"
     [ -z "$OWN_DATA" ] || first_captions >"$WORK/sample_prompts_$RUN.txt"
 }
 
@@ -95,7 +98,7 @@ train() {
     fi
     rm -rf "$WORK/samples_$RUN" "$WORK/samples_$RUN.png"
     MODEL=$MODEL DATADIR=$DATA OUTPUT=$OUTPUT LOGDIR=$WORK/tensorboard IMGCACHE=$IMGCACHE TXTCACHE=$TXTCACHE \
-        BATCH=16 STEPS=$STEPS OPTIMIZER=adamw LR=2e-3 SCHED=cosine GAMMA=0 DROPOUT=0.1 EMA=0.99 \
+        BATCH=16 ACCUM=1 STEPS=$STEPS OPTIMIZER=adamw LR=2e-3 SCHED=cosine GAMMA=0 DROPOUT=0.1 EMA=0.99 \
         PRECISION=$PRECISION SAMPLE_PROMPTS=$WORK/sample_prompts_$RUN.txt SAMPLE_STEPS=$((STEPS / 4)) \
         SAVE_STEPS=$((STEPS / 2)) VAL_SPLIT=$VAL_SPLIT "./train_$FLAVOUR.sh" "${resume[@]}" --betas 0.9 0.99 \
         --warmup_steps 100 --lr_decay_steps "$STEPS" --sample_cfgs 1 3 7 --cache_in_ram --log_groups {1..15}

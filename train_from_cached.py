@@ -103,7 +103,7 @@ def train(args, resumed, world, cleanup, warning_log) -> int:
     # Samples, validation, logs and checkpoints.
     samples = setup.open_samples(run) if world.main else None
     validation = setup.open_validation(run)
-    logs = Logs(run, unet, pairs, scaler, resumed.step if args.resume else None)
+    logs = Logs(run, unet, pairs, scaler, resumed.step if args.resume else None, optimizer)
     stats, metrics = logs.statistics, logs.metrics
     cleanup.callback(logs.close)
     nonfinite = NonfiniteSteps(run.index, run.output_dir, world, args.max_nonfinite, scaler.is_enabled())
@@ -126,7 +126,7 @@ def train(args, resumed, world, cleanup, warning_log) -> int:
     started, first_loss = time.perf_counter(), None
     batches = on_device(loader, run.device)
     signals = cleanup.enter_context(cli.deferred_signals())  # a signal now ends the run after the current step
-    cleanup.enter_context(saving.rescue(save, checks.explained))  # after an error, saves the last complete step
+    cleanup.enter_context(saving.rescue(save, checks.explained, optimizer))  # an error: saves the last complete step
     steps = range(resumed.step + 1, max_steps + 1)
     hidden = None if world.main else True  # None: hidden unless stderr is a terminal
     progress = tqdm(steps, desc="train", total=max_steps, unit="step", initial=resumed.step, disable=hidden)
@@ -167,7 +167,7 @@ def train(args, resumed, world, cleanup, warning_log) -> int:
         if log_now:
             measured = validation.measure(unet, forward, step, ema) if validate_now else {}
             tags = logs.write(step, optimizer, measured)
-            diverged = nonfinite.read(stats.num_not_finite)
+            diverged = nonfinite.read(stats.num_not_finite, optimizer)
             save_now = save_now or diverged
             logs.show(progress, step, tags)
         draw(step, batch["samples"])

@@ -289,6 +289,23 @@ def add_compose_arguments(parser):
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
 
 
+def add_t5_compose_arguments(parser):
+    """Adds what composing a model with T5 needs besides `add_compose_arguments`."""
+    parser.add_argument("--t5", required=True, help="source of the T5 encoder and its tokenizer")
+    parser.add_argument(
+        "--fit_captions",
+        metavar="FILE",
+        help="fit the projection by PCA to the captions in this file, one on each line; default: a random orthogonal "
+        "projection",
+    )
+    parser.add_argument(
+        "--train_projection",
+        action="store_true",
+        help="make the projection a layer of the UNet, trained with the UNet; cache captions with --raw",
+    )
+    add_device_arguments(parser)
+
+
 def available_cores():
     """CPU cores this process may use, which in a container can be fewer than the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

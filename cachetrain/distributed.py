@@ -159,17 +159,20 @@ def gather_unet(unet: torch.nn.Module, world: World) -> torch.nn.Module | None:
 
 
 @torch.no_grad()
-def copy_to_host(tensors: dict[str, torch.Tensor], world: World) -> dict[str, torch.Tensor]:
+def copy_to_host(tensors: dict[str, torch.Tensor], world: World, copy: bool = True) -> dict[str, torch.Tensor]:
     """Copies {name: tensor} to CPU memory, contiguous and unsharded; {} on ranks other than 0. Called by all ranks.
 
     The host waits for the device here.
+
+    Args:
+        copy: False: tensors that are so already are returned themselves.
     """
     copies = {}
     for name, tensor in tensors.items():
         if isinstance(tensor, DTensor):
             tensor = tensor.full_tensor()  # one at a time, so that no device holds all of them
         if world.main:
-            copies[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            copies[name] = tensor.detach().to("cpu", copy=copy, memory_format=torch.contiguous_format)
     return copies
 
 

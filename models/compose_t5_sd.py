@@ -18,7 +18,7 @@ import sys
 try:
     from cachetrain import cli
     from cachetrain.log import info
-    from cachetrain.reading import read_text
+
 except ImportError as error:
     print(f"{error}: run `pip install -e .`, or ./quickstart.sh and `source .venv/bin/activate`", file=sys.stderr)
     sys.exit(2)
@@ -27,36 +27,15 @@ except ImportError as error:
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     cli.add_compose_arguments(parser)
-    parser.add_argument("--t5", required=True, help="source of the T5 encoder and its tokenizer")
-    parser.add_argument(
-        "--fit_captions",
-        metavar="FILE",
-        help="fit the projection by PCA to the captions in this file, one on each line; default: a random orthogonal "
-        "projection",
-    )
-    parser.add_argument(
-        "--train_projection",
-        action="store_true",
-        help="make the projection a layer of the UNet, trained with the UNet; cache captions with --raw",
-    )
-    cli.add_device_arguments(parser)
+    cli.add_t5_compose_arguments(parser)
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    captions = None
-    if args.fit_captions:
-        captions = [line.strip() for line in read_text(args.fit_captions).splitlines() if line.strip()]
-        if not captions:
-            raise ValueError(f"{args.fit_captions}: contains no captions; add some, or omit --fit_captions")
-    from cachetrain.modeling.compose import ProjectionOptions, Target, compose_t5
-    from cachetrain.modeling.load import pick_device, pick_dtype
+    from cachetrain.modeling.compose import compose_t5_of
 
-    device = pick_device(args.device)
-    target = Target(args.out, args.objective, args.fresh_unet, args.seed, args.overwrite)
-    projection = ProjectionOptions(captions, args.train_projection, pick_dtype(args.dtype, device), device)
-    compose_t5(args.unet, args.vae, args.t5, target, projection)
+    compose_t5_of(args, sdxl=False)
     info(f"wrote {args.out}")
     return 0
 

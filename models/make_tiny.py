@@ -3,12 +3,14 @@
 
     ./models/make_tiny.py --stage all --out models/tiny
 
-Four parts, for the 64x64 pictures that dataset_scripts/draw_shapes.py draws:
+Six parts, for the 64x64 pictures that dataset_scripts/draw_shapes.py draws:
 
-    vae/    AutoencoderKL with 4 latent channels, trained by train_tiny_vae.py: half an hour on a CPU core
-    t5/     text_encoder/ and tokenizer/: random weights, never trained
-    clip/   text_encoder/ and tokenizer/: trained to make the words readable for cross-attention
-    unet/   config.json only: every run starts from fresh weights
+    vae/         AutoencoderKL with 4 latent channels, trained by train_tiny_vae.py: half an hour on a CPU core
+    t5/          text_encoder/ and tokenizer/: random weights, never trained
+    clip/        text_encoder/ and tokenizer/: trained to make the words readable for cross-attention
+    clip_g/      the same for SDXL's second text encoder, whose pooled output can be read, too: minutes, as clip/
+    unet/        config.json only: every run starts from fresh weights
+    sdxl_unet/   the same for SDXL's UNet, which takes clip/ and clip_g/, the pooled output and time ids
 
 Only pictures and captions from the data set are used, so the held-out pairs of shape and color stay unseen.
 """
@@ -32,13 +34,15 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     import torch
+    from diffusers import UNet2DConditionModel
 
 ROOT = Path(__file__).resolve().parent.parent
 DRAW_SHAPES = ROOT / "dataset_scripts" / "draw_shapes.py"
 TRAIN_TINY_VAE = ROOT / "models" / "train_tiny_vae.py"
-STAGES = ("unet", "t5", "clip", "vae")
+STAGES = ("unet", "sdxl_unet", "t5", "clip", "clip_g", "vae")
 SEED = 0
-WIDTH = 64  # hidden size of both text encoders, and so the UNet's cross_attention_dim
+WIDTH = 64  # hidden size of T5 and CLIP, and so the UNet's cross_attention_dim
+CLIP_G_WIDTH, POOLED_WIDTH, TIME_DIM = 48, 64, 16  # of SDXL's second text encoder and of its UNet's time ids
 WORDS = (
     "a small large circle square triangle star cross ring red green blue yellow cyan pink white black "
     "on the left right at top bottom in middle background"
@@ -69,10 +73,38 @@ def make_unet(out: Path, device: str) -> None:
         attention_head_dim=4,  # diffusers takes this as the number of heads
         norm_num_groups=8,
     )
-    unet.save_config(out / "unet")
-    path = out / "unet" / "config.json"
+    save_fresh(unet, out / "unet")
+
+
+def save_fresh(unet: UNet2DConditionModel, folder: Path) -> None:
+    """Writes the config of a UNet whose weights composing initializes."""
+    unet.save_config(folder)
+    path = folder / "config.json"
     config = json.loads(path.read_text())
-    path.write_text(json.dumps({"_weights": "fresh", **config}, indent=2) + "\n")  # composing initializes them
+    path.write_text(json.dumps({"_weights": "fresh", **config}, indent=2) + "\n")
+
+
+def make_sdxl_unet(out: Path, device: str) -> None:
+    """Writes the config.json of a UNet of SDXL's kind: the tiny UNet with more transformer layers further down,
+    linear projections, and an embedding of the pooled text, sizes and crop."""
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        transformer_layers_per_block=[1, 2],
+        cross_attention_dim=WIDTH + CLIP_G_WIDTH,
+        attention_head_dim=[2, 4],
+        norm_num_groups=8,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=TIME_DIM,
+        projection_class_embeddings_input_dim=POOLED_WIDTH + 6 * TIME_DIM,
+    )
+    save_fresh(unet, out / "sdxl_unet")
 
 
 def write_t5_tokenizer(folder: Path) -> int:
@@ -154,7 +186,7 @@ def learn_merges(words: tuple[str, ...] | list[str]) -> list[tuple[str, str]]:
     return merges
 
 
-def write_clip_tokenizer(folder: Path) -> int:
+def write_clip_tokenizer(folder: Path, **more_config) -> int:
     """Writes CLIP's byte-level BPE: merges that make each word in WORDS one token; other words fall back to bytes.
 
     Returns the vocabulary size; the last two ids are <|startoftext|> and <|endoftext|>.
@@ -169,7 +201,7 @@ def write_clip_tokenizer(folder: Path) -> int:
     vocab = {token: index for index, token in enumerate(tokens)}
     (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False) + "\n")
     (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
-    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77}
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77} | more_config
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
     return len(vocab)
 
@@ -209,49 +241,77 @@ def make_clip(out: Path, device: str) -> None:
     head reads all 77 tokens, padding included, as Stable Diffusion does, and also the second-to-last layer, for
     --clip_skip.
     """
+    from transformers import CLIPTextModel
+
+    vocab_size = write_clip_tokenizer(out / "clip" / "tokenizer")
+    config = {"hidden_size": WIDTH, "projection_dim": WIDTH, "pad_token_id": vocab_size - 1}
+    train_tower(out / "clip", CLIPTextModel, config, vocab_size, device)
+
+
+def make_clip_g(out: Path, device: str) -> None:
+    """Writes SDXL's second text encoder, and its tokenizer, which pads with "!".
+
+    SDXL takes the second-to-last layer without a norm, and the projected output at the end token; both are read.
+    """
+    from transformers import CLIPTextModelWithProjection
+
+    vocab_size = write_clip_tokenizer(out / "clip_g" / "tokenizer", pad_token="!")
+    config = {"hidden_size": CLIP_G_WIDTH, "projection_dim": POOLED_WIDTH, "pad_token_id": 0, "hidden_act": "gelu"}
+    train_tower(out / "clip_g", CLIPTextModelWithProjection, config, vocab_size, device)
+
+
+def train_tower(folder: Path, cls: type, config: dict, vocab_size: int, device: str) -> None:
+    """Trains a text encoder of this class with heads that are thrown away, and saves it to folder/text_encoder."""
     import torch
     import torch.nn.functional as F
     from tqdm import trange
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextConfig, CLIPTokenizer
 
-    vocab_size = write_clip_tokenizer(out / "clip" / "tokenizer")
-    tokenizer = CLIPTokenizer.from_pretrained(out / "clip" / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     config = CLIPTextConfig(
         vocab_size=vocab_size,
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
-        projection_dim=WIDTH,
+        intermediate_size=2 * config["hidden_size"],
         num_hidden_layers=3,
         num_attention_heads=4,
         bos_token_id=vocab_size - 2,
         eos_token_id=vocab_size - 1,
-        pad_token_id=vocab_size - 1,
+        **config,
     )
-    with tempfile.TemporaryDirectory() as folder:
-        captions = sorted(set(draw_data(folder)))
+    with tempfile.TemporaryDirectory() as data:
+        captions = sorted(set(draw_data(data)))
     ids = tokenizer(captions, padding="max_length", max_length=77, return_tensors="pt").input_ids.to(device)
     labels = caption_labels(captions).to(device)
     torch.manual_seed(SEED)
-    tower = CLIPTextModel(config).to(device)
-    readers = [clip_reader(WIDTH, labels.shape[1]).to(device) for _ in range(2)]
-    parameters = [p for module in (tower, *readers) for p in module.parameters()]
+    tower = cls(config).to(device)
+    heads = [clip_reader(config.hidden_size, labels.shape[1]).to(device) for _ in range(2)]
+    if hasattr(tower, "text_projection"):
+        words = torch.nn.Linear(config.projection_dim, labels.shape[1] * len(WORDS))
+        heads.append(torch.nn.Sequential(words, torch.nn.Unflatten(1, (labels.shape[1], len(WORDS)))).to(device))
+    parameters = [p for module in (tower, *heads) for p in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=CLIP_LR, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, CLIP_LR, total_steps=CLIP_STEPS)
-    for _ in trange(CLIP_STEPS, desc="clip", disable=None):
+    for _ in trange(CLIP_STEPS, desc=folder.name, disable=None):
         batch = torch.randint(len(captions), (CLIP_BATCH,), device=device)
-        states = tower(ids[batch], output_hidden_states=True)
-        penultimate = tower.final_layer_norm(states.hidden_states[-2])
+        read = readable_outputs(tower, ids[batch])
         loss = sum(
-            F.cross_entropy(reader(tokens).flatten(0, 1), labels[batch].flatten())
-            for reader, tokens in zip(readers, (states.last_hidden_state, penultimate), strict=True)
+            F.cross_entropy(head(output).flatten(0, 1), labels[batch].flatten())
+            for head, output in zip(heads, read, strict=True)
         )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    print(f"clip: loss {loss.item():.4f}")
+    print(f"{folder.name}: loss {loss.item():.4f}")
     # float32, because StableDiffusionPipeline does not convert between a bfloat16 text encoder and a float32 UNet.
-    tower.save_pretrained(out / "clip" / "text_encoder")
+    tower.save_pretrained(folder / "text_encoder")
+
+
+def readable_outputs(tower: torch.nn.Module, ids: torch.Tensor) -> list[torch.Tensor]:
+    """Returns what a UNet can take of a text encoder: [B, 77, D] twice, and the pooled [B, P] of SDXL's second."""
+    states = tower(ids, output_hidden_states=True)
+    if hasattr(tower, "text_projection"):
+        return [states.last_hidden_state, states.hidden_states[-2], states.text_embeds]
+    return [states.last_hidden_state, tower.final_layer_norm(states.hidden_states[-2])]
 
 
 def make_vae(out: Path, device: str) -> None:
@@ -277,7 +337,10 @@ def main(argv=None):
 
     torch.set_num_threads(1)  # for tensors this small, more threads are slower
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    makers = {"unet": make_unet, "t5": make_t5, "clip": make_clip, "vae": make_vae}
+    makers = {
+        "unet": make_unet, "sdxl_unet": make_sdxl_unet, "t5": make_t5, "clip": make_clip, "clip_g": make_clip_g,
+        "vae": make_vae,
+    }  # fmt: skip
     for stage in STAGES if args.stage == "all" else (args.stage,):
         print(f"{stage}: into {args.out / stage}", flush=True)
         makers[stage](args.out, device)

@@ -59,6 +59,22 @@ def model_sd(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def model_sdxl(tmp_path_factory):
+    """A tiny SDXL pipeline of random weights."""
+    from sdxl_fixtures import make_sdxl
+
+    return make_sdxl(tmp_path_factory.mktemp("models") / "sdxl")
+
+
+@pytest.fixture(scope="session")
+def shapes_sdxl(tmp_path_factory, model_sdxl):
+    """Six pictures with .img_sdxl and .txt_sdxl sidecars. Copy it before changing anything."""
+    from sdxl_fixtures import cache_shapes
+
+    return cache_shapes(tmp_path_factory.mktemp("data") / "sdxl", model_sdxl)
+
+
+@pytest.fixture(scope="session")
 def shapes(tmp_path_factory, model_t5, model_sd):
     """24 drawn images with .img_sdxl, .txt_t5cache and .txt_clipl sidecars. Copy it before changing anything."""
     out = tmp_path_factory.mktemp("data") / "shapes"

@@ -248,7 +248,7 @@ SD15 = {
 }  # config of a UNet that differs from diffusers' defaults in these
 
 
-def memory_model(config, kind, width, tokens, side):
+def memory_model(config, kind, widths, tokens, side):
     """MemoryModel of a UNet with this config, trained on captions of `tokens` tokens and latents [4, side, side]."""
     import torch
     from diffusers import UNet2DConditionModel
@@ -259,5 +259,5 @@ def memory_model(config, kind, width, tokens, side):
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config)
     conditioning = Conditioning(kind)
-    blank = conditioning.blank({"emb": width}, tokens)
+    blank = conditioning.blank(widths, tokens)
     return MemoryModel(unet, (4, side, side), lambda batch_size: conditioning.collate([blank] * batch_size))

@@ -29,9 +29,9 @@ CAPTIONS = {"a.txt": "a cat", "b.txt": "a red cross", "sub/d.txt": "a dog " * 20
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
+def models(tmp_path_factory, model_sdxl):
     folder = tmp_path_factory.mktemp("models")
-    return {flavour: make_pipeline(folder / flavour, flavour) for flavour in ("clip", "t5")}
+    return {flavour: make_pipeline(folder / flavour, flavour) for flavour in ("clip", "t5")} | {"sdxl": model_sdxl}
 
 
 @pytest.fixture(scope="module")
@@ -283,6 +283,7 @@ def run_printed(output, suffix):
         ),
         ("cache/create_clipl.py", "clip", ["--clip_skip", 1, "--store_dtype", "fp32", "--cache_suffix", ".clip1"]),
         ("cache/create_t5cache_768.py", "t5", ["--raw", "--max_length", 7]),
+        ("cache/create_sdxl_text.py", "sdxl", ["--max_length", 152]),
     ],
 )
 def test_printed_command_makes_exactly_what_is_missing(tmp_path, models, status, script, flavour, argv):
@@ -290,7 +291,7 @@ def test_printed_command_makes_exactly_what_is_missing(tmp_path, models, status,
     save_pictures(root, ["a.png", "b.png", "c.png"])
     assert run_script(script, "--data_root", root, "--model", models[flavour], *argv) == 0
     suffix = argv[argv.index("--cache_suffix") + 1] if "--cache_suffix" in argv else None
-    suffix = suffix or next(s for s in (IMG, CLIP, T5) if (root / f"b{s}").exists())
+    suffix = suffix or next(s for s in (IMG, CLIP, T5, ".txt_sdxl") if (root / f"b{s}").exists())
     (root / f"b{suffix}").unlink()
     before = sidecars(root, suffix)
     code, output = status(roots=(root,))

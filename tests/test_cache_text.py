@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -329,12 +330,18 @@ def test_caption_that_is_no_utf8_is_named_and_the_rest_is_cached(t5_cache, root,
 
 
 def test_wrong_kind_of_encoder_is_refused(root, clip_model, t5_model):
-    for script, model in (("cache/create_clipl.py", t5_model), ("cache/create_t5cache_768.py", clip_model)):
-        flags = ["--raw"] if script == "cache/create_t5cache_768.py" else []
-        with pytest.raises(ValueError, match="its text encoder is"):
-            run_script(script, "--data_root", root, "--model", model, *flags)
-    with pytest.raises(ValueError, match="--raw"):
-        run_script("cache/create_t5cache_768.py", "--data_root", root, "--model", clip_model)
+    for script, model, right in (
+        ("create_clipl.py", t5_model, "create_t5cache_768.py"),
+        ("create_t5cache_768.py", clip_model, "create_clipl.py"),
+    ):
+        with pytest.raises(ValueError, match=f"use cache/{right}"):
+            run_script(f"cache/{script}", "--data_root", root, "--model", model)
+
+
+def test_t5_without_a_projection_needs_raw(root, t5_model, tmp_path):
+    model = shutil.copytree(t5_model, tmp_path / "model", ignore=shutil.ignore_patterns("projection"))
+    with pytest.raises(ValueError, match=r"has no projection/; .* or pass --raw"):
+        run_script("cache/create_t5cache_768.py", "--data_root", root, "--model", model)
 
 
 def test_clip_skip_beyond_the_tower_is_refused(root, tmp_path):

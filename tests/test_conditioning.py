@@ -25,7 +25,7 @@ WIDTH, POOLED = 64, 32
 @pytest.fixture
 def row(monkeypatch):
     """The table with a row for the made-up kind."""
-    new = TextKind("t5", masked=True, vectors={"pooled": "text_embeds"}, time_ids=True)
+    new = TextKind("create_madeup.py", "t5", masked=True, vectors={"pooled": "text_embeds"}, time_ids=True)
     monkeypatch.setitem(conditioning.KINDS, KIND, new)
     return new
 
@@ -113,7 +113,7 @@ def test_time_ids_are_in_pixels_of_the_resized_image(row):
     header = {"width": "64", "height": "64", "original_width": "200", "original_height": "100"}
     ids = Conditioning(KIND).of_image(header | {"crop_box": "50,0,150,100"})["time_ids"]
     assert ids.tolist() == [100, 200, 0, 32, 64, 64]
-    with pytest.raises(ValueError, match="need each image's size and crop"):
+    with pytest.raises(ValueError, match="needs each image's size and crop"):
         Conditioning(KIND).of_image({})
 
 

@@ -28,12 +28,14 @@ ZERO = {
     "dataset_scripts/draw_shapes.py": {"--num_images", "--seed"},
     "dataset_scripts/score_shapes.py": {"--min_trained", "--min_held_out"},
     "models/compose_sd.py": {"--seed"},
+    "models/compose_sdxl.py": {"--seed"},
     "models/compose_t5_sd.py": {"--seed"},
+    "models/compose_t5_sdxl.py": {"--seed"},
     "models/train_tiny_vae.py": {"--seed"},
     "train_from_cached.py": {
         "--num_workers", "--offset_noise", "--timestep_range", "--cond_dropout", "--flip_p", "--unfreeze_up_blocks",
-        "--unfreeze_down_blocks", "--learning_rate", "--warmup_steps", "--min_lr_rate", "--betas", "--weight_decay",
-        "--gradient_clip", "--ema_decay", "--seed", "--save_start", "--sample_cfgs", "--val_split",
+        "--unfreeze_down_blocks", "--time_ids", "--learning_rate", "--warmup_steps", "--min_lr_rate", "--betas",
+        "--weight_decay", "--gradient_clip", "--ema_decay", "--seed", "--save_start", "--sample_cfgs", "--val_split",
     },
 }  # fmt: skip
 NEVER = ("nan", "inf", "-1", "many", "", "1e999", "9" * 20, "1_0", "\u0663")
@@ -223,7 +225,7 @@ def test_every_flag_has_a_meaning_for_a_resume():
     # Whatever the values of tensors depend on, and nothing else compares.
     assert {name for name in kinds["same"] if not name.startswith(("reinit_", "unfreeze_"))} == {
         "imgcache_suffix", "txtcache_suffix", "force_txtcache", "vae_scaling_factor", "text_scaling_factor",
-        "use_snr", "noise_gamma", "offset_noise", "timestep_sampling", "timestep_range", "cond_dropout", "flip_p",
-        "targetted_training", "gradient_accum", "scheduler", "min_lr_rate", "num_cycles", "optimizer", "betas",
-        "weight_decay", "gradient_clip", "ema_decay", "seed", "precision",
+        "time_ids", "use_snr", "noise_gamma", "offset_noise", "timestep_sampling", "timestep_range", "cond_dropout",
+        "flip_p", "targetted_training", "gradient_accum", "scheduler", "min_lr_rate", "num_cycles", "optimizer",
+        "betas", "weight_decay", "gradient_clip", "gradient_release", "ema_decay", "seed", "precision",
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""The shell scripts with a stand-in for Python: what train_sd.sh and train_t5.sh call, and how .venv is made."""
+"""The shell scripts with a stand-in for Python: what the front ends call, and how .venv is made."""
 
 import os
 import shutil
@@ -7,8 +7,9 @@ import sys
 
 import pytest
 from helpers import REPO, SD15, load_script, memory_model
+from sdxl_fixtures import SDXL_UNET
 
-FRONT_ENDS = ["train_sd.sh", "train_t5.sh"]
+FRONT_ENDS = ["train_sd.sh", "train_t5.sh", "train_sdxl.sh"]
 
 
 def executable(path, text):
@@ -127,7 +128,7 @@ def test_the_environment_of_another_project_is_not_used(is_installed, used, tmp_
 @pytest.mark.parametrize("script", FRONT_ENDS)
 def test_a_batch_that_is_given_takes_the_place_of_the_preset(script, tmp_path):
     code, errors, words = started(script, tmp_path, CARD="16")
-    assert (code, words) == (2, []) and "CARD: expected 12, 24, 48 or 80, got 16" in errors
+    assert (code, words) == (2, []) and "24, 48 or 80, got 16" in errors
     args = trainer_flags(started(script, tmp_path, BATCH="3", CARD="12")[2])
     assert (args.batch_size, args.gradient_accum, args.gradient_checkpointing, args.precision) == (3, 1, False, None)
 
@@ -135,17 +136,25 @@ def test_a_batch_that_is_given_takes_the_place_of_the_preset(script, tmp_path):
 def test_presets_fit_their_cards_and_take_the_same_samples_a_step(tmp_path):
     from cachetrain.training.memory import Setup
 
-    model = memory_model(SD15, "txt_t5cache", width=768, tokens=256, side=64)  # T5's texts take more than CLIP's
+    # T5's texts take more memory than CLIP's.
+    sd15 = memory_model(SD15, "txt_t5cache", {"emb": 768}, tokens=256, side=64)
+    sdxl = memory_model(SDXL_UNET, "txt_sdxl", {"emb": 2048, "pooled": 1280}, tokens=77, side=128)
+    front_ends = {
+        "train_sd.sh": (sd15, {}),
+        "train_t5.sh": (sd15, {"OPTIMIZER": "adamw"}),
+        "train_sdxl.sh": (sdxl, {}),
+    }
     # Of a card's memory, what is left for a process: the driver and CUDA's context take the rest.
     for card, usable_gib in ((12, 11.5), (24, 23.5), (48, 44.5), (80, 79)):
-        setups = set()
-        for script in FRONT_ENDS:
-            args = trainer_flags(started(script, tmp_path, CARD=str(card), OPTIMIZER="adamw")[2])
+        for script, (model, settings) in front_ends.items():
+            code, errors, words = started(script, tmp_path, CARD=str(card), **settings)
+            if (script, card) == ("train_sdxl.sh", 12):
+                assert code == 2 and "CARD: expected 24, 48 or 80, got 12" in errors
+                continue
+            args = trainer_flags(words)
             assert args.batch_size * args.gradient_accum == 64
             args.precision = args.precision or "bf16"  # the default on a GPU
-            setups.add(Setup.of(args, ranks=1))
-        (setup,) = setups
-        assert usable_gib / 2 < model.estimate(setup).total / 2**30 < usable_gib
+            assert usable_gib / 2 < model.estimate(Setup.of(args, ranks=1)).total / 2**30 < usable_gib
 
 
 def test_default_model_is_beside_the_script_wherever_it_is_started(tmp_path):

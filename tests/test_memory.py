@@ -19,7 +19,7 @@ BASE = memory.Setup(8, "bf16", "adamw", checkpointing=False, keeps_gradients=Fal
 
 @pytest.fixture(scope="module")
 def tiny():
-    return memory_model(CONFIG, "txt_t5cache", width=64, tokens=16, side=8)
+    return memory_model(CONFIG, "txt_t5cache", {"emb": 64}, tokens=16, side=8)
 
 
 def allocated_by_steps(setup, train):
@@ -32,7 +32,8 @@ def allocated_by_steps(setup, train):
         if setup.checkpointing:
             unet.enable_gradient_checkpointing()
         trained = [p for p in unet.parameters() if p.requires_grad]
-        optimizer = make_optimizer(setup.optimizer, trained, 1e-3, (0.9, 0.99), 0.01)
+        options = {"gradient_release": setup.releases_gradients}
+        optimizer = make_optimizer(setup.optimizer, trained, 1e-3, (0.9, 0.99), 0.01, **options)
         dtype = trained[0].dtype
         latents, texts = torch.randn(setup.batch_size, 4, 8, 8), torch.randn(setup.batch_size, 16, 64).to(dtype)
         for _ in range(2):
@@ -65,11 +66,12 @@ def only_attn2(unet):
         ({"keeps_gradients": True, "optimizer": "lion"}, all_of_it),
         ({"checkpointing": True}, all_of_it),
         ({"precision": "bf16_pure"}, all_of_it),
+        ({"precision": "bf16_pure", "releases_gradients": True, "checkpointing": True}, all_of_it),
         ({}, only_attn2),
     ],
 )
 def test_estimate_is_what_a_step_on_the_cpu_allocates_within_3_percent(changes, train):
-    model = memory_model(CONFIG, "txt_t5cache", width=64, tokens=16, side=8)
+    model = memory_model(CONFIG, "txt_t5cache", {"emb": 64}, tokens=16, side=8)
     train(model.unet)
     setup = BASE._replace(batch_size=24, precision="fp32")._replace(**changes)
     estimate = model.estimate(setup)
@@ -86,7 +88,7 @@ def test_estimate_of_autocast_is_a_fifth_too_high_on_a_cpu_which_keeps_norms_in_
 
 def test_estimate_agrees_with_what_was_seen_on_gpus():
     """docs/performance.md: SD1.5's UNet at 512x512, bf16, AdamW, without checkpointing."""
-    model = memory_model(SD15, "txt_clipl", width=768, tokens=77, side=64)
+    model = memory_model(SD15, "txt_clipl", {"emb": 768}, tokens=77, side=64)
     for gib, batch_size, fits in ((79, 48, True), (79, 64, False), (24, 8, True), (24, 12, False)):
         assert (model.estimate(BASE._replace(batch_size=batch_size)).total < gib * GIB) == fits
 

@@ -9,7 +9,14 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from helpers import REPO, TINY, load_script, run_script
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+from transformers import (
+    AutoTokenizer,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 CAPTION = "a small red circle on the left on a blue background"
 SWAPPED = "a small blue circle on the left on a red background"
@@ -52,9 +59,9 @@ def encode_clip(clip, captions, clip_skip=0):
         return encoder.final_layer_norm(states[-1 - clip_skip])
 
 
-def test_tiny_models_take_less_than_3_mb():
+def test_tiny_models_take_less_than_4_mb():
     sizes = [path.stat().st_size for path in TINY.rglob("*") if path.is_file()]
-    assert sum(sizes) < 3e6
+    assert sum(sizes) < 3.5e6
 
 
 def test_tiny_unet_is_a_config_without_weights():
@@ -137,25 +144,22 @@ def test_tokenizers_read_unknown_words(t5, clip):
     assert max(t5[0](PHOTO * 9).input_ids) < t5[1].config.vocab_size
 
 
-@pytest.mark.parametrize("clip_skip", [0, 1])
-def test_clip_tower_tells_captions_apart_for_a_linear_reader(clip, make_tiny, clip_skip):
-    """A least-squares fit on the mean token of some captions names the attributes of others."""
-    colors = ("red", "green", "blue", "white")
-    shapes = ("circle", "square", "star", "ring")
-    places = ("on the left", "at the top", "in the middle")
-    captions = [
+def all_captions():
+    return [
         f"a {size} {color} {shape} {place} on a {ground} background"
         for size in ("small", "large")
-        for color in colors
-        for shape in shapes
-        for place in places
-        for ground in colors
+        for color in ("red", "green", "blue", "white")
+        for shape in ("circle", "square", "star", "ring")
+        for place in ("on the left", "at the top", "in the middle")
+        for ground in ("red", "green", "blue", "white")
         if color != ground
     ]
-    labels = make_tiny.caption_labels(captions)
-    features = encode_clip(clip, captions, clip_skip).mean(dim=1).double()
-    features = torch.cat([features, torch.ones(len(features), 1)], dim=1)
-    order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(0))
+
+
+def assert_readable(features, labels):
+    """A least-squares fit on the features [N, D] of some captions names the attributes of others."""
+    features = torch.cat([features.double(), torch.ones(len(features), 1)], dim=1)
+    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
     fit, check = order[:200], order[200:]
     for attribute in range(labels.shape[1]):
         wanted = torch.nn.functional.one_hot(labels[:, attribute]).double()
@@ -164,7 +168,25 @@ def test_clip_tower_tells_captions_apart_for_a_linear_reader(clip, make_tiny, cl
         assert (named == labels[check, attribute]).float().mean() > 0.9
 
 
-@pytest.mark.parametrize("stage", ["unet", "t5"])
+@pytest.mark.parametrize("clip_skip", [0, 1])
+def test_clip_tower_tells_captions_apart_for_a_linear_reader(clip, make_tiny, clip_skip):
+    captions = all_captions()
+    assert_readable(encode_clip(clip, captions, clip_skip).mean(dim=1), make_tiny.caption_labels(captions))
+
+
+@torch.no_grad()
+def test_sdxls_second_tower_tells_captions_apart_in_its_tokens_and_its_pooled_output(make_tiny):
+    tokenizer = CLIPTokenizer.from_pretrained(TINY / "clip_g" / "tokenizer")
+    tower = CLIPTextModelWithProjection.from_pretrained(TINY / "clip_g" / "text_encoder")
+    captions, labels = all_captions(), make_tiny.caption_labels(all_captions())
+    ids = tokenizer(captions, padding="max_length", max_length=77, return_tensors="pt").input_ids
+    assert tokenizer.pad_token_id == 0 and (ids[:, -1] == 0).all()
+    states = tower(ids, output_hidden_states=True)
+    assert_readable(states.hidden_states[-2].mean(dim=1), labels)
+    assert_readable(states.text_embeds, labels)
+
+
+@pytest.mark.parametrize("stage", ["unet", "sdxl_unet", "t5"])
 def test_make_tiny_reproduces_what_is_shipped(make_tiny, tmp_path, stage):
     assert run_script("models/make_tiny.py", "--stage", stage, "--out", tmp_path) == 0
     made = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file())
@@ -178,9 +200,10 @@ def test_make_tiny_reproduces_what_is_shipped(make_tiny, tmp_path, stage):
             assert (tmp_path / path).read_bytes() == (TINY / path).read_bytes()
 
 
-def test_make_tiny_reproduces_the_clip_tokenizer(make_tiny, tmp_path):
-    make_tiny.write_clip_tokenizer(tmp_path)
-    for path in (TINY / "clip" / "tokenizer").iterdir():
+@pytest.mark.parametrize(("part", "more"), [("clip", {}), ("clip_g", {"pad_token": "!"})])
+def test_make_tiny_reproduces_the_clip_tokenizers(part, more, make_tiny, tmp_path):
+    make_tiny.write_clip_tokenizer(tmp_path, **more)
+    for path in (TINY / part / "tokenizer").iterdir():
         assert (tmp_path / path.name).read_bytes() == path.read_bytes()
 
 

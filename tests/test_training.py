@@ -710,8 +710,10 @@ def test_front_end_of_several_gpus_stops_torchrun_and_ends_with_the_exit_code_of
 
 
 def test_front_ends_differ_in_their_settings_only():
-    sd, t5 = ((REPO / f"train_{flavour}.sh").read_text().split("\nNAME=") for flavour in ("sd", "t5"))
-    assert sd[1].removeprefix("${NAME:-sd") == t5[1].removeprefix("${NAME:-t5")
+    parts = {
+        flavour: (REPO / f"train_{flavour}.sh").read_text().split("\nNAME=")[1] for flavour in ("sd", "t5", "sdxl")
+    }
+    assert len({part.removeprefix(f"${{NAME:-{flavour}_") for flavour, part in parts.items()}) == 1
 
 
 def test_front_end_saves_the_running_run_when_asked_and_resumes_it(shapes, model_t5, tmp_path):

@@ -85,6 +85,22 @@ def text_parser(doc: str, kind: str, model: str | None) -> argparse.ArgumentPars
     return parser
 
 
+def add_clip_length_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds --max_length of the CLIP scripts; `clip_length` reads it."""
+    parser.add_argument(
+        "--max_length",
+        choices=("77", "152", "227"),
+        default="77",
+        help="tokens kept of longer captions, first and last included; 152 and 227 encode two and three windows of "
+        "75 tokens apart and join them",
+    )
+
+
+def clip_length(args: argparse.Namespace) -> dict[str, int]:
+    """Returns --max_length as a setting for the header; {} for the 77 tokens that CLIP reads at once."""
+    return {} if args.max_length == "77" else {"max_length": int(args.max_length)}
+
+
 def _cache_parser(doc, kind, model, batch_size):
     parser = cli.parser(doc)
     add_data_root_argument(parser)

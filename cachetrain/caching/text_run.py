@@ -25,15 +25,22 @@ if TYPE_CHECKING:
 # Captions are read and sorted by length in windows of this many images, and encoded once per window.
 _WINDOW = 65536
 
+# By load.text_family: (its name in messages, the kind of its caches, the script that makes them).
+_FAMILIES = {
+    "clip": ("one CLIP encoder", "txt_clipl", "create_clipl.py"),
+    "t5": ("T5", "txt_t5cache", "create_t5cache_768.py"),
+    "sdxl": ("SDXL's two CLIP encoders", "txt_sdxl", "create_sdxl_text.py"),
+}
+
 # Components whose files do not change what the encode_prompt of a repository's own pipeline returns.
 _NOT_TEXT = ("unet", "vae", "scheduler", "safety_checker", "feature_extractor", "image_encoder")
 
 
 class Embedded(NamedTuple):
-    """Embedding [T, D] of the caption at `index` of a window; num_tokens of it are text, the rest is padding."""
+    """The tensors of the caption at `index` of a window; num_tokens of the sequence are text, the rest is padding."""
 
     index: int
-    emb: "torch.Tensor"
+    tensors: "dict[str, torch.Tensor]"
     num_tokens: int
     truncated: bool
 
@@ -45,20 +52,25 @@ def cache_captions(args: Namespace, kind: str, settings: dict) -> int:
 
     Args:
         args: from `arguments.text_parser`.
-        settings: what changes the embeddings, besides the dtypes: clip_skip, or max_length and raw. {"custom": True}:
-            encode with the pipeline code in the model's repository.
+        settings: what changes the embeddings, besides the dtypes: clip_skip, or max_length and raw; for SDXL, whether
+            the empty caption is zeros is added. {"custom": True}: encode with the pipeline code in the model's
+            repository.
 
     Returns:
         exit code: 0, or 1 if some caption failed.
     """
     custom = "custom" in settings
-    components = () if custom else load.text_components(settings)
+    components = () if custom else load.text_components(kind, settings)
     model_dir = load.resolve_model(args.model, args.revision, components, code=custom)
+    if kind == "txt_sdxl":
+        settings = settings | {"force_zeros_for_empty_prompt": load.zeros_for_empty_prompt(model_dir)}
     dtypes = {"dtype": args.dtype or "auto", "store_dtype": args.store_dtype}
     fields = {
         "kind": kind,
         **selection.model_fields(args, model_dir),
-        "encoder": load.fingerprint(_custom_files(model_dir) if custom else _encoder_files(model_dir, settings)),
+        "encoder": load.fingerprint(
+            _custom_files(model_dir) if custom else _encoder_files(model_dir, kind, settings)
+        ),
         "settings": json.dumps(settings | dtypes, sort_keys=True),
     }
     summary = RunSummary(kind, args.data_root, args.cache_suffix)
@@ -82,13 +94,20 @@ def _custom_files(model_dir):
     return load.all_files(model_dir, *(folder for folder in folders if folder.name not in _NOT_TEXT))
 
 
-def _encoder_files(model_dir, settings):
-    if "projection" in load.text_components(settings) and not (model_dir / "projection").is_dir():
+def _encoder_files(model_dir, kind, settings):
+    found, its_kind, script = _FAMILIES[load.text_family(model_dir)]
+    if its_kind != kind:
+        expected = next(name for name, of_kind, _ in _FAMILIES.values() if of_kind == kind)
+        raise ValueError(
+            f"{model_dir}: encodes captions with {found}, expected {expected}; use cache/{script}, or pass another "
+            "--model"
+        )
+    if "projection" in load.text_components(kind, settings) and not (model_dir / "projection").is_dir():
         raise ValueError(
             f"{model_dir}: has no projection/; make it with models/compose_t5_sd.py, or pass --raw to keep T5's own "
             "width, or --custom to run the pipeline code in the model's repository"
         )
-    return load.text_files(model_dir, settings)
+    return load.text_files(model_dir, kind, settings)
 
 
 def _encode(args, pairs, make_encoder, fields, summary):
@@ -152,24 +171,17 @@ def _by_caption(pairs, summary, progress):
 
 def _batch_encoder(model_dir, settings, kind, batch_size, device, dtype):
     """Returns a function: list of captions -> batches, lists of Embedded."""
-    from cachetrain.modeling.text_encoders import TextEncoder
+    from cachetrain.modeling.conditioning import text_kind
+    from cachetrain.modeling.text_encoders import open_text_encoder
 
-    encoder = TextEncoder(model_dir, device, dtype, **settings)
-    if encoder.is_t5 != (kind == "txt_t5cache"):
-        raise ValueError(
-            f"{model_dir}: its text encoder is {'T5' if encoder.is_t5 else 'CLIP'}; "
-            f"use cache/{'create_t5cache_768.py' if encoder.is_t5 else 'create_clipl.py'}"
-        )
-    num_layers = encoder.encoder.config.num_hidden_layers
-    if settings.get("clip_skip", 0) > num_layers:
-        raise ValueError(f"--clip_skip {settings['clip_skip']}: {model_dir} has only {num_layers} layers")
+    encoder, lengths_differ = open_text_encoder(model_dir, kind, settings, device, dtype), text_kind(kind).masked
 
     def encode(captions):
         ids, truncated = encoder.tokenize(captions)
         # CLIP always computes all of its 77 positions.
-        for batch in length_batches([len(row) if encoder.is_t5 else 0 for row in ids], batch_size):
-            embeddings = encoder.encode_ids([ids[index] for index in batch])
-            yield [Embedded(i, emb, len(ids[i]), truncated[i]) for i, emb in zip(batch, embeddings, strict=True)]
+        for batch in length_batches([len(row) if lengths_differ else 0 for row in ids], batch_size):
+            encoded = encoder.tensors_of([ids[index] for index in batch])
+            yield [Embedded(i, one, len(ids[i]), truncated[i]) for i, one in zip(batch, encoded, strict=True)]
 
     return encode
 
@@ -195,13 +207,19 @@ def _custom_encoder(model_dir, device, dtype):
     from cachetrain.caching.encoders import CustomTextEncoder
 
     encoder = CustomTextEncoder(load.load_custom_pipeline(str(model_dir), dtype=dtype), device)
-    return lambda captions: ([Embedded(index, *encoder.encode(caption))] for index, caption in enumerate(captions))
+
+    def encode(captions):
+        for index, caption in enumerate(captions):
+            emb, num_tokens, truncated = encoder.encode(caption)
+            yield [Embedded(index, {"emb": emb}, num_tokens, truncated)]
+
+    return encode
 
 
 def _rows(batch: Iterable[Embedded], captions, images_of, fields, store_dtype, suffix):
-    """Yields the Rows of one batch: each embedding once per image that has its caption."""
+    """Yields the Rows of one batch: the tensors of a caption once per image that has it."""
     for item in batch:
-        tensors = {"emb": item.emb.to(store_dtype)}
+        tensors = {name: tensor.to(store_dtype) for name, tensor in item.tensors.items()}
         for pair, caption in images_of[captions[item.index]]:
             metadata = {
                 **fields,

@@ -1,4 +1,4 @@
-"""Exports a pipeline directory as one file in the original Stable Diffusion key layout, for web UIs."""
+"""Exports a pipeline directory as one file in the original key layout of Stable Diffusion or SDXL, for web UIs."""
 
 import inspect
 from pathlib import Path
@@ -14,13 +14,14 @@ from cachetrain.modeling.files import CONFIG, read_config, weight_files
 if TYPE_CHECKING:
     import torch
 
-ORIGINAL_SCALING_FACTOR = 0.18215
+ORIGINAL_SCALING_FACTOR, SDXL_SCALING_FACTOR = 0.18215, 0.13025
 
 # Config fields that web UIs read from the keys, shapes or .yaml. For other fields they assume diffusers' default.
 _UNET_FIELDS = {
     "sample_size", "in_channels", "out_channels", "down_block_types", "up_block_types", "block_out_channels",
     "layers_per_block", "cross_attention_dim", "attention_head_dim", "use_linear_projection", "dropout",
     "transformer_layers_per_block", "upcast_attention", "encoder_hid_dim", "encoder_hid_dim_type",
+    "addition_embed_type", "addition_time_embed_dim", "projection_class_embeddings_input_dim",
 }  # fmt: skip
 _VAE_FIELDS = {
     "sample_size", "in_channels", "out_channels", "down_block_types", "up_block_types", "block_out_channels",
@@ -32,7 +33,8 @@ _VAE_FIELDS = {
 def export_single_file(
     model_dir: Path, out: Path, dtype: "torch.dtype | None" = None, raw_weights: bool = False
 ) -> list[str]:
-    """Writes a model as one .safetensors file, and beside it the .yaml that web UIs read; both only when complete.
+    """Writes a model as one .safetensors file, and beside it the .yaml that web UIs read of a model that is not SDXL;
+    both only when complete.
 
     Args:
         model_dir: pipeline directory or checkpoint.
@@ -60,7 +62,7 @@ def export_single_file(
     weights = "unet" if raw_weights or not (model_dir / "unet_ema").is_dir() else "unet_ema"
     tensors = original_tensors(model_dir, weights)
     if dtype is not None:
-        tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
     metadata, markers = _metadata(model_dir, weights, out.stem)
     if "modelspec.encoder_layer" in metadata:
         notes.append(
@@ -89,28 +91,27 @@ def check_exportable(model_dir: Path, scheduler=None) -> tuple[list[str], dict |
 
     Returns:
         (notes for users of the exported file,
-        the original config for the .yaml; None if web UIs cannot sample the model).
+        the original config for the .yaml; None if web UIs need none, as for SDXL, or cannot sample the model).
 
     Raises:
         ValueError: the layout cannot represent the model; the message says why.
     """
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
-    unet, vae, text = _configs(model_dir)
-    problems = [*_unet_problems(unet), *_vae_problems(vae)]
-    if text["model_type"] != "t5" and text.get("hidden_act", "quick_gelu") != "quick_gelu":
-        problems.append("the text encoder is an OpenCLIP one (hidden_act is not quick_gelu), as in SD 2.x")
+    unet, vae, texts = _configs(model_dir)
+    family = load.text_family(model_dir)
+    problems = [*_unet_problems(unet), *_vae_problems(vae), *_text_problems(unet, texts)]
     if problems:
         raise ValueError(
             f"{model_dir}: the original Stable Diffusion layout cannot represent this model: {'; '.join(problems)}"
         )
     load.load_vae(Path(model_dir) / "vae")  # refuses one that is incomplete; the UNet's weights may not be there yet
-    if text["model_type"] != "t5":
-        load.load_text_encoder(Path(model_dir) / "text_encoder")
+    for name in texts if family != "t5" else ():
+        load.load_text_encoder(Path(model_dir) / name, projected=name == "text_encoder_2")
     layout.unet_names(_shapes_of(UNet2DConditionModel, unet), unet)
     layout.vae_names(_shapes_of(AutoencoderKL, vae), vae)
     notes = []
-    if text["model_type"] == "t5":
+    if family == "t5":
         notes.append(
             "holds UNet and VAE only: the layout has no place for a T5 encoder"
             f"{' and the projection of its embeddings in the UNet' if load.has_text_projection(unet) else ''}, "
@@ -118,10 +119,11 @@ def check_exportable(model_dir: Path, scheduler=None) -> tuple[list[str], dict |
         )
     scheduler = scheduler or load.load_scheduler(Path(model_dir) / "scheduler")
     objective = objective_of(scheduler)
-    notes += _objective_notes(objective, scheduler)
-    notes += _setting_notes(unet, vae)
-    can_be_sampled = text["model_type"] != "t5" and objective != "flow"
-    return notes, layout.original_config(unet, vae, scheduler) if can_be_sampled else None
+    is_sdxl = load.pooled_width(unet) > 0
+    notes += _objective_notes(objective, scheduler, is_sdxl)
+    notes += _setting_notes(unet, vae, is_sdxl)
+    needs_config = family == "clip" and objective != "flow"
+    return notes, layout.original_config(unet, vae, scheduler) if needs_config else None
 
 
 def original_tensors(model_dir: Path, weights: str = "unet") -> "dict[str, torch.Tensor]":
@@ -133,7 +135,7 @@ def original_tensors(model_dir: Path, weights: str = "unet") -> "dict[str, torch
     """
     from diffusers import UNet2DConditionModel
 
-    unet, vae, text = _configs(model_dir)
+    unet, vae, texts = _configs(model_dir)
     tensors = _stored(model_dir / weights)
     _check_shapes(model_dir / weights, tensors, _shapes_of(UNet2DConditionModel, unet))
     names = layout.unet_names({key: tensor.shape for key, tensor in tensors.items()}, unet)
@@ -144,10 +146,26 @@ def original_tensors(model_dir: Path, weights: str = "unet") -> "dict[str, torch
         layout.VAE + name: tensors[key].reshape(layout.vae_shape(name, tensors[key].shape))
         for key, name in names.items()
     }
-    if text["model_type"] != "t5":
-        tensors = _stored(model_dir / "text_encoder")
-        result |= {layout.TEXT + name: tensors[key] for key, name in layout.text_names(tensors).items()}
+    family = load.text_family(model_dir)
+    if family == "t5":
+        return result
+    tensors = _stored(model_dir / "text_encoder")
+    prefix = layout.TEXT if family == "clip" else layout.SDXL_TEXT[0]
+    result |= {prefix + name: tensors[key] for key, name in layout.text_names(tensors).items()}
+    if family == "sdxl":
+        result |= _sdxl_text(model_dir, texts["text_encoder"]["max_position_embeddings"])
     return result
+
+
+def _sdxl_text(model_dir, num_positions):
+    """Returns {original name: tensor} of what SDXL's file holds besides Stable Diffusion's parts."""
+    import torch
+
+    first, second = layout.SDXL_TEXT
+    tensors = layout.open_clip_tensors(_stored(model_dir / "text_encoder_2"))
+    # A buffer of old versions of transformers, which is in the public file.
+    positions = {f"{first}embeddings.position_ids": torch.arange(num_positions)[None]}
+    return positions | {second + name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
 def _unet_problems(config):
@@ -159,7 +177,8 @@ def _unet_problems(config):
         problems.append("the UNet has blocks that Stable Diffusion does not have")
     if [kind.replace("Up", "Down") for kind in reversed(up)] != list(down):
         problems.append("the UNet's up blocks do not mirror its down blocks")
-    for name in ("layers_per_block", "transformer_layers_per_block", "cross_attention_dim"):
+    per_block = () if load.pooled_width(config) else ("transformer_layers_per_block",)  # SDXL's differ
+    for name in ("layers_per_block", *per_block, "cross_attention_dim"):
         if not isinstance(config[name], int):
             problems.append(f"the UNet's {name} differs from block to block")
     if isinstance(heads, int):
@@ -184,23 +203,46 @@ def _vae_problems(config):
     return problems + _width_problems("VAE", config["block_out_channels"])
 
 
+def _text_problems(unet, texts):
+    """Returns the reasons why the layout cannot represent text encoders beside a UNet, as a list of str.
+
+    Args:
+        texts: {component: config} of the text encoders.
+    """
+    activations = {"text_encoder": "quick_gelu", "text_encoder_2": "gelu"}
+    problems = []
+    for name, config in texts.items():
+        expected = activations[name]
+        if config["model_type"] != "t5" and config.get("hidden_act", "quick_gelu") != expected:
+            also = " (an OpenCLIP one, as in SD 2.x)" if name == "text_encoder" else ""
+            problems.append(f"{name} has hidden_act {config.get('hidden_act')}, expected {expected}{also}")
+    clip = all(config["model_type"] != "t5" for config in texts.values())
+    if clip and (len(texts) == 2) != (load.pooled_width(unet) > 0):
+        problems.append(f"the UNet is {'not ' if len(texts) == 2 else ''}SDXL's, the text encoders are otherwise")
+    return problems
+
+
 def _width_problems(part, channels):
     if any(width % channels[0] for width in channels):
         return [f"the {part}'s widths {list(channels)} are not multiples of the first"]
     return []
 
 
-def _objective_notes(objective, scheduler):
+def _objective_notes(objective, scheduler, is_sdxl):
     """Returns notes on how to sample the exported file, a list of str."""
     if objective == "flow":
         return ["trained with flow matching, which web UIs do not sample with Stable Diffusion's UNet: use sample.py"]
     notes = []
-    if objective == "v_prediction":
+    if objective == "v_prediction" and is_sdxl:
+        notes.append("predicts v: AUTOMATIC1111 (its dev branch), Forge and ComfyUI detect it by the key v_pred")
+    elif objective == "v_prediction":
         notes.append(
             "predicts v: keep the .yaml beside the file for AUTOMATIC1111 and Forge; in ComfyUI add "
             "ModelSamplingDiscrete, set to v_prediction, after the loader"
         )
-    if scheduler.config.get("rescale_betas_zero_snr"):
+    if scheduler.config.get("rescale_betas_zero_snr") and is_sdxl:
+        notes.append("has zero terminal SNR: AUTOMATIC1111, Forge and ComfyUI detect it by the key ztsnr")
+    elif scheduler.config.get("rescale_betas_zero_snr"):
         notes.append(
             "has zero terminal SNR: AUTOMATIC1111 and Forge detect it by the key ztsnr; in ComfyUI turn on zsnr in "
             "ModelSamplingDiscrete"
@@ -210,14 +252,14 @@ def _objective_notes(objective, scheduler):
     return notes
 
 
-def _setting_notes(unet, vae):
+def _setting_notes(unet, vae, is_sdxl):
     """Returns notes on settings in the configs (dicts) that web UIs do not respect, a list of str."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     unusual = _unusual("UNet", UNet2DConditionModel, unet, _UNET_FIELDS)
     unusual += _unusual("VAE", AutoencoderKL, vae, _VAE_FIELDS)
-    # Web UIs recognise Stable Diffusion 1 by these sizes.
-    if unet["block_out_channels"][0] != 320 or unet["cross_attention_dim"] != 768:
+    # Web UIs recognize Stable Diffusion 1 and SDXL by these sizes.
+    if unet["block_out_channels"][0] != 320 or unet["cross_attention_dim"] != (2048 if is_sdxl else 768):
         unusual.append(f"widths {unet['block_out_channels']} and cross_attention_dim {unet['cross_attention_dim']}")
     notes = []
     if unusual:
@@ -225,10 +267,12 @@ def _setting_notes(unet, vae):
             f"web UIs do not use these settings: {', '.join(unusual)}; only diffusers loads the file correctly, with "
             "config= of the pipeline directory"
         )
-    if vae["scaling_factor"] != ORIGINAL_SCALING_FACTOR:
+    original = SDXL_SCALING_FACTOR if is_sdxl else ORIGINAL_SCALING_FACTOR
+    if vae["scaling_factor"] != original:
+        without = "" if is_sdxl else " that do not read the .yaml"
         notes.append(
-            f"the VAE's scaling_factor is {vae['scaling_factor']}: web UIs that do not read the .yaml use "
-            f"{ORIGINAL_SCALING_FACTOR} and draw wrong images"
+            f"the VAE's scaling_factor is {vae['scaling_factor']}: web UIs{without} use {original} and draw wrong "
+            "images"
         )
     return notes
 
@@ -244,11 +288,13 @@ def _metadata(model_dir, weights, title):
     scheduler = load.load_scheduler(model_dir / "scheduler")
     objective = objective_of(scheduler)
     zero_snr = bool(scheduler.config.get("rescale_betas_zero_snr"))
+    is_sdxl = load.pooled_width(read_config(model_dir / "unet")) > 0
+    repository = "Stability-AI/generative-models" if is_sdxl else "CompVis/stable-diffusion"
     metadata = {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": "stable-diffusion-v1",
-        "modelspec.implementation": "https://github.com/CompVis/stable-diffusion",
+        "modelspec.architecture": "stable-diffusion-xl-v1-base" if is_sdxl else "stable-diffusion-v1",
+        "modelspec.implementation": f"https://github.com/{repository}",
         "modelspec.title": title,
         "modelspec.prediction_type": "v" if objective == "v_prediction" else objective,
         "step": str(info["step"]),
@@ -263,14 +309,14 @@ def _metadata(model_dir, weights, title):
 
 
 def _configs(model_dir):
-    """Returns the configs (dicts) of UNet, VAE and text encoder."""
+    """Returns the configs (dicts) of UNet and VAE, and {component: config} of the text encoders."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
-    return (
-        _config(model_dir, "unet", UNet2DConditionModel),
-        _config(model_dir, "vae", AutoencoderKL),
-        _config(model_dir, "text_encoder"),
-    )
+    unet, vae = _config(model_dir, "unet", UNet2DConditionModel), _config(model_dir, "vae", AutoencoderKL)
+    texts = {"text_encoder": _config(model_dir, "text_encoder")}
+    if load.text_family(model_dir) == "sdxl":
+        texts["text_encoder_2"] = _config(model_dir, "text_encoder_2")
+    return unet, vae, texts
 
 
 def _config(model_dir, name, cls=None):

@@ -49,9 +49,10 @@ def checkpoint_info(model_dir: Path) -> dict:
         info = {"latent_size": None, "step": 0} | read_json(path)
         _check(path, info)
         return info | {"text": {"scaling_factor": 1.0} | info["text"]}
-    encoder = Path(model_dir) / "text_encoder"
-    is_t5 = encoder.exists() and load.text_architecture(encoder) == "t5"
-    text = {"kind": "txt_t5cache" if is_t5 else "txt_clipl", "settings": {}, "scaling_factor": 1.0}
+    family = load.text_family(model_dir) if (Path(model_dir) / "text_encoder").exists() else "clip"
+    kind = next(kind for kind, row in KINDS.items() if row.encoder == family)
+    settings = {"force_zeros_for_empty_prompt": load.zeros_for_empty_prompt(model_dir)} if family == "sdxl" else {}
+    text = {"kind": kind, "settings": settings, "scaling_factor": 1.0}
     return {"latent_size": None, "text": text, "step": 0}
 
 

@@ -1,18 +1,26 @@
-"""The original Stable Diffusion key layout (CompVis): names of tensors and settings, converted from diffusers'.
+"""The original key layouts of Stable Diffusion and SDXL: names of tensors and settings, converted from diffusers'.
 
 diffusers itself converts only in the other direction. Each name is checked with that conversion, which must return
 the diffusers name.
 """
 
+from __future__ import annotations
+
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from cachetrain.diffusion.noise_schedulers import objective_of
 
-# Prefixes of the components.
+if TYPE_CHECKING:
+    import torch
+
+# Prefixes of the components; SDXL's are those of its first and second text encoder.
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
 TEXT = "cond_stage_model.transformer.text_model."
+SDXL_TEXT = ("conditioner.embedders.0.transformer.text_model.", "conditioner.embedders.1.model.")
 
 _UNET_PART = re.compile(
     r"(?:down_blocks|up_blocks|mid_block)(?:\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)"
@@ -47,6 +55,8 @@ def unet_names(shapes: dict[str, tuple], config: dict) -> dict[str, str]:
     from diffusers.loaders.single_file_utils import DIFFUSERS_TO_LDM_MAPPING, convert_ldm_unet_checkpoint
 
     known, layers = DIFFUSERS_TO_LDM_MAPPING["unet"]["layers"], config["layers_per_block"]
+    if config.get("addition_embed_type") == "text_time":
+        known = known | DIFFUSERS_TO_LDM_MAPPING["unet"]["addition_embed_type"]
     shapes = {key: shape for key, shape in shapes.items() if not key.startswith("encoder_hid_proj.")}
     names = {key: known.get(key) or _unet_name(key, layers, shapes) for key in shapes}
     _check_inverse("unet", names, shapes, UNET, lambda file: convert_ldm_unet_checkpoint(file, config))
@@ -76,6 +86,36 @@ def text_names(keys: Iterable[str]) -> dict[str, str]:
     names = {key: key.removeprefix("text_model.") for key in keys if "position_ids" not in key}
     tower = ("embeddings.", "encoder.", "final_layer_norm.")
     return {key: name for key, name in names.items() if name.startswith(tower)}
+
+
+def open_clip_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns the tensors of a CLIPTextModelWithProjection under open_clip's names, in its shapes.
+
+    open_clip keeps queries, keys and values in one tensor, and the projection transposed: [in, out]. logit_scale,
+    which encoding does not use and transformers does not keep, is CLIP's upper limit, ln 100: strict loaders expect
+    the key.
+    """
+    import torch
+    from diffusers.loaders.single_file_utils import DIFFUSERS_TO_LDM_MAPPING
+
+    mapping = DIFFUSERS_TO_LDM_MAPPING["openclip"]
+    result = {"logit_scale": torch.tensor(math.log(100))}
+    for key, tensor in tensors.items():
+        if key in mapping["layers"]:
+            result[mapping["layers"][key]] = tensor.T if key == "text_projection.weight" else tensor
+        elif match := re.fullmatch(r"(.+\.self_attn)\.q_proj\.(weight|bias)", key):
+            attention, kind = match.groups()
+            joined = torch.cat([tensors[f"{attention}.{part}_proj.{kind}"] for part in "qkv"])
+            result[_open_clip_name(attention, mapping) + f".in_proj_{kind}"] = joined
+        elif not re.search(r"\.[kv]_proj\.|position_ids$", key):
+            result[_open_clip_name(key, mapping)] = tensor
+    return result
+
+
+def _open_clip_name(key, mapping):
+    for ours, theirs in mapping["transformer"].items():
+        key = key.replace(ours, theirs)
+    return f"transformer.{key}"
 
 
 def original_config(unet: dict, vae: dict, scheduler) -> dict:

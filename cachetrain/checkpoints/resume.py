@@ -80,7 +80,8 @@ class Resumed:
         self._same_optimizer = _kind_of_optimizer(saved) == _kind_of_optimizer(settings)
         for name in sorted(saved.keys() | settings.keys()):
             was, now, meaning = saved.get(name), settings.get(name), meanings.get(name)
-            if was == now or meaning == "silent":
+            unknown_then = name not in saved and not now  # a flag of a newer version, which is off
+            if was == now or unknown_then or meaning == "silent":
                 continue
             line = f"{name}: {was} then, {now} now"
             lines.append(line + (" (the same run up to rounding)" if meaning == "rounding" else ""))
@@ -221,8 +222,8 @@ def trained_names(unet) -> int:
 
 
 def _kind_of_optimizer(settings):
-    """(name, whether the weights are bfloat16), of settings."""
-    return settings.get("optimizer"), settings.get("precision") == "bf16_pure"
+    """(name, whether the weights are bfloat16, whether gradients are released), of settings."""
+    return settings.get("optimizer"), settings.get("precision") == "bf16_pure", bool(settings.get("gradient_release"))
 
 
 def _missing_fields(saved, implementation):

@@ -21,11 +21,12 @@ from cachetrain.checkpoints.export import export_single_file
 from cachetrain.checkpoints.info import FILE, write_info
 from cachetrain.checkpoints.manifest import NAME, read_manifest, write_manifest
 from cachetrain.checkpoints.state import split_tensors, write_state
+from cachetrain.data.ram import available_bytes
 from cachetrain.distributed import copy_to_host
 from cachetrain.log import first_line, warn
 from cachetrain.modeling.files import component_files, pipeline_code, read_json
 
-FROZEN = ("vae", "text_encoder", "tokenizer", "projection")
+FROZEN = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "projection")
 PIPELINE = "pipeline.py"
 TRIGGER = "trigger.checkpoint"
 
@@ -132,8 +133,9 @@ class Saving:
         """Saves `<output_dir>/checkpoint-NNNNNN`, which appears under this name only when complete.
 
         Returns once everything has been copied to host memory; a background thread writes the checkpoint, removes old
-        checkpoints (--keep_last) and exports a single file (--ckpt_dir). Waits for the previous save first. Called by
-        all ranks.
+        checkpoints (--keep_last) and exports a single file (--ckpt_dir). Waits for the previous save first. If
+        training runs on the CPU and the memory has no room for copies, everything is written before this returns.
+        Called by all ranks.
 
         Args:
             step: optimizer steps done.
@@ -145,16 +147,27 @@ class Saving:
         self.wait()
         self._saved_step = step
         tree, tensors = split_tensors(state)
-        weights, tensors = copy_to_host(unet.state_dict(), self.world), copy_to_host(tensors, self.world)
-        averages = copy_to_host(ema.named(unet), self.world) if ema is not None else None
+        parts = [unet.state_dict(), ema.named(unet) if ema is not None else {}, tensors]
+        copy = self._has_room_for(parts)
+        weights, averages, tensors = (copy_to_host(part, self.world, copy) for part in parts)
         self._last_save_s = time.monotonic()
-        if self.world.main:
-            arguments = (step, unet, weights, averages, tree, tensors)
+        arguments = (step, unet, weights, averages, tree, tensors)
+        if not copy:
+            self._write_guarded(*arguments)
+        elif self.world.main:
             self._thread = threading.Thread(target=self._write_guarded, args=arguments, name="checkpoint")
             self._thread.start()
 
+    def _has_room_for(self, parts):
+        """Whether host memory has room for copies of {name: tensor}; True if they are on another device anyway."""
+        tensors = [tensor for part in parts for tensor in part.values()]
+        if self.world.ranks > 1 or any(tensor.device.type != "cpu" for tensor in tensors):
+            return True
+        free = available_bytes()
+        return free is None or sum(tensor.nbytes for tensor in tensors) < 0.9 * free
+
     @contextmanager
-    def rescue(self, save: Callable[[int], None], explained: Callable) -> Iterator[None]:
+    def rescue(self, save: Callable[[int], None], explained: Callable, optimizer=None) -> Iterator[None]:
         """Around the training loop: an error in it ends the run only after the last complete step has been saved.
 
         An update that was under way is not saved, nor is anything that needs the other ranks, which may be gone.
@@ -162,10 +175,13 @@ class Saving:
         Args:
             save: function of the step that calls `Saving.save`.
             explained: checks.explained.
+            optimizer: one whose attribute `updating` says that it is updating the weights, if it has one.
         """
         try:
             yield
         except Exception as error:
+            if getattr(optimizer, "updating", False):
+                self.intact = None
             self._save_intact(save, error)
             raise explained(error, newest_checkpoint(self.output_dir), self.args, self.world) from error
 
@@ -235,7 +251,7 @@ class Saving:
             write_settings(self.args, self.output_dir)
         with staged_directory(target) as stage:
             _write_unet(unet, weights, stage / "unet")
-            if averages is not None:
+            if averages:
                 ema_weights = {name: averages.get(name, weight).float() for name, weight in weights.items()}
                 _write_unet(unet, ema_weights, stage / "unet_ema")
             write_state(stage, tree, tensors)

@@ -154,9 +154,10 @@ class CachedPairs(Dataset):
     def _read(self, key, dropped):
         """Returns (latents, condition) of a sample."""
         tensors, header = self.sidecars.image(key.sample)
-        latents = self._latents(key, tensors)
+        flipped = bool(self.draws.flip_p) and self._uniform(key, rng.FLIP) < self.draws.flip_p
+        latents = self._latents(key, tensors, flipped)
         caption = self.null if dropped else self.conditioning.of_caption(self.sidecars.text(key.sample))
-        return latents, {**caption, **self.conditioning.of_image(header)}
+        return latents, {**caption, **self.conditioning.of_image(header, flipped)}
 
     def _blank(self, key):
         """Returns (latents, condition) of zeros, without reading a file."""
@@ -177,11 +178,9 @@ class CachedPairs(Dataset):
             noise += self.draws.offset_noise * offset[:, None, None]
         return noise
 
-    def _latents(self, key, tensors):
-        name = "latent"
-        if self.draws.flip_p and self._uniform(key, rng.FLIP) < self.draws.flip_p:
-            name = "latent_flip"
-            if name not in tensors:
-                path = self.index.image_path(key.sample)
-                raise ValueError(f"{path}: has no latent_flip, which --flip_p needs; cache the images with --flip")
+    def _latents(self, key, tensors, flipped):
+        name = "latent_flip" if flipped else "latent"
+        if name not in tensors:
+            path = self.index.image_path(key.sample)
+            raise ValueError(f"{path}: has no latent_flip, which --flip_p needs; cache the images with --flip")
         return self.scaling(tensors[name])

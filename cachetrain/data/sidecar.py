@@ -21,12 +21,14 @@ if TYPE_CHECKING:
 FORMAT = "1"
 NULL_STEM = "_null_caption"
 
-# kind -> default suffix. Image kinds hold `latent` (optionally `latent_flip`, `logvar`), text kinds `emb`.
+# kind -> default suffix. Image kinds hold `latent` (optionally `latent_flip`, `logvar`), text kinds `emb` and, for
+# SDXL, `pooled`.
 SUFFIXES = {
     "img_sdvae": ".img_sdvae",
     "img_sdxl": ".img_sdxl",
     "txt_clipl": ".txt_clipl",
     "txt_t5cache": ".txt_t5cache",
+    "txt_sdxl": ".txt_sdxl",
 }
 
 # Bytes of a header, which takes less than 2 KiB, and of a whole file; more is not read.

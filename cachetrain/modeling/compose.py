@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from cachetrain.atomic import staged_directory
 from cachetrain.diffusion.noise_schedulers import make_scheduler
 from cachetrain.modeling import load
 from cachetrain.modeling.files import component_files, has_weights, read_config
+from cachetrain.reading import read_text
 
 if TYPE_CHECKING:
     import torch
@@ -82,11 +84,23 @@ def copy_component(source: str | Path, target: Path, name: str) -> None:
         shutil.copyfile(path, target / path.name)
 
 
-def save_unet(unet_dir: Path, vae: AutoencoderKL, target: Path, text_width: int, fresh: bool, seed: int) -> None:
+def save_unet(
+    unet_dir: Path,
+    vae: AutoencoderKL,
+    target: Path,
+    text_width: int,
+    *,
+    pooled_width: int = 0,
+    fresh: bool,
+    seed: int,
+) -> None:
     """Copies the UNet, or saves a freshly initialized one; checks that VAE and text encoder fit the UNet.
 
+    Args:
+        pooled_width: of the pooled text vector beside the embeddings, for SDXL's UNet; 0: none.
+
     Raises:
-        ValueError: latent channels or text width differ from the UNet's.
+        ValueError: latent channels or text widths differ from the UNet's.
     """
     config = read_config(unet_dir)
     channels = vae.config.latent_channels
@@ -99,6 +113,12 @@ def save_unet(unet_dir: Path, vae: AutoencoderKL, target: Path, text_width: int,
         raise ValueError(
             f"{unet_dir}: this UNet expects text embeddings of width {load.text_width(config)}, the text encoder's "
             f"have {text_width}; pass another text encoder or --unet"
+        )
+    if pooled_width != load.pooled_width(config):
+        right = "compose_sd.py" if pooled_width else "compose_sdxl.py"
+        raise ValueError(
+            f"{unet_dir}: this UNet expects a pooled text vector of width {load.pooled_width(config)} (0: none), the "
+            f"text encoders give {pooled_width}; pass another --unet, or use models/{right}"
         )
     if fresh:
         load.fresh_unet(config, seed).save_pretrained(target)
@@ -142,7 +162,8 @@ def compose_sd(unet: str | Path, vae: str | Path, clip: str | Path, target: Targ
     _check_architecture(encoder_dir, "clip")
     width = load.load_text_encoder(encoder_dir).config.hidden_size
     with staged_directory(target.out, target.overwrite) as stage:
-        save_unet(unet_dir, vae_module, stage / "unet", width, _starts_fresh(unet_dir, target), target.seed)
+        fresh = _starts_fresh(unet_dir, target)
+        save_unet(unet_dir, vae_module, stage / "unet", width, fresh=fresh, seed=target.seed)
         copy_component(vae_dir, stage / "vae", "vae")
         copy_component(encoder_dir, stage / "text_encoder", "text_encoder")
         copy_component(load.component_dir(clip_root, "tokenizer"), stage / "tokenizer", "tokenizer")
@@ -164,12 +185,65 @@ def compose_sd(unet: str | Path, vae: str | Path, clip: str | Path, target: Targ
         )
 
 
+def compose_sdxl(unet: str | Path, vae: str | Path, clip_l: str | Path, clip_g: str | Path, target: Target) -> None:
+    """Composes a StableDiffusionXLPipeline directory: UNet + VAE + CLIP ViT-L + OpenCLIP bigG.
+
+    Whether the empty caption is zeros (force_zeros_for_empty_prompt) comes from the pipeline of the UNet, which was
+    trained with it; the default is diffusers': zeros.
+
+    Args:
+        unet, vae, clip_l, clip_g: pipeline directories, bare components or Hugging Face model ids. Of an SDXL
+            pipeline, clip_l is text_encoder/ and clip_g is text_encoder_2/.
+
+    Raises:
+        ValueError: a part cannot be found, or the parts do not fit together.
+    """
+    from cachetrain.modeling.text_encoders import SdxlTextEncoder
+
+    unet_root = load.resolve_model(unet, subfolders=("unet",))
+    unet_dir, vae_dir = load.component_dir(unet_root, "unet"), _resolve(vae, "vae")
+    roots = _text_root(clip_l), load.resolve_model(clip_g, subfolders=("text_encoder_2", "tokenizer_2"))
+    vae_module, fresh = load.load_vae(vae_dir), _starts_fresh(unet_dir, target)
+    with staged_directory(target.out, target.overwrite) as stage:
+        for name in ("text_encoder", "tokenizer"):
+            second = f"{name}_2" if (roots[1] / f"{name}_2").is_dir() else name
+            copy_component(load.component_dir(roots[0], name), stage / name, name)
+            copy_component(load.component_dir(roots[1], second), stage / f"{name}_2", name)
+        text = SdxlTextEncoder(stage)  # refuses encoders and tokenizers that are not SDXL's
+        widths = [encoder.config.hidden_size for encoder in text.encoders]
+        pooled = text.encoders[1].config.projection_dim
+        save_unet(
+            unet_dir, vae_module, stage / "unet", sum(widths), pooled_width=pooled, fresh=fresh, seed=target.seed
+        )
+        copy_component(vae_dir, stage / "vae", "vae")
+        scheduler = make_scheduler(target.objective)
+        scheduler.save_pretrained(stage / "scheduler")
+        write_model_index(
+            stage,
+            "StableDiffusionXLPipeline",
+            {
+                "vae": ["diffusers", type(vae_module).__name__],
+                "text_encoder": ["transformers", "CLIPTextModel"],
+                "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+                "tokenizer": ["transformers", "CLIPTokenizer"],
+                "tokenizer_2": ["transformers", "CLIPTokenizer"],
+                "unet": ["diffusers", "UNet2DConditionModel"],
+                "scheduler": ["diffusers", type(scheduler).__name__],
+                "image_encoder": [None, None],
+                "feature_extractor": [None, None],
+                "force_zeros_for_empty_prompt": load.zeros_for_empty_prompt(unet_root),
+            },
+        )
+
+
 def compose_t5(
     unet: str | Path,
     vae: str | Path,
     t5: str | Path,
     target: Target,
     projection_options: ProjectionOptions | None = None,
+    *,
+    sdxl: bool = False,
 ) -> None:
     """Composes a StableDiffusionT5Pipeline directory: UNet + VAE + T5 encoder + projection to the UNet's width.
 
@@ -178,6 +252,7 @@ def compose_t5(
 
     Args:
         unet, vae, t5: pipeline directories, bare components or Hugging Face model ids.
+        sdxl: the UNet is SDXL's; it gets zeros in place of a pooled text vector.
 
     Raises:
         ValueError: a part cannot be found, the parts do not fit together, or projection options are given for a UNet
@@ -188,6 +263,7 @@ def compose_t5(
     vae_module, encoder_dir = load.load_vae(vae_dir), load.component_dir(t5_root, "text_encoder")
     _check_architecture(encoder_dir, "t5")
     config, fresh = read_config(unet_dir), _starts_fresh(unet_dir, target)
+    pooled = _pooled_width(unet_dir, config, sdxl)
     width, has_projection = config["cross_attention_dim"], load.has_text_projection(config)
     keep_projection = has_projection and not fresh
     if keep_projection and (options.trained or options.captions):
@@ -197,8 +273,8 @@ def compose_t5(
         )
     in_unet = has_projection or options.trained
     with staged_directory(target.out, target.overwrite) as stage:
-        text_width = read_config(encoder_dir).get("d_model") if has_projection else width
-        save_unet(unet_dir, vae_module, stage / "unet", text_width, fresh, target.seed)
+        t5_width = read_config(encoder_dir).get("d_model") if has_projection else width
+        save_unet(unet_dir, vae_module, stage / "unet", t5_width, pooled_width=pooled, fresh=fresh, seed=target.seed)
         copy_component(vae_dir, stage / "vae", "vae")
         copy_component(encoder_dir, stage / "text_encoder", "text_encoder")
         copy_component(load.component_dir(t5_root, "tokenizer"), stage / "tokenizer", "tokenizer")
@@ -220,6 +296,32 @@ def compose_t5(
                 "scheduler": ["diffusers", type(scheduler).__name__],
             },
         )
+
+
+def _pooled_width(unet_dir, config, sdxl):
+    """Width of the zeros that a UNet gets in place of a pooled text vector; refuses a UNet for the other script."""
+    pooled = load.pooled_width(config)
+    if sdxl != (pooled > 0):
+        what, right = ("not SDXL's", "compose_t5_sd.py") if sdxl else ("SDXL's", "compose_t5_sdxl.py")
+        raise ValueError(f"{unet_dir}: this UNet is {what}; pass another --unet, or use models/{right}")
+    return pooled
+
+
+def compose_t5_of(args: Namespace, sdxl: bool) -> None:
+    """Composes the model that the flags of compose_t5_sd.py or compose_t5_sdxl.py ask for.
+
+    Raises:
+        ValueError: of `compose_t5`; or the file of --fit_captions contains none.
+    """
+    captions = None
+    if args.fit_captions:
+        captions = [line.strip() for line in read_text(args.fit_captions).splitlines() if line.strip()]
+        if not captions:
+            raise ValueError(f"{args.fit_captions}: contains no captions; add some, or omit --fit_captions")
+    device = load.pick_device(args.device)
+    target = Target(args.out, args.objective, args.fresh_unet, args.seed, args.overwrite)
+    projection = ProjectionOptions(captions, args.train_projection, load.pick_dtype(args.dtype, device), device)
+    compose_t5(args.unet, args.vae, args.t5, target, projection, sdxl=sdxl)
 
 
 def save_projection(stage: Path, projection: T5Projection) -> None:

@@ -4,14 +4,16 @@ Each kind of text sidecar has a row in KINDS: which tensors the sidecars hold, a
 No other module depends on the number of tensors. The data takes three forms:
 
     tensors    one text sidecar as stored: {"emb": [T, D]}
-    condition  one sample: the same names, scaled, in the training dtype; plus time ids, if the kind has them
+    condition  one sample: the same names, scaled, in the training dtype; plus time ids, if the UNet takes them
     arguments  a batch: the UNet's keyword arguments, {"encoder_hidden_states": [B, T, D], ...}
 """
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
@@ -37,7 +39,8 @@ class TextKind(NamedTuple):
     """The tensors of one kind of text sidecar.
 
     Attributes:
-        encoder: architecture of the text encoder: "clip" or "t5".
+        script: the script in cache/ that makes the sidecars.
+        encoder: what encodes the captions, of load.text_family: "clip", "t5" or "sdxl".
         masked: sequences differ in length, and padding is hidden from cross-attention; False: the UNet attends to all
             positions.
         sequence: name of the tensor [T, D] that becomes encoder_hidden_states.
@@ -45,6 +48,7 @@ class TextKind(NamedTuple):
         time_ids: the UNet also takes each image's size and crop.
     """
 
+    script: str
     encoder: str
     masked: bool
     sequence: str = "emb"
@@ -53,8 +57,12 @@ class TextKind(NamedTuple):
 
 
 KINDS = {
-    "txt_clipl": TextKind("clip", masked=False),  # SD1.5 was trained to attend to all 77 positions, padding included
-    "txt_t5cache": TextKind("t5", masked=True),
+    # Stable Diffusion was trained to attend to all 77 positions, padding included.
+    "txt_clipl": TextKind("create_clipl.py", "clip", masked=False),
+    "txt_t5cache": TextKind("create_t5cache_768.py", "t5", masked=True),
+    "txt_sdxl": TextKind(
+        "create_sdxl_text.py", "sdxl", masked=False, vectors={"pooled": "text_embeds"}, time_ids=True
+    ),
 }
 
 
@@ -110,21 +118,42 @@ def num_elements(kind: str, widths: Mapping[str, int], num_tokens: int, num_samp
     return num_tokens * widths[row.sequence] + num_samples * sum(widths[name] for name in row.vectors)
 
 
-def check_unet(kind: str, widths: Mapping[str, int], unet_config: Mapping, where: str) -> None:
-    """Checks that a UNet with this config takes text embeddings of these widths.
+def cache_command(family: str, model: str | Path, data_root: str) -> str:
+    """Returns the command line that caches captions for a model of this family (load.text_family)."""
+    script = next(row.script for row in KINDS.values() if row.encoder == family)
+    return shlex.join([f"cache/{script}", "--model", str(model), "--data_root", data_root])
+
+
+def check_unet(kind: str, widths: Mapping[str, int], unet_config: Mapping, model: str | Path, data_root: str) -> None:
+    """Checks that a UNet with this config takes the tensors of these text caches.
 
     Args:
-        where: names the caches in the error message.
+        widths: {name of a text tensor: width D}.
+        model, data_root: of the UNet and of the caches, for messages.
 
     Raises:
-        ValueError: the UNet expects another width.
+        ValueError: the UNet takes a pooled vector and time ids but the caches have no pooled vector, or vice versa; a
+            width differs from what the UNet expects.
     """
-    width, expected = widths[text_kind(kind).sequence], load.text_width(unet_config)
-    if width != expected:
+    row, pooled = text_kind(kind), load.pooled_width(unet_config)
+    if row.vectors and not pooled:
         raise ValueError(
-            f"{where}: text embeddings have width {width}, the UNet expects {expected}; cache the captions with this "
-            "model"
+            f"{data_root}: captions of kind {kind} have a pooled vector, for SDXL, but the UNet of {model} takes "
+            f"none; run {cache_command('clip', model, data_root)}"
         )
+    if pooled and row.encoder == "clip":
+        raise ValueError(
+            f"{data_root}: captions of kind {kind} have no pooled vector, but the UNet of {model} is SDXL's and "
+            f"takes one; run {cache_command('sdxl', model, data_root)}"
+        )
+    expected = {row.sequence: load.text_width(unet_config), **dict.fromkeys(row.vectors, pooled)}
+    for name, width in expected.items():
+        if widths[name] != width:
+            what = "text embeddings" if name == row.sequence else "pooled text vectors"
+            raise ValueError(
+                f"{data_root}: {what} have width {widths[name]}, the UNet expects {width}; cache "
+                f"the captions with this model: {cache_command(row.encoder, model, data_root)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -135,47 +164,72 @@ class Conditioning:
         kind: kind of the text sidecars, a key of KINDS.
         scale: factor for every text tensor.
         dtype: dtype of the conditions. bfloat16 halves the copy to a device that computes in bfloat16 anyway.
+        time_ids: the six time ids of images whose sidecars do not record them; None: such images are an error.
+        zero_pooled: for kinds without a pooled vector: width of the zeros that SDXL's UNet gets in its place; 0: the
+            UNet takes none.
     """
 
     kind: str
     scale: float = 1.0
     dtype: torch.dtype = torch.float32
+    time_ids: tuple[int, ...] | None = None
+    zero_pooled: int = 0
     row: TextKind = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
         object.__setattr__(self, "row", text_kind(self.kind))
+
+    @classmethod
+    def for_unet(cls, kind: str, unet_config: Mapping, **settings) -> Conditioning:
+        """Returns the Conditioning of a UNet with this config. `settings`: further attributes."""
+        pooled = load.pooled_width(unet_config)
+        return cls(kind, zero_pooled=0 if text_kind(kind).vectors else pooled, **settings)
+
+    @property
+    def takes_time_ids(self) -> bool:
+        return self.row.time_ids or self.zero_pooled > 0
 
     def of_caption(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Returns a caption's condition, given the tensors from a sidecar or a text encoder."""
         names = (self.row.sequence, *self.row.vectors)
         return {name: (tensors[name].float() * self.scale).to(self.dtype) for name in names}
 
-    def of_image(self, header: Mapping[str, str]) -> dict[str, torch.Tensor]:
-        """Returns the part of a condition that comes from the image sidecar; {} for kinds without time ids.
+    def of_image(self, header: Mapping[str, str], flipped: bool = False) -> dict[str, torch.Tensor]:
+        """Returns the part of a condition that comes from the image sidecar; {} if the UNet takes no time ids.
 
         Args:
             header: metadata of the image sidecar.
+            flipped: the mirrored image is trained; its left is the right of the original.
 
         Returns:
-            {"time_ids": float32 [6]}: original height and width, crop top and left in pixels of the resized image,
-            height and width.
+            {"time_ids": int64 [6]}: original height and width, crop top and left in pixels of the resized image,
+            height and width. Integers, so that no cast to bfloat16 rounds them.
 
         Raises:
             ValueError: the header lacks size or crop.
         """
-        if not self.row.time_ids:
+        if not self.takes_time_ids:
             return {}
         try:
             height, width = int(header["height"]), int(header["width"])
             original = int(header["original_height"]), int(header["original_width"])
             left, top, right, _ = map(float, header["crop_box"].split(","))
         except (KeyError, ValueError) as error:
+            if self.time_ids is not None:
+                return {TIME_IDS: torch.tensor(self.time_ids)}
             raise ValueError(
-                f"captions of kind {self.kind} need each image's size and crop, but the header of an image cache "
-                f"lacks them ({error}); run the image cache script again"
+                "the UNet needs each image's size and crop, but the header of an image cache lacks them "
+                f"({error}); run the image cache script again, or pass --time_ids to give all images the same"
             ) from error
         scale = width / (right - left)  # the crop box is in pixels of the original image
-        return {TIME_IDS: torch.tensor([*original, top * scale, left * scale, height, width])}
+        left = original[1] - right if flipped else left
+        return {TIME_IDS: torch.tensor([*original, round(top * scale), round(left * scale), height, width])}
+
+    def of_size(self, height: int, width: int) -> dict[str, torch.Tensor]:
+        """Like `of_image`, for a picture to be drawn: not resized, not cropped."""
+        if not self.takes_time_ids:
+            return {}
+        return {TIME_IDS: torch.tensor([height, width, 0, 0, height, width])}
 
     def collate(self, conditions: Sequence[Mapping[str, torch.Tensor]], multiple: int = 8) -> dict:
         """Returns the UNet's keyword arguments for a batch of B conditions.
@@ -185,19 +239,21 @@ class Conditioning:
 
         Returns:
             dict: encoder_hidden_states [B, T, D]; encoder_attention_mask bool [B, T], True where there is text, or
-            None; and, if the kind has vectors or time ids, added_cond_kwargs, a dict of [B, D].
+            None; and, if the UNet takes them, added_cond_kwargs: a dict of [B, D], text_embeds and time_ids.
         """
         from cachetrain.modeling.t5_pipeline import pad_embeddings  # diffusers: not needed to encode captions
 
         sequences = [condition[self.row.sequence] for condition in conditions]
         hidden, mask = pad_embeddings(sequences, multiple) if self.row.masked else (torch.stack(sequences), None)
         arguments = {"encoder_hidden_states": hidden, "encoder_attention_mask": mask}
-        added = dict(self.row.vectors) | ({TIME_IDS: TIME_IDS} if self.row.time_ids else {})
+        added = dict(self.row.vectors) | ({TIME_IDS: TIME_IDS} if self.takes_time_ids else {})
         if added:
             arguments["added_cond_kwargs"] = {
                 argument: torch.stack([condition[name] for condition in conditions])
                 for name, argument in added.items()
             }
+        if self.zero_pooled:
+            arguments["added_cond_kwargs"]["text_embeds"] = hidden.new_zeros(len(conditions), self.zero_pooled)
         return arguments
 
     def example(self, widths: Mapping[str, int], num_tokens: int) -> dict:
@@ -215,7 +271,7 @@ class Conditioning:
         shapes = {self.row.sequence: (num_tokens, widths[self.row.sequence])}
         shapes |= {name: (widths[name],) for name in self.row.vectors}
         text = {name: torch.zeros(shape, dtype=dtype or self.dtype) for name, shape in shapes.items()}
-        return text | ({TIME_IDS: torch.zeros(6)} if self.row.time_ids else {})
+        return text | ({TIME_IDS: torch.zeros(6, dtype=torch.int64)} if self.takes_time_ids else {})
 
 
 def predict(unet, latents: torch.Tensor, timesteps: torch.Tensor, arguments: Mapping) -> torch.Tensor:

@@ -31,7 +31,7 @@ _TOKENIZER = (
     "vocab.json",
 )
 # Components without weights.
-_DATA = {"tokenizer": _TOKENIZER, "feature_extractor": ("preprocessor_config.json",)}
+_DATA = {"tokenizer": _TOKENIZER, "tokenizer_2": _TOKENIZER, "feature_extractor": ("preprocessor_config.json",)}
 _INDEX = ".index.json"
 # Config entries that make transformers or diffusers fetch code, run code of other packages, change the weights, or
 # read other files than those of `component_files`.
@@ -152,6 +152,8 @@ def _conversion(directory, argument):
     library, name = "diffusers", config.get("_class_name")
     if name is None:
         library, name = "transformers", "T5EncoderModel" if config.get("model_type") == "t5" else "CLIPTextModel"
+        if "CLIPTextModelWithProjection" in config.get("architectures", ()):  # SDXL's second text encoder
+            name = "CLIPTextModelWithProjection"
     elif name == "T5Projection":
         library = "cachetrain.modeling.t5_projection"
     where = str(directory)

@@ -40,9 +40,9 @@ FRESH = {"_weights": "fresh"}
 _TEXT_ARCHITECTURES = {"clip": "clip", "clip_text_model": "clip", "t5": "t5"}
 # Tensors in the files of text encoders that are not part of the text encoder.
 _NOT_TEXT = re.compile(
-    r"(text_model\.)?embeddings\.position_ids|(vision_model|visual_projection|text_projection|decoder|lm_head)\..*"
-    r"|logit_scale"
+    r"(text_model\.)?embeddings\.position_ids|(vision_model|visual_projection|decoder|lm_head)\..*|logit_scale"
 )
+_NOT_PROJECTED_TEXT = re.compile(rf"{_NOT_TEXT.pattern}|text_projection\..*")
 # Config entries that do not affect what a component computes.
 _INCIDENTAL = ("transformers_version", "torch_dtype", "dtype", "architectures")
 
@@ -120,7 +120,7 @@ def _is_local_folder(name):
 
 def _where_it_comes_from(path):
     if path.parent.name == "models":
-        return "; make it with models/compose_sd.py or models/compose_t5_sd.py, or pass another model"
+        return "; make it with one of models/compose_*.py, or pass another model"
     return "; a Hugging Face model id is owner/name, where no folder `owner` lies in the current directory"
 
 
@@ -138,18 +138,20 @@ def component_dir(model_dir: str | Path, name: str) -> Path:
     raise ValueError(f"{model_dir}: has no component {name!r}; expected a directory {model_dir / name}")
 
 
-def text_components(settings: Mapping) -> list[str]:
-    """Returns the components of a model that make a text cache with these settings (of its header)."""
-    return ["text_encoder", "tokenizer", *(["projection"] if settings.get("raw") is False else [])]
+def text_components(kind: str, settings: Mapping) -> list[str]:
+    """Returns the components of a model that make a text cache of this kind with these settings (of its header)."""
+    second = ["text_encoder_2", "tokenizer_2"] if kind == "txt_sdxl" else []
+    projection = ["projection"] if settings.get("raw") is False else []
+    return ["text_encoder", "tokenizer", *second, *projection]
 
 
-def text_files(model_dir: str | Path, settings: Mapping) -> list[Path]:
-    """Returns the files of a model that decide what a text cache with these settings contains.
+def text_files(model_dir: str | Path, kind: str, settings: Mapping) -> list[Path]:
+    """Returns the files of a model that decide what a text cache of this kind with these settings contains.
 
     Raises:
         ValueError: the model lacks a component, or its weights.
     """
-    directories = {name: component_dir(model_dir, name) for name in text_components(settings)}
+    directories = {name: component_dir(model_dir, name) for name in text_components(kind, settings)}
     return [path for name, directory in directories.items() for path in component_files(directory, name)]
 
 
@@ -263,6 +265,23 @@ def text_width(unet_config: Mapping) -> int:
     return unet_config["encoder_hid_dim" if has_text_projection(unet_config) else "cross_attention_dim"]
 
 
+def pooled_width(unet_config: Mapping) -> int:
+    """Width of the pooled text vector that a UNet with this config takes beside time ids, as SDXL's does; 0: none.
+
+    Raises:
+        ValueError: the UNet takes something else.
+    """
+    kind = unet_config.get("addition_embed_type")
+    if kind not in (None, "text_time"):
+        raise ValueError(
+            f"the UNet's addition_embed_type is {kind!r}; expected none, as in Stable Diffusion 1.5, or 'text_time', "
+            "as in SDXL"
+        )
+    if kind is None:
+        return 0
+    return unet_config["projection_class_embeddings_input_dim"] - 6 * unet_config["addition_time_embed_dim"]
+
+
 def text_architecture(directory: str | Path) -> str:
     """Returns the architecture of a text encoder, as its config says: "clip" or "t5".
 
@@ -276,12 +295,36 @@ def text_architecture(directory: str | Path) -> str:
     return _TEXT_ARCHITECTURES[model_type]
 
 
-def load_text_encoder(directory: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def text_family(model_dir: str | Path) -> str:
+    """Returns what a model encodes captions with: "sdxl" (two CLIP encoders), "clip" or "t5".
+
+    Raises:
+        ValueError: the model has no text encoder, or one of another architecture.
+    """
+    if (Path(model_dir) / "text_encoder_2").is_dir() or any(_model_index(model_dir).get("text_encoder_2") or ()):
+        return "sdxl"
+    return text_architecture(component_dir(model_dir, "text_encoder"))
+
+
+def zeros_for_empty_prompt(model_dir: str | Path) -> bool:
+    """Whether an SDXL model takes zeros for the empty caption (diffusers' force_zeros_for_empty_prompt)."""
+    return bool(_model_index(model_dir).get("force_zeros_for_empty_prompt", True))  # the pipeline's default
+
+
+def _model_index(model_dir):
+    path = Path(model_dir) / "model_index.json"
+    return read_json(path) if path.exists() else {}
+
+
+def load_text_encoder(
+    directory: str | Path, dtype: torch.dtype | None = None, projected: bool = False
+) -> PreTrainedModel:
     """Loads a CLIP text encoder or a T5 encoder, as its config says; frozen and in eval mode.
 
     Args:
         directory: the component's directory, with config.json and weights.
         dtype: None: float32.
+        projected: CLIP only. Also load the projection of the pooled output, as SDXL's second encoder has it.
 
     Raises:
         ValueError: the config names another architecture; the weights are not there, or not those of the config.
@@ -292,8 +335,9 @@ def load_text_encoder(directory: str | Path, dtype: torch.dtype | None = None) -
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # what it would report is checked in _load_checked
     cls = transformers.T5EncoderModel if text_architecture(directory) == "t5" else transformers.CLIPTextModel
+    cls, ignored = (transformers.CLIPTextModelWithProjection, _NOT_TEXT) if projected else (cls, _NOT_PROJECTED_TEXT)
     options = {"dtype": dtype or torch.float32, "trust_remote_code": False}
-    encoder = _load_checked(cls, directory, "text_encoder", ignored=_NOT_TEXT, **options)
+    encoder = _load_checked(cls, directory, "text_encoder", ignored=ignored, **options)
     return encoder.eval().requires_grad_(False)
 
 

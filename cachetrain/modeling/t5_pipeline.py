@@ -1,7 +1,8 @@
 """A Stable Diffusion pipeline that encodes prompts with T5 and projects the embeddings to the UNet's width.
 
 The projection is a frozen component, or a trained layer of the UNet (diffusers' "text_proj"); then the component
-`projection` is None.
+`projection` is None. SDXL's UNet gets zeros in place of the pooled text vector, which T5 does not have, and the time
+ids of a picture that is neither resized nor cropped.
 
 This file is copied into model directories as `pipeline.py`, so it must not import cachetrain:
 
@@ -137,6 +138,13 @@ class StableDiffusionT5Pipeline(DiffusionPipeline):
             hidden = self.projection(hidden.to(self.projection.dtype))
         return pad_embeddings([row[keep.bool()] for row, keep in zip(hidden, tokens.attention_mask, strict=True)])
 
+    def _sdxl_conditions(self, batch_size, height, width):
+        config, device = self.unet.config, self._execution_device
+        pooled_width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        pooled = torch.zeros(batch_size, pooled_width, dtype=self.unet.dtype, device=device)
+        time_ids = torch.tensor(batch_size * [[height, width, 0, 0, height, width]], device=device)
+        return {"text_embeds": pooled, "time_ids": time_ids}
+
     @torch.no_grad()
     def __call__(
         self,
@@ -169,18 +177,20 @@ class StableDiffusionT5Pipeline(DiffusionPipeline):
         embeddings, mask = self.encode_prompt(negatives + prompts)
         if guidance_scale == 1:
             embeddings, mask = embeddings[len(prompts) :], mask[len(prompts) :]
-        embeddings = embeddings.to(self.unet.dtype)
-
-        def predict(x, t):
-            text = {"encoder_hidden_states": embeddings, "encoder_attention_mask": mask}
-            return self.unet(x.to(self.unet.dtype), t, **text).sample
-
+        text = {"encoder_hidden_states": embeddings.to(self.unet.dtype), "encoder_attention_mask": mask}
+        scale = self.image_processor.config.vae_scale_factor
         if latents is None:
-            scale = self.image_processor.config.vae_scale_factor
             side = self.unet.config.sample_size * scale
             shape = (len(prompts), self.unet.config.in_channels, (height or side) // scale, (width or side) // scale)
             device = generator.device if generator else self._execution_device
             latents = torch.randn(shape, generator=generator, device=device).to(self._execution_device)
+        if self.unet.config.addition_embed_type == "text_time":
+            height, width = (side * scale for side in latents.shape[-2:])
+            text["added_cond_kwargs"] = self._sdxl_conditions(len(embeddings), height, width)
+
+        def predict(x, t):
+            return self.unet(x.to(self.unet.dtype), t, **text).sample
+
         latents = denoise(predict, self.scheduler, latents, guidance_scale, num_inference_steps, generator)
         images = latents
         if output_type != "latent":

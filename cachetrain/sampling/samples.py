@@ -20,6 +20,7 @@ from cachetrain.diffusion.noise_schedulers import default_sampler, sampler_for
 from cachetrain.log import describe, warn
 from cachetrain.modeling import load
 from cachetrain.modeling.conditioning import Conditioning
+from cachetrain.modeling.files import read_config
 from cachetrain.modeling.text_encoders import encode_like_cache
 from cachetrain.modeling.vae import vae_reduction
 from cachetrain.sampling.prompts import PromptFile, Prompts, Sample, caption_of, prompts_of, sample_seed, sample_size
@@ -79,7 +80,8 @@ class SampleImages:
         self.open_index = open_index
         self.negative_prompt = negative_prompt
         self.first_seed = first_seed
-        self.conditioning = Conditioning(self.text["kind"], self.text["scaling_factor"])
+        unet_config = read_config(load.component_dir(model_dir, "unet"))
+        self.conditioning = Conditioning.for_unet(self.text["kind"], unet_config, scale=self.text["scaling_factor"])
         self._conditions = {}
         self._file_names = {}
         self.vae = load.load_vae(load.component_dir(model_dir, "vae"))
@@ -203,16 +205,19 @@ class SampleImages:
             else:
                 name = prompt = sample.prompt
                 condition = self._conditions[prompt]
+            latent_size = latent_size_of(sample, native_latent_size(unet) or self.latent_size, self.vae)
+            latent_size = latent_size or self.latent_size
+            factor = vae_reduction(self.vae)
+            of_size = self.conditioning.of_size(latent_size[0] * factor, latent_size[1] * factor)
             drawings.append(
                 Drawing(
                     name,
                     prompt,
                     sample.negative_prompt,
                     seed=sample_seed(sample, self.prompts, slot, step, self.first_seed),
-                    latent_size=latent_size_of(sample, native_latent_size(unet) or self.latent_size, self.vae)
-                    or self.latent_size,
-                    condition=condition,
-                    negative_condition=self._conditions[sample.negative_prompt],
+                    latent_size=latent_size,
+                    condition=condition | of_size,
+                    negative_condition=self._conditions[sample.negative_prompt] | of_size,
                 )
             )
         return drawings

@@ -14,7 +14,7 @@ from cachetrain.checkpoints.export import check_exportable
 from cachetrain.checkpoints.save import frozen_files
 from cachetrain.log import describe, first_line, warn
 from cachetrain.modeling import load, trainable
-from cachetrain.modeling.conditioning import check_unet, text_kind
+from cachetrain.modeling.conditioning import cache_command, check_unet, text_kind
 from cachetrain.modeling.files import component_files
 from cachetrain.training import memory
 from cachetrain.training.optimizers import OPTIMIZERS
@@ -38,7 +38,7 @@ def check_fit(index, config: dict, args: Namespace) -> None:
                 f"{where}: latents are {shape}, the UNet expects {config['in_channels']} channels; cache the images "
                 "with the VAE of this model"
             )
-    check_unet(index.text_kind, index.text_widths, config, where)
+    check_unet(index.text_kind, index.text_widths, config, args.model, where)
     if load.has_text_projection(config) and index.text_settings.get("raw") is False:
         raise ValueError(
             f"{where}: captions were cached with a projection, but the UNet has a projection itself; cache the "
@@ -73,20 +73,22 @@ def check_encoders(index, model_dir: Path) -> None:
                 "compose the model with the VAE of the caches, or cache the images again"
             )
     if (encoder := model_dir / "text_encoder").is_dir():
-        architecture, expected = load.text_architecture(encoder), text_kind(index.text_kind).encoder
+        architecture, expected = load.text_family(model_dir), text_kind(index.text_kind).encoder
         if architecture != expected:
             raise ValueError(
                 f"{encoder}: the text encoder is {architecture.upper()}, but the captions were cached with "
-                f"{expected.upper()}; pass the model that the captions were cached with, or cache them again"
+                f"{expected.upper()}; pass the model that the captions were cached with, or run "
+                + cache_command(architecture, model_dir, index.directories[0])
             )
         if index.text_settings.get("raw") is False and not (model_dir / "projection").is_dir():
             raise ValueError(
                 f"{model_dir}: has no projection, but the captions were cached with one; pass the model they were "
                 "cached with, or cache the captions for this model with create_t5cache_768.py --raw"
             )
-        if _made_with_others(index.text_header, index.text_settings, load.text_files(model_dir, index.text_settings)):
+        made_by = index.text_kind, index.text_settings
+        if _made_with_others(index.text_header, index.text_settings, load.text_files(model_dir, *made_by)):
             warn(
-                f"{', '.join(load.text_components(index.text_settings))} in {model_dir} are not those that made the "
+                f"{', '.join(load.text_components(*made_by))} in {model_dir} are not those that made the "
                 "text caches; prompts would be encoded differently from the captions: pass the model that the "
                 "captions were cached with, or cache them again"
             )
@@ -114,6 +116,7 @@ def check_start(run, resumed) -> None:
     args, plan, model_dir = run.args, run.plan, run.model_dir
     unet = load.empty_unet(load.component_dir(model_dir, "unet"))
     check_fit(run.index, unet.config, args)
+    _check_time_ids(run)
     trainable.apply(unet, args, args.seed, resumed=True)
     num_all = sum(parameter.numel() for parameter in unet.parameters())
     num_trained = sum(parameter.numel() for parameter in unet.parameters() if parameter.requires_grad)
@@ -136,6 +139,20 @@ def check_start(run, resumed) -> None:
             f"{free / 2**30:.1f} GiB are free: use --keep_last or a higher --save_steps"
         )
     memory.report(run, unet)
+
+
+def _check_time_ids(run):
+    """Checks that SDXL's UNet gets the size and crop of each image, and that --time_ids has an effect."""
+    given = run.args.time_ids is not None
+    if given and not run.conditioning.takes_time_ids:
+        raise ValueError(f"--time_ids: the UNet of {run.args.model} takes none; omit the flag")
+    for index in filter(None, (run.index, run.held_out)):
+        try:
+            run.conditioning.of_image(index.image_header.metadata)
+        except ValueError as error:
+            raise ValueError(f"{index.image_path(0)}: {error}") from error
+        if given and "crop_box" in index.image_header.metadata:
+            warn("--time_ids does nothing: the image caches record the size and crop of each image")
 
 
 def _frozen_bytes(model_dir):
@@ -184,6 +201,8 @@ def memory_advice(args: Namespace, error: BaseException) -> str:
     if OPTIMIZERS[args.optimizer].state_tensors > OPTIMIZERS["lion"].state_tensors:
         advice.append("--optimizer lion (half the state of adamw)")
     advice += [] if args.precision == "bf16_pure" else ["--precision bf16_pure"]
+    alone = args.gradient_accum == 1 and not (args.gradient_release or args.cpu_offload or args.fsdp)
+    advice += ["--gradient_release with --precision bf16_pure"] if alone else []
     return f"out of memory ({first_line(error)}); try " + ", ".join(advice)
 
 

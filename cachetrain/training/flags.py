@@ -24,6 +24,7 @@ from cachetrain.training.optimizers import OPTIMIZERS
 GROUPS = tuple(range(1, 16))  # of the logs
 MEANINGS = ("same", "rounding", "free", "silent")
 
+_PIXELS = cli.Number(int, 0, 65536)
 _TIMESTEP = cli.Number(int, 0, 1000)
 _GAMMA = cli.Number(float, 0.01, 1000)
 _RATE = cli.Number(float, 0, 10)
@@ -120,6 +121,9 @@ def _data_flags(group):
           help="multiplies the latents; give it only for caches that do not record the factor of their VAE")
     _flag(group, "--text_scaling_factor", type=cli.scaling_factor, default=1.0, metavar="X",
           help="multiplies the text embeddings")
+    _flag(group, "--time_ids", type=_PIXELS, nargs=6, metavar=("H", "W", "TOP", "LEFT", "HEIGHT", "WIDTH"),
+          help="for SDXL, if the image caches do not record them: original height and width, crop top and left, "
+               "height and width of all images, in pixels")
     _flag(group, "--cache_in_ram", action="store_true", resume="free",
           help="read all caches into memory before training, for slow disks; each rank keeps its own copy")
     _flag(group, "--num_workers", type=cli.workers, default=min(8, max(0, _CORES - 1)), metavar="N", resume="free",
@@ -194,8 +198,9 @@ def _optimization_flags(group):
                "0.9 0.99 for lion, stableadamw and bf16_pure")
     _flag(group, "--weight_decay", type=_DECAY, default=0.01, metavar="X",
           help="decoupled weight decay: a weight loses X x learning rate of itself in each step")
-    _flag(group, "--gradient_clip", "--clip_grad_norm", type=cli.not_negative, default=1.0, metavar="NORM",
-          help="scale gradients down where the norm of all of them together is larger; 0: off")
+    _flag(group, "--gradient_clip", "--clip_grad_norm", type=cli.not_negative, metavar="NORM",
+          help="scale gradients down where the norm of all of them together is larger; 0: off; default: 1, or 0 with "
+               "--gradient_release")
     _flag(group, "--ema_decay", type=_BELOW_1, default=0.0, metavar="DECAY",
           help="decay of a moving average of the weights, which is saved beside them and used for samples; 0: off, "
                "0.9999: common for long runs")
@@ -214,6 +219,9 @@ def _speed_flags(group):
           help="compute in TensorFloat-32 in place of float32: faster, less exact; CUDA only")
     _flag(group, "--gradient_checkpointing", action="store_true", resume="rounding",
           help="compute activations again in the backward pass: less memory, a third more computation")
+    _flag(group, "--gradient_release", action="store_true",
+          help="update each weight and free its gradient during the backward pass: saves the gradients' memory, but "
+               "they can be neither clipped nor accumulated; with --precision bf16_pure, or lion and stableadamw")
     _flag(group, "--cpu_offload", action="store_true", resume="rounding",
           help="keep the optimizer's state and the EMA in CPU memory: less GPU memory, slower steps")
     _flag(group, "--compile", action="store_true", resume="rounding",

@@ -41,6 +41,7 @@ class Setup(NamedTuple):
         keeps_gradients: gradients are there during the forward pass, too: those of earlier micro-batches, or DDP's.
         ema: whether there is a moving average.
         offload: whether optimizer state and EMA are in the memory of the host.
+        releases_gradients: each gradient is freed as soon as it has been computed (--gradient_release).
     """
 
     batch_size: int
@@ -50,6 +51,7 @@ class Setup(NamedTuple):
     keeps_gradients: bool
     ema: bool
     offload: bool
+    releases_gradients: bool = False
 
     @classmethod
     def of(cls, args: Namespace, ranks: int) -> Setup:
@@ -59,6 +61,7 @@ class Setup(NamedTuple):
             optimizer=args.optimizer,
             checkpointing=args.gradient_checkpointing,
             keeps_gradients=args.gradient_accum > 1 or ranks > 1,
+            releases_gradients=args.gradient_release,
             ema=bool(args.ema_decay),
             offload=args.cpu_offload,
         )
@@ -147,7 +150,11 @@ class MemoryModel:
                 noisy = latents.to(parameters[0].dtype)
                 prediction = predict(self.unet, noisy, timesteps, moved(self.example(setup.batch_size), "meta"))
             kernels.end_forward()
+            trained = [p for p in parameters if p.requires_grad and setup.releases_gradients]
+            hooks = [p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None)) for p in trained]
             (prediction.float() - target).square().mean().backward()
+        for hook in hooks:
+            hook.remove()
         for parameter in parameters:
             parameter.grad = None
         return alive.peak
@@ -196,7 +203,7 @@ def _report(run, unet):
 
 def advice(model: MemoryModel, setup: Setup, room: int) -> str:
     """What to change so that a run fits into `room` bytes, with the batch size that fits then."""
-    setup = setup._replace(keeps_gradients=True)  # as it will be, with more micro-batches
+    setup = setup._replace(keeps_gradients=not setup.releases_gradients)  # as it will be, with more micro-batches
     changes = {
         "--batch_size": setup,
         "--gradient_checkpointing": setup._replace(checkpointing=True),

@@ -44,6 +44,9 @@ def step_if_finite(
         scaler.step(optimizer)
         scaler.update()
         return finite
+    if hasattr(optimizer, "skipped"):  # GradientRelease: the backward pass has updated the weights, or skipped all
+        optimizer.step()
+        return not optimizer.skipped
     if getattr(getattr(optimizer, "implementation", None), "skips_on_device", False):
         optimizer.found_inf = (~finite).float()  # as GradScaler sets it
         optimizer.step()
@@ -99,15 +102,21 @@ class NonfiniteSteps:
         self._steps.append((step, finite, self._micro_batches))
         self._micro_batches = []
 
-    def read(self, num_skipped: int) -> bool:
+    def read(self, num_skipped: int, optimizer=None) -> bool:
         """Checks the steps since the last call and lists what was skipped. Called at log steps, by all ranks.
 
         Args:
             num_skipped: number of skipped steps since the last call, of Statistics; if 0, no tensor is read.
+            optimizer: of the run; a GradientRelease is checked as well.
 
         Returns:
             whether the run must end: `limit` steps in a row were skipped, or too many pairs cannot be read.
+
+        Raises:
+            ValueError: of GradientRelease.check.
         """
+        if hasattr(optimizer, "check"):
+            optimizer.check()
         steps, self._steps = self._steps, []
         self._read_faults(steps[-1][0])
         if not num_skipped:

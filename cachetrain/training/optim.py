@@ -17,6 +17,7 @@ def make_optimizer(
     betas: tuple[float, float],
     weight_decay: float,
     cpu_offload: bool = False,
+    gradient_release: bool = False,
 ) -> torch.optim.Optimizer:
     """Makes the optimizer of the trained parameters.
 
@@ -34,9 +35,10 @@ def make_optimizer(
         betas: (first, second).
         weight_decay: decoupled.
         cpu_offload: keep the optimizer's state in CPU memory (CpuOffload).
+        gradient_release: step in the backward pass (release.GradientRelease).
 
     Returns:
-        the optimizer; its attribute `implementation` is an optimizers.Implementation.
+        the optimizer, or a GradientRelease; its attribute `implementation` is an optimizers.Implementation.
 
     Raises:
         ValueError: of optimizers.check_optimizer; or the optimizer's package is not installed.
@@ -46,13 +48,17 @@ def make_optimizer(
     bf16 = parameters[0].dtype == torch.bfloat16
     check_optimizer(name, lr, betas, bf16)
     make = partial(_make, name, lr=lr, betas=betas, weight_decay=weight_decay, bf16=bf16)
+    if gradient_release:
+        from cachetrain.training.release import GradientRelease
+
+        return GradientRelease(make(parameters, gradient_release=True), weight_decay if bf16 else None)
     return CpuOffload(parameters, make) if cpu_offload else make(parameters)
 
 
-def _make(name, parameters, lr, betas, weight_decay, bf16):
+def _make(name, parameters, lr, betas, weight_decay, bf16, **more_options):
     implementation = OPTIMIZERS[name].for_weights(bf16)
     module, _, class_name = implementation.constructor.rpartition(".")
-    options = dict(implementation.options)
+    options = dict(implementation.options) | more_options
     # optimi's StableAdamW uses Triton kernels if Triton is installed, even for tensors that the kernels cannot read.
     if module == "optimi" and not all(p.is_cuda and type(p) is torch.nn.Parameter for p in parameters):
         options["triton"] = False
@@ -62,12 +68,13 @@ def _make(name, parameters, lr, betas, weight_decay, bf16):
     optimizer.implementation = implementation
     if bf16:
         optimizer.param_groups[0]["pending_decay"] = 0.0  # in the group, to be part of state_dict
-        optimizer.register_step_post_hook(partial(_decay_bf16, weight_decay))
+        if not more_options:  # a GradientRelease calls step() for each parameter, and decays itself
+            optimizer.register_step_post_hook(lambda optimizer, *_: decay_bf16(weight_decay, optimizer))
     return optimizer
 
 
 @torch.no_grad()
-def _decay_bf16(weight_decay, optimizer, args, kwargs):
+def decay_bf16(weight_decay: float, optimizer: torch.optim.Optimizer) -> None:
     """Applies weight decay to bfloat16 weights after a step, through their Kahan compensation.
 
     optimi multiplies the weight by 1 - lr x weight_decay, which rounds to 1 in bfloat16 if lr x weight_decay is below
@@ -78,7 +85,7 @@ def _decay_bf16(weight_decay, optimizer, args, kwargs):
         group["pending_decay"] += group["lr"] * weight_decay
         if group["pending_decay"] < 2**-14:
             continue
-        weights = [p for p in group["params"] if p in optimizer.state]  # parameters with a gradient so far
+        weights = [p for p in group["params"] if "kahan_comp" in optimizer.state[p]]  # with a gradient so far
         compensations = [optimizer.state[p]["kahan_comp"] for p in weights]
         torch._foreach_add_(compensations, weights, alpha=-group["pending_decay"])
         group["pending_decay"] = 0.0

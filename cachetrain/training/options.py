@@ -40,6 +40,8 @@ def _conflicts(args) -> Iterator[str]:
     yield from _rate_conflicts(args)
     if args.fsdp:
         yield from _fsdp_conflicts(args)
+    if args.gradient_release:
+        yield from _release_conflicts(args)
     if args.wandb and getattr(find_spec("wandb"), "origin", None) is None:  # a folder of that name has none
         yield "--wandb needs Weights & Biases: pip install wandb"
     if not (args.sample_prompt or args.sample_prompts) and args.sample_cfgs is not None:
@@ -82,8 +84,30 @@ def _fsdp_conflicts(args):
         yield f"--fsdp cannot be combined with {flag}"
 
 
+def _release_conflicts(args):
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        yield "--gradient_release works on one GPU only: several average their gradients before a step; omit it"
+    implementation = OPTIMIZERS[args.optimizer].for_weights(args.precision == "bf16_pure")
+    if implementation is not None and not implementation.constructor.startswith("optimi."):
+        yield (
+            f"--gradient_release cannot be combined with --optimizer {args.optimizer} and --precision "
+            f"{args.precision}; use --precision bf16_pure, or --optimizer lion or stableadamw"
+        )
+    given = {
+        "--gradient_clip: the norm of all gradients is not known before the first is used": args.gradient_clip,
+        "--gradient_accum: gradients are gone when the next ones come": args.gradient_accum > 1,
+        "--cpu_offload, which steps with all gradients at once": args.cpu_offload,
+        "--compile, whose backward pass computes all gradients at once": args.compile,
+        "--precision fp16, whose steps are skipped as a whole": args.precision == "fp16",
+    }
+    for flag in (flag for flag, is_given in given.items() if is_given):
+        yield f"--gradient_release cannot be combined with {flag}"
+
+
 def _fill_in(args):
     """Resolves what was not said."""
+    if args.gradient_clip is None:
+        args.gradient_clip = 0.0 if args.gradient_release else 1.0
     args.dir_weights = [weight * args.repeats for _, weight in args.train_data_dir]
     args.train_data_dir = [path for path, _ in args.train_data_dir]
     args.noise_gamma = 5.0 if args.noise_gamma is None else args.noise_gamma

@@ -174,7 +174,13 @@ def open_run(args: Namespace, world: World, saved_settings: dict | None = None) 
         objective=objective_of(noise_scheduler),
         alphas_cumprod=noise_schedule(noise_scheduler, world.device),
         plan=make_plan(args, index.samples_per_epoch, world.ranks),
-        conditioning=Conditioning(index.text_kind, args.text_scaling_factor, dtype),
+        conditioning=Conditioning.for_unet(
+            index.text_kind,
+            read_config(load.component_dir(model_dir, "unet")),
+            scale=args.text_scaling_factor,
+            dtype=dtype,
+            time_ids=args.time_ids and tuple(args.time_ids),
+        ),
         autocast=autocast_for(world.device, args.precision),
     )
 
@@ -214,7 +220,13 @@ def open_train_state(run: Run, resumed):
     model = wrap(unet, run.world, args.fsdp)
     trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(
-        args.optimizer, trained, run.plan.peak_lr, args.betas, args.weight_decay, cpu_offload=args.cpu_offload
+        args.optimizer,
+        trained,
+        run.plan.peak_lr,
+        args.betas,
+        args.weight_decay,
+        cpu_offload=args.cpu_offload,
+        gradient_release=args.gradient_release,
     )
     ema = None
     if args.ema_decay:

@@ -17,6 +17,7 @@ import numpy as np
 
 from cachetrain import cli
 from cachetrain.caching.inspect import statistics
+from cachetrain.caching.inspect.caches import TEXT_SCRIPTS
 from cachetrain.caching.inspect.statistics import Moments, Statistics
 from cachetrain.caching.messages import say
 from cachetrain.data import many_files
@@ -24,7 +25,7 @@ from cachetrain.data.sidecar import NULL_STEM, Header
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
-    return statistics.parser(__doc__, ("txt_clipl", "txt_t5cache")).parse_args(argv)
+    return statistics.parser(__doc__, tuple(TEXT_SCRIPTS)).parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,7 +73,7 @@ def print_factor(values: Statistics, norms: Statistics, kind: str | None) -> Non
     say(f"std         {values.std}")
     say(f"token norm  {norms.mean} (mean L2 norm of a token's embedding)")
     say(f"1/std       {factor}")
-    if kind == "txt_clipl":
+    if kind in ("txt_clipl", "txt_sdxl"):
         say("A UNet trained on CLIP knows its embeddings as they are: leave --text_scaling_factor at 1.")
     else:
         say(f"Projected T5 caches should have unit variance: std 1, {values.std.distance(1)}.")

@@ -1,4 +1,4 @@
-"""Encodes captions with CLIP: `a.jpg` and `a.txt` -> `a.txt_clipl`, all 77 tokens. Fresh sidecars are skipped.
+"""Encodes captions with CLIP: `a.jpg` and `a.txt` -> `a.txt_clipl`, 77 tokens. Fresh sidecars are skipped.
 
     cache/create_clipl.py --data_root ~/photos --clip_skip 2
 
@@ -23,6 +23,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         default=0,
         help="0: the last hidden state; N: the N-th last layer, normalized (1 is the same as 0)",
     )
+    arguments.add_clip_length_argument(parser)
     return parser.parse_args(argv)
 
 
@@ -30,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     from cachetrain.caching.text_run import cache_captions
 
-    return cache_captions(args, "txt_clipl", {"clip_skip": args.clip_skip})
+    return cache_captions(args, "txt_clipl", {"clip_skip": args.clip_skip} | arguments.clip_length(args))
 
 
 run = partial(cli.run, main)  # the console script

@@ -16,7 +16,11 @@ ORPHANED, UNREADABLE = "orphaned", "unreadable"
 TO_MAKE = (MISSING, STALE, CORRUPT)
 
 IMAGE_SCRIPTS = {"img_sdvae": "cache/create_img_sdvae.py", "img_sdxl": "cache/create_img_sdxl.py"}
-TEXT_SCRIPTS = {"txt_clipl": "cache/create_clipl.py", "txt_t5cache": "cache/create_t5cache_768.py"}
+TEXT_SCRIPTS = {
+    "txt_clipl": "cache/create_clipl.py",
+    "txt_t5cache": "cache/create_t5cache_768.py",
+    "txt_sdxl": "cache/create_sdxl_text.py",
+}
 SCRIPTS = IMAGE_SCRIPTS | TEXT_SCRIPTS
 
 # Defaults of those options of the cache scripts that take a value.

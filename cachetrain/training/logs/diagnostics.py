@@ -49,6 +49,7 @@ class Diagnostics:
         self._blocks, block_ids = number_labels([block_of(name) for name in self._names])
         self._block_ids = torch.tensor(block_ids, device=device)
         self._weights_before = None
+        self.released = False  # whether the backward pass updates the weights, so that no copy comes before it
 
     def due(self, step: int) -> bool:
         """Whether diagnostics are logged after optimizer step `step`; the step must be a log step, too."""
@@ -60,7 +61,7 @@ class Diagnostics:
 
         The copy is freed in `after`. Its memory is that of the activations, which have been freed by now.
         """
-        if not self.due(step) or 9 not in self.groups:
+        if not self.due(step) or 9 not in self.groups or self.released:
             return
         try:
             self._weights_before = [p.clone() for p in local_shards(self._parameters)]

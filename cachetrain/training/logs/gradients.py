@@ -44,6 +44,7 @@ class Gradients:
         blocks: names of the blocks.
         layers: names of the attention layers with trained queries or keys.
         sharded: whether the parameters are sharded.
+        released: GradientRelease.norms, of gradients that are freed in the backward pass; None: all are there.
         total: float32 0-dim, the global norm of the last step.
         qk_rms: float [layers], root mean square of each layer's query and key gradients, at the last `tags`.
         v_ratio: float [layers], qk_rms divided by that of the value gradients; nan if values are not trained.
@@ -59,6 +60,7 @@ class Gradients:
         self.detailed = detailed
         self._parameters = [parameter for _, parameter in named]
         self.sharded = any(isinstance(parameter, DTensor) for parameter in self._parameters)
+        self.released = None
         self._zero = torch.zeros((), device=device)
         self.total = self._zero
         self.blocks, block_ids = number_labels([block_of(name) for name, _ in named])
@@ -95,9 +97,8 @@ class Gradients:
         Returns:
             float32 0-dim, the global norm; a parameter without a gradient counts as zero.
         """
-        grads = [parameter.grad for parameter in self._parameters]
-        measured = iter(_norms([grad for grad in grads if grad is not None], 2))
-        norms = torch.stack([self._zero if grad is None else next(measured) for grad in grads])
+        measured = self._gradient_norms(self._parameters, 2)
+        norms = torch.stack([measured.get(parameter, self._zero) for parameter in self._parameters])
         if self.sharded:
             norms = self.world.sum(norms.square()).sqrt()
         self.total = torch.linalg.vector_norm(norms)
@@ -105,15 +106,22 @@ class Gradients:
             self._sums = self._log_step_sums(norms)
         return self.total
 
+    def _gradient_norms(self, parameters, order):
+        """Returns {parameter: float32 0-dim L1 or L2 norm} of this rank's gradients, where there are any."""
+        if self.released is not None:
+            return {p: self.released[p][order - 1] for p in parameters if p in self.released}
+        with_gradient = [p for p in parameters if p.grad is not None]
+        return dict(zip(with_gradient, _norms([p.grad for p in with_gradient], order), strict=True))
+
     def _log_step_sums(self, norms):
         # The caller sums these over the ranks: a value that is the same on all ranks is divided by their number.
         replicated = 1 / self.world.ranks
         local = 1 if self.sharded else replicated
         sums = {"grad_norm": self.total * replicated}
         if self.average:
-            grads = [p.grad for p in self._qk if p.grad is not None]
-            self._qk_elements = sum(grad.numel() for grad in grads)
-            sums["qk_abs"] = torch.stack(_norms(grads, 1)).sum() * local if grads else self._zero
+            norms_of_qk = self._gradient_norms(self._qk, 1)
+            self._qk_elements = sum(parameter.numel() for parameter in norms_of_qk)
+            sums["qk_abs"] = torch.stack(list(norms_of_qk.values())).sum() * local if norms_of_qk else self._zero
         if self.detailed:
             by_slot = torch.zeros(len(self.blocks) + 2 * len(self.layers), device=self.device)
             by_slot.index_add_(0, self._slots, norms.square()[self._sources])

@@ -35,6 +35,7 @@ class Logs:
         pairs: CachedPairs of the training pairs.
         scaler: of optim.loss_scaler.
         start_step: optimizer steps done, in a resumed run; None: a new run.
+        optimizer: of optim.make_optimizer; a GradientRelease tells the norms of its gradients.
 
     Attributes:
         metrics: Metrics on rank 0, NoMetrics on other ranks.
@@ -42,7 +43,13 @@ class Logs:
     """
 
     def __init__(
-        self, run, unet: torch.nn.Module, pairs, scaler: torch.amp.GradScaler, start_step: int | None = None
+        self,
+        run,
+        unet: torch.nn.Module,
+        pairs,
+        scaler: torch.amp.GradScaler,
+        start_step: int | None = None,
+        optimizer=None,
     ):
         args, world = run.args, run.world
         self.run = run
@@ -66,6 +73,8 @@ class Logs:
             flops_per_image=self._flops_per_image(unet) if 5 in self.groups else None,
         )
         self.diagnostics = Diagnostics(unet, args.diagnostic_steps, self.groups, world, run.device)
+        self.statistics.measured.released = getattr(optimizer, "norms", None)
+        self.diagnostics.released = args.gradient_release
         self.health = Health(self.statistics.measured.layers, run.plan.warmup_steps, scaler.is_enabled())
         self.fixed_latent = FixedLatent(run, unet, pairs[SampleKey(0, 0)]) if 13 in self.groups else None
         self._describe(unet, start_step)
