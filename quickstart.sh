@@ -62,6 +62,7 @@ make_caches() {
     local script=create_clipl.py
     [ "$FLAVOUR" = sd ] || script=create_t5cache_768.py
     encode "cache/$script" --data_root "$DATA" --model "$MODEL" --batch_size 64 --cache_suffix "$TXTCACHE"
+    [ -z "$OWN_DATA" ] || echo "the embedded tokenizers know few words: captions differ only in those they know"
     [ -z "$OWN_DATA" ] || first_captions >"$WORK/sample_prompts_$RUN.txt"
 }
 

@@ -21,6 +21,7 @@ BELOW = {
     "caching": {"diffusion", "modeling", "data", "sampling"},
     "training": {"diffusion", "modeling", "data", "checkpoints", "sampling"},
     "report": set(),
+    "curation": {"data", "caching"},
 }
 ALLOWED = {room: set() for room in GROUND} | {room: below | GROUND for room, below in BELOW.items()}
 

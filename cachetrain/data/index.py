@@ -19,7 +19,7 @@ from tqdm import tqdm
 from cachetrain import cli
 from cachetrain.data.many_files import PackedStrings, in_threads, open_regular
 from cachetrain.data.sidecar import NULL_STEM, RUN_KEYS, SUFFIXES, Header, SidecarError, read_header
-from cachetrain.data.unused import MULTIPLY, is_numbered
+from cachetrain.data.unused import MULTIPLY, is_numbered, repeats_in_name
 from cachetrain.data.walk import image_stems, is_image, walk_folders
 from cachetrain.log import warn
 from cachetrain.modeling.conditioning import check_shapes
@@ -42,7 +42,8 @@ class PairIndex:
         num_unpaired: number of sidecars without a partner.
         num_without_image: number of pairs without an image beside them, in directories that hold images.
         num_alone: number of pairs in directories that hold none.
-        numbered_folders: PackedStrings of folders like 10_name, whose number counts only in a multiply.txt.
+        numbered_folders: PackedStrings of folders like 10_name without a multiply.txt; their number counts only with
+            kohya_repeats.
         num_foreign: number of pairs in which at least one sidecar has no cachetrain header.
     """
 
@@ -54,6 +55,7 @@ class PairIndex:
         repeats: Sequence[float] | None = None,
         one_text: str | None = None,
         world: World | None = None,
+        kohya_repeats: bool = False,
     ):
         """Walks `directories` and reads every header once; several ranks share the reading.
 
@@ -64,6 +66,7 @@ class PairIndex:
                 number in the nearest multiply.txt in or above a pair's folder, up to the directory.
             one_text: path of the text sidecar to use for all images; other text sidecars are ignored.
             world: the ranks that read together; None: this process reads all headers.
+            kohya_repeats: a folder like 10_name without a multiply.txt has its number as if it were in one.
 
         Raises:
             ValueError: there are no pairs, or caches are unreadable, of the wrong shape, or mixed (the message names
@@ -72,6 +75,7 @@ class PairIndex:
         self.image_suffix = image_suffix
         self.text_suffix = text_suffix
         self.one_text = one_text
+        self.kohya_repeats = kohya_repeats
         self.directories = [os.fspath(directory) for directory in directories]
         self.num_unpaired = self.num_without_image = self.num_alone = 0
         self.numbered_folders = PackedStrings()
@@ -255,13 +259,16 @@ class PairIndex:
             multiple = multiples.get(os.path.dirname(folder), 1.0)
             if MULTIPLY in names:
                 multiple = _read_multiple(os.path.join(folder, MULTIPLY))
+            numbered = MULTIPLY not in names and is_numbered(folder)
+            if numbered and self.kohya_repeats:
+                multiple = repeats_in_name(folder)
             if multiple != 1.0:
                 multiples[os.path.dirname(os.path.join(folder, ""))] = multiple
             stems = self._paired(names)
             images = image_stems(names)
             has_images = has_images or bool(images)
             num_without_image += len(stems) - sum(stem in images for stem in stems)
-            if stems and multiple == 1.0 and MULTIPLY not in names and is_numbered(folder):
+            if stems and numbered and (self.kohya_repeats or multiple == 1.0):
                 self.numbered_folders.append(folder)
             yield multiple, [os.path.join(folder, stem) for stem in stems]
         if has_images:
