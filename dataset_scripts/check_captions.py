@@ -91,9 +91,13 @@ def histogram(lengths):
     return [(bin * width, bin * width + width - 1, counts[bin]) for bin in range(max(counts, default=0) + 1)]
 
 
+def interval(first, last):
+    return f"{first:,}" if first == last else f"{first:,} to {last:,}"
+
+
 def print_table(found, lengths, unit, args):
     for first, last, count in histogram(lengths):
-        print(f"{first:6,} to {last:,} {unit}: {count:,}")
+        print(f"{interval(first, last)} {unit}: {count:,}")
     for name, entries in found.items():
         print(f"{name}: {len(entries):,}")
         for path, text, length in entries[: args.top]:
@@ -105,7 +109,7 @@ def print_table(found, lengths, unit, args):
 def sections(found, lengths, unit, root):
     bins = histogram(lengths)
     most = max((count for *_, count in bins), default=0) or 1
-    bars = [Item(f"{first:,} to {last:,}", value=f"{count:,}", share=count / most) for first, last, count in bins]
+    bars = [Item(interval(*ends), value=f"{count:,}", share=count / most or None) for *ends, count in bins]
     parts = [Section("Lengths", f"Captions by their number of {unit}", bars)]
     for name, entries in found.items():
         items = [

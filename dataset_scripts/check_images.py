@@ -60,6 +60,10 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
+    try:
+        import imagehash  # noqa: F401
+    except ModuleNotFoundError:
+        raise ValueError("needs the package ImageHash; run `pip install -e .[tools]`") from None
     from cachetrain.curation.image_findings import Findings, move_pair
 
     failures, findings = [], Findings(args)

@@ -90,7 +90,7 @@ def _parquet(path, caption_key):
         import pyarrow as arrow
         from pyarrow import parquet
     except ModuleNotFoundError:
-        raise ValueError(f"{path}: needs pyarrow; run `pip install pyarrow`") from None
+        raise ValueError(f"{path}: needs pyarrow; run `pip install -e .[parquet]`") from None
     key, number = caption_key or "text", 0
     try:
         with open_regular(path) as raw, parquet.ParquetFile(raw) as file:
