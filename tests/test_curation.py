@@ -164,6 +164,7 @@ def test_each_kind_of_bad_image_is_found_and_moved_with_its_caption(tmp_path, ca
     (root / "copy.jpg").write_bytes(data)
     (root / "copy.txt").write_text("caption")
     photograph(root / "similar.jpg", quality=60)
+    Image.open(root / "a.jpg").resize((300, 300)).save(root / "a smaller one.png")
     picture(root / "wide.png", size=(1200, 300))
     picture(root / "small.png", size=(10, 10), color="blue")
     (root / "x" / "shifted.jpg").unlink()
@@ -174,7 +175,8 @@ def test_each_kind_of_bad_image_is_found_and_moved_with_its_caption(tmp_path, ca
     lines = capsys.readouterr().out.splitlines()
     for name in ("unreadable", "truncated", "wrong-extension", "too-small", "extreme-aspect", "duplicate"):
         assert f"{name}: 1" in lines
-    assert "  similar.jpg  of a.jpg" in lines and "  copy.jpg  of a.jpg" in lines
+    assert "  a smaller one.png  of a.jpg" in lines and "  copy.jpg  of a.jpg" in lines
+    assert "  a.jpg  of a smaller one.png" not in lines  # the largest and sharpest is kept, not the first
     assert run_script(*command, "--findings", "duplicate", "--move_to", target) == 1
     assert files(target) == {"copy.jpg": data, "copy.txt": b"caption"}
     (root / "copy.jpg").write_bytes(data)

@@ -26,6 +26,7 @@ class Findings:
         self._pairs = []
         self._found = defaultdict(list)  # finding -> list of (index of the image, remark)
         self._sha256, self._phash, self._ranks = [], [], []
+        self._quality = {}  # index -> (number of pixels, sharpness)
 
     def add(self, pair: Pair) -> None:
         picture = look_at(pair.image, self.args.min_side, self.args.max_aspect)
@@ -37,6 +38,7 @@ class Findings:
             self._sha256.append((picture.sha256, index))
         if picture.phash is not None:
             self._phash.append((picture.phash, index))
+            self._quality[index] = picture.size[0] * picture.size[1], picture.sharpness
             self._ranks.append((picture.sharpness, picture.grain, index))
 
     def find_duplicates(self) -> None:
@@ -49,7 +51,8 @@ class Findings:
             self._add_group("duplicate", group)
         hashes = [(phash, index) for phash, index in self._phash if index not in again]
         for group in near_groups(np.array([phash for phash, _ in hashes], np.uint64), self.args.distance):
-            self._add_group("near-duplicate", [hashes[place][1] for place in group])
+            indices = [hashes[place][1] for place in group]
+            self._add_group("near-duplicate", sorted(indices, key=self._quality.get, reverse=True))
 
     def lists(self) -> dict[str, list[tuple[str, str]]]:
         """Finding -> list of (path, remark), those asked for; then the ranks."""
@@ -71,13 +74,21 @@ class Findings:
     def write_page(self, path: str) -> None:
         root, sections = self.args.data_root, []
         for name, entries in self.lists().items():
-            images = [thumbnail_of(image) for image, _ in entries[:MAX_ITEMS]] + [None] * len(entries[MAX_ITEMS:])
-            items = [
-                Item(os.path.relpath(image, root), (remark,), image=url)
-                for (image, remark), url in zip(entries, images, strict=True)
-            ]
-            sections.append(Section(name, _NOTES.get(name, ""), items))
+            items = []
+            for image, remark in self._with_originals(name, entries):
+                url = thumbnail_of(image) if len(items) < MAX_ITEMS else None
+                items.append(Item(os.path.relpath(image, root), (remark,), image=url))
+            sections.append(Section(name, _NOTES.get(name, ""), items, total=len(entries)))
         write_page(path, f"Images of {root}", sections)
+
+    def _with_originals(self, name, entries):
+        """Yields the entries; of duplicates, the first of each group before the others."""
+        last = None
+        for image, remark in entries:
+            if name.endswith("duplicate") and remark != last:
+                last, first = remark, remark.removeprefix("of ")
+                yield os.path.join(self.args.data_root, first), "kept"
+            yield image, remark
 
     def _add_group(self, name, group):
         """All but the first of a group are findings, each with the first one's name."""
@@ -86,8 +97,8 @@ class Findings:
 
 
 _NOTES = {
-    "duplicate": "The same file as one listed before it",
-    "near-duplicate": "Looks like one listed before it",
+    "duplicate": "Equal files, each group after the first of it",
+    "near-duplicate": "Images that look alike, each group after its largest and sharpest",
     "rank: most blurred": "The smallest variance of the Laplacian; flat drawings are here, too",
     "rank: most grainy": "The largest estimate of noise; fine textures are here, too",
 }

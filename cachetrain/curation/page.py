@@ -36,12 +36,14 @@ class Item(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A heading, a sentence on what is listed, and the items. `columns` head the texts, if given."""
+    """A heading, a sentence on what is listed, and the items. `columns` head the texts, if given; `total` is how
+    many are meant, if not each item."""
 
     heading: str
     note: str
     items: Sequence[Item]
     columns: Sequence[str] = ()
+    total: int | None = None
 
 
 def thumbnail(image: Image.Image) -> str:
@@ -58,7 +60,7 @@ def write_page(path: str | os.PathLike, title: str, sections: Sequence[Section])
     shown = [
         {
             **section._asdict(),
-            "total": len(section.items),
+            "total": len(section.items) if section.total is None else section.total,
             "items": [item._asdict() for item in section.items[:MAX_ITEMS]],
         }
         for section in sections
