@@ -65,6 +65,7 @@ make_caches() {
         --batch_size 64 --cache_suffix "$IMGCACHE"
     local -A script=([t5]=create_t5cache_768.py [sd]=create_clipl.py [sdxl]=create_sdxl_text.py)
     encode "cache/${script[$FLAVOUR]}" --data_root "$DATA" --model "$MODEL" --batch_size 64 --cache_suffix "$TXTCACHE"
+    [ -z "$OWN_DATA" ] || echo "the embedded tokenizers know few words: captions differ only in those they know"
     [ -z "$OWN_DATA" ] || first_captions >"$WORK/sample_prompts_$RUN.txt"
 }
 

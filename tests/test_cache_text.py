@@ -375,3 +375,17 @@ def test_model_without_a_projection_says_what_to_do(t5_cache, t5_model, root, tm
     with pytest.raises(ValueError, match=r"--raw.*--custom"):
         t5_cache("--model", tmp_path / "bare")
     assert t5_cache("--model", tmp_path / "bare", "--raw") == 0
+
+
+def test_words_that_the_tokenizer_does_not_know_are_counted_and_above_a_tenth_warned_of(t5_model, tmp_path, capsys):
+    for number in range(20):
+        save_pictures(tmp_path, [f"{number}.png"], size=(8, 8))
+        (tmp_path / f"{number}.txt").write_text("red \U0001f600 \U0001f600" if number < 2 else "red")
+    command = ["cache/create_t5cache_768.py", "--data_root", tmp_path, "--model", t5_model]
+    assert run_script(*command) == 0
+    printed = capsys.readouterr()
+    line = "2 of 21 captions hold words that the tokenizer does not know: '\\U0001f600' 2"
+    assert line in printed.out and "does not know" not in printed.err
+    (tmp_path / "9.txt").write_text("\U0001f600\x1b[31m")
+    assert run_script(*command) == 0
+    assert "warning: 1 of 1 captions hold words" in (err := capsys.readouterr().err) and "\x1b" not in err

@@ -22,6 +22,7 @@ BELOW = {
     "caching": {"diffusion", "modeling", "data", "sampling"},
     "training": {"diffusion", "modeling", "data", "checkpoints", "sampling"},
     "report": set(),
+    "curation": {"data", "caching"},
 }
 ALLOWED = GROUND | {room: below | GROUND.keys() for room, below in BELOW.items()}
 

@@ -208,12 +208,13 @@ def test_what_is_not_used_is_counted_in_one_line(tmp_path):
     pairs = list(find_images([str(tmp_path)], pytest.fail, leftovers))
     assert len(pairs) == 6
     start, line = leftovers.unused.line().split(": ", 1)
-    assert start == "found and not used"
+    line, hint = line.split("; ")
+    assert start == "found and not used" and hint == "dataset_scripts/import_captions.py reads lists of captions"
     assert sorted(line.split("), ")) == [
         "1 *.heic (phone.heic",
         "1 *.jsonl (metadata.jsonl",
         "1 *.jxl (new.jxl",
-        "1 folders whose number counts only in a multiply.txt (10_cat)",
+        "1 folders whose number counts only in a multiply.txt or with --kohya_repeats (10_cat)",
         "1 without extension (LICENSE",
         "3 captions without an image (dog.png.txt, ...",
     ]
@@ -288,12 +289,18 @@ def test_trainer_tells_what_a_user_may_not_expect_in_the_list_of_pairs(tmp_path,
     (tmp_path / "some/b/multiply.txt").write_text("3")
     data = [str(tmp_path / root) for root in ("some", "none")]
     args = Namespace(train_data_dir=data, dir_weights=[1, 1], imgcache_suffix=IMAGE, txtcache_suffix=TEXT)
-    open_index(Namespace(force_txtcache=None, overfit=0, val_split=0, val_data_dir=None, **vars(args)), World())
+    others = {"force_txtcache": None, "overfit": 0, "val_split": 0, "val_data_dir": None}
+    index, _ = open_index(Namespace(kohya_repeats=False, **others, **vars(args)), World())
     output = capsys.readouterr()
     assert "warning: 6 of 10 pairs have no image beside them and are trained on" in output.err
     assert f"cache/cache_status.py --data_root {data[0]}" in output.err
     assert "3 of 10 pairs are in directories of sidecars alone" in output.out
     assert f"1 folders have a number in front, the first {data[0]}/10_cat; it is not used" in output.err
+    assert index.samples_per_epoch == 3 + 4 + 1 + 5 + 3
+    index, _ = open_index(Namespace(kohya_repeats=True, **others, **vars(args)), World())
+    output = capsys.readouterr()
+    assert "--kohya_repeats: 2 folders are repeated by the number in their name, the first" in output.out
+    assert "it is not used" not in output.err and index.samples_per_epoch == 3 + 4 + 10 + 5 + 3
     assert PairIndex(data[1:], IMAGE, TEXT).num_without_image == 0
 
 

@@ -14,6 +14,7 @@ from cachetrain.caching import ranks
 from cachetrain.caching.buckets import Coverage, UpscaledList, is_upscaled, upscaling
 from cachetrain.caching.freshness import CORRUPT, FOREIGN, FRESH, STALE
 from cachetrain.caching.messages import failure_line, print_line, say
+from cachetrain.caching.unknown_words import UnknownWords
 from cachetrain.data.walk import Leftovers
 from cachetrain.log import printable, warn
 
@@ -32,6 +33,7 @@ class RunSummary:
         unit: what is encoded: "image" or "caption".
         counts: number of sidecars by state ("fresh", "stale", ...), and of those "encoded", "failed", "truncated" and
             "upscaled".
+        unknown_words: UnknownWords of the captions encoded.
         leftovers: walk.Leftovers: sidecars without an image, and what this run does not use.
         times_s: "encoding", the whole loop; "waiting", the part of it in which the encoder had no data.
     """
@@ -42,6 +44,7 @@ class RunSummary:
         self.leftovers = Leftovers(suffix)
         self.counts = Counter()
         self.times_s = Counter()
+        self.unknown_words = UnknownWords()
         self.failures = []  # the first _MAX_LISTED
         self.coverage = Coverage()
         self.upscaled = UpscaledList(os.path.join(roots[0], f"_upscaled{suffix}.txt"))
@@ -147,6 +150,8 @@ class RunSummary:
             "counts": self.counts,
             "times_s": self.times_s,
             "failures": self.failures,
+            "captions": self.unknown_words.counts,
+            "words": self.unknown_words.words,
             "images": self.coverage.images,
             "kept": self.coverage.kept,
             "upscaled": part,
@@ -156,6 +161,8 @@ class RunSummary:
                 self.counts.update(other["counts"])
                 self.times_s.update(other["times_s"])
                 self.failures += other["failures"]
+                self.unknown_words.counts.update(other["captions"])
+                self.unknown_words.words.update(other["words"])
                 self.coverage.images.update(other["images"])
                 self.coverage.kept.update(other["kept"])
             if ranks.rank() == 0:
@@ -180,6 +187,7 @@ class RunSummary:
         if show_coverage and self.coverage.images:
             say(*self.coverage.table())
         say(self.line())
+        self.unknown_words.report()
         if self.counts["upscaled"] and self.upscaled.target.exists():
             say(f"upscaled images are listed in {self.upscaled.target}")
         if line := self.leftovers.unused.line():

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from cachetrain.caching import ranks, selection
 from cachetrain.caching.freshness import caption_source
 from cachetrain.caching.summary import RunSummary
+from cachetrain.caching.unknown_words import unknown_test
 from cachetrain.caching.writer import Row, Writer
 from cachetrain.data.captions import read_caption
 from cachetrain.data.sidecar import sidecar_path
@@ -114,13 +115,15 @@ def _encode(args, pairs, make_encoder, fields, summary):
     """Encodes and writes all pairs.
 
     Args:
-        make_encoder: function of (device, dtype) that returns a function: captions -> batches, lists of Embedded.
+        make_encoder: function of (device, dtype) that returns a function: captions -> batches, lists of Embedded;
+            and the tokenizer.
     """
     import torch
 
     device = load.pick_device(args.device)
     dtype = load.pick_dtype(args.dtype, device)
-    encode = make_encoder(device, dtype)
+    encode, tokenizer = make_encoder(device, dtype)
+    is_unknown = unknown_test(tokenizer)
     fields = {**fields, "compute_dtype": str(dtype).removeprefix("torch.")}
     store_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.store_dtype]
     progress = tqdm(
@@ -131,6 +134,9 @@ def _encode(args, pairs, make_encoder, fields, summary):
         for images_of in summary.time_waiting(windows, progress):
             captions = list(images_of)
             for batch in encode(captions):
+                for item in batch:
+                    caption = captions[item.index]
+                    summary.unknown_words.add(caption, len(images_of[caption]), is_unknown)
                 writer.submit(_rows(batch, captions, images_of, fields, store_dtype, args.cache_suffix))
 
 
@@ -170,7 +176,7 @@ def _by_caption(pairs, summary, progress):
 
 
 def _batch_encoder(model_dir, settings, kind, batch_size, device, dtype):
-    """Returns a function: list of captions -> batches, lists of Embedded."""
+    """Returns a function: list of captions -> batches, lists of Embedded; and the tokenizer."""
     from cachetrain.modeling.conditioning import text_kind
     from cachetrain.modeling.text_encoders import open_text_encoder
 
@@ -183,7 +189,7 @@ def _batch_encoder(model_dir, settings, kind, batch_size, device, dtype):
             encoded = encoder.tensors_of([ids[index] for index in batch])
             yield [Embedded(i, one, len(ids[i]), truncated[i]) for i, one in zip(batch, encoded, strict=True)]
 
-    return encode
+    return encode, encoder.tokenizer
 
 
 def length_batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
@@ -213,7 +219,7 @@ def _custom_encoder(model_dir, device, dtype):
             emb, num_tokens, truncated = encoder.encode(caption)
             yield [Embedded(index, {"emb": emb}, num_tokens, truncated)]
 
-    return encode
+    return encode, encoder.pipeline.tokenizer
 
 
 def _rows(batch: Iterable[Embedded], captions, images_of, fields, store_dtype, suffix):

@@ -52,9 +52,14 @@ def read_caption(pair: Pair) -> Caption:
 
 def find_caption(stem: str) -> Caption:
     """Finds and reads the caption of the image `stem`.*, which need not exist; raises like read_caption."""
-    suffixes = (spelling for suffix in CAPTION_SUFFIXES for spelling in (suffix, suffix.upper(), suffix.title()))
-    path = next((stem + suffix for suffix in suffixes if os.path.exists(stem + suffix)), None)
+    path = caption_file(stem)
     return _caption_from_name(stem) if path is None else read_caption(Pair(stem, path))
+
+
+def caption_file(stem: str) -> str | None:
+    """The path of the file that holds the caption of the image `stem`.*; None if there is none."""
+    suffixes = (spelling for suffix in CAPTION_SUFFIXES for spelling in (suffix, suffix.upper(), suffix.title()))
+    return next((stem + suffix for suffix in suffixes if os.path.exists(stem + suffix)), None)
 
 
 def _caption_from_name(stem):

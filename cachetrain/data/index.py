@@ -19,7 +19,7 @@ from cachetrain import cli
 from cachetrain.data.links import Links
 from cachetrain.data.many_files import PackedStrings, in_threads
 from cachetrain.data.sidecar import NULL_STEM, RUN_KEYS, SUFFIXES, Header, SidecarError, read_header, settings_of
-from cachetrain.data.unused import MULTIPLY, is_numbered
+from cachetrain.data.unused import MULTIPLY, is_numbered, repeats_in_name
 from cachetrain.data.walk import image_stems, is_image, walk_folders
 from cachetrain.log import warn
 from cachetrain.modeling.conditioning import check_tensor, check_text
@@ -45,7 +45,8 @@ class PairIndex:
         num_alone: number of pairs in directories that hold none.
         num_without_pair: number of images without a pair.
         links: Links.
-        numbered_folders: PackedStrings of folders like 10_name, whose number counts only in a multiply.txt.
+        numbered_folders: PackedStrings of folders like 10_name without a multiply.txt; their number counts only with
+            kohya_repeats.
         num_foreign: number of pairs in which at least one sidecar has no cachetrain header.
     """
 
@@ -57,6 +58,7 @@ class PairIndex:
         repeats: Sequence[float] | None = None,
         one_text: str | None = None,
         world: World | None = None,
+        kohya_repeats: bool = False,
     ):
         """Walks `directories` and reads every header once; several ranks share the reading.
 
@@ -67,6 +69,7 @@ class PairIndex:
                 number in the nearest multiply.txt in or above a pair's folder, up to the directory.
             one_text: path of the text sidecar to use for all images; other text sidecars are ignored.
             world: the ranks that read together; None: this process reads all headers.
+            kohya_repeats: a folder like 10_name without a multiply.txt has its number as if it were in one.
 
         Raises:
             ValueError: there are no pairs, or caches are unreadable, of the wrong shape, or mixed (the message names
@@ -75,6 +78,7 @@ class PairIndex:
         self.image_suffix = image_suffix
         self.text_suffix = text_suffix
         self.one_text = one_text
+        self.kohya_repeats = kohya_repeats
         self.directories = [os.fspath(directory) for directory in directories]
         self.num_unpaired = self.num_without_image = self.num_alone = self.num_without_pair = 0
         self.links = Links(image_suffix, text_suffix)
@@ -260,6 +264,9 @@ class PairIndex:
             multiple = multiples.get(os.path.dirname(folder), 1.0)
             if MULTIPLY in names:
                 multiple = _read_multiple(os.path.join(folder, MULTIPLY))
+            numbered = MULTIPLY not in names and is_numbered(folder)
+            if numbered and self.kohya_repeats:
+                multiple = repeats_in_name(folder)
             if multiple != 1.0:
                 multiples[os.path.dirname(os.path.join(folder, ""))] = multiple
             stems = self._paired(names)
@@ -270,7 +277,7 @@ class PairIndex:
             self.num_without_pair += len(images) - num_with_image - (NULL_STEM in images)
             if not self.one_text:
                 stems = self.links.without_repeated(found, stems, visited)
-            if stems and multiple == 1.0 and MULTIPLY not in names and is_numbered(folder):
+            if stems and numbered and (self.kohya_repeats or multiple == 1.0):
                 self.numbered_folders.append(folder)
             yield multiple, [os.path.join(folder, stem) for stem in stems]
         if has_images:

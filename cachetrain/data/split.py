@@ -13,7 +13,7 @@ import numpy as np
 
 from cachetrain.data import rng
 from cachetrain.data.index import PairIndex, check_same_run
-from cachetrain.data.unused import MULTIPLY
+from cachetrain.data.unused import MULTIPLY, repeats_in_name
 from cachetrain.log import info, warn
 
 if TYPE_CHECKING:
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 def open_index(args: Namespace, world: World) -> tuple[PairIndex, PairIndex | None]:
     """Lists the pairs that the trainer's flags name; returns (training pairs, validation pairs or None)."""
     suffixes = args.imgcache_suffix, args.txtcache_suffix
-    index = PairIndex(args.train_data_dir, *suffixes, args.dir_weights, args.force_txtcache, world)
+    index = PairIndex(
+        args.train_data_dir, *suffixes, args.dir_weights, args.force_txtcache, world, kohya_repeats=args.kohya_repeats
+    )
     if world.main:
         _warn_of_what_is_listed(index)
     if args.overfit:
@@ -122,8 +124,12 @@ def _warn_of_what_is_listed(index):
         info(f"{index.links.num_repeated} pairs are links to pairs that are listed already, and count once")
     if index.num_alone:
         info(f"{index.num_alone} of {pairs} are in directories of sidecars alone, without images")
-    if folders := index.numbered_folders:
+    folders = index.numbered_folders
+    if folders and index.kohya_repeats:
+        first = f"{folders[0]}: {repeats_in_name(folders[0]):g}"
+        info(f"--kohya_repeats: {len(folders)} folders are repeated by the number in their name, the first {first}")
+    elif folders:
         warn(
             f"{len(folders)} folders have a number in front, the first {folders[0]}; it is not used: to repeat their "
-            f"images, write the number into a {MULTIPLY} there"
+            f"images, pass --kohya_repeats, or write the number into a {MULTIPLY} there"
         )

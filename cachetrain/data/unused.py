@@ -13,14 +13,20 @@ MULTIPLY = "multiply.txt"
 
 _MAX_KINDS, _MAX_LISTED = 100, 8
 _MAX_FILE_NAME_CAPTIONS = 0.1  # share of the captions above which a warning is due
-_NUMBERED = re.compile(r"\d+_.+")  # folders whose number other trainers take for repeats
+_NUMBERED = re.compile(r"[0-9]+_.+")  # folders whose number other trainers take for repeats
 _SIDECARS = tuple(SUFFIXES.values())
+_LISTS = {"*.jsonl", "*.csv", "*.parquet", "*.json"}
 _OURS = re.compile(rf"_upscaled\..+\.txt|{NULL_STEM}\..+|{re.escape(MULTIPLY)}|shapes\.json")
 
 
 def is_numbered(folder: str) -> bool:
     """Whether a folder has a name like 10_cats, from which other trainers take repeats."""
     return _NUMBERED.fullmatch(os.path.basename(os.path.abspath(folder))) is not None
+
+
+def repeats_in_name(folder: str) -> float:
+    """10.0 of a folder 10_cats; only for folders that are numbered."""
+    return float(os.path.basename(os.path.abspath(folder)).split("_")[0])
 
 
 class Unused:
@@ -65,7 +71,9 @@ class Unused:
             if name.startswith(f"{NULL_STEM}.") or not _OURS.fullmatch(name):
                 self._add("captions without an image", name)
         if names and is_numbered(path) and MULTIPLY not in names:
-            self._add(f"folders whose number counts only in a {MULTIPLY}", os.path.basename(path))
+            self._add(
+                f"folders whose number counts only in a {MULTIPLY} or with --kohya_repeats", os.path.basename(path)
+            )
 
     def line(self) -> str:
         """`found and not used: 3 *.heic (phone.heic, ...), 1 *.jsonl (metadata.jsonl)`; "" if all is used."""
@@ -74,7 +82,8 @@ class Unused:
             parts.append(f"{count:,} {kind} ({self._first[kind]}{', ...' if count > 1 else ''})")
         rest = self._counts.total() - sum(count for _, count in self._counts.most_common(_MAX_LISTED))
         parts += [f"{rest:,} others"] if rest else []
-        return f"found and not used: {', '.join(parts)}" if parts else ""
+        hint = "; dataset_scripts/import_captions.py reads lists of captions" if self._counts.keys() & _LISTS else ""
+        return f"found and not used: {', '.join(parts)}{hint}" if parts else ""
 
     def warn_of_file_names(self) -> None:
         """Warns if more than a tenth of the captions are file names."""

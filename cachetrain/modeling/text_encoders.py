@@ -146,12 +146,13 @@ class SdxlTextEncoder:
             raise ValueError(
                 f"{model_dir}: the vocabularies of tokenizer and tokenizer_2 differ; SDXL's are the same"
             )
+        self.tokenizer = self.tokenizers[0]
         self.max_length = max_length or self.encoders[0].config.max_position_embeddings
         self.force_zeros_for_empty_prompt = force_zeros_for_empty_prompt
 
     def tokenize(self, captions: list[str]) -> tuple[list[list[int]], list[bool]]:
         """Returns (token ids of each caption, whether each caption was truncated to the maximum length)."""
-        return _tokenize(self.tokenizers[0], captions, self.max_length)
+        return _tokenize(self.tokenizer, captions, self.max_length)
 
     @torch.no_grad()
     def tensors_of(self, ids: Sequence[list[int]]) -> list[dict[str, torch.Tensor]]:

@@ -117,6 +117,8 @@ def _data_flags(group):
     _flag(group, "--repeats", type=cli.repeats, default=1.0, resume="free",  # what it comes to is compared
           help="how often each pair comes up in an epoch, times REPEATS of its DIR and the number in multiply.txt; "
                "with 1.5 half of the pairs, drawn anew in each epoch, come up twice")
+    _flag(group, "--kohya_repeats", action="store_true", resume="free",
+          help="repeat the images of a folder like 10_subject 10 times, as if its number were in a multiply.txt")
     _flag(group, "--vae_scaling_factor", type=cli.scaling_factor, metavar="X",
           help="multiplies the latents; give it only for caches that do not record the factor of their VAE")
     _flag(group, "--text_scaling_factor", type=cli.scaling_factor, default=1.0, metavar="X",

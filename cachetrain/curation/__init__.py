@@ -1,0 +1,1 @@
+"""Puts a folder of images and captions in order: lists of captions, tags, faults of files, pages to look at."""

@@ -1,0 +1,151 @@
+"""Reads lists of captions, as other programs write them, row by row.
+
+Formats: Hugging Face imagefolder (metadata.jsonl, .csv, .parquet), kohya's meta_cap.json and meta_lat.json, and the
+.json beside each image of img2dataset.
+"""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+from cachetrain.data.many_files import open_regular
+from cachetrain.data.walk import IMAGE_SUFFIXES, image_stems, is_image, walk_folders
+
+LISTS = (".jsonl", ".csv", ".parquet")
+_CSV_FIELD_BYTES = 2**24  # csv's own limit of 128 kB is below long captions with their other columns
+
+
+class Row(NamedTuple):
+    """One row of a list: where it stands, the image as the list names it, its caption (None: not text)."""
+
+    where: str
+    image: str | None
+    caption: str | None
+
+
+def find_lists(path: str, on_error: Callable[[str, str], None]) -> Iterator[str]:
+    """Yields `path` if it is a file; of a folder all metadata.*, meta_*.json, and the .json of images.
+
+    Raises:
+        ValueError: there is nothing of this name.
+    """
+    if os.path.isfile(path):
+        yield path
+        return
+    if not os.path.isdir(path):
+        raise ValueError(f"{path}: no such file or directory")
+    keep = (*LISTS, ".json", *IMAGE_SUFFIXES)
+    for folder, names in walk_folders(path, set(), lambda name: name.lower().endswith(keep), on_error):
+        stems = image_stems(names)
+        for name in names:
+            stem, suffix = os.path.splitext(name)
+            is_list = stem == "metadata" if suffix in LISTS else stem.startswith("meta_") or stem in stems
+            if is_list and not is_image(name):
+                yield os.path.join(folder, name)
+
+
+def read_rows(path: str, caption_key: str | None = None) -> Iterator[Row]:
+    """Yields the rows of a list, also those without a usable image or caption.
+
+    Args:
+        caption_key: column or key of the captions; None: `text`, in .json `caption` and `tags`.
+
+    Raises:
+        OSError, ValueError: the list cannot be read, or has no column of captions.
+    """
+    suffix = os.path.splitext(path)[1].lower()
+    readers = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet, ".json": _json}
+    if suffix not in readers:
+        raise ValueError(f"{path}: expected a list that ends with {', '.join(readers)}")
+    try:
+        yield from readers[suffix](path, caption_key)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from error
+
+
+def _jsonl(path, caption_key):
+    key = caption_key or "text"
+    for number, line in enumerate(_lines(path), 1):
+        if line.strip():
+            yield _row_of(f"{path}:{number}", _parsed(line), key)
+
+
+def _csv(path, caption_key):
+    key = caption_key or "text"
+    csv.field_size_limit(_CSV_FIELD_BYTES)
+    reader = csv.DictReader(_lines(path))
+    try:
+        _check_columns(path, reader.fieldnames or (), key)
+        for row in reader:
+            yield _row_of(f"{path}:{reader.line_num}", row, key)
+    except csv.Error as error:
+        raise ValueError(f"{path}:{reader.line_num}: not CSV ({error})") from error
+
+
+def _parquet(path, caption_key):
+    try:
+        import pyarrow as arrow
+        from pyarrow import parquet
+    except ModuleNotFoundError:
+        raise ValueError(f"{path}: needs pyarrow; run `pip install -e .[parquet]`") from None
+    key, number = caption_key or "text", 0
+    try:
+        with open_regular(path) as raw, parquet.ParquetFile(raw) as file:
+            _check_columns(path, file.schema_arrow.names, key)
+            for batch in file.iter_batches(columns=["file_name", key]):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield _row_of(f"{path}: row {number}", row, key)
+    except arrow.ArrowException as error:
+        raise ValueError(f"{path}: not a parquet file ({str(error).splitlines()[0]})") from error
+
+
+def _json(path, caption_key):
+    """Kohya's {image: {"caption": ..., "tags": ...}}, or img2dataset's {"caption": ...} of the image of this name."""
+    content = _parsed("".join(_lines(path)))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object with an entry per image, or with the caption of one")
+    if content and all(isinstance(value, dict) for value in content.values()):
+        for image, entry in content.items():
+            yield Row(f"{path}: {image}", image, _kohya_caption(entry, caption_key))
+    else:
+        caption = content.get(caption_key or "caption")
+        stem = os.path.splitext(os.path.basename(path))[0]
+        yield Row(path, stem, caption if isinstance(caption, str) else None)
+
+
+def _kohya_caption(entry, caption_key):
+    """As its trainer reads it: the caption, then the tags."""
+    parts = [entry.get(key) for key in ((caption_key,) if caption_key else ("caption", "tags"))]
+    texts = [part for part in parts if isinstance(part, str)]
+    return ", ".join(text for text in texts if text.strip()) if texts else None
+
+
+def _row_of(where, row, key):
+    row = row if isinstance(row, dict) else {}
+    image, caption = row.get("file_name"), row.get(key)
+    return Row(where, image if isinstance(image, str) else None, caption if isinstance(caption, str) else None)
+
+
+def _check_columns(path, columns: Iterable[str], key):
+    for column in ("file_name", key):
+        if column not in columns:
+            hint = "; name the captions with --caption_key" if column == key else ""
+            raise ValueError(f"{path}: has no column {column}, only {', '.join(map(str, columns)) or 'none'}{hint}")
+
+
+def _parsed(text):
+    """The value of a JSON text; None if it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _lines(path):
+    with open_regular(path) as file:
+        for number, line in enumerate(io.BufferedReader(file)):
+            yield line.decode("utf-8-sig" if number == 0 else "utf-8")

@@ -1,0 +1,72 @@
+"""Copies an image at a largest size, with its caption."""
+
+import io
+import os
+import warnings
+from argparse import Namespace
+
+from PIL import Image
+
+from cachetrain.atomic import atomic_write
+from cachetrain.caching.pixels import open_image, orientation, to_rgb, upright
+from cachetrain.data.captions import Pair
+from cachetrain.data.many_files import open_regular
+from cachetrain.log import describe
+
+_SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}
+
+
+def copy_pair(pair: Pair, args: Namespace) -> tuple[str, str | None]:
+    """Copies a pair to the same relative path; never raises.
+
+    Args:
+        args: data_root, out, max_side, quality, dry_run.
+
+    Returns:
+        (outcome "resized", "turned upright", "copied", "kept" or "failed"; the reason if it failed).
+    """
+    try:
+        data = _read(pair.image)
+        data, suffix, outcome = resized(data, args.max_side, args.quality)
+        target = os.path.join(args.out, os.path.relpath(pair.image, args.data_root))
+        target = os.path.splitext(target)[0] + suffix if suffix else target
+        if os.path.lexists(target):
+            outcome = "kept"
+        elif not args.dry_run:
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            if pair.caption_file:  # first, so that an image that is there has its caption
+                caption = os.path.join(args.out, os.path.relpath(pair.caption_file, args.data_root))
+                if not os.path.lexists(caption):
+                    atomic_write(caption, _read(pair.caption_file))
+            atomic_write(target, data)
+        return outcome, None
+    except Exception as error:  # Pillow's plugins raise almost anything on malformed input
+        return "failed", f"{pair.image}: {describe(error)}"
+
+
+def resized(data: bytes, max_side: int, quality: int) -> tuple[bytes, str | None, str]:
+    """Reduces the image in a file's bytes; returns (bytes, suffix that the copy needs or None, outcome)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with open_image(data) as image:
+            kind = {"MPO": "JPEG"}.get(image.format, image.format)
+            image.load()
+            turn = orientation(image)
+            if max(image.size) <= max_side and turn == 1:
+                return data, None, "copied"
+            outcome = "resized" if max(image.size) > max_side else "turned upright"
+            profile = image.info.get("icc_profile") if image.mode in ("RGB", "RGBA", "L") else None
+            if image.mode in ("P", "LA", "PA") and image.has_transparency_data:
+                image = image.convert("RGBA")  # which to_rgb would put on white
+            pixels = image if image.mode in ("RGB", "RGBA", "L") else to_rgb(image)
+            pixels = upright(pixels, turn)
+            pixels.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+    kind = kind if kind in _SUFFIXES else "PNG"
+    file, options = io.BytesIO(), {} if kind == "PNG" else {"quality": quality}
+    pixels.save(file, kind, icc_profile=profile, exif=Image.Exif(), **options)
+    return file.getvalue(), _SUFFIXES[kind], outcome
+
+
+def _read(path):
+    with open_regular(path) as file:
+        return file.read()

@@ -1,0 +1,74 @@
+#!/usr/bin/env -S python3 -P
+"""Counts the tags or words of all captions, as a table, a CSV file or a page with bars.
+
+    dataset_scripts/count_tags.py --data_root /data --html tags.html
+
+The exit code is 1 if some caption could not be read (each is named), 2 on any other error.
+"""
+
+import csv
+import io
+import os
+import sys
+from collections import Counter, defaultdict
+
+try:
+    from tqdm import tqdm
+
+    from cachetrain import cli
+    from cachetrain.atomic import atomic_write
+    from cachetrain.curation.captions import read_all
+    from cachetrain.curation.messages import print_failures, quoted
+    from cachetrain.curation.page import Item, Section, write_page
+    from cachetrain.curation.tags import count_tags
+except ImportError as error:
+    print(f"{error}: run `pip install -e .`, or ./quickstart.sh and `source .venv/bin/activate`", file=sys.stderr)
+    sys.exit(2)
+
+
+def parse_args(argv=None):
+    parser = cli.parser(__doc__)
+    parser.add_argument("--data_root", required=True, metavar="DIR", help="folder of images, with all subfolders")
+    parser.add_argument("--tag_separator", default=",", metavar="TEXT", help="what stands between two tags")
+    parser.add_argument("--words", action="store_true", help="count words instead of tags, in lower case")
+    parser.add_argument("--per_folder", action="store_true", help="count each folder for itself")
+    parser.add_argument("--top", type=cli.positive_int, default=50, metavar="N", help="length of the table")
+    parser.add_argument("--csv", metavar="FILE", help="write all counts to this file")
+    parser.add_argument("--html", metavar="FILE", help="write a page with bars")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    failures, counts, num_captions = [], defaultdict(Counter), Counter()
+    separator = None if args.words else args.tag_separator
+    for pair, text in tqdm(read_all(args.data_root, failures), unit="caption", disable=None):
+        folder = os.path.relpath(os.path.dirname(pair.image), args.data_root) if args.per_folder else "all folders"
+        counts[folder].update(count_tags(text, separator))
+        num_captions[folder] += 1
+    for folder, tags in counts.items():
+        unit = "words" if args.words else "tags"
+        print(f"{quoted(folder)}: {num_captions[folder]:,} captions, {tags.total():,} {unit}")
+        for tag, count in tags.most_common(args.top):
+            print(f"{count:9,}  {quoted(tag)}")
+    if args.csv:
+        table = io.StringIO()
+        writer = csv.writer(table)
+        writer.writerow(["folder", "tag", "count"])
+        writer.writerows([folder, *row] for folder, tags in counts.items() for row in tags.most_common())
+        atomic_write(args.csv, table.getvalue().encode("utf-8", "backslashreplace"))
+    if args.html:
+        write_page(args.html, f"Tags of {args.data_root}", [section(*entry) for entry in counts.items()])
+    print_failures(failures)
+    print(f"{num_captions.total():,} captions, {len(failures):,} failed")
+    return 1 if failures else 0
+
+
+def section(folder, tags):
+    most = max(tags.values(), default=1)
+    items = [Item(tag, value=f"{count:,}", share=count / most) for tag, count in tags.most_common()]
+    return Section(folder, f"{tags.total():,} in all, {len(tags):,} different", items)
+
+
+if __name__ == "__main__":
+    cli.run(main)
