@@ -15,8 +15,8 @@ try:
 
     from cachetrain import cli
     from cachetrain.curation.captions import is_tags, read_all
-    from cachetrain.curation.messages import quoted
     from cachetrain.curation.page import MAX_ITEMS, Item, Section, write_page
+    from cachetrain.log import printable
 except ImportError as error:
     print(f"{error}: run `pip install -e .`, or ./quickstart.sh and `source .venv/bin/activate`", file=sys.stderr)
     sys.exit(2)
@@ -101,7 +101,7 @@ def print_table(found, lengths, unit, args):
     for name, entries in found.items():
         print(f"{name}: {len(entries):,}")
         for path, text, length in entries[: args.top]:
-            print(f"  {quoted(path)}  {quoted(text[:80])}  {length}".rstrip())
+            print(f"  {printable(path)}  {printable(text[:80])}  {length}".rstrip())
         if len(entries) > args.top:
             print(f"  ... and {len(entries) - args.top:,} more")
 

@@ -17,8 +17,9 @@ try:
     from tqdm import tqdm
 
     from cachetrain import cli
-    from cachetrain.curation.messages import print_failures, quoted
+    from cachetrain.curation.messages import print_failures
     from cachetrain.data.walk import find_images
+    from cachetrain.log import printable
 except ImportError as error:
     print(f"{error}: run `pip install -e .`, or ./quickstart.sh and `source .venv/bin/activate`", file=sys.stderr)
     sys.exit(2)
@@ -94,7 +95,7 @@ def print_table(findings, args):
     for name, entries in findings.lists().items():
         print(f"{name}: {len(entries):,}")
         for path, remark in entries[: args.top]:
-            print(f"  {quoted(os.path.relpath(path, args.data_root))}  {quoted(remark)}")
+            print(f"  {printable(os.path.relpath(path, args.data_root))}  {printable(remark)}")
         if len(entries) > args.top:
             print(f"  ... and {len(entries) - args.top:,} more")
 

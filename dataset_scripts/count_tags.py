@@ -18,9 +18,10 @@ try:
     from cachetrain import cli
     from cachetrain.atomic import atomic_write
     from cachetrain.curation.captions import read_all
-    from cachetrain.curation.messages import print_failures, quoted
+    from cachetrain.curation.messages import print_failures
     from cachetrain.curation.page import Item, Section, write_page
     from cachetrain.curation.tags import count_tags
+    from cachetrain.log import printable
 except ImportError as error:
     print(f"{error}: run `pip install -e .`, or ./quickstart.sh and `source .venv/bin/activate`", file=sys.stderr)
     sys.exit(2)
@@ -48,9 +49,9 @@ def main(argv=None):
         num_captions[folder] += 1
     for folder, tags in counts.items():
         unit = "words" if args.words else "tags"
-        print(f"{quoted(folder)}: {num_captions[folder]:,} captions, {tags.total():,} {unit}")
+        print(f"{printable(folder)}: {num_captions[folder]:,} captions, {tags.total():,} {unit}")
         for tag, count in tags.most_common(args.top):
-            print(f"{count:9,}  {quoted(tag)}")
+            print(f"{count:9,}  {printable(tag)}")
     if args.csv:
         table = io.StringIO()
         writer = csv.writer(table)

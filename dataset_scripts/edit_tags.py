@@ -17,9 +17,10 @@ try:
     from cachetrain import cli
     from cachetrain.atomic import atomic_write
     from cachetrain.curation.captions import read_all
-    from cachetrain.curation.messages import print_failures, quoted
+    from cachetrain.curation.messages import print_failures
     from cachetrain.curation.tags import TagEdit
-    from cachetrain.log import describe
+    from cachetrain.log import describe, printable
+    from cachetrain.reading import read_bytes
 except ImportError as error:
     print(f"{error}: run `pip install -e .`, or ./quickstart.sh and `source .venv/bin/activate`", file=sys.stderr)
     sys.exit(2)
@@ -64,7 +65,7 @@ def main(argv=None):
             counts["unchanged"] += 1
         else:
             if counts["changed"] < args.top:
-                tqdm.write(f"{quoted(pair.caption_file)}\n- {quoted(text)}\n+ {quoted(new)}")
+                tqdm.write(f"{printable(pair.caption_file)}\n- {printable(text)}\n+ {printable(new)}")
             try:
                 if not args.dry_run:
                     replace(pair.caption_file, new, not args.no_backup)
@@ -80,8 +81,7 @@ def main(argv=None):
 def replace(path, text, backup):
     """Writes a caption file; its first original stays as .bak, which later edits do not replace."""
     if backup and not os.path.lexists(f"{path}.bak"):
-        with open(path, "rb") as file:
-            atomic_write(f"{path}.bak", file.read())
+        atomic_write(f"{path}.bak", read_bytes(path))
     atomic_write(path, f"{text}\n".encode())
 
 

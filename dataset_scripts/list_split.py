@@ -10,8 +10,8 @@ import sys
 
 try:
     from cachetrain import cli
-    from cachetrain.curation.messages import quoted
     from cachetrain.data.sidecar import SUFFIXES
+    from cachetrain.log import printable
 except ImportError as error:
     print(f"{error}: run `pip install -e .`, or ./quickstart.sh and `source .venv/bin/activate`", file=sys.stderr)
     sys.exit(2)
@@ -40,7 +40,7 @@ def main(argv=None):
     index = PairIndex(args.train_data_dir, args.imgcache_suffix, args.txtcache_suffix)
     training, validation = split_index(index, args.val_split)
     for i in range(len(validation)):
-        print(quoted(validation.stem(i)))
+        print(printable(validation.stem(i)))
     print(f"{len(validation):,} of {len(index):,} pairs held out, {len(training):,} trained on", file=sys.stderr)
     return 0
 

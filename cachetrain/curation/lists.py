@@ -11,8 +11,8 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-from cachetrain.data.many_files import open_regular
 from cachetrain.data.walk import IMAGE_SUFFIXES, image_stems, is_image, walk_folders
+from cachetrain.reading import open_regular
 
 LISTS = (".jsonl", ".csv", ".parquet")
 _CSV_FIELD_BYTES = 2**24  # csv's own limit of 128 kB is below long captions with their other columns

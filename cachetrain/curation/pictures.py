@@ -16,7 +16,8 @@ from PIL import Image
 from cachetrain.caching.metadata import with_less_metadata
 from cachetrain.caching.pixels import open_image, orientation, to_rgb, upright
 from cachetrain.curation.page import thumbnail
-from cachetrain.data.many_files import open_regular
+from cachetrain.data.walk import MAX_IMAGE
+from cachetrain.reading import read_bytes
 
 FAULTS = ("unreadable", "truncated", "wrong extension", "too small", "extreme aspect", "grayscale", "one color")
 _PIXELS = 256  # side of the picture that is measured
@@ -50,8 +51,7 @@ class Picture(NamedTuple):
 def look_at(path: str, min_side: int, max_aspect: float) -> Picture:
     """Measures one image file; a bad one is a finding, never an error."""
     try:
-        with open_regular(path) as file:
-            data = file.read()
+        data = read_bytes(path, MAX_IMAGE)
     except OSError as error:
         return Picture(path, {"unreadable": str(error.strerror)})
     sha256 = hashlib.sha256(data).hexdigest()
@@ -148,7 +148,6 @@ def near_groups(hashes: Sequence[int], distance: int) -> Iterator[list[int]]:
 def thumbnail_of(path: str) -> str | None:
     """A thumbnail of an image file as a data: URL; None if it cannot be decoded."""
     try:
-        with open_regular(path) as file:
-            return thumbnail(load_rgb(file.read())[0])
+        return thumbnail(load_rgb(read_bytes(path, MAX_IMAGE))[0])
     except Exception:  # Pillow's plugins raise almost anything on malformed input
         return None

@@ -10,8 +10,9 @@ from PIL import Image
 from cachetrain.atomic import atomic_write
 from cachetrain.caching.pixels import open_image, orientation, to_rgb, upright
 from cachetrain.data.captions import Pair
-from cachetrain.data.many_files import open_regular
+from cachetrain.data.walk import MAX_IMAGE
 from cachetrain.log import describe
+from cachetrain.reading import read_bytes
 
 _SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}
 
@@ -68,5 +69,4 @@ def resized(data: bytes, max_side: int, quality: int) -> tuple[bytes, str | None
 
 
 def _read(path):
-    with open_regular(path) as file:
-        return file.read()
+    return read_bytes(path, MAX_IMAGE)

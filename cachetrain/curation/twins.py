@@ -8,6 +8,7 @@ from cachetrain.curation.lists import Row
 from cachetrain.data.captions import caption_file
 from cachetrain.data.walk import IMAGE_SUFFIXES, is_image
 from cachetrain.log import describe
+from cachetrain.reading import read_bytes
 
 _SPELLINGS = sorted({*IMAGE_SUFFIXES, *map(str.upper, IMAGE_SUFFIXES)})
 # Outcomes of a row that leave an image of the list without its caption.
@@ -73,8 +74,7 @@ class Importer:
 
 
 def _content(path):
-    with open(path, "rb") as file:
-        return file.read().removeprefix(b"\xef\xbb\xbf")
+    return read_bytes(path).removeprefix(b"\xef\xbb\xbf")
 
 
 def _stem_of_image(path):
