@@ -29,6 +29,8 @@ _SETTINGS = {
     "sample_prompts": (str, type(None)),
     "sampler_steps": int,
 }
+# Flags that the runs of older versions do not have.
+_NEWER = {"kohya_repeats": False, "time_ids": None}
 
 
 def watch(args: argparse.Namespace) -> int:
@@ -96,7 +98,7 @@ def _settings_of(path):
         if name not in settings or not isinstance(settings[name], kinds):
             found = f"{settings[name]!r:.40}" if name in settings else "nothing"
             raise ValueError(f"{path}: is not that of a run: {name} is {found}; pass the --output_dir of training")
-    return argparse.Namespace(**settings)
+    return argparse.Namespace(**_NEWER | settings)
 
 
 def _samples_dir(checkpoint):
