@@ -37,7 +37,7 @@ ZERO = {
     "models/train_tiny_vae.py": {"--seed"},
     "train_from_cached.py": {
         "--num_workers", "--offset_noise", "--timestep_range", "--cond_dropout", "--flip_p", "--unfreeze_up_blocks",
-        "--unfreeze_down_blocks", "--time_ids", "--learning_rate", "--warmup_steps", "--min_lr_rate", "--betas",
+        "--unfreeze_down_blocks", "--time_ids", "--warmup_steps", "--min_lr_rate", "--betas",
         "--weight_decay", "--gradient_clip", "--ema_decay", "--seed", "--save_start", "--sample_cfgs", "--val_split",
     },
 }  # fmt: skip
@@ -136,7 +136,7 @@ def test_help_names_the_range_of_a_number(script, flag):
         ("train_from_cached.py", "--train_data_dir /a /b:nan", "--train_data_dir: expected a number from 0.001"),
         ("train_from_cached.py", f"--seed {2**63}", "--seed: expected a whole number from 0 to 2^63 - 1, got"),
         ("train_from_cached.py", "--log_groups 16", "--log_groups: expected a whole number from 1 to 15, got 16"),
-        ("train_from_cached.py", "--lr nan", "--learning_rate/--lr: expected a number from 0 to 10, got nan"),
+        ("train_from_cached.py", "--lr nan", "--learning_rate/--lr: expected a number above 0 to 10, got nan"),
         ("train_from_cached.py", "--max_steps 1e308e", "or epochs above 0 to 1000000 with an e after it"),
         (
             "train_from_cached.py",

@@ -1,6 +1,7 @@
 """The main path of the text cache scripts: scan, check, encode each caption once, write, summarize."""
 
 import json
+import os
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -16,7 +17,7 @@ from cachetrain.caching.summary import RunSummary
 from cachetrain.caching.unknown_words import unknown_test
 from cachetrain.caching.writer import Row, Writer
 from cachetrain.data.captions import read_caption
-from cachetrain.data.sidecar import sidecar_path
+from cachetrain.data.sidecar import NULL_STEM, sidecar_path
 from cachetrain.data.walk import null_pair
 from cachetrain.modeling import load
 
@@ -136,7 +137,8 @@ def _encode(args, pairs, make_encoder, fields, summary):
             for batch in encode(captions):
                 for item in batch:
                     caption = captions[item.index]
-                    summary.unknown_words.add(caption, len(images_of[caption]), is_unknown)
+                    nulls = sum(os.path.basename(pair.image) == NULL_STEM for pair, _ in images_of[caption])
+                    summary.unknown_words.add(caption, len(images_of[caption]) - nulls, is_unknown)
                 writer.submit(_rows(batch, captions, images_of, fields, store_dtype, args.cache_suffix))
 
 

@@ -1,4 +1,5 @@
-"""Counts captions with words that a tokenizer does not know, which the encoder sees as one and the same token."""
+"""Counts captions that say nothing: empty ones, and words unknown to a tokenizer, which it makes one and the same
+token."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -14,7 +15,7 @@ class UnknownWords:
     """Counts captions, and words with unknown tokens; memory is bounded.
 
     Attributes:
-        counts: "captions", and those of them that are "unknown".
+        counts: "captions", and those of them that are "empty", or hold a word that is "unknown".
         words: unknown word -> in how many captions.
     """
 
@@ -24,14 +25,19 @@ class UnknownWords:
 
     def add(self, caption: str, num_images: int, is_unknown: Callable[[str], bool]) -> None:
         words = {word for word in caption.split() if is_unknown(word)}
-        self.counts.update(captions=num_images, unknown=num_images if words else 0)
+        empty = num_images if not caption.strip() else 0
+        self.counts.update(captions=num_images, unknown=num_images if words else 0, empty=empty)
         for word in words:
             if word in self.words or len(self.words) < _MAX_WORDS:
                 self.words[word] += num_images
 
     def report(self) -> None:
-        """Prints how many captions hold unknown words, and the most frequent; above a tenth of them as a warning."""
-        total, unknown = self.counts["captions"], self.counts["unknown"]
+        """Prints how many captions are empty or hold unknown words, and the most frequent of these; above a tenth of
+        the captions as a warning."""
+        total, unknown, empty = (self.counts[name] for name in ("captions", "unknown", "empty"))
+        if empty:
+            line = f"{empty:,} of {total:,} captions are empty, which trains like caption dropout"
+            (warn if empty > _WARN_SHARE * total else info)(line)
         if unknown:
             words = ", ".join(f"{word!a} {count:,}" for word, count in self.words.most_common(_MAX_LISTED))
             line = f"{unknown:,} of {total:,} captions hold words that the tokenizer does not know: {words}"
