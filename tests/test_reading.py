@@ -13,7 +13,13 @@ from cachetrain.atomic import claim, is_locked, locked_directory
 from cachetrain.log import list_entry, printable
 
 # Opens that are not of users' files, by module: a template of ours, files of /proc, temporary files of this process.
-OTHER_OPENS = {"report/page.py": 1, "data/ram.py": 2, "training/logs/machine.py": 1, "caching/buckets.py": 1}
+OTHER_OPENS = {
+    "report/page.py": 1,
+    "curation/page.py": 1,
+    "data/ram.py": 2,
+    "training/logs/machine.py": 1,
+    "caching/buckets.py": 1,
+}
 WRITES = {"w", "a", "x", "wb", "ab", "xb"}
 
 

@@ -174,10 +174,10 @@ def test_error_within_a_backward_pass_saves_nothing(shapes_sdxl, model_sdxl, tmp
         ("--precision bf16_pure --compile", "cannot be combined with --compile"),
         (
             "--precision bf16",
-            "--optimizer adamw and --precision bf16; use --precision bf16_pure, or --optimizer lion",
+            "--optimizer adamw unless the weights are bfloat16; use --precision bf16_pure, or --optimizer lion",
         ),
         ("--precision fp16 --optimizer lion", "cannot be combined with --precision fp16"),
-        ("--optimizer prodigy --lr 1", "cannot be combined with --optimizer prodigy and --precision bf16"),
+        ("--optimizer prodigy --lr 1", "cannot be combined with --optimizer prodigy unless the weights are bfloat16"),
     ],
 )
 def test_what_cannot_go_with_release_is_refused(flags, message, capsys):

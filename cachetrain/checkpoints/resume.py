@@ -229,8 +229,10 @@ def _kind_of_optimizer(settings):
 def _missing_fields(saved, implementation):
     """The fields that an optimizer keeps once it has stepped and that its saved state_dict has not."""
     (group,) = saved["param_groups"]
-    missing = (implementation.state_fields - values.keys() for values in saved["state"].values())
-    return set().union(implementation.group_fields - group.keys() if saved["state"] else (), *missing)
+    fields = (
+        implementation.state_fields | implementation.group_fields
+    )  # with --gradient_release all are of a parameter
+    return set().union(*(fields - values.keys() - group.keys() for values in saved["state"].values()))
 
 
 def _is_state(key, value, shape):

@@ -38,7 +38,7 @@ def find_lists(path: str, on_error: Callable[[str, str], None]) -> Iterator[str]
     if not os.path.isdir(path):
         raise ValueError(f"{path}: no such file or directory")
     keep = (*LISTS, ".json", *IMAGE_SUFFIXES)
-    for folder, names in walk_folders(path, set(), lambda name: name.lower().endswith(keep), on_error):
+    for folder, names, _ in walk_folders(path, set(), lambda name: name.lower().endswith(keep), on_error):
         stems = image_stems(names)
         for name in names:
             stem, suffix = os.path.splitext(name)

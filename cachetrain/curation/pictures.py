@@ -98,7 +98,7 @@ def load_rgb(data: bytes) -> tuple[Image.Image, str]:
 def _decoded(data):
     with open_image(data) as image:
         image.load()
-        return upright(to_rgb(image), orientation(image)), image.format
+        return upright(to_rgb(image, image), orientation(image)), image.format
 
 
 def sharpness_and_grain(gray: np.ndarray) -> tuple[float, float]:

@@ -59,7 +59,7 @@ def resized(data: bytes, max_side: int, quality: int) -> tuple[bytes, str | None
             profile = image.info.get("icc_profile") if image.mode in ("RGB", "RGBA", "L") else None
             if image.mode in ("P", "LA", "PA") and image.has_transparency_data:
                 image = image.convert("RGBA")  # which to_rgb would put on white
-            pixels = image if image.mode in ("RGB", "RGBA", "L") else to_rgb(image)
+            pixels = image if image.mode in ("RGB", "RGBA", "L") else to_rgb(image, image)
             pixels = upright(pixels, turn)
             pixels.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
     kind = kind if kind in _SUFFIXES else "PNG"

@@ -346,7 +346,7 @@ def load_tokenizer(directory: str | Path, encoder: PreTrainedModel) -> PreTraine
     import transformers
 
     cls = transformers.T5Tokenizer if encoder.config.model_type == "t5" else transformers.CLIPTokenizer
-    with named(directory), only_files(component_files(directory, "tokenizer")) as copy:
+    with only_files(component_files(directory, "tokenizer")) as copy, named(directory):
         return cls.from_pretrained(copy)
 
 
@@ -435,7 +435,7 @@ def _load_checked(cls, directory, name, ignored=re.compile(""), **options):
     files = component_files(directory, name)
     options |= {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     try:
-        with named(directory), only_files(files) as copy:
+        with only_files(files) as copy, named(directory):
             module, found = cls.from_pretrained(copy, **options)
     except RuntimeError as error:
         if "memory" in str(error) and "DataLoader" not in str(error):

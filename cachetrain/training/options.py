@@ -90,8 +90,8 @@ def _release_conflicts(args):
     implementation = OPTIMIZERS[args.optimizer].for_weights(args.precision == "bf16_pure")
     if implementation is not None and not implementation.constructor.startswith("optimi."):
         yield (
-            f"--gradient_release cannot be combined with --optimizer {args.optimizer} and --precision "
-            f"{args.precision}; use --precision bf16_pure, or --optimizer lion or stableadamw"
+            f"--gradient_release cannot be combined with --optimizer {args.optimizer} unless the weights are "
+            "bfloat16; use --precision bf16_pure, or --optimizer lion or stableadamw"
         )
     given = {
         "--gradient_clip: the norm of all gradients is not known before the first is used": args.gradient_clip,

@@ -45,7 +45,7 @@ class Run:
         (self.output_dir / "args.json").write_text("{}\n")
         remove_leftovers(self.output_dir, "checkpoint-*")  # as the trainer does when it starts
         newest = save.checkpoints(self.output_dir)[-1:]
-        info = {"objective": "epsilon", "text": {"settings": {}}}
+        info = {"objective": "epsilon", "text": {"kind": "txt_t5cache", "settings": {}}}
         self.saving = save.Saving(run, info, frozen=newest[0] if newest else None)
         self.unet = _tiny_unet(model)
 

@@ -101,7 +101,7 @@ def test_crash_while_a_directory_is_replaced_leaves_the_old_content_or_the_new(p
         whole = [folder / "out", folder / ".out.removed"]
         found += [(path / "a.txt").read_text() for path in whole if (path / "a.txt").exists()][:1]
         replace(folder / "out")
-        atomic.remove_leftovers(folder)
+        atomic.remove_leftovers(folder, "*")
         assert (folder / "out" / "a.txt").read_text() == "new" and [path.name for path in folder.iterdir()] == ["out"]
         number += 1
         assert len(found) == number
