@@ -229,9 +229,8 @@ def _kind_of_optimizer(settings):
 def _missing_fields(saved, implementation):
     """The fields that an optimizer keeps once it has stepped and that its saved state_dict has not."""
     (group,) = saved["param_groups"]
-    fields = (
-        implementation.state_fields | implementation.group_fields
-    )  # with --gradient_release all are of a parameter
+    # With --gradient_release all are of a parameter.
+    fields = implementation.state_fields | implementation.group_fields
     return set().union(*(fields - values.keys() - group.keys() for values in saved["state"].values()))
 
 
