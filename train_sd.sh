@@ -76,7 +76,7 @@ if [ "${1:-}" = checkpoint ]; then
     exit
 elif [ "${1:-}" = resume ]; then
     for other in "${OUTPUT%_s*}"_s*/args.json; do # the name of a run contains its STEPS
-        [ -e "$OUTPUT/args.json" ] || [ ! -e "$other" ] ||
+        [ -e "$OUTPUT/args.json" ] || [ ! -e "$other" ] || [[ $other = *_overfit/args.json ]] ||
             refuse "$OUTPUT: no run; to resume that of other STEPS, OUTPUT=$(printf %q "${other%/args.json}") $0 resume"
     done
     set -- --resume latest "${@:2}"

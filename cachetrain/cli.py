@@ -39,7 +39,9 @@ class Parser(argparse.ArgumentParser):
             name = word.partition("=")[0]
             if name == "--":
                 break
-            if name.startswith("--") and " " not in name and not any(o.startswith(name) for o in options):
+            if not name.startswith("--") or " " in name or name in options:
+                continue
+            if name in self.instead or not any(option.startswith(name) for option in options):  # else an abbreviation
                 self.error(self._unknown(name, options))
         return super().parse_known_args(args, namespace)
 

@@ -280,6 +280,8 @@ def write_page(path: Path, roots: Sequence[Path], labels: list[str], rows: list[
         raise ValueError(f"{total / 2**20:.0f} MiB of images are too much for one page; use --serve")
     if total > LARGE_PAGE_BYTES:
         print(f"warning: a page with {total / 2**20:.0f} MiB of images is slow; better use --serve", file=sys.stderr)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: is not a regular file, and is not replaced; choose another name")
     with path.open("w", encoding="utf-8") as file:
         file.writelines(page_chunks(roots, labels, rows, missing, embedded_side))
 

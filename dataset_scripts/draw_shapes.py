@@ -28,6 +28,7 @@ try:
     from PIL import Image, ImageDraw
 
     from cachetrain import cli
+    from cachetrain.atomic import atomic_write
     from cachetrain.reading import read_json
 except ImportError as error:
     print(f"{error}: run `pip install -e .`, or ./quickstart.sh and `source .venv/bin/activate`", file=sys.stderr)
@@ -250,19 +251,15 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    try:
-        num_drawn = draw_dataset(args.out, args.num_images, args.seed)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    num_drawn = draw_dataset(args.out, args.num_images, args.seed)
     print(f"{args.out}: {num_drawn} images drawn, {args.num_images - num_drawn} existed already")
     if args.prompts:
         args.prompts.parent.mkdir(parents=True, exist_ok=True)
         prompts = evaluation_prompts(args.num_prompts, args.seed)
-        args.prompts.write_text("".join(f"{prompt}\n" for prompt in prompts))
+        atomic_write(args.prompts, "".join(f"{prompt}\n" for prompt in prompts).encode())
         print(f"{args.prompts}: {args.num_prompts} prompts")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

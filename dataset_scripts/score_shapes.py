@@ -29,6 +29,8 @@ try:
     from PIL import Image
 
     from cachetrain import cli
+    from cachetrain.atomic import atomic_write
+    from cachetrain.log import printable
     from cachetrain.reading import read_bytes, read_text
 except ImportError as error:
     print(f"{error}: run `pip install -e .`, or ./quickstart.sh and `source .venv/bin/activate`", file=sys.stderr)
@@ -161,12 +163,12 @@ def judge_folder(folder: Path) -> tuple[list[Judgement], list[Path]]:
     judgements, left_out = [], []
     for path in sorted(folder.rglob("*.png")):
         caption = path.with_suffix(".txt")
-        with Image.open(io.BytesIO(read_bytes(path)), formats=["PNG"]) as image:
-            prompt = image.info.get("prompt") or (read_text(caption) if caption.exists() else "")
-            try:
+        try:
+            with Image.open(io.BytesIO(read_bytes(path)), formats=["PNG"]) as image:
+                prompt = image.info.get("prompt") or (read_text(caption) if caption.exists() else "")
                 judgements.append(judge(path, image, prompt.strip()))
-            except ValueError:
-                left_out.append(path)
+        except (OSError, ValueError):  # no PNG, or a prompt of another kind
+            left_out.append(path)
     return judgements, left_out
 
 
@@ -238,8 +240,8 @@ def main(argv=None):
     judgements, left_out = judge_folder(args.folder)
     if left_out:
         print(
-            f"left out {len(left_out)} pictures whose prompt is not a caption of draw_shapes.py, such as "
-            f"{left_out[0]}",
+            f"left out {len(left_out)} pictures that cannot be read or whose prompt is not a caption of "
+            f"draw_shapes.py, such as {printable(left_out[0])}",
             file=sys.stderr,
         )
     if not judgements:
@@ -252,11 +254,11 @@ def main(argv=None):
     summary = summarize(judgements)
     if args.json:
         details = [asdict(judgement) for judgement in judgements]
-        args.json.write_text(json.dumps({**summary, "images": details}, indent=1) + "\n")
+        atomic_write(args.json, (json.dumps({**summary, "images": details}, indent=1) + "\n").encode())
     print_report(summary)
     minimums = (("trained", args.min_trained), ("held_out", args.min_held_out))
     return int(any((summary[name]["all"] or 0) < minimum for name, minimum in minimums))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

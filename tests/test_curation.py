@@ -306,3 +306,14 @@ def test_pages_show_hostile_names_and_captions_as_text(browser, root, tmp_path, 
         assert page.evaluate("[...document.images].every(image => image.naturalWidth > 0)")
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"), [('a.png,"open\nb.png,two\n', "not CSV"), ("a.png,a, b\n", "more fields")]
+)
+def test_a_csv_that_would_lose_rows_or_words_is_refused(rows, reason, tmp_path, capsys):
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    (tmp_path / "metadata.csv").write_text(f"file_name,text\n{rows}")
+    assert run_script("dataset_scripts/import_captions.py", tmp_path / "metadata.csv") != 0
+    assert reason in capsys.readouterr().err and not list(tmp_path.glob("*.txt"))

@@ -1,5 +1,6 @@
 """Training SDXL's UNet from caches: as diffusers' own training script does it, and what is refused before."""
 
+import json
 import shutil
 from unittest import mock
 
@@ -137,11 +138,21 @@ def test_widths_and_additions_that_do_not_fit_are_refused(config, message, shape
         train(shapes_sdxl, model, tmp_path / "run", "--max_steps", 1, "--batch_size", 2, suffixes=SDXL)
 
 
-def test_model_with_one_of_two_encoders_is_refused_by_name(shapes_sdxl, model_sdxl, tmp_path):
-    model = shutil.copytree(model_sdxl, tmp_path / "model", ignore=shutil.ignore_patterns("text_encoder_2"))
+@pytest.mark.parametrize("name", ["text_encoder", "text_encoder_2"])
+def test_model_with_one_of_two_encoders_is_refused_by_name(name, shapes_sdxl, model_sdxl, tmp_path):
+    model = shutil.copytree(model_sdxl, tmp_path / "model")
+    shutil.rmtree(model / name)
     with mock.patch.object(UNet2DConditionModel, "from_pretrained", side_effect=AssertionError("loaded")):
         message = refused(shapes_sdxl, model, tmp_path / "run", suffixes=SDXL)
-    assert "has no component 'text_encoder_2'" in message
+    assert f"has no {name}/, which its model_index.json names" in message
+
+
+def test_model_with_another_null_than_the_caches_is_refused(shapes_sdxl, model_sdxl, tmp_path):
+    model = shutil.copytree(model_sdxl, tmp_path / "model")
+    index = json.loads((model / "model_index.json").read_text())
+    (model / "model_index.json").write_text(json.dumps(index | {"force_zeros_for_empty_prompt": False}))
+    message = refused(shapes_sdxl, model, tmp_path / "run", suffixes=SDXL)
+    assert "differ in force_zeros_for_empty_prompt" in message and "cache/create_sdxl_text.py --model" in message
 
 
 def test_pooled_vector_that_is_missing_is_refused_by_name(shapes_sdxl, model_sdxl, tmp_path):

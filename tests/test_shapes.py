@@ -85,8 +85,8 @@ def test_second_run_draws_only_what_is_missing(tmp_path, capsys):
     assert run_script("dataset_scripts/draw_shapes.py", *arguments) == 0
     assert "1 images drawn, 5 existed already" in capsys.readouterr().out
     assert (tmp_path / "00002.png").stat().st_mtime_ns == kept
-    assert run_script("dataset_scripts/draw_shapes.py", *arguments, "--seed", 1) == 1
-    assert "'seed': 0" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="'seed': 0"):
+        run_script("dataset_scripts/draw_shapes.py", *arguments, "--seed", 1)
 
 
 def test_prompts_are_half_held_out_and_all_different(tmp_path):

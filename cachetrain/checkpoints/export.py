@@ -1,6 +1,7 @@
 """Exports a pipeline directory as one file in the original key layout of Stable Diffusion or SDXL, for web UIs."""
 
 import inspect
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,16 +70,16 @@ def export_single_file(
             f"captions were encoded with --clip_skip {metadata['modelspec.encoder_layer']}: set Clip skip to it"
         )
     out.parent.mkdir(parents=True, exist_ok=True)
-    if config:
-        with staged_file(config_file) as stage:
-            stage.write_text(yaml.safe_dump(config, sort_keys=False))
-    else:
-        config_file.unlink(missing_ok=True)
-    with staged_file(out) as stage:
+    with ExitStack() as stages:  # the config comes last: it is never alone
+        if config:
+            stages.enter_context(staged_file(config_file)).write_text(yaml.safe_dump(config, sort_keys=False))
+        stage = stages.enter_context(staged_file(out))
         try:
             save_file(tensors | markers, stage, metadata | {"notes": "\n".join(notes)})
         except SafetensorError as error:
             raise OSError(f"{out}: {error}") from error
+    if not config:
+        config_file.unlink(missing_ok=True)
     return notes
 
 

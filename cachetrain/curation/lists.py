@@ -76,10 +76,12 @@ def _jsonl(path, caption_key):
 def _csv(path, caption_key):
     key = caption_key or "text"
     csv.field_size_limit(_CSV_FIELD_BYTES)
-    reader = csv.DictReader(_lines(path))
+    reader = csv.DictReader(_lines(path), strict=True)
     try:
         _check_columns(path, reader.fieldnames or (), key)
         for row in reader:
+            if None in row:
+                raise csv.Error("more fields than columns; quote texts that hold a comma")
             yield _row_of(f"{path}:{reader.line_num}", row, key)
     except csv.Error as error:
         raise ValueError(f"{path}:{reader.line_num}: not CSV ({error})") from error

@@ -410,8 +410,8 @@ def check_same_run(
     for key, a, b in zip(RUN_KEYS, first.run_identity, other.run_identity, strict=True):
         if a != b and key != may_differ:
             raise ValueError(
-                f"mixed caches: {first_path} and {other_path} differ in {key}: {a} against {b}; "
-                "run the cache script again on all data directories"
+                f"mixed caches: {first_path} and {other_path} differ in {key}: {a or 'no header'} against "
+                f"{b or 'no header'}; run the cache script again on all data directories"
             )
 
 

@@ -102,8 +102,12 @@ def check_noise_schedule(scheduler: SchedulerMixin) -> None:
             "scheduler/scheduler_config.json of the model"
         )
     if objective == "flow":
-        if not 0 < (shift := _flow_shift(scheduler)) < math.inf:
-            raise ValueError(f"{name} has shift {shift}, expected a number above 0")
+        shift = _flow_shift(scheduler)
+        if type(shift) not in (int, float) or not 0 < shift < math.inf:
+            raise ValueError(
+                f"{name} has shift {shift!r:.40}, expected a number above 0; correct scheduler/scheduler_config.json "
+                "of the model"
+            )
         return
     signal = getattr(scheduler, "alphas_cumprod", None)
     if signal is None:

@@ -130,8 +130,8 @@ def save_unet(
 def _check_architecture(encoder_dir, expected):
     found = load.text_architecture(encoder_dir)
     if found != expected:
-        other = "compose_t5_sd.py" if found == "t5" else "compose_sd.py"
-        raise ValueError(f"{encoder_dir}: expected {expected.upper()}, found {found.upper()}; use models/{other}")
+        scripts = "compose_t5_sd.py or compose_t5_sdxl.py" if found == "t5" else "compose_sd.py or compose_sdxl.py"
+        raise ValueError(f"{encoder_dir}: expected {expected.upper()}, found {found.upper()}; use models/{scripts}")
 
 
 def _starts_fresh(unet_dir: Path, target: Target) -> bool:

@@ -311,6 +311,13 @@ def zeros_for_empty_prompt(model_dir: str | Path) -> bool:
     return bool(_model_index(model_dir).get("force_zeros_for_empty_prompt", True))  # the pipeline's default
 
 
+def missing_text_encoders(model_dir: str | Path) -> list[str]:
+    """The text encoders that a pipeline's model_index.json names and that are not there."""
+    index, names = _model_index(model_dir), ("text_encoder", "text_encoder_2")
+    named = [name for name in names if isinstance(index.get(name), list) and index[name][:1] != [None]]
+    return [name for name in named if not (Path(model_dir) / name).is_dir()]
+
+
 def _model_index(model_dir):
     path = Path(model_dir) / "model_index.json"
     return read_json(path) if path.exists() else {}

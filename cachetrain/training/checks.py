@@ -63,8 +63,10 @@ def check_encoders(index, model_dir: Path) -> None:
 
     Raises:
         ValueError: the text encoder is of another kind than that of the caches, the model lacks the projection that
-            they were made with, or a component is incomplete.
+            they were made with, takes another null than theirs, or lacks a text encoder; a component is incomplete.
     """
+    for name in load.missing_text_encoders(model_dir):
+        raise ValueError(f"{model_dir}: has no {name}/, which its model_index.json names; get the model again")
     if (vae := model_dir / "vae").is_dir():
         files = component_files(vae, "vae")
         if _made_with_others(index.image_header, index.image_settings, files):
@@ -84,6 +86,13 @@ def check_encoders(index, model_dir: Path) -> None:
             raise ValueError(
                 f"{model_dir}: has no projection, but the captions were cached with one; pass the model they were "
                 "cached with, or cache the captions for this model with create_t5cache_768.py --raw"
+            )
+        zeros = index.text_settings.get("force_zeros_for_empty_prompt")
+        if zeros is not None and zeros != load.zeros_for_empty_prompt(model_dir):
+            raise ValueError(
+                f"{model_dir}: its model_index.json and the text caches differ in force_zeros_for_empty_prompt, so "
+                "that pictures would be drawn with another null than the trained one; run "
+                + cache_command(architecture, model_dir, index.directories[0])
             )
         made_by = index.text_kind, index.text_settings
         if _made_with_others(index.text_header, index.text_settings, load.text_files(model_dir, *made_by)):
