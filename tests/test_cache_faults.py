@@ -28,8 +28,11 @@ from helpers import HANG_S, REPO, run_script, wait_until
 from PIL import Image
 from safetensors.torch import load_file
 from torch.distributed import PrefixStore, TCPStore
+from tqdm import tqdm
 
 from cachetrain import cli
+from cachetrain.caching.summary import RunSummary
+from cachetrain.caching.writer import Row, Writer
 from cachetrain.data import many_files
 from cachetrain.data.sidecar import read_sidecar, write_sidecar
 
@@ -846,3 +849,24 @@ def test_pickled_weights_are_refused_and_never_read(kind, weights, model, tmp_pa
         assert not payloads(tmp_path / "data", kind[1]) and not (tmp_path / "canary").exists()
     torch.load(pickled, weights_only=False)
     assert (tmp_path / "canary").exists()  # it would have shown
+
+
+@pytest.mark.parametrize("queued", [False, True])
+def test_signal_while_a_batch_is_queued_loses_no_account(queued, tmp_path):
+    summary = RunSummary("img_sdxl", [tmp_path], ".img_sdxl")
+    rows = [Row(f"{i}.png", tmp_path / f"{i}.img_sdxl", {"latent": torch.zeros(4, 2, 2)}, {}) for i in range(8)]
+
+    def interrupted(submit):
+        def submit_and_stop(write):
+            writer.pool.submit = submit  # the next call is not interrupted
+            if queued:
+                submit(write)
+            raise KeyboardInterrupt
+
+        return submit_and_stop
+
+    with pytest.raises(KeyboardInterrupt), tqdm(disable=True) as progress, Writer(summary, progress) as writer:
+        writer.submit(rows[:4])
+        writer.pool.submit = interrupted(writer.pool.submit)
+        writer.submit(rows[4:])
+    assert len(list(tmp_path.glob("*.img_sdxl"))) == summary.counts["encoded"] == 8

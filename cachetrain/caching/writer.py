@@ -1,5 +1,6 @@
 """Writes sidecars on threads, so that encoding does not wait for them."""
 
+import threading
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -40,21 +41,27 @@ class Writer:
 
     def submit(self, rows: Iterable[Row]) -> None:
         """Queues rows, which are consumed on a thread; waits while too many batches are queued."""
-        self.pending.append(self.pool.submit(_write_rows, rows))
+        batch = _Batch(rows)
+        self.pending.append(batch)  # first: a signal between the two must not lose its account
+        self.pool.submit(batch.write)
         while len(self.pending) > self.max_pending:
             self._collect()
 
     def _collect(self):
-        self.pending[0].exception()  # waits; if a signal interrupts it, the batch is still in the queue
-        written, failures, error = self.pending.popleft().result()
-        for source, metadata in written:
+        """Counts the oldest batch; interrupted by a signal, it goes on where it was when called again."""
+        batch = self.pending[0]
+        batch.done.wait()
+        while batch.written:
+            source, metadata = batch.written.popleft()
             self.summary.counts["encoded"] += 1
             self.summary.add_sidecar(source, metadata)
-        for source, reason in failures:
-            self.summary.fail(source, reason)
-        self.progress.update(len(written) + len(failures))
-        if error:
-            raise error
+            self.progress.update()
+        while batch.failures:
+            self.summary.fail(*batch.failures.popleft())
+            self.progress.update()
+        self.pending.popleft()
+        if batch.error:
+            raise batch.error
 
     def __enter__(self) -> "Writer":
         return self
@@ -62,6 +69,8 @@ class Writer:
     def __exit__(self, kind, *_):
         # Waits for batches and not for threads: that wait could not be resumed once a signal has interrupted it.
         try:
+            if kind is not None and self.pending:
+                self.pool.submit(self.pending[-1].write)  # in case a signal came before it was queued
             self._collect_rest()
         except KeyboardInterrupt:
             if kind is None:  # the first signal ends the run, a second one ends this wait
@@ -82,19 +91,43 @@ class Writer:
             raise failed
 
 
-def _write_rows(rows):
-    """Returns (list of (source, header) written, list of (source, reason) not written, error that ends the run)."""
-    written, failures = [], []
-    for row in rows:
-        if not all(tensor.isfinite().all() for tensor in row.tensors.values()):
-            failures.append((row.source, "the encoder gave values that are not finite; try --dtype fp32 or bf16"))
-            continue
+class _Batch:
+    """Rows that a thread writes, once.
+
+    Attributes:
+        done: set when all are written.
+        written: deque of (source, header).
+        failures: deque of (source, reason) not written.
+        error: the exception that ends the run, or None.
+    """
+
+    def __init__(self, rows):
+        self._rows = rows
+        self._unclaimed = threading.Lock()
+        self.done = threading.Event()
+        self.written, self.failures, self.error = deque(), deque(), None
+
+    def write(self):
+        if not self._unclaimed.acquire(blocking=False):
+            return
         try:
-            write_sidecar(row.target, row.tensors, row.metadata)
-        except OSError as error:
-            if error.errno in (ENOSPC, EDQUOT, EROFS):
-                return written, failures, error  # every other file would fail too
-            failures.append((row.source, f"its sidecar cannot be written: {error}"))
-        else:
-            written.append((row.source, row.metadata))
-    return written, failures, None
+            self._write()
+        except Exception as error:  # any: the main thread raises it
+            self.error = error
+        finally:
+            self.done.set()
+
+    def _write(self):
+        for row in self._rows:
+            if not all(tensor.isfinite().all() for tensor in row.tensors.values()):
+                reason = "the encoder gave values that are not finite; try --dtype fp32 or bf16"
+                self.failures.append((row.source, reason))
+                continue
+            try:
+                write_sidecar(row.target, row.tensors, row.metadata)
+            except OSError as error:
+                if error.errno in (ENOSPC, EDQUOT, EROFS):
+                    raise  # every other file would fail too
+                self.failures.append((row.source, f"its sidecar cannot be written: {error}"))
+            else:
+                self.written.append((row.source, row.metadata))
