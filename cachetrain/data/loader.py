@@ -147,12 +147,22 @@ def _worker_failures():
         yield
     except (RuntimeError, OSError) as error:
         # Not what a worker has raised itself, which torch raises again here, with the same type and without a number.
-        if not str(error).startswith("DataLoader worker") and getattr(error, "errno", None) is None:
+        if not is_worker_death(error) and getattr(error, "errno", None) is None:
             raise
-        raise OSError(
-            f"a loader process died ({first_line(error)}); if memory is short, lower --num_workers (0 needs "
-            "no such process), or give a container more (docker run --memory, --shm-size)"
-        ) from error
+        raise OSError(worker_death(error)) from error
+
+
+def is_worker_death(error: BaseException) -> bool:
+    """Whether torch raised it because a worker process has died, which interrupts whatever runs in this one."""
+    return str(error).startswith("DataLoader worker")
+
+
+def worker_death(error: BaseException) -> str:
+    """The message for it, which says what to change."""
+    return (
+        f"a loader process died ({first_line(error)}); if memory is short, lower --num_workers (0 needs "
+        "no such process), or give a container more (docker run --memory, --shm-size)"
+    )
 
 
 def never_wait_in_vain() -> None:

@@ -12,6 +12,7 @@ import torch
 from cachetrain.atomic import claim
 from cachetrain.checkpoints.export import check_exportable
 from cachetrain.checkpoints.save import frozen_files
+from cachetrain.data.loader import is_worker_death, worker_death
 from cachetrain.log import describe, first_line, warn
 from cachetrain.modeling import load, trainable
 from cachetrain.modeling.conditioning import cache_command, check_unet, text_kind
@@ -226,6 +227,8 @@ def explained(error: Exception, newest: Path | None, args: Namespace, world) -> 
     """
     if is_out_of_memory(error):
         reason = memory_advice(args, error)
+    elif is_worker_death(error):
+        reason = worker_death(error)
     elif world.is_peer_failure(error):
         reason = f"rank {world.rank}: another rank has ended; see the output of that rank"
     elif "Original Traceback" in str(error):  # of a worker process of the loader
