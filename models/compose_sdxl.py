@@ -13,6 +13,7 @@ import sys
 
 try:
     from cachetrain import cli
+    from cachetrain.log import info
 except ImportError as error:
     print(f"{error}: run `pip install -e .`, or ./quickstart.sh and `source .venv/bin/activate`", file=sys.stderr)
     sys.exit(2)
@@ -34,7 +35,7 @@ def main(argv=None):
 
     target = Target(args.out, args.objective, args.fresh_unet, args.seed, args.overwrite)
     compose_sdxl(args.unet, args.vae, args.clip_l, args.clip_g, target)
-    print(f"wrote {args.out}")
+    info(f"wrote {args.out}")
     return 0
 
 

@@ -13,6 +13,7 @@ import sys
 
 try:
     from cachetrain import cli
+    from cachetrain.log import info
 except ImportError as error:
     print(f"{error}: run `pip install -e .`, or ./quickstart.sh and `source .venv/bin/activate`", file=sys.stderr)
     sys.exit(2)
@@ -30,7 +31,7 @@ def main(argv=None):
     from cachetrain.modeling.compose import compose_t5_of
 
     compose_t5_of(args, sdxl=True)
-    print(f"wrote {args.out}")
+    info(f"wrote {args.out}")
     return 0
 
 

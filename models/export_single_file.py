@@ -8,6 +8,7 @@ read from it what the keys cannot express. Further notes for users of the file a
 """
 
 import sys
+from pathlib import Path
 
 try:
     from cachetrain import cli
@@ -21,7 +22,10 @@ def parse_args(argv=None):
     parser = cli.parser(__doc__)
     parser.add_argument("--model", required=True, help="checkpoint, pipeline directory or Hugging Face model id")
     parser.add_argument(
-        "--out", required=True, metavar="FILE", help=".safetensors file to write; replaced if it exists"
+        "--out",
+        required=True,
+        metavar="FILE",
+        help=".safetensors file to write; replaced with its .yaml if it exists",
     )
     parser.add_argument(
         "--dtype", choices=("fp32", "bf16", "fp16"), help="dtype of all weights in the file; default: as stored"
@@ -38,6 +42,9 @@ def main(argv=None):
     from cachetrain.checkpoints.export import export_single_file
     from cachetrain.modeling import load
 
+    out = Path(args.out)
+    if (config := out.with_suffix(".yaml")).exists() and not out.exists():
+        raise ValueError(f"{config}: exists, and is not of an earlier {out.name}; choose another --out")
     dtype = args.dtype and load.pick_dtype(args.dtype, "cpu")
     notes = export_single_file(load.resolve_model(args.model), args.out, dtype, args.raw_weights)
     info("\n".join([f"wrote {args.out}", *(f"note: {note}" for note in notes)]))

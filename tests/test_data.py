@@ -278,7 +278,7 @@ def test_a_worker_whose_reader_is_killed_ends_although_its_batches_do_not_fit_in
         os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(reader, 0)
     worker = (tmp_path / "pid").read_text()
-    wait_until(lambda: not Path("/proc", worker).exists() or "Z" in Path("/proc", worker, "stat").read_text())
+    assert wait_until(lambda: not Path("/proc", worker).exists() or "Z" in Path("/proc", worker, "stat").read_text())
 
 
 # Sidecars that cannot be trained on

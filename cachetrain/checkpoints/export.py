@@ -58,8 +58,6 @@ def export_single_file(
         raise ValueError(f"{out}: web UIs find files by their suffix; name it .safetensors")
     notes, config = check_exportable(model_dir)
     config_file = out.with_suffix(".yaml")  # of this name, web UIs take it for the model's
-    if config_file.exists() and not out.exists():
-        raise ValueError(f"{config_file}: exists, and is not of an earlier {out.name}; choose another --out")
     weights = "unet" if raw_weights or not (model_dir / "unet_ema").is_dir() else "unet_ema"
     tensors = original_tensors(model_dir, weights)
     if dtype is not None:
