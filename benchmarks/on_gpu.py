@@ -24,6 +24,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -148,7 +149,8 @@ def start(command: list, rehearse: bool) -> subprocess.Popen:
 def end(process: subprocess.Popen) -> None:
     """Kills a process with its group, if it still runs."""
     if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # another thread ended it meanwhile
+            os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 

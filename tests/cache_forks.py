@@ -59,13 +59,15 @@ def watched_disk(before):
     """Calls before(operation, path) ahead of every operation by which Python code here changes a file.
 
     Operations: "open" for writing, "write" (of each half of the data, which reaches the disk alone), "fsync",
-    "replace".
+    "replace". Threads take turns to replace: when one is to do so for the n-th time, n - 1 files have their names.
     """
     real_open, real_replace, real_fsync = io.open, os.replace, os.fsync
+    turn = threading.Lock()
 
     def watched_replace(source, target, **kwargs):
-        before("replace", target)
-        real_replace(source, target, **kwargs)
+        with turn:
+            before("replace", target)
+            real_replace(source, target, **kwargs)
 
     def watched_fsync(file):
         before("fsync", file)
