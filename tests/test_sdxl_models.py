@@ -117,23 +117,39 @@ def test_the_empty_prompt_is_that_of_the_unets_pipeline(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"unet": "sd"}, r"expects text embeddings of width 64, the text encoder's have 80"),
-        ({"clip_g": "swapped"}, r"text_encoder_2: the weights are not .* \(like text_projection.weight\)"),
-        ({"clip_l": "t5"}, "text_encoder: is not CLIP; expected SDXL's two CLIP encoders"),
-        ({"unet": "pooled 50"}, r"expects a pooled text vector of width 50 \(0: none\), the text encoders give 40"),
+        ({"unet": "sd"}, r"^{model_sd}/unet: this UNet is not SDXL's; .* use models/compose_sd.py"),
+        ({"unet": "damaged"}, "^{tmp_path}/model/unet: the weights are not"),
+        ({"clip_g": "swapped"}, "^{tmp_path}/swapped/text_encoder: this CLIPTextModel has no projection"),
+        ({"clip_g": "swapped, unnamed"}, r"^{tmp_path}/swapped/text_encoder: the weights are not .*text_projection"),
+        ({"clip_l": "t5"}, "^{model_t5}/text_encoder: expected CLIP, found T5; use models/compose_t5_sd.py or"),
+        ({"clip_l": "words"}, "^{tmp_path}/model/tokenizer and {model_sdxl}/tokenizer_2: the vocabularies differ"),
+        ({"unet": "pooled 50"}, r"expects a pooled text vector of width 50, the text encoders give 40"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused_by_name(change, message, model_sdxl, model_sd, model_t5, tmp_path):
     [(part, what)] = change.items()
-    if what == "swapped":
+    if what.startswith("swapped"):
         source = tmp_path / "swapped"
         for name in ("text_encoder", "tokenizer"):
             shutil.copytree(model_sdxl / name, source / name)
+        if "unnamed" in what:
+            config = source / "text_encoder" / "config.json"
+            config.write_text(config.read_text().replace("architectures", "unknown"))
     elif what == "pooled 50":
         config = {"projection_class_embeddings_input_dim": 98}
         source = copy_with(model_sdxl, tmp_path / "model", "unet", **config)
+    elif what == "damaged":
+        source = copy_with(model_sdxl, tmp_path / "model", "unet", layers_per_block=2)
+    elif what == "words":
+        source = shutil.copytree(model_sdxl, tmp_path / "model")
+        path = source / "tokenizer" / "tokenizer.json"
+        content = json.loads(path.read_text())
+        words = content["model"]["vocab"]
+        words["red</w>"], words["a</w>"] = words["a</w>"], words["red</w>"]
+        path.write_text(json.dumps(content))
     else:
         source = {"sd": model_sd, "t5": model_t5}[what]
+    message = message.format(model_sdxl=model_sdxl, model_sd=model_sd, model_t5=model_t5, tmp_path=tmp_path)
     with pytest.raises(ValueError, match=message):
         compose(tmp_path / "out", **parts_of(model_sdxl) | {part: source})
     assert not (tmp_path / "out").exists()
@@ -142,7 +158,7 @@ def test_parts_that_do_not_fit_are_refused_by_name(change, message, model_sdxl, 
 def test_other_compose_scripts_refuse_sdxls_unet_and_the_reverse(model_sdxl, model_sd, model_t5, tmp_path):
     wide = copy_with(model_sdxl, tmp_path / "unet", "unet", cross_attention_dim=64)
     for script, unet, text, message in (
-        ("compose_sd.py", wide, ["--clip", model_sd], "width 40 .* use models/compose_sdxl.py"),
+        ("compose_sd.py", wide, ["--clip", model_sd], "this UNet is SDXL's; .* use models/compose_sdxl.py"),
         ("compose_t5_sd.py", wide, ["--t5", model_t5], "this UNet is SDXL's; .* use models/compose_t5_sdxl.py"),
         ("compose_t5_sdxl.py", model_sd, ["--t5", model_t5], "is not SDXL's; .* use models/compose_t5_sd.py"),
     ):

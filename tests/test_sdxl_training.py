@@ -112,12 +112,12 @@ def test_caches_of_another_model_are_refused_with_the_command_that_makes_the_rig
     for name, model in (("sdxl", model_sdxl), ("sd", model_sd)):
         shutil.copytree(model / "unet", bare / name / "unet")
     with mock.patch.object(UNet2DConditionModel, "from_pretrained", side_effect=AssertionError("loaded")):
-        for model in (model_sdxl, bare / "sdxl"):
+        for model, named in ((model_sdxl, model_sdxl), (bare / "sdxl", "MODEL")):
             message = refused(shapes, model, tmp_path / "run", suffixes=CLIP)
-            assert f"cache/create_sdxl_text.py --model {model} --data_root {shapes}" in message
-        for model in (model_sd, bare / "sd"):
+            assert f"cache/create_sdxl_text.py --model {named} --data_root {shapes}" in message
+        for model, named in ((model_sd, model_sd), (bare / "sd", "MODEL")):
             message = refused(shapes_sdxl, model, tmp_path / "run", suffixes=SDXL)
-            assert f"cache/create_clipl.py --model {model} --data_root {shapes_sdxl}" in message
+            assert f"cache/create_clipl.py --model {named} --data_root {shapes_sdxl}" in message
         message = refused(shapes_sdxl, model_t5, tmp_path / "run", suffixes=SDXL)
         assert f"cache/create_t5cache_768.py --model {model_t5} --data_root {shapes_sdxl}" in message
         message = refused(shapes, model_sdxl, tmp_path / "run", suffixes=T5)

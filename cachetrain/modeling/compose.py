@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from cachetrain.atomic import staged_directory
 from cachetrain.diffusion.noise_schedulers import make_scheduler
@@ -73,21 +75,45 @@ class ProjectionOptions:
     device: torch.device | str = "cpu"
 
 
-def copy_component(source: str | Path, target: Path, name: str) -> None:
-    """Copies the files of the component `name`; links in Hugging Face snapshots become files.
+class Stage(NamedTuple):
+    """The directory that becomes the model, and where the components in it were copied from."""
 
-    Raises:
-        ValueError: of `component_files`.
-    """
-    target.mkdir(parents=True, exist_ok=True)
-    for path in component_files(source, name):
-        shutil.copyfile(path, target / path.name)
+    path: Path
+    sources: dict[Path, Path]
+
+    def copy(self, source: Path, name: str, component: str | None = None) -> None:
+        """Copies the files of a component to `name`/; links in Hugging Face snapshots become files.
+
+        Args:
+            component: kind of component, as `component_files` takes it; default: `name`.
+
+        Raises:
+            ValueError: of `component_files`.
+        """
+        (target := self.path / name).mkdir()
+        for path in component_files(source, component or name):
+            shutil.copyfile(path, target / path.name)
+        self.sources[target] = source
+
+
+@contextmanager
+def staged(target: Target) -> Iterator[Stage]:
+    """Yields what becomes `target.out` once the block ends; an error in a copied component names the original."""
+    with staged_directory(target.out, target.overwrite) as path:
+        stage = Stage(path, {})
+        try:
+            yield stage
+        except ValueError as error:
+            message = str(error)
+            for copy, source in stage.sources.items():
+                message = re.sub(rf"{re.escape(str(copy))}(?![\w.-])", lambda _, source=source: str(source), message)
+            raise ValueError(message) from error
 
 
 def save_unet(
+    stage: Stage,
     unet_dir: Path,
     vae: AutoencoderKL,
-    target: Path,
     text_width: int,
     *,
     pooled_width: int = 0,
@@ -115,16 +141,22 @@ def save_unet(
             f"have {text_width}; pass another text encoder or --unet"
         )
     if pooled_width != load.pooled_width(config):
-        right = "compose_sd.py" if pooled_width else "compose_sdxl.py"
         raise ValueError(
-            f"{unet_dir}: this UNet expects a pooled text vector of width {load.pooled_width(config)} (0: none), the "
-            f"text encoders give {pooled_width}; pass another --unet, or use models/{right}"
+            f"{unet_dir}: this UNet expects a pooled text vector of width {load.pooled_width(config)}, the text "
+            f"encoders give {pooled_width}; pass another --clip_g or --unet"
         )
     if fresh:
-        load.fresh_unet(config, seed).save_pretrained(target)
+        load.fresh_unet(config, seed).save_pretrained(stage.path / "unet")
     else:
-        copy_component(unet_dir, target, "unet")
-        load.load_unet(target)  # refuses files that are damaged or do not fit the config
+        stage.copy(unet_dir, "unet")
+        load.load_unet(stage.path / "unet")  # refuses files that are damaged or do not fit the config
+
+
+def _check_kind(unet_dir, sdxl, scripts):
+    """Refuses a UNet for the other script of a pair; scripts: (SD1.5's, SDXL's)."""
+    if sdxl != (load.pooled_width(read_config(unet_dir)) > 0):
+        what = "not SDXL's" if sdxl else "SDXL's"
+        raise ValueError(f"{unet_dir}: this UNet is {what}; pass another --unet, or use models/{scripts[not sdxl]}")
 
 
 def _check_architecture(encoder_dir, expected):
@@ -157,20 +189,21 @@ def compose_sd(unet: str | Path, vae: str | Path, clip: str | Path, target: Targ
         ValueError: a part cannot be found, or the parts do not fit together.
     """
     unet_dir, vae_dir, clip_root = _resolve(unet, "unet"), _resolve(vae, "vae"), _text_root(clip)
+    _check_kind(unet_dir, False, ("compose_sd.py", "compose_sdxl.py"))
     encoder_dir = load.component_dir(clip_root, "text_encoder")
-    vae_module = load.load_vae(vae_dir)
     _check_architecture(encoder_dir, "clip")
+    vae_module = load.load_vae(vae_dir)
     width = load.load_text_encoder(encoder_dir).config.hidden_size
-    with staged_directory(target.out, target.overwrite) as stage:
+    with staged(target) as stage:
         fresh = _starts_fresh(unet_dir, target)
-        save_unet(unet_dir, vae_module, stage / "unet", width, fresh=fresh, seed=target.seed)
-        copy_component(vae_dir, stage / "vae", "vae")
-        copy_component(encoder_dir, stage / "text_encoder", "text_encoder")
-        copy_component(load.component_dir(clip_root, "tokenizer"), stage / "tokenizer", "tokenizer")
+        save_unet(stage, unet_dir, vae_module, width, fresh=fresh, seed=target.seed)
+        stage.copy(vae_dir, "vae")
+        stage.copy(encoder_dir, "text_encoder")
+        stage.copy(load.component_dir(clip_root, "tokenizer"), "tokenizer")
         scheduler = make_scheduler(target.objective)
-        scheduler.save_pretrained(stage / "scheduler")
+        scheduler.save_pretrained(stage.path / "scheduler")
         write_model_index(
-            stage,
+            stage.path,
             "StableDiffusionPipeline",
             {
                 "vae": ["diffusers", type(vae_module).__name__],
@@ -203,23 +236,31 @@ def compose_sdxl(unet: str | Path, vae: str | Path, clip_l: str | Path, clip_g: 
     unet_root = load.resolve_model(unet, subfolders=("unet",))
     unet_dir, vae_dir = load.component_dir(unet_root, "unet"), _resolve(vae, "vae")
     roots = _text_root(clip_l), load.resolve_model(clip_g, subfolders=("text_encoder_2", "tokenizer_2"))
+    parts = {}
+    for name in ("text_encoder", "tokenizer"):
+        second = f"{name}_2" if (roots[1] / f"{name}_2").is_dir() else name
+        parts |= {name: load.component_dir(roots[0], name), f"{name}_2": load.component_dir(roots[1], second)}
+    _check_kind(unet_dir, True, ("compose_sd.py", "compose_sdxl.py"))
+    for name in ("text_encoder", "text_encoder_2"):
+        _check_architecture(parts[name], "clip")
+    if read_config(parts["text_encoder_2"]).get("architectures") == ["CLIPTextModel"]:
+        raise ValueError(
+            f"{parts['text_encoder_2']}: this CLIPTextModel has no projection of its pooled output, as SDXL's second "
+            "text encoder has; pass bigG (text_encoder_2 of an SDXL pipeline) as --clip_g, and ViT-L as --clip_l"
+        )
     vae_module, fresh = load.load_vae(vae_dir), _starts_fresh(unet_dir, target)
-    with staged_directory(target.out, target.overwrite) as stage:
-        for name in ("text_encoder", "tokenizer"):
-            second = f"{name}_2" if (roots[1] / f"{name}_2").is_dir() else name
-            copy_component(load.component_dir(roots[0], name), stage / name, name)
-            copy_component(load.component_dir(roots[1], second), stage / f"{name}_2", name)
-        text = SdxlTextEncoder(stage)  # refuses encoders and tokenizers that are not SDXL's
+    with staged(target) as stage:
+        for name, directory in parts.items():
+            stage.copy(directory, name, name.removesuffix("_2"))
+        text = SdxlTextEncoder(stage.path)  # refuses encoders and tokenizers that are not SDXL's
         widths = [encoder.config.hidden_size for encoder in text.encoders]
         pooled = text.encoders[1].config.projection_dim
-        save_unet(
-            unet_dir, vae_module, stage / "unet", sum(widths), pooled_width=pooled, fresh=fresh, seed=target.seed
-        )
-        copy_component(vae_dir, stage / "vae", "vae")
+        save_unet(stage, unet_dir, vae_module, sum(widths), pooled_width=pooled, fresh=fresh, seed=target.seed)
+        stage.copy(vae_dir, "vae")
         scheduler = make_scheduler(target.objective)
-        scheduler.save_pretrained(stage / "scheduler")
+        scheduler.save_pretrained(stage.path / "scheduler")
         write_model_index(
-            stage,
+            stage.path,
             "StableDiffusionXLPipeline",
             {
                 "vae": ["diffusers", type(vae_module).__name__],
@@ -260,10 +301,12 @@ def compose_t5(
     """
     options = projection_options or ProjectionOptions()
     unet_dir, vae_dir, t5_root = _resolve(unet, "unet"), _resolve(vae, "vae"), _text_root(t5)
-    vae_module, encoder_dir = load.load_vae(vae_dir), load.component_dir(t5_root, "text_encoder")
+    _check_kind(unet_dir, sdxl, ("compose_t5_sd.py", "compose_t5_sdxl.py"))
+    encoder_dir = load.component_dir(t5_root, "text_encoder")
     _check_architecture(encoder_dir, "t5")
+    vae_module = load.load_vae(vae_dir)
     config, fresh = read_config(unet_dir), _starts_fresh(unet_dir, target)
-    pooled = _pooled_width(unet_dir, config, sdxl)
+    pooled = load.pooled_width(config)  # the UNet gets zeros of this width
     width, has_projection = config["cross_attention_dim"], load.has_text_projection(config)
     keep_projection = has_projection and not fresh
     if keep_projection and (options.trained or options.captions):
@@ -272,20 +315,20 @@ def compose_t5(
             "--fit_captions, or pass --fresh_unet"
         )
     in_unet = has_projection or options.trained
-    with staged_directory(target.out, target.overwrite) as stage:
+    with staged(target) as stage:
         t5_width = read_config(encoder_dir).get("d_model") if has_projection else width
-        save_unet(unet_dir, vae_module, stage / "unet", t5_width, pooled_width=pooled, fresh=fresh, seed=target.seed)
-        copy_component(vae_dir, stage / "vae", "vae")
-        copy_component(encoder_dir, stage / "text_encoder", "text_encoder")
-        copy_component(load.component_dir(t5_root, "tokenizer"), stage / "tokenizer", "tokenizer")
+        save_unet(stage, unet_dir, vae_module, t5_width, pooled_width=pooled, fresh=fresh, seed=target.seed)
+        stage.copy(vae_dir, "vae")
+        stage.copy(encoder_dir, "text_encoder")
+        stage.copy(load.component_dir(t5_root, "tokenizer"), "tokenizer")
         if not keep_projection:
-            projection = make_projection(stage, width, target.seed, options)
-            (projection_into_unet if in_unet else save_projection)(stage, projection)
-        shutil.copyfile(HERE / "t5_pipeline.py", stage / "pipeline.py")
+            projection = make_projection(stage.path, width, target.seed, options)
+            (projection_into_unet if in_unet else save_projection)(stage.path, projection)
+        shutil.copyfile(HERE / "t5_pipeline.py", stage.path / "pipeline.py")
         scheduler = make_scheduler(target.objective)
-        scheduler.save_pretrained(stage / "scheduler")
+        scheduler.save_pretrained(stage.path / "scheduler")
         write_model_index(
-            stage,
+            stage.path,
             ["pipeline", "StableDiffusionT5Pipeline"],
             {
                 "vae": ["diffusers", type(vae_module).__name__],
@@ -296,15 +339,6 @@ def compose_t5(
                 "scheduler": ["diffusers", type(scheduler).__name__],
             },
         )
-
-
-def _pooled_width(unet_dir, config, sdxl):
-    """Width of the zeros that a UNet gets in place of a pooled text vector; refuses a UNet for the other script."""
-    pooled = load.pooled_width(config)
-    if sdxl != (pooled > 0):
-        what, right = ("not SDXL's", "compose_t5_sd.py") if sdxl else ("SDXL's", "compose_t5_sdxl.py")
-        raise ValueError(f"{unet_dir}: this UNet is {what}; pass another --unet, or use models/{right}")
-    return pooled
 
 
 def compose_t5_of(args: Namespace, sdxl: bool) -> None:

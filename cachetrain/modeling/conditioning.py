@@ -119,9 +119,14 @@ def num_elements(kind: str, widths: Mapping[str, int], num_tokens: int, num_samp
 
 
 def cache_command(family: str, model: str | Path, data_root: str) -> str:
-    """Returns the command line that caches captions for a model of this family (load.text_family)."""
+    """Returns the command line that caches captions for a model of this family (load.text_family).
+
+    A bare UNet cannot encode captions: the command then leaves the model open, and says so.
+    """
     script = next(row.script for row in KINDS.values() if row.encoder == family)
-    return shlex.join([f"cache/{script}", "--model", str(model), "--data_root", data_root])
+    bare = Path(model).is_dir() and not (Path(model) / "text_encoder").is_dir()
+    command = shlex.join([f"cache/{script}", "--model", "MODEL" if bare else str(model), "--data_root", data_root])
+    return f"{command}, where MODEL has the text encoders that belong to this UNet" if bare else command
 
 
 def check_unet(kind: str, widths: Mapping[str, int], unet_config: Mapping, model: str | Path, data_root: str) -> None:

@@ -129,6 +129,7 @@ class SdxlTextEncoder:
         max_length: int | None = None,
         force_zeros_for_empty_prompt: bool = True,
     ):
+        model_dir = Path(model_dir)
         first, second = (load.component_dir(model_dir, name) for name in ("text_encoder", "text_encoder_2"))
         for directory in (first, second):
             if load.text_architecture(directory) != "clip":
@@ -144,7 +145,8 @@ class SdxlTextEncoder:
         # SDXL's differ in the padding only. One list of token ids thus serves both encoders.
         if self.tokenizers[0].get_vocab() != self.tokenizers[1].get_vocab():
             raise ValueError(
-                f"{model_dir}: the vocabularies of tokenizer and tokenizer_2 differ; SDXL's are the same"
+                f"{model_dir / 'tokenizer'} and {model_dir / 'tokenizer_2'}: the vocabularies differ; SDXL's are "
+                "equal: pass tokenizers of one SDXL model"
             )
         self.tokenizer = self.tokenizers[0]
         self.max_length = max_length or self.encoders[0].config.max_position_embeddings

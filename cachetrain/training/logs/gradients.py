@@ -43,6 +43,7 @@ class Gradients:
     Attributes:
         blocks: names of the blocks.
         layers: names of the attention layers with trained queries or keys.
+        qk: the trained weights of queries and keys.
         sharded: whether the parameters are sharded.
         released: GradientRelease.norms, of gradients that are freed in the backward pass; None: all are there.
         total: float32 0-dim, the global norm of the last step.
@@ -83,11 +84,11 @@ class Gradients:
         slots = [*block_ids, *(num_blocks + i for i in layer_ids), *(num_blocks + num_layers + i for i in value_ids)]
         self._sources = torch.tensor(sources, device=self.device)
         self._slots = torch.tensor(slots, device=self.device)
-        self._qk = [self._parameters[i] for i in qk]
+        self.qk = [self._parameters[i] for i in qk]
         self._qk_layers = torch.tensor(layer_ids, device=self.device)
         self._qk_numel = np.zeros(num_layers)
         self._v_numel = np.zeros(num_layers)
-        np.add.at(self._qk_numel, layer_ids, [p.numel() for p in self._qk])
+        np.add.at(self._qk_numel, layer_ids, [p.numel() for p in self.qk])
         np.add.at(self._v_numel, value_ids, [self._parameters[i].numel() for i in values])
 
     @torch.no_grad()
@@ -109,7 +110,7 @@ class Gradients:
     def _gradient_norms(self, parameters, order):
         """Returns {parameter: float32 0-dim L1 or L2 norm} of this rank's gradients, where there are any."""
         if self.released is not None:
-            return {p: self.released[p][order - 1] for p in parameters if p in self.released}
+            return {p: self.released[p][int(order == 1)] for p in parameters if p in self.released}
         with_gradient = [p for p in parameters if p.grad is not None]
         return dict(zip(with_gradient, _norms([p.grad for p in with_gradient], order), strict=True))
 
@@ -119,15 +120,15 @@ class Gradients:
         local = 1 if self.sharded else replicated
         sums = {"grad_norm": self.total * replicated}
         if self.average:
-            norms_of_qk = self._gradient_norms(self._qk, 1)
+            norms_of_qk = self._gradient_norms(self.qk, 1)
             self._qk_elements = sum(parameter.numel() for parameter in norms_of_qk)
             sums["qk_abs"] = torch.stack(list(norms_of_qk.values())).sum() * local if norms_of_qk else self._zero
         if self.detailed:
             by_slot = torch.zeros(len(self.blocks) + 2 * len(self.layers), device=self.device)
             by_slot.index_add_(0, self._slots, norms.square()[self._sources])
             sums["squares"] = by_slot * replicated
-        if self.detailed and self._qk:
-            weights = torch.stack(_norms(self._qk, 2)).square()
+        if self.detailed and self.qk:
+            weights = torch.stack(_norms(self.qk, 2)).square()
             by_layer = torch.zeros(len(self.layers), device=self.device)
             sums["qk_weight_squares"] = by_layer.index_add_(0, self._qk_layers, weights) * local
         return sums
@@ -145,12 +146,12 @@ class Gradients:
         tags = {}
         if self.average:
             tags["01_Training/grad_norm"] = float(host["grad_norm"][0])
-            if self._qk:
+            if self.qk:
                 tags["01_Training/qk_grads_av"] = float(host["qk_abs"][0]) / max(1, self._qk_elements)
         if self.detailed:
             blocks, qk, v = np.split(host["squares"], [len(self.blocks), len(self.blocks) + len(self.layers)])
             tags |= named_tags("11_Gradient_Stats/norm", self.blocks, np.sqrt(blocks))
-            if self._qk:
+            if self.qk:
                 tags |= self._attention_tags(qk, v, host["qk_weight_squares"])
         return tags
 

@@ -73,7 +73,9 @@ class Logs:
             flops_per_image=self._flops_per_image(unet) if 5 in self.groups else None,
         )
         self.diagnostics = Diagnostics(unet, args.diagnostic_steps, self.groups, world, run.device)
-        self.statistics.measured.released = getattr(optimizer, "norms", None)
+        if args.gradient_release:
+            optimizer.l1_of = frozenset(self.statistics.measured.qk)
+            self.statistics.measured.released = optimizer.norms
         self.diagnostics.released = args.gradient_release
         self.health = Health(self.statistics.measured.layers, run.plan.warmup_steps, scaler.is_enabled())
         self.fixed_latent = FixedLatent(run, unet, pairs[SampleKey(0, 0)]) if 13 in self.groups else None
