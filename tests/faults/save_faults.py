@@ -65,10 +65,51 @@ class Run:
         self.saving.save(step, self.unet, ema, {"step": step, "optimizer": {"state": moments}})
 
 
-def copy(folder, target):
-    """A copy of hard links: nothing is written into a file once it has its name."""
+def copy(folder, target, lost=()):
+    """Copies `folder`; files in `lost` become empty. Hard links, but for what can still be written into: files of
+    hidden names and in hidden directories."""
+
+    def copy_file(source, target):
+        if Path(source) in lost:
+            Path(target).touch()
+        elif any(part.startswith(".") for part in Path(source).relative_to(folder).parts):
+            shutil.copyfile(source, target)
+        else:
+            os.link(source, target)
+
     shutil.rmtree(target, ignore_errors=True)
-    return shutil.copytree(folder, target, copy_function=os.link)
+    return shutil.copytree(folder, target, copy_function=copy_file)
+
+
+def moments(action, folder, target, power):
+    """Runs action() and copies `folder` to target/0, target/1, ...: what is found after a death before each operation
+    by which the action changes a file or directory, and behind the last.
+
+    Args:
+        power: it is the machine that dies, not the process.
+
+    Returns:
+        the copies, in this order.
+    """
+    cache, copies, busy = LostCache(), [], False
+
+    def before(operation="end", *_):
+        nonlocal busy
+        if busy or not (power or operation not in ("fsync", "chmod")):  # a kill would leave the same before these
+            return
+        busy = True  # the copies are no operations of the action
+        copies.append(target / str(len(copies)))
+        (cache.copy if power else copy)(folder, copies[-1])
+        busy = False
+
+    def after(*operation):
+        if not busy:
+            cache(*operation)
+
+    with watched_disk(before, after):
+        action()
+        before()
+    return copies
 
 
 def undisturbed(model, folder):
@@ -209,14 +250,13 @@ class LostCache:
             self._files.discard(_identity(path))
             self._names = [(old, new) for old, new in self._names if new.parent.resolve() != path]
 
-    def lose(self, folder):
-        """Does to `folder` what a power failure may do now: empty files, names as they were before."""
+    def copy(self, folder, target):
+        """Copies to `target` what a power failure may leave of `folder`: empty files, names as they were."""
+        lost = {path for path in folder.rglob("*") if path.is_file() and _identity(path) in self._files}
+        copy(folder, target, lost)
         for old, new in reversed(self._names):
-            with contextlib.suppress(OSError):  # its parent is gone, or another has the name
-                os.rename(new, old)
-        for path in folder.rglob("*"):
-            if path.is_file() and _identity(path) in self._files:
-                os.truncate(path, 0)
+            with contextlib.suppress(OSError, ValueError):  # it lies elsewhere, its parent is gone, the name is taken
+                os.rename(target / new.relative_to(folder), target / old.relative_to(folder))
 
 
 def _identity(path):
