@@ -199,8 +199,8 @@ class ForwardResult(NamedTuple):
     """Result of a forward pass.
 
     Attributes:
-        loss: float32 [B], the loss of each sample, weighted with --use_snr.
-        squared_error: float32 [B], the loss without weights.
+        loss: float32 [B], the loss of each sample as --loss and --use_snr say.
+        squared_error: float32 [B], the squared error without weights.
         prediction: [B, C, h, w], detached.
         target: [B, C, h, w].
         alpha, sigma: float32 [B, 1, 1, 1]; the UNet's input is alpha * latents + sigma * noise.
@@ -223,18 +223,19 @@ def forward_pass(model, batch: dict, run, dtype) -> ForwardResult:
         run: Run.
         dtype: dtype of the model's weights.
     """
-    from cachetrain.diffusion.objective import alpha_sigma, min_snr_weights, squared_error, target_of
+    from cachetrain.diffusion.objective import alpha_sigma, huber_error, snr_weights, squared_error, target_of
     from cachetrain.modeling.conditioning import predict
 
-    latents, noise, timesteps = batch["latents"], batch["noise"], batch["timesteps"]
+    args, latents, noise, timesteps = run.args, batch["latents"], batch["noise"], batch["timesteps"]
     alpha, sigma = alpha_sigma(run.objective, timesteps, run.alphas_cumprod)
     with run.autocast():
         noisy = (alpha * latents + sigma * noise).to(dtype)
         prediction = predict(model, noisy, timesteps, batch["conditioning"])
     target = target_of(run.objective, latents, noise, alpha, sigma)
     error = squared_error(prediction, target)
-    weights = min_snr_weights(run.objective, alpha, sigma, run.args.noise_gamma) if run.args.use_snr else None
-    loss = error if weights is None else error * weights
+    loss = huber_error(prediction, target, timesteps, args.huber_c) if args.loss else error
+    if args.use_snr:
+        loss = loss * snr_weights(run.objective, alpha, sigma, args.use_snr, args.noise_gamma)
     return ForwardResult(loss, error, prediction.detach(), target, alpha, sigma)
 
 

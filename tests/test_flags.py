@@ -41,6 +41,7 @@ ZERO = {
         "--weight_decay", "--gradient_clip", "--ema_decay", "--seed", "--save_start", "--sample_cfgs", "--val_split",
     },
 }  # fmt: skip
+SIGNED = ("--logit_mean",)  # may be 0 or below
 NEVER = ("nan", "inf", "-1", "many", "", "1e999", "9" * 20, "1_0", "\u0663")
 
 
@@ -98,6 +99,7 @@ def test_number_flag_refuses_what_makes_no_sense_in_words(script, flag, capsys):
     action, parser = action_of(script, flag), parser_of(script)
     assert action.type not in (int, float), "a bare type has no range"
     values = [*NEVER, *([] if flag in ZERO.get(script, ()) else ["0"])]
+    values = [value for value in values if value not in ("0", "-1") or flag not in SIGNED]
     values += {int: ["1.5"], float: ["1e-300", "1e-400"]}.get(getattr(action.type, "kind", None), [])
     for value in values:
         error = refusal(parser, [flag] + [value] * (action.nargs if isinstance(action.nargs, int) else 1), capsys)
@@ -228,7 +230,8 @@ def test_every_flag_has_a_meaning_for_a_resume():
     # Whatever the values of tensors depend on, and nothing else compares.
     assert {name for name in kinds["same"] if not name.startswith(("reinit_", "unfreeze_"))} == {
         "imgcache_suffix", "txtcache_suffix", "force_txtcache", "vae_scaling_factor", "text_scaling_factor",
-        "time_ids", "use_snr", "noise_gamma", "offset_noise", "timestep_sampling", "timestep_range", "cond_dropout",
-        "flip_p", "targetted_training", "gradient_accum", "scheduler", "min_lr_rate", "num_cycles", "optimizer",
+        "time_ids", "use_snr", "noise_gamma", "loss", "huber_c", "offset_noise", "timestep_sampling", "logit_mean",
+        "logit_std", "timestep_shift", "timestep_range", "cond_dropout", "flip_p", "targetted_training",
+        "gradient_accum", "scheduler", "min_lr_rate", "num_cycles", "optimizer",
         "betas", "weight_decay", "gradient_clip", "gradient_release", "ema_decay", "seed", "precision",
     }  # fmt: skip

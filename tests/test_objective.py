@@ -12,9 +12,12 @@ from diffusers.training_utils import compute_density_for_timestep_sampling, comp
 from cachetrain.diffusion.noise_schedulers import SD_SCHEDULE, make_scheduler, objective_of, sampler_for
 from cachetrain.diffusion.objective import (
     alpha_sigma,
+    debiased_weights,
     denoised,
+    huber_error,
     min_snr_weights,
     noise_schedule,
+    snr_weights,
     squared_error,
     stratified,
     target_of,
@@ -68,8 +71,8 @@ def test_min_snr_weights_match_paper(batch):
         torch.testing.assert_close(min_snr_weights(objective, alpha, sigma, 5.0), expected, rtol=1e-4, atol=1e-7)
 
 
-def test_min_snr_weights_of_all_objectives_weigh_the_error_of_x0_alike(batch):
-    """The same error of x_0 must cost min(snr, gamma) whichever way it is predicted."""
+def test_weights_of_all_objectives_weigh_the_error_of_x0_alike(batch):
+    """The same error of x_0 must cost min(snr, gamma), or sqrt(snr), whichever way it is predicted."""
     latents, noise, _ = batch
     alpha = torch.tensor([0.99, 0.9, 0.7, 0.5, 0.3, 0.1])[:, None, None, None]
     error = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
@@ -81,9 +84,36 @@ def test_min_snr_weights_of_all_objectives_weigh_the_error_of_x0_alike(batch):
         wrong_noise = (noisy - alpha * wrong) / sigma
         prediction = target_of(objective, wrong, wrong_noise, alpha, sigma)
         raw = squared_error(prediction, target_of(objective, latents, noise, alpha, sigma))
-        cost = raw * min_snr_weights(objective, alpha, sigma, 5.0)
-        expected = snr.clamp(max=5.0) * error.square().flatten(1).mean(1)
-        torch.testing.assert_close(cost, expected, rtol=1e-3, atol=1e-5)
+        squares = error.square().flatten(1).mean(1)
+        for use_snr, expected in ((True, snr.clamp(max=5.0) * squares), ("debiased", snr.sqrt() * squares)):
+            cost = raw * snr_weights(objective, alpha, sigma, use_snr, 5.0)
+            torch.testing.assert_close(cost, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["epsilon", "v_prediction", "flow"])
+def test_debiased_weights_are_finite_at_both_ends(objective):
+    if objective == "flow":
+        alpha, sigma = alpha_sigma("flow", torch.tensor([0.0, 1000.0]))
+    else:
+        alpha, sigma = alpha_sigma(
+            objective, torch.tensor([0, 999]), noise_schedule(make_scheduler(objective), "cpu")
+        )
+    assert debiased_weights(objective, alpha, sigma).isfinite().all()
+
+
+def test_huber_error_is_pseudo_huber_with_a_constant_that_falls_with_the_noise():
+    difference = torch.tensor([0.001, 100.0, -100.0])[:, None, None, None].expand(3, 4, 8, 8)
+    timesteps, zero = torch.tensor([0, 500, 1000]), torch.zeros(3, 4, 8, 8)
+    error = huber_error(difference.bfloat16(), zero.bfloat16(), timesteps, 0.1)
+    c = torch.tensor([1.0, 0.1**0.5, 0.1])
+    # A small error is squared; a large one costs 2 c |d| - 2 c^2.
+    expected = torch.stack([difference[0, 0, 0, 0] ** 2, 200 * c[1] - 2 * c[1] ** 2, 200 * c[2] - 2 * c[2] ** 2])
+    assert error.dtype == torch.float32
+    torch.testing.assert_close(error, expected, rtol=1e-2, atol=1e-7)
+    middle = torch.full((1, 1, 1, 1), 0.3, dtype=torch.float64, requires_grad=True)
+    huber_error(middle, torch.zeros(1, 1, 1, 1), torch.tensor([1000]), 0.1).backward()
+    # The slope is that of the square, divided by sqrt(1 + (d / c)^2) (Charbonnier et al. 1997).
+    torch.testing.assert_close(middle.grad.item(), 2 * 0.3 / (1 + 9) ** 0.5, rtol=1e-5, atol=0)
 
 
 def test_zero_terminal_snr_is_that_of_diffusers_and_ends_in_pure_noise(batch):
@@ -166,12 +196,20 @@ def test_broken_scheduler_config_is_refused_by_name(config, message, tmp_path):
 
 def test_logit_normal_timesteps_are_distributed_as_in_diffusers():
     uniform = (torch.arange(20_000) + 0.5) / 20_000
-    ours = torch.tensor([timestep_fraction("logit_normal", u.item()) for u in uniform])
-    torch.manual_seed(0)
-    theirs = compute_density_for_timestep_sampling("logit_normal", 200_000, logit_mean=0.0, logit_std=1.0)
     quantiles = torch.tensor([0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99])
-    torch.testing.assert_close(ours.quantile(quantiles), theirs.quantile(quantiles), rtol=0.02, atol=0.003)
+    for mean, std in ((0.0, 1.0), (-0.5, 1.7)):
+        ours = torch.tensor([timestep_fraction("logit_normal", u.item(), mean, std) for u in uniform])
+        torch.manual_seed(0)
+        theirs = compute_density_for_timestep_sampling("logit_normal", 200_000, logit_mean=mean, logit_std=std)
+        torch.testing.assert_close(ours.quantile(quantiles), theirs.quantile(quantiles), rtol=0.02, atol=0.003)
     assert timestep_fraction("logit_normal", 0.0) == 0 and timestep_fraction("uniform", 0.3) == 0.3
+    assert timestep_fraction("logit_normal", 1 - 2**-53, 10.0, 10.0) < 1
+
+
+def test_shifted_timesteps_are_those_of_diffusers_scheduler():
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0)
+    ours = [1000 * timestep_fraction("uniform", step / 1000, shift=3.0) for step in (1000, 900, 500, 1)]
+    torch.testing.assert_close(torch.tensor(ours), scheduler.timesteps[[0, 100, 500, 999]])
 
 
 @pytest.mark.parametrize("offset", [0.0, 0.37, 0.999])

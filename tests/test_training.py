@@ -50,7 +50,7 @@ from cachetrain.modeling.conditioning import Conditioning
 torch.set_num_threads(1)
 
 
-def plain_loop(data, model, objective, steps, accum, batch_size, masked, gamma):
+def plain_loop(data, model, objective, steps, accum, batch_size, masked, weighting):
     """What the trainer must equal, written with diffusers and torch only (draws and order are given)."""
     index = PairIndex([data], *(T5 if masked else CLIP))
     order = iter(BatchSampler(index, batch_size, 0, steps * accum))
@@ -77,6 +77,9 @@ def plain_loop(data, model, objective, steps, accum, batch_size, masked, gamma):
             mask = None
             if masked:
                 mask = torch.arange(hidden.shape[1]) < torch.tensor([len(t) for t in text])[:, None]
+            if weighting == "huber":  # with --timestep_sampling logit_normal --logit_mean -0.3 --timestep_shift 2
+                u = torch.sigmoid(torch.special.ndtri(u) - 0.3)
+                u = 2 * u / (1 + u)
             if objective == "flow":
                 t, sigma = u * 1000, u.float()[:, None, None, None]
                 noisy, target = (1 - sigma) * latents + sigma * noise, noise - latents
@@ -84,12 +87,18 @@ def plain_loop(data, model, objective, steps, accum, batch_size, masked, gamma):
                 t = (u * 1000).long()
                 noisy = ddpm.add_noise(latents, noise, t)
                 target = noise if objective == "epsilon" else ddpm.get_velocity(latents, noise, t)
-            loss = (unet(noisy, t, hidden, encoder_attention_mask=mask).sample - target).square().mean((1, 2, 3))
-            if gamma and objective == "flow":  # x_0 = x_t - sigma v: min(snr, gamma) times the error of x_0
-                loss = loss * sigma.flatten() ** 2 * (((1 - sigma) / sigma).flatten() ** 2).clamp(max=gamma)
-            elif gamma:
+            difference = unet(noisy, t, hidden, encoder_attention_mask=mask).sample - target
+            loss = difference.square().mean((1, 2, 3))
+            if weighting == "huber":
+                c = torch.exp(sigma * np.log(0.2))
+                loss = (2 * c * ((difference**2 + c**2) ** 0.5 - c)).mean((1, 2, 3))
+            elif weighting == "debiased":
+                loss = loss * compute_snr(ddpm, t) ** -0.5
+            elif weighting and objective == "flow":  # x_0 = x_t - sigma v: min(snr, gamma) times the error of x_0
+                loss = loss * sigma.flatten() ** 2 * (((1 - sigma) / sigma).flatten() ** 2).clamp(max=weighting)
+            elif weighting:
                 snr = compute_snr(ddpm, t)
-                loss = loss * snr.clamp(max=gamma) / (snr if objective == "epsilon" else snr + 1)
+                loss = loss * snr.clamp(max=weighting) / (snr if objective == "epsilon" else snr + 1)
             loss.mean().div(accum).backward()
             total += loss.mean().item() / accum
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 0.5)
@@ -101,20 +110,25 @@ def plain_loop(data, model, objective, steps, accum, batch_size, masked, gamma):
 
 
 @pytest.mark.parametrize(
-    ("objective", "accum", "masked", "gamma"),
-    [("epsilon", 2, True, 5.0), ("epsilon", 1, False, None), ("v_prediction", 2, True, 5.0),
-     ("v_prediction", 1, False, 5.0), ("flow", 2, True, 5.0), ("flow", 1, False, None)],
+    ("objective", "accum", "masked", "weighting"),
+    [("epsilon", 2, True, 5.0), ("epsilon", 1, False, "debiased"), ("v_prediction", 2, True, 5.0),
+     ("v_prediction", 1, False, None), ("flow", 2, True, 5.0), ("flow", 1, False, "huber")],
 )  # fmt: skip
-def test_ten_steps_equal_a_plain_loop(objective, accum, masked, gamma, shapes, model_t5, model_sd, tmp_path):
+def test_ten_steps_equal_a_plain_loop(objective, accum, masked, weighting, shapes, model_t5, model_sd, tmp_path):
     model = model_t5 if masked else model_sd
     flags = ["--max_steps", 10, "--batch_size", 3, "--gradient_accum", accum, "--objective", objective, "--lr", 1e-3]
     flags += ["--scheduler", "cosine", "--warmup_steps", 2, "--lr_decay_steps", 20, "--cond_dropout", 0]
     flags += ["--gradient_clip", 0.5]  # so low that most steps are clipped
-    flags += ["--use_snr", "--noise_gamma", gamma] if gamma else []
+    if weighting == "huber":
+        flags += ["--loss", "huber", "--huber_c", 0.2, "--timestep_sampling", "logit_normal", "--logit_mean", -0.3]
+        flags += ["--timestep_shift", 2]
+    elif weighting:
+        flags += ["--use_snr", *(["debiased"] if weighting == "debiased" else ["--noise_gamma", weighting])]
     lines, weights = train(shapes, model, tmp_path / "run", *flags, suffixes=T5 if masked else CLIP)
-    losses, expected = plain_loop(shapes, model, objective, 10, accum, 3, masked, gamma)
+    losses, expected = plain_loop(shapes, model, objective, 10, accum, 3, masked, weighting)
     assert [line["01_Training/loss"] for line in lines] == pytest.approx(losses, rel=1e-4)
-    assert sum(line["01_Training/grad_norm"] > 0.5 for line in lines) > 5
+    if weighting != "huber":  # whose gradients are small
+        assert sum(line["01_Training/grad_norm"] > 0.5 for line in lines) > 5
     assert distance(weights, expected, UNet2DConditionModel.from_pretrained(model / "unet").state_dict()) < 1e-3
 
 

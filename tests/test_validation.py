@@ -52,7 +52,7 @@ def constant(batch, value):
 
 def validation(index, world=ALONE, weighted=True, num_workers=0):
     args = {"use_snr": weighted, "batch_size": 5, "num_workers": num_workers}
-    run = bare_run(args=args, plan={"validation_steps": 10}, device=CPU, world=world)
+    run = bare_run(args=args, weighted=args["use_snr"], plan={"validation_steps": 10}, device=CPU, world=world)
     return Validation(run, open_pairs(index))
 
 

@@ -75,7 +75,7 @@ class Draws:
         cond_dropout: probability of replacing the caption by the null condition.
         flip_p: probability of using the mirrored image.
         continuous: timesteps are floats, 1000 * sigma (flow matching), instead of integers.
-        timestep_sampling: see objective.timestep_fraction.
+        timestep_sampling, logit_mean, logit_std, timestep_shift: see objective.timestep_fraction.
         timestep_range: (first, end) of the timesteps, from 0 to 1000; end is exclusive.
         offset_noise: standard deviation of a per-channel constant that is added to the noise
             (Guttenberg 2023, "Diffusion with offset noise").
@@ -88,6 +88,9 @@ class Draws:
     flip_p: float = 0.0
     continuous: bool = False
     timestep_sampling: str = "uniform"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    timestep_shift: float = 1.0
     timestep_range: tuple[int, int] = (0, 1000)
     offset_noise: float = 0.0
     fixed: bool = False
@@ -140,7 +143,7 @@ class CachedPairs(Dataset):
             fault = str(error)
         first, end = self.draws.timestep_range
         uniform = self._uniform(key, rng.TIMESTEP) if key.uniform is None else key.uniform
-        timestep = first + timestep_fraction(self.draws.timestep_sampling, uniform) * (end - first)
+        timestep = first + self._timestep_fraction(uniform) * (end - first)
         return {
             "latents": latents,
             "noise": torch.from_numpy(self._noise(key, latents.shape)),
@@ -170,6 +173,11 @@ class CachedPairs(Dataset):
 
     def _uniform(self, key, purpose):
         return self._generator(key, purpose).random()
+
+    def _timestep_fraction(self, uniform):
+        draws = self.draws
+        settings = draws.timestep_sampling, uniform, draws.logit_mean, draws.logit_std, draws.timestep_shift
+        return timestep_fraction(*settings)
 
     def _noise(self, key, shape):
         noise = self._generator(key, self.draws.noise_purpose).standard_normal(shape, dtype=np.float32)

@@ -17,17 +17,20 @@ if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
 
-def timestep_fraction(sampling: str, uniform: float) -> float:
+def timestep_fraction(
+    sampling: str, uniform: float, logit_mean: float = 0.0, logit_std: float = 1.0, shift: float = 1.0
+) -> float:
     """Maps a uniform number in [0, 1) to a position in the timestep range, in [0, 1).
 
-    uniform: the number itself. logit_normal: sigmoid of a standard normal number, densest in the middle (Esser et al.
-    2024, section 3.1). stratified: same as uniform, for numbers that come from `stratified`.
+    uniform: the number itself. logit_normal: sigmoid of a normal number of `logit_mean` and `logit_std`, densest in
+    the middle for 0 (Esser et al. 2024, section 3.1). stratified: same as uniform, for numbers that come from
+    `stratified`. A shift s then maps t to s t / (1 + (s - 1) t), for larger images (same paper, equation 23).
     """
-    if sampling != "logit_normal":
-        return uniform
-    if uniform == 0:
-        return 0.0
-    return 1 / (1 + math.exp(-NormalDist().inv_cdf(uniform)))
+    t = uniform
+    if sampling == "logit_normal" and uniform > 0:
+        # Far from 0 a float64 sigmoid rounds to 1, which no timestep is.
+        t = min(1 / (1 + math.exp(-NormalDist(logit_mean, logit_std).inv_cdf(uniform))), 1 - 2**-24)
+    return shift * t / (1 + (shift - 1) * t) if shift != 1 else t
 
 
 def stratified(offset: float, slot: int, batch_size: int) -> float:
@@ -103,6 +106,41 @@ def min_snr_weights(objective: str, alpha: torch.Tensor, sigma: torch.Tensor, ga
     if objective == "v_prediction":
         return capped / (snr + 1)
     return capped * sigma.flatten().square()
+
+
+def debiased_weights(objective: str, alpha: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """Debiased estimation (Yu et al. 2023) as a weight on the squared error of the objective's target, float32 [B].
+
+    sqrt(snr) weights the error of x_0. For the error of the target this becomes, with alpha^2 + sigma^2 = 1,
+    epsilon: sigma / alpha = 1 / sqrt(snr); v: alpha sigma; flow, where x_0 = x_t - sigma v: alpha sigma.
+    """
+    return (sigma / alpha if objective == "epsilon" else alpha * sigma).flatten()
+
+
+def snr_weights(
+    objective: str, alpha: torch.Tensor, sigma: torch.Tensor, use_snr: bool | str, gamma: float
+) -> torch.Tensor:
+    """The weights that --use_snr asks for, float32 [B]: Min-SNR, or "debiased"."""
+    if use_snr == "debiased":
+        return debiased_weights(objective, alpha, sigma)
+    return min_snr_weights(objective, alpha, sigma, gamma)
+
+
+def huber_error(
+    prediction: torch.Tensor, target: torch.Tensor, timesteps: torch.Tensor, smallest: float
+) -> torch.Tensor:
+    """Mean pseudo-Huber error of each sample, float32 [B]: 2 c (sqrt(d^2 + c^2) - c) of a difference d.
+
+    That is d^2 where d is far below c, and 2 c |d| far above. c falls with the noise, c = smallest^(t / 1000), so
+    that coarse outliers count less and fine details count as always (Khrapov et al. 2024, exponential schedule).
+
+    Args:
+        timesteps: [B], from 0 to 1000.
+        smallest: c at timestep 1000.
+    """
+    c = (smallest ** (timesteps.float() / 1000))[:, None, None, None]
+    difference = prediction.float() - target.float()
+    return (2 * c * ((difference.square() + c.square()).sqrt() - c)).flatten(1).mean(1)
 
 
 def squared_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -310,10 +310,8 @@ def compose_t5(
     width, has_projection = config["cross_attention_dim"], load.has_text_projection(config)
     keep_projection = has_projection and not fresh
     if keep_projection and (options.trained or options.captions):
-        raise ValueError(
-            f"{unet_dir}: this UNet already has a projection, which is kept; omit --train_projection and "
-            "--fit_captions, or pass --fresh_unet"
-        )
+        advice = "omit --train_projection and --fit_captions, or pass --fresh_unet"
+        raise ValueError(f"{unet_dir}: this UNet already has a projection, which is kept; {advice}")
     in_unet = has_projection or options.trained
     with staged(target) as stage:
         t5_width = read_config(encoder_dir).get("d_model") if has_projection else width

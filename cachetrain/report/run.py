@@ -55,6 +55,7 @@ def read_run(output_dir: str | Path) -> dict:
     except ValueError as error:
         raise ValueError(f"{error}; pass the --output_dir of training") from None
     scalars = read_scalars(output_dir / "metrics.jsonl")
+    weighted = settings.get("use_snr") or settings.get("loss")
     step = max((steps[-1] for steps, _ in scalars.values()), default=0)
     return {
         "name": output_dir.resolve().name,
@@ -66,7 +67,7 @@ def read_run(output_dir: str | Path) -> dict:
         "curves": {
             tag: thinned(steps, values)
             for tag, (steps, values) in scalars.items()
-            if tag != "01_Training/loss" or settings.get("use_snr")  # without Min-SNR weights, loss equals loss_raw
+            if tag != "01_Training/loss" or weighted  # else loss equals loss_raw
         },
         "warnings": read_warnings(output_dir / "warnings.jsonl"),
         "samples": read_samples(output_dir / "samples"),

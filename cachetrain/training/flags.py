@@ -30,6 +30,9 @@ _GAMMA = cli.Number(float, 0.01, 1000)
 _RATE = cli.Number(float, 0, 10, exclude=(0,))
 _DECAY = cli.Number(float, 0, 100)
 _OFFSET = cli.Number(float, 0, 10)
+_HUBER = cli.Number(float, 0.0001, 1)
+_LOGIT, _LOGIT_STD = cli.Number(float, -10, 10), cli.Number(float, 0.01, 10)
+_SHIFT = cli.Number(float, 0.01, 100)
 _CYCLES = cli.Number(float, 0, 1000, exclude=(0,))
 _BELOW_1 = cli.Number(float, 0, 1, exclude=(1,))
 _STEPS, _STEPS_OR_0 = cli.StepCount(1), cli.StepCount(0)
@@ -140,11 +143,20 @@ def _objective_flags(group):
           resume="free",  # the noise schedule is compared
           help="what the UNet predicts: the noise, the velocity v, or the direction from image to noise (flow "
                "matching); default: what the model was trained for, epsilon for a bare UNet")
-    _flag(group, "--use_snr", nargs="?", const=True, default=False, choices=("auto",), metavar="auto",
+    _flag(group, "--use_snr", nargs="?", const=True, default=False, choices=("auto", "debiased"),
+          metavar="auto|debiased",
           help="Min-SNR loss weights: timesteps with little noise count less; the plain loss is logged too. auto: "
-               "not for flow matching, which learns worse with them; a resumed run keeps what it had")
+               "not for flow matching, which learns worse with them; a resumed run keeps what it had. debiased: "
+               "weights of debiased estimation instead, 1 / sqrt(SNR) for epsilon")
     _flag(group, "--noise_gamma", type=_GAMMA, metavar="GAMMA",
           help="gamma of --use_snr: weights are cut where the signal-to-noise ratio is above it; default: 5")
+    # Flags that later versions add have a default of None or 0, so that runs saved before can be resumed.
+    _flag(group, "--loss", choices=("huber",),
+          help="huber: grows only linearly where the error is large, above all at much noise, so that a few bad "
+               "images or captions count less; default: the squared error")
+    _flag(group, "--huber_c", type=_HUBER, metavar="C",
+          help="for --loss huber: the error from which on it grows linearly is C at timestep 1000, and 1 at 0; "
+               "default: 0.1")
     _flag(group, "--zero_terminal_snr", action="store_true", resume="free",  # the schedule is compared
           help="rescale the noise schedule so that the last timestep is pure noise; for v_prediction only")
     _flag(group, "--offset_noise", type=_OFFSET, default=0.0, metavar="STD",
@@ -153,6 +165,13 @@ def _objective_flags(group):
     _flag(group, "--timestep_sampling", choices=("uniform", "logit_normal", "stratified"), default="uniform",
           help="uniform: all timesteps equally often; logit_normal: those in the middle more often; stratified: as "
                "uniform, but spread evenly within each optimizer step")
+    _flag(group, "--logit_mean", type=_LOGIT, metavar="M",
+          help="for --timestep_sampling logit_normal: mean of the normal number; above 0: more noise; default: 0")
+    _flag(group, "--logit_std", type=_LOGIT_STD, metavar="S",
+          help="for --timestep_sampling logit_normal: its standard deviation; default: 1")
+    _flag(group, "--timestep_shift", type=_SHIFT, metavar="S",
+          help="for flow matching: move timesteps towards noise, t to S t / (1 + (S - 1) t); 3: common at 1024x1024; "
+               "default: 1, not moved")
     _flag(group, "--timestep_range", type=_TIMESTEP, nargs=2, default=(0, 1000), metavar=("FIRST", "END"),
           help="train only timesteps from FIRST to below END; the higher the timestep, the more noise")
     _flag(group, "--cond_dropout", type=cli.share, metavar="SHARE",

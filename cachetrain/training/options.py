@@ -35,6 +35,13 @@ def _conflicts(args) -> Iterator[str]:
     """Yields a message for each flag that cannot apply beside the others."""
     if args.noise_gamma is not None and not args.use_snr:
         yield "--noise_gamma needs --use_snr"
+    if args.noise_gamma is not None and args.use_snr == "debiased":
+        yield "--noise_gamma does nothing with --use_snr debiased"
+    if args.huber_c is not None and not args.loss:
+        yield "--huber_c needs --loss huber"
+    for flag in ("logit_mean", "logit_std"):
+        if getattr(args, flag) is not None and args.timestep_sampling != "logit_normal":
+            yield f"--{flag} needs --timestep_sampling logit_normal"
     if not args.timestep_range[0] < args.timestep_range[1]:
         yield "--timestep_range: expected FIRST below END, got {} {}".format(*args.timestep_range)
     yield from _rate_conflicts(args)
@@ -110,6 +117,7 @@ def _fill_in(args):
         args.gradient_clip = 0.0 if args.gradient_release else 1.0
     args.dir_weights = [weight * args.repeats for _, weight in args.train_data_dir]
     args.train_data_dir = [path for path, _ in args.train_data_dir]
+    args.huber_c = 0.1 if args.loss and args.huber_c is None else args.huber_c
     args.noise_gamma = 5.0 if args.noise_gamma is None else args.noise_gamma
     args.min_lr_rate = 0.1 if args.min_lr_rate is None else args.min_lr_rate
     args.sample_cfgs = args.sample_cfgs or [1.0, 4.0, 7.0]

@@ -75,6 +75,11 @@ class Run:
     conditioning: Conditioning
     autocast: Callable
 
+    @property
+    def weighted(self) -> bool:
+        """Whether what is trained is another loss than the squared error, which is then logged beside it."""
+        return bool(self.args.use_snr) or bool(self.args.loss)
+
     def learning_rate(self, step: int) -> float:
         """Returns the learning rate of optimizer step `step`, from 1."""
         plan, args = self.plan, self.args
@@ -96,7 +101,8 @@ class Run:
         """Returns lines that describe the run at its start. `resumed`: Resumed."""
         args, ranks = self.args, self.world.ranks
         line = f"{self.plan.max_steps} steps of {args.batch_size} x {args.gradient_accum} x {ranks} = "
-        objective = self.objective + (f" with Min-SNR gamma {args.noise_gamma:g}" if args.use_snr else "")
+        weights = {False: "", True: f" with Min-SNR gamma {args.noise_gamma:g}", "debiased": " with debiased weights"}
+        objective = self.objective + weights[args.use_snr] + (", Huber loss" if args.loss else "")
         line += f"{self.plan.effective_batch} samples; {objective}; {args.precision} on {self.device}"
         if resumed.path:
             line += f"; resumes from {resumed.path}, after step {resumed.step}"
@@ -159,6 +165,11 @@ def open_run(args: Namespace, world: World, saved_settings: dict | None = None) 
     noise_scheduler = open_noise_scheduler(model_dir, args.objective, args.zero_terminal_snr)
     if args.use_snr == "auto":
         args.use_snr = (saved_settings or {}).get("use_snr", objective_of(noise_scheduler) != "flow")
+    if args.timestep_shift and objective_of(noise_scheduler) != "flow":
+        raise ValueError(
+            f"--timestep_shift {args.timestep_shift:g}: is for flow matching, but the objective is "
+            f"{objective_of(noise_scheduler)}; omit it, or pass --objective flow"
+        )
     if args.precision is None:
         args.precision = _default_precision(world.device, (saved_settings or {}).get("precision"))
     dtype = torch.bfloat16 if args.precision.startswith("bf16") else torch.float32
@@ -287,6 +298,9 @@ def open_pairs(run: Run) -> CachedPairs:
         flip_p=args.flip_p,
         continuous=run.objective == "flow",
         timestep_sampling=args.timestep_sampling,
+        logit_mean=args.logit_mean or 0.0,
+        logit_std=args.logit_std or 1.0,
+        timestep_shift=args.timestep_shift or 1.0,
         timestep_range=args.timestep_range,
         offset_noise=args.offset_noise,
         fixed=bool(args.overfit),

@@ -32,7 +32,7 @@ class Statistics:
         groups: numbers of the groups to log; the others cost nothing.
         output_dir: of the run; the free space of its disk is logged.
         gradient_clip: largest global gradient norm; 0: off.
-        weighted: whether the loss is weighted (Min-SNR); the weighted loss is then logged beside the plain one.
+        weighted: whether the loss is another than the plain squared error; it is then logged beside that one.
         flops_per_image: of machine.forward_flops, or None.
 
     Attributes:
