@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 try:
     from tqdm import tqdm
 
-    from cachetrain import cli
+    from cachetrain import cli, outputs
     from cachetrain.curation.captions import is_tags, read_all
     from cachetrain.curation.page import MAX_ITEMS, Item, Section, write_page
     from cachetrain.log import printable
@@ -34,7 +34,7 @@ def parse_args(argv=None):
         "--max_length", type=cli.positive_int, default=77, metavar="N", help="longer captions are too long"
     )
     parser.add_argument("--top", type=cli.count, default=20, metavar="N", help="length of each list")
-    parser.add_argument("--html", metavar="FILE", help="write a page, a section per finding")
+    parser.add_argument("--html", type=outputs.page, metavar="FILE", help="write a page, a section per finding")
     return parser.parse_args(argv)
 
 

@@ -16,7 +16,7 @@ import sys
 try:
     from tqdm import tqdm
 
-    from cachetrain import cli
+    from cachetrain import cli, outputs
     from cachetrain.curation.messages import print_failures
     from cachetrain.data.walk import find_images
     from cachetrain.log import printable
@@ -54,7 +54,9 @@ def parse_args(argv=None):
         help="most bits that differ",
     )
     parser.add_argument("--top", type=cli.count, default=20, metavar="N", help="length of each list")
-    parser.add_argument("--html", metavar="FILE", help="write a page of thumbnails, a section per finding")
+    parser.add_argument(
+        "--html", type=outputs.page, metavar="FILE", help="write a page of thumbnails, a section per finding"
+    )
     parser.add_argument("--move_to", metavar="DIR", help="move images with findings there, with their captions")
     parser.add_argument("--dry_run", action="store_true", help="move nothing, only say how many")
     return parser.parse_args(argv)

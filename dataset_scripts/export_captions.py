@@ -44,6 +44,8 @@ def main(argv=None):
     out = Path(os.path.abspath(args.out or root / "metadata.jsonl"))
     if out.parent not in (root, *root.parents):
         raise ValueError(f"--out {out}: must be in or above {root}, because its names are relative to its folder")
+    if out.suffix != ".jsonl":
+        raise ValueError(f"--out {out}: expected a file name that ends with .jsonl")
     if os.path.lexists(out) and not args.overwrite:
         raise ValueError(f"{out}: exists; pass --overwrite to replace it, or choose another --out")
     counts, failures = Counter(), []

@@ -28,7 +28,7 @@ try:
     from draw_shapes import COLORS, IMAGE_SIZE, PLACES, SHAPES, SIZES, Scene, parse_caption, shape_mask
     from PIL import Image
 
-    from cachetrain import cli
+    from cachetrain import cli, outputs
     from cachetrain.atomic import atomic_write
     from cachetrain.log import printable
     from cachetrain.reading import read_bytes, read_text
@@ -214,7 +214,7 @@ def parse_args(argv=None):
     parser = cli.parser(__doc__)
     parser.add_argument("folder", type=Path, help="directory of pictures, subdirectories included")
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="also write the scores of all pictures to this file"
+        "--json", type=outputs.scores, metavar="FILE", help="also write the scores of all pictures to this file"
     )
     percent = cli.Number(float, 0, 100)
     parser.add_argument(

@@ -123,11 +123,12 @@ def files(root):
 
 
 def test_tags_are_counted_per_folder_and_words_too(root, tmp_path, capsys):
-    for name, text in (("a", "fox, red, fox"), ("sub/b", "fox,Red"), ("c", "\x1b[2J")):
+    for name, text in (("a", "fox, red, fox"), ("sub/b", "fox,Red"), ("c", "\x1b[2J, =cmd|'/c calc'!A0, @_@, 1+1")):
         (root / f"{name}.txt").write_text(text)
     table = tmp_path / "tags.csv"
     assert run_script("dataset_scripts/count_tags.py", "--data_root", root, "--per_folder", "--csv", table) == 0
     rows = list(csv.reader(table.open()))
+    assert {tag for _, tag, _ in rows[1:]} >= {r"\x1b[2J", "'=cmd|'/c calc'!A0", "'@_@", "1+1"}  # nothing that acts
     assert [".", "fox", "2"] in rows and ["sub", "fox", "1"] in rows and ["sub", "Red", "1"] in rows
     assert run_script("dataset_scripts/count_tags.py", "--data_root", root, "--words", "--csv", table) == 0
     assert ["all folders", "red", "2"] in list(csv.reader(table.open()))

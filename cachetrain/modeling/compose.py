@@ -6,6 +6,7 @@ import json
 import shutil
 from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,7 +48,7 @@ class Target:
         fresh_unet: use only the UNet's config and initialize the weights from `seed`. A config with
             "_weights": "fresh", like that of models/tiny/unet, does not need this.
         seed: seed of all new weights.
-        overwrite: replace `out` if it exists.
+        overwrite: replace `out` if it is a pipeline directory.
     """
 
     out: str | Path
@@ -55,6 +56,17 @@ class Target:
     fresh_unet: bool = False
     seed: int = 0
     overwrite: bool = False
+
+    def staged(self) -> AbstractContextManager[Path]:
+        """The directory to compose in, of atomic.staged_directory.
+
+        Raises:
+            ValueError: `out` is a directory of something else, or exists and may not be replaced.
+        """
+        out = Path(self.out)
+        if self.overwrite and out.is_dir() and any(out.iterdir()) and not (out / "model_index.json").is_file():
+            raise ValueError(f"{out}: has no model_index.json, so it is not replaced; choose another --out")
+        return staged_directory(out, self.overwrite)
 
 
 @dataclass(frozen=True)
@@ -161,7 +173,7 @@ def compose_sd(unet: str | Path, vae: str | Path, clip: str | Path, target: Targ
     vae_module = load.load_vae(vae_dir)
     _check_architecture(encoder_dir, "clip")
     width = load.load_text_encoder(encoder_dir).config.hidden_size
-    with staged_directory(target.out, target.overwrite) as stage:
+    with target.staged() as stage:
         fresh = _starts_fresh(unet_dir, target)
         save_unet(unet_dir, vae_module, stage / "unet", width, fresh=fresh, seed=target.seed)
         copy_component(vae_dir, stage / "vae", "vae")
@@ -204,7 +216,7 @@ def compose_sdxl(unet: str | Path, vae: str | Path, clip_l: str | Path, clip_g: 
     unet_dir, vae_dir = load.component_dir(unet_root, "unet"), _resolve(vae, "vae")
     roots = _text_root(clip_l), load.resolve_model(clip_g, subfolders=("text_encoder_2", "tokenizer_2"))
     vae_module, fresh = load.load_vae(vae_dir), _starts_fresh(unet_dir, target)
-    with staged_directory(target.out, target.overwrite) as stage:
+    with target.staged() as stage:
         for name in ("text_encoder", "tokenizer"):
             second = f"{name}_2" if (roots[1] / f"{name}_2").is_dir() else name
             copy_component(load.component_dir(roots[0], name), stage / name, name)
@@ -272,7 +284,7 @@ def compose_t5(
             "--fit_captions, or pass --fresh_unet"
         )
     in_unet = has_projection or options.trained
-    with staged_directory(target.out, target.overwrite) as stage:
+    with target.staged() as stage:
         t5_width = read_config(encoder_dir).get("d_model") if has_projection else width
         save_unet(unet_dir, vae_module, stage / "unet", t5_width, pooled_width=pooled, fresh=fresh, seed=target.seed)
         copy_component(vae_dir, stage / "vae", "vae")
