@@ -19,7 +19,7 @@ try:
     from cachetrain import cli, outputs
     from cachetrain.curation.messages import print_failures
     from cachetrain.data.walk import find_images
-    from cachetrain.log import printable
+    from cachetrain.log import counted, printable
 except ImportError as error:
     print(f"{error}: run `pip install -e .`, or ./quickstart.sh and `source .venv/bin/activate`", file=sys.stderr)
     sys.exit(2)
@@ -89,7 +89,7 @@ def main(argv=None):
             failures.append(str(error))
     print_failures(failures)
     moved = f", {num_moved:,} moved{' (dry run)' if args.dry_run else ''}" if args.move_to else ""
-    print(f"{findings.num_images:,} images, {len(bad):,} with findings{moved}, {len(failures):,} failed")
+    print(f"{counted(findings.num_images, 'image')}, {len(bad):,} with findings{moved}, {len(failures):,} failed")
     return 1 if bad or failures else 0
 
 

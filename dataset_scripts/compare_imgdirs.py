@@ -370,7 +370,7 @@ def main(argv=None):
             first = min(scan_images(root), key=natural_key, default="no images")
             print(printable(f"  {root}: {first}"), file=sys.stderr)
         return 1
-    print(f"{len(rows)} common images, {len(missing)} missing somewhere")
+    print(f"{len(rows)} common image{'s' * (len(rows) != 1)}, {len(missing)} missing somewhere")
     try:
         if args.serve is not None:
             with make_server(roots, labels, args.serve) as server, contextlib.suppress(KeyboardInterrupt):

@@ -21,7 +21,7 @@ try:
     from cachetrain.curation.messages import print_failures
     from cachetrain.curation.page import Item, Section, write_page
     from cachetrain.curation.tags import count_tags
-    from cachetrain.log import printable
+    from cachetrain.log import counted, printable
 except ImportError as error:
     print(f"{error}: run `pip install -e .`, or ./quickstart.sh and `source .venv/bin/activate`", file=sys.stderr)
     sys.exit(2)
@@ -53,8 +53,8 @@ def main(argv=None):
         counts[folder].update(count_tags(text, separator))
         num_captions[folder] += 1
     for folder, tags in counts.items():
-        unit = "words" if args.words else "tags"
-        print(f"{printable(folder)}: {num_captions[folder]:,} captions, {tags.total():,} {unit}")
+        unit = "word" if args.words else "tag"
+        print(f"{printable(folder)}: {counted(num_captions[folder], 'caption')}, {counted(tags.total(), unit)}")
         for tag, count in tags.most_common(args.top):
             print(f"{count:9,}  {printable(tag)}")
     if args.csv:
@@ -67,7 +67,7 @@ def main(argv=None):
     if args.html:
         write_page(args.html, f"Tags of {args.data_root}", [section(*entry) for entry in counts.items()])
     print_failures(failures)
-    print(f"{num_captions.total():,} captions, {len(failures):,} failed")
+    print(f"{counted(num_captions.total(), 'caption')}, {len(failures):,} failed")
     return 1 if failures else 0
 
 

@@ -29,6 +29,7 @@ try:
 
     from cachetrain import cli
     from cachetrain.atomic import atomic_write
+    from cachetrain.log import counted
     from cachetrain.reading import read_bytes, read_json
 except ImportError as error:
     print(f"{error}: run `pip install -e .`, or ./quickstart.sh and `source .venv/bin/activate`", file=sys.stderr)
@@ -267,12 +268,12 @@ def main(argv=None):
     if args.prompts:
         check_prompts(args.prompts)
     num_drawn = draw_dataset(args.out, args.num_images, args.seed)
-    print(f"{args.out}: {num_drawn} images drawn, {args.num_images - num_drawn} existed already")
+    print(f"{args.out}: {counted(num_drawn, 'image')} drawn, {args.num_images - num_drawn} existed already")
     if args.prompts:
         args.prompts.parent.mkdir(parents=True, exist_ok=True)
         prompts = evaluation_prompts(args.num_prompts, args.seed)
         atomic_write(args.prompts, "".join(f"{prompt}\n" for prompt in prompts).encode())
-        print(f"{args.prompts}: {args.num_prompts} prompts")
+        print(f"{args.prompts}: {counted(args.num_prompts, 'prompt')}")
     return 0
 
 

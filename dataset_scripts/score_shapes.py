@@ -30,7 +30,7 @@ try:
 
     from cachetrain import cli, outputs
     from cachetrain.atomic import atomic_write
-    from cachetrain.log import printable
+    from cachetrain.log import counted, printable
     from cachetrain.reading import read_bytes, read_text
 except ImportError as error:
     print(f"{error}: run `pip install -e .`, or ./quickstart.sh and `source .venv/bin/activate`", file=sys.stderr)
@@ -240,7 +240,7 @@ def main(argv=None):
     judgements, left_out = judge_folder(args.folder)
     if left_out:
         print(
-            f"left out {len(left_out)} pictures that cannot be read or whose prompt is not a caption of "
+            f"left out {counted(len(left_out), 'picture')} that cannot be read or whose prompt is not a caption of "
             f"draw_shapes.py, such as {printable(left_out[0])}",
             file=sys.stderr,
         )

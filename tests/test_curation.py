@@ -50,7 +50,7 @@ def test_each_kind_of_list_gives_the_same_captions(root, name, capsys):
     assert run_script("dataset_scripts/import_captions.py", root) == 0
     assert (root / "a.txt").read_text() == ROWS[0]["text"] + "\n"
     assert (root / "sub" / "b.txt").read_text() == ROWS[1]["text"] + "\n"
-    assert capsys.readouterr().out == "1 lists, 2 rows, 2 written\n"
+    assert capsys.readouterr().out == "1 list, 2 rows, 2 written\n"
 
 
 def test_json_beside_each_image_gives_its_caption(root):
@@ -75,7 +75,7 @@ def test_every_row_is_accounted_for_and_nothing_existing_is_replaced(root, tmp_p
     assert after == before | {root / "sub" / "b.txt": b"b\n"}
     dry, real = capsys.readouterr().out.splitlines()
     counts = "1 kept, 1 written, 1 repeated, 1 same, 1 empty, 2 no such image, 1 outside of the folder, 3 not text"
-    assert real == f"1 lists, 12 rows, {counts}, 1 failed" and dry == f"{real} (dry run)"
+    assert real == f"1 list, 12 rows, {counts}, 1 failed" and dry == f"{real} (dry run)"
     assert run_script("dataset_scripts/import_captions.py", root, "--overwrite") == 1
     assert (root / "a.txt").read_text() == "new\n" and (root / "a.caption").read_text() == "mine"
 

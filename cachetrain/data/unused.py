@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 from cachetrain.data.captions import Pair, read_caption
 from cachetrain.data.sidecar import NULL_STEM, SUFFIXES
-from cachetrain.log import warn
+from cachetrain.log import counted, warn
 
 MULTIPLY = "multiply.txt"
 
@@ -81,7 +81,7 @@ class Unused:
         for kind, count in self._counts.most_common(_MAX_LISTED):
             parts.append(f"{count:,} {kind} ({self._first[kind]}{', ...' if count > 1 else ''})")
         rest = self._counts.total() - sum(count for _, count in self._counts.most_common(_MAX_LISTED))
-        parts += [f"{rest:,} others"] if rest else []
+        parts += [counted(rest, "other")] if rest else []
         hint = "; dataset_scripts/import_captions.py reads lists of captions" if self._counts.keys() & _LISTS else ""
         return f"found and not used: {', '.join(parts)}{hint}" if parts else ""
 
@@ -94,7 +94,8 @@ class Unused:
             except ValueError:
                 text = "no text"
             warn(
-                f"{self.num_file_names:,} of {self.num_pairs:,} captions are file names, as {text} of {pair.image}; "
+                f"file names serve as captions of {self.num_file_names:,} of {counted(self.num_pairs, 'image')}, as "
+                f"{text} of {pair.image}; "
                 "if that is not intended, write each caption to a .txt of the image's name"
             )
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from cachetrain.atomic import staged_directory
 from cachetrain.diffusion.noise_schedulers import make_scheduler
+from cachetrain.log import counted
 from cachetrain.modeling import load
 from cachetrain.modeling.files import component_files, has_weights, read_config
 from cachetrain.reading import read_text
@@ -382,8 +383,8 @@ def make_projection(model_dir: Path, width: int, seed: int, options: ProjectionO
         )
     if options.captions and len(hidden) <= width:
         raise ValueError(
-            f"{len(options.captions)} captions with {len(hidden)} tokens are too few to fit a projection to width "
-            f"{width}; use captions with more tokens than that, or omit --fit_captions"
+            f"{counted(len(options.captions), 'caption')} with {counted(len(hidden), 'token')}: too few to fit a "
+            f"projection to width {width}; use captions with more tokens than that, or omit --fit_captions"
         )
     projection = T5Projection(features, width)
     bias = torch.zeros(width)

@@ -130,7 +130,9 @@ def main(argv=None):
         keys = sorted(for_grid)[: args.grid_size]
         labels = [drawings[slot].prompt + ("" if len(cfgs) == 1 else f" (cfg {cfg:g})") for slot, cfg in keys]
         outputs.save_sheet(grid([for_grid[key] for key in keys], labels, columns=min(8, len(keys))), args.grid)
-    log.info(f"{len(drawings) * len(cfgs)} images in {out}" + (f"; grid: {args.grid}" if args.grid else ""))
+    log.info(
+        f"{log.counted(len(drawings) * len(cfgs), 'image')} in {out}" + (f"; grid: {args.grid}" if args.grid else "")
+    )
     return 0
 
 

@@ -19,6 +19,7 @@ from cachetrain.caching import arguments
 from cachetrain.caching.inspect import previews
 from cachetrain.caching.messages import say
 from cachetrain.data import many_files, walk
+from cachetrain.log import counted
 
 _SHEET_IMAGES = 36
 _SHEET_SIDE = 256
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         num_written = write_previews(args, decoded, names)
     failed = f", {fail.count} failed" if fail.count else ""
-    say(f"{num_written} of {len(found)} latents decoded{failed}: {args.sheet or args.out}")
+    say(f"{num_written} of {counted(len(found), 'latent')} decoded{failed}: {args.sheet or args.out}")
     return 1 if fail.count else 0
 
 
