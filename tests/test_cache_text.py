@@ -130,7 +130,7 @@ def test_embeddings_are_bfloat16_with_token_counts_in_the_header(clip_cache, t5_
     assert clip.shapes["emb"] == (77, 64) and t5.shapes["emb"][0] == int(t5.metadata["num_tokens"]) < 32
     assert 2 < int(clip.metadata["num_tokens"]) < 77
     assert t5.metadata["truncated"] == "0" and read_header(root / "d.txt_t5cache").metadata["truncated"] == "1"
-    assert capsys.readouterr().out.count("captions truncated") == 2
+    assert capsys.readouterr().out.count("1 caption truncated") == 2
 
 
 def test_photographs_through_both_text_scripts(clip_cache, t5_cache, root):
@@ -302,7 +302,7 @@ def test_run_tells_what_it_does_not_use_and_whose_images_are_gone(clip_cache, ro
     assert clip_cache() == 0
     output = capsys.readouterr()
     assert "found and not used: 1 *.jsonl (metadata.jsonl)" in output.out
-    gone = "1 *.txt_clipl have no image beside them and are still trained on"
+    gone = "no image beside 1 *.txt_clipl, which train all the same"
     assert f"{gone}; to delete them: cache/cache_status.py --data_root {root} --prune" in output.err
 
 
