@@ -81,25 +81,25 @@ make_caches() {
     local -A script=([t5]=create_t5cache_768.py [sd]=create_clipl.py [sdxl]=create_sdxl_text.py)
     encode "cache/${script[$FLAVOUR]}" --data_root "$DATA" --model "$MODEL" --batch_size 64 --cache_suffix "$TXTCACHE"
     [ -z "$OWN_DATA" ] || echo "the embedded tokenizers know few words: captions differ only in those they know"
-    [ -z "$OWN_DATA" ] || first_captions >"$WORK/sample_prompts_$RUN.txt"
+    [ -z "$OWN_DATA" ] || some_captions >"$WORK/sample_prompts_$RUN.txt"
 }
 
 encode() { # accepts exit code 1: some images or captions failed and were listed, all others are cached
     "$@" || [ $? = 1 ]
 }
 
-first_captions() { # prints the captions of the first cached images
+some_captions() { # prints the captions of four cached images
     python - "$DATA" "$IMGCACHE" <<'EOF'
 import sys
-from itertools import islice
 
 from cachetrain.data.captions import read_caption
 from cachetrain.data.sidecar import sidecar_path
 from cachetrain.data.walk import find_images
 
 pairs = find_images(sys.argv[1:2], lambda *_: None)
-cached = (pair for pair in pairs if sidecar_path(pair.image, sys.argv[2]).exists())
-print(*dict.fromkeys(" ".join(read_caption(pair).text.split()) for pair in islice(cached, 4)), sep="\n")
+cached = [pair for pair in pairs if sidecar_path(pair.image, sys.argv[2]).exists()]
+spread = cached[:: max(1, len(cached) // 4)][:4]
+print(*dict.fromkeys(" ".join(read_caption(pair).text.split()) for pair in spread), sep="\n")
 EOF
 }
 

@@ -385,7 +385,7 @@ def test_words_that_the_tokenizer_does_not_know_are_counted_and_above_a_tenth_wa
     command = ["cache/create_t5cache_768.py", "--data_root", tmp_path, "--model", t5_model]
     assert run_script(*command) == 0
     printed = capsys.readouterr()
-    line = "words that the tokenizer does not know, in 2 of 20 captions: '\\U0001f600' 2"
+    line = "words that the tokenizer does not know, in 2 of 20 captions: '\U0001f600' 2"
     assert line in printed.out and "does not know" not in printed.err and "empty" not in printed.out
     (tmp_path / "9.txt").write_text("\U0001f600\x1b[31m")
     assert run_script(*command) == 0

@@ -200,7 +200,14 @@ def test_what_is_not_used_is_counted_in_one_line(tmp_path):
     names = ["a.png", "a.txt", "b.png", "b.caption", "b.txt", "phone.heic", "phone.txt", "new.jxl", "LICENSE"]
     names += ["metadata.jsonl", "dog.png", "dog.png.txt", "10_cat/1.png", "10_cat/1.txt", "5_dog/1.png"]
     names += [unicodedata.normalize("NFC", "\u00e9.png"), unicodedata.normalize("NFD", "\u00e9.txt")]
-    ours = ["a.img_sdxl", "a.img_other", "_upscaled.img_sdxl.txt", "_null_caption.txt_clipl", "5_dog/multiply.txt"]
+    ours = [
+        "a.img_sdxl",
+        "a.img_other",
+        "a.txt_mine",
+        "_upscaled.img_sdxl.txt",
+        "_null_caption.txt_clipl",
+        "5_dog/multiply.txt",
+    ]
     for name in names + ours:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -214,7 +221,7 @@ def test_what_is_not_used_is_counted_in_one_line(tmp_path):
         "1 *.heic (phone.heic",
         "1 *.jsonl (metadata.jsonl",
         "1 *.jxl (new.jxl",
-        "1 folders whose number counts only in a multiply.txt or with --kohya_repeats (10_cat)",
+        "1 folder whose number counts only in a multiply.txt or with --kohya_repeats (10_cat)",
         "1 without extension (LICENSE",
         "3 captions without an image (dog.png.txt, ...",
     ]

@@ -39,7 +39,7 @@ class UnknownWords:
             line = f"empty: {empty:,} of {counted(total, 'caption')}, which trains like caption dropout"
             (warn if empty > _WARN_SHARE * total else info)(line)
         if unknown:
-            words = ", ".join(f"{word!a} {count:,}" for word, count in self.words.most_common(_MAX_LISTED))
+            words = ", ".join(f"{word!r} {count:,}" for word, count in self.words.most_common(_MAX_LISTED))
             line = f"words that the tokenizer does not know, in {unknown:,} of {counted(total, 'caption')}: {words}"
             (warn if unknown > _WARN_SHARE * total else info)(line)
 
