@@ -4,7 +4,8 @@
 #   ./quickstart.sh --sd             with CLIP instead of T5
 #   ./quickstart.sh --sdxl           with SDXL's UNet and two CLIP encoders
 #   ./quickstart.sh --data_root DIR  your own captioned images, at 64x64: caches, short training, samples, report
-# Writes everything to quickstart/. A second call skips finished stages; to repeat a stage, delete its output.
+# Writes everything to quickstart/, with a run for each DIR. A second call skips finished stages; to repeat a stage,
+# delete its output.
 set -euo pipefail
 
 FLAVOUR=t5
@@ -16,7 +17,7 @@ while [ $# -gt 0 ]; do
             OWN_DATA=$(CDPATH='' cd -- "${2:?--data_root needs a directory}" && pwd) || exit 2
             shift
             ;;
-        -h | --help) sed -n '2,7s/^# //p' "${BASH_SOURCE[0]}"; exit 0 ;;
+        -h | --help) sed -n '2,8s/^# //p' "${BASH_SOURCE[0]}"; exit 0 ;;
         *) echo "quickstart.sh: unknown option $1 (see --help)" >&2; exit 2 ;;
     esac
     shift
@@ -25,7 +26,11 @@ cd -P "$(dirname "${BASH_SOURCE[0]}")"
 export PYTHONSAFEPATH=1 # no file of the current directory takes the place of a Python package
 
 WORK=quickstart
-RUN=$FLAVOUR${OWN_DATA:+_own}
+RUN=$FLAVOUR
+if [ -n "$OWN_DATA" ]; then # each folder has a run of its own, named after it
+    name=${OWN_DATA##*/}
+    RUN+=_${name//[^[:alnum:]._-]/_}
+fi
 MODEL=$WORK/model_$FLAVOUR
 DATA=${OWN_DATA:-$WORK/shapes}
 OUTPUT=$WORK/output/$RUN
@@ -33,6 +38,16 @@ STEPS=3200
 [ "$FLAVOUR" = t5 ] || STEPS=2800
 VAL_SPLIT=0.02
 [ -z "$OWN_DATA" ] || { STEPS=600 && VAL_SPLIT=0; } # a small folder has no pairs to spare
+
+claim_run() { # refuses if the run was trained on another folder of the same name
+    local record=$WORK/data_root_$RUN.txt
+    if [ -e "$OUTPUT" ] && [ "$(cat "$record" 2>/dev/null)" != "$OWN_DATA" ]; then
+        printf 'quickstart.sh: %q is not of %q, but of another folder of this name; rename one, or delete %q\n' \
+            "$OUTPUT" "$OWN_DATA" "$OUTPUT" >&2
+        exit 2
+    fi
+    printf '%s\n' "$OWN_DATA" >"$record"
+}
 
 stage() { # stage TITLE COMMAND...: runs the command and prints how long it took
     local start=$SECONDS
@@ -66,25 +81,25 @@ make_caches() {
     local -A script=([t5]=create_t5cache_768.py [sd]=create_clipl.py [sdxl]=create_sdxl_text.py)
     encode "cache/${script[$FLAVOUR]}" --data_root "$DATA" --model "$MODEL" --batch_size 64 --cache_suffix "$TXTCACHE"
     [ -z "$OWN_DATA" ] || echo "the embedded tokenizers know few words: captions differ only in those they know"
-    [ -z "$OWN_DATA" ] || first_captions >"$WORK/sample_prompts_$RUN.txt"
+    [ -z "$OWN_DATA" ] || some_captions >"$WORK/sample_prompts_$RUN.txt"
 }
 
 encode() { # accepts exit code 1: some images or captions failed and were listed, all others are cached
     "$@" || [ $? = 1 ]
 }
 
-first_captions() { # prints the captions of the first cached images
+some_captions() { # prints the captions of four cached images
     python - "$DATA" "$IMGCACHE" <<'EOF'
 import sys
-from itertools import islice
 
 from cachetrain.data.captions import read_caption
 from cachetrain.data.sidecar import sidecar_path
 from cachetrain.data.walk import find_images
 
 pairs = find_images(sys.argv[1:2], lambda *_: None)
-cached = (pair for pair in pairs if sidecar_path(pair.image, sys.argv[2]).exists())
-print(*dict.fromkeys(" ".join(read_caption(pair).text.split()) for pair in islice(cached, 4)), sep="\n")
+cached = [pair for pair in pairs if sidecar_path(pair.image, sys.argv[2]).exists()]
+spread = cached[:: max(1, len(cached) // 4)][:4]
+print(*dict.fromkeys(" ".join(read_caption(pair).text.split()) for pair in spread), sep="\n")
 EOF
 }
 
@@ -115,6 +130,7 @@ draw_samples() {
 
 printf 'cachetrain quickstart: %s flavour, %s\n' "$FLAVOUR" "${OWN_DATA:-embedded shapes}"
 mkdir -p "$WORK"
+[ -z "$OWN_DATA" ] || claim_run
 stage "install (.venv)" .ci/make_venv
 # shellcheck disable=SC1091
 source .venv/bin/activate

@@ -79,7 +79,7 @@ def train(args, resumed, world, cleanup, warning_log) -> int:
     from cachetrain.checkpoints.save import Saving
     from cachetrain.data.loader import on_device
     from cachetrain.distributed import gradient_sync
-    from cachetrain.log import info
+    from cachetrain.log import counted, info
     from cachetrain.training import checks, flags, overfit
     from cachetrain.training import run as setup
     from cachetrain.training.logs.run_logs import Logs
@@ -185,7 +185,7 @@ def train(args, resumed, world, cleanup, warning_log) -> int:
                 break
     progress.close()
     saved = saving.finish()
-    in_time = f"{step - resumed.step} steps in {time.perf_counter() - started:.0f} s"
+    in_time = f"{counted(step - resumed.step, 'step')} in {time.perf_counter() - started:.0f} s"
     info(in_time + (f"; last checkpoint: {saved}" if saved else ""))
     if stop and step < max_steps:
         return report_stop(warning_log, (signals or [signal.SIGTERM])[0], step, max_steps)

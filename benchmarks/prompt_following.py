@@ -93,8 +93,7 @@ def score(args, flavour, objective, precision):
     sampling = ["--model", out / f"checkpoint-{args.steps:06d}", "--prompts", args.work / "prompts.txt"]
     sampling += ["--out", out / "drawn", "--cfgs", 3, "--batch_size", 60]
     script("sample.py", *sampling)
-    script("dataset_scripts/score_shapes.py", out / "drawn", "--json", out / "score.part")
-    (out / "score.part").rename(result)
+    script("dataset_scripts/score_shapes.py", out / "drawn", "--json", result)
     return json.loads(result.read_text())
 
 

@@ -288,7 +288,7 @@ def add_compose_arguments(parser):
         help="what the UNet learns to predict; the scheduler saved beside it fits",
     )
     parser.add_argument("--seed", type=seed, default=0, help="random seed of all new weights")
-    parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    parser.add_argument("--overwrite", action="store_true", help="replace --out if it is a pipeline directory")
 
 
 def add_t5_compose_arguments(parser):

@@ -43,6 +43,11 @@ def printable(text: object) -> str:
     return _UNPRINTABLE.sub(_escaped, str(text))
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 image`, `2 images`, `1,234 images`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def list_entry(name: str) -> bytes:
     """The bytes of a file name for a list with a line for each, like `printable`; those that are no text remain."""
     return b"".join(

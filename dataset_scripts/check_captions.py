@@ -13,10 +13,10 @@ from collections import Counter, defaultdict
 try:
     from tqdm import tqdm
 
-    from cachetrain import cli
+    from cachetrain import cli, outputs
     from cachetrain.curation.captions import is_tags, read_all
     from cachetrain.curation.page import MAX_ITEMS, Item, Section, write_page
-    from cachetrain.log import printable
+    from cachetrain.log import counted, printable
 except ImportError as error:
     print(f"{error}: run `pip install -e .`, or ./quickstart.sh and `source .venv/bin/activate`", file=sys.stderr)
     sys.exit(2)
@@ -34,14 +34,14 @@ def parse_args(argv=None):
         "--max_length", type=cli.positive_int, default=77, metavar="N", help="longer captions are too long"
     )
     parser.add_argument("--top", type=cli.count, default=20, metavar="N", help="length of each list")
-    parser.add_argument("--html", metavar="FILE", help="write a page, a section per finding")
+    parser.add_argument("--html", type=outputs.page, metavar="FILE", help="write a page, a section per finding")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
     length_of, unit = (
-        (token_counter(args.tokenizer), "tokens") if args.tokenizer else (lambda t: len(t.split()), "words")
+        (token_counter(args.tokenizer), "token") if args.tokenizer else (lambda t: len(t.split()), "word")
     )
     found, unreadable, lengths, first_of, styles = defaultdict(list), [], Counter(), {}, Counter()
     for pair, text in tqdm(read_all(args.data_root, unreadable), unit="caption", disable=None):
@@ -57,16 +57,19 @@ def main(argv=None):
             ("repeated", text and first != pair.image),
         ):
             if holds:
-                found[name].append((pair.image, text, f"{length:,} {unit}"))
+                found[name].append((pair.image, text, counted(length, unit)))
     found["not readable"] = [(line, "", "") for line in unreadable]
     total = lengths.total()
     if min(styles["tags"], styles["sentences"]) > MIXED_SHARE * total:
-        found["mixed styles"] = [(f"{count:,} captions are {style}", "", "") for style, count in styles.items()]
+        found["mixed styles"] = [
+            (f"{counted(count, 'caption')} as {style}", "", "") for style, count in styles.items()
+        ]
     found = {name: entries for name, entries in found.items() if entries}
     print_table(found, lengths, unit, args)
     if args.html:
         write_page(args.html, f"Captions of {args.data_root}", sections(found, lengths, unit, args.data_root))
-    print(f"{total:,} captions read, {sum(map(len, found.values())):,} findings of {len(found)} kinds")
+    num_findings = counted(sum(map(len, found.values())), "finding")
+    print(f"{counted(total, 'caption')} read, {num_findings} of {counted(len(found), 'kind')}")
     return 1 if found else 0
 
 
@@ -91,13 +94,13 @@ def histogram(lengths):
     return [(bin * width, bin * width + width - 1, counts[bin]) for bin in range(max(counts, default=0) + 1)]
 
 
-def interval(first, last):
-    return f"{first:,}" if first == last else f"{first:,} to {last:,}"
+def interval(first, last, unit):
+    return counted(first, unit) if first == last else f"{first:,} to {counted(last, unit)}"
 
 
 def print_table(found, lengths, unit, args):
     for first, last, count in histogram(lengths):
-        print(f"{interval(first, last)} {unit}: {count:,}")
+        print(f"{interval(first, last, unit)}: {count:,}")
     for name, entries in found.items():
         print(f"{name}: {len(entries):,}")
         for path, text, length in entries[: args.top]:
@@ -109,8 +112,8 @@ def print_table(found, lengths, unit, args):
 def sections(found, lengths, unit, root):
     bins = histogram(lengths)
     most = max((count for *_, count in bins), default=0) or 1
-    bars = [Item(interval(*ends), value=f"{count:,}", share=count / most or None) for *ends, count in bins]
-    parts = [Section("Lengths", f"Captions by their number of {unit}", bars)]
+    bars = [Item(interval(*ends, unit), value=f"{count:,}", share=count / most or None) for *ends, count in bins]
+    parts = [Section("Lengths", f"Captions by their number of {unit}s", bars)]
     for name, entries in found.items():
         items = [
             Item(os.path.relpath(path, root) if text or length else path, (text,), length)

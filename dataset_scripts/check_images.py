@@ -16,10 +16,10 @@ import sys
 try:
     from tqdm import tqdm
 
-    from cachetrain import cli
+    from cachetrain import cli, outputs
     from cachetrain.curation.messages import print_failures
     from cachetrain.data.walk import find_images
-    from cachetrain.log import printable
+    from cachetrain.log import counted, printable
 except ImportError as error:
     print(f"{error}: run `pip install -e .`, or ./quickstart.sh and `source .venv/bin/activate`", file=sys.stderr)
     sys.exit(2)
@@ -54,7 +54,9 @@ def parse_args(argv=None):
         help="most bits that differ",
     )
     parser.add_argument("--top", type=cli.count, default=20, metavar="N", help="length of each list")
-    parser.add_argument("--html", metavar="FILE", help="write a page of thumbnails, a section per finding")
+    parser.add_argument(
+        "--html", type=outputs.page, metavar="FILE", help="write a page of thumbnails, a section per finding"
+    )
     parser.add_argument("--move_to", metavar="DIR", help="move images with findings there, with their captions")
     parser.add_argument("--dry_run", action="store_true", help="move nothing, only say how many")
     return parser.parse_args(argv)
@@ -87,7 +89,7 @@ def main(argv=None):
             failures.append(str(error))
     print_failures(failures)
     moved = f", {num_moved:,} moved{' (dry run)' if args.dry_run else ''}" if args.move_to else ""
-    print(f"{findings.num_images:,} images, {len(bad):,} with findings{moved}, {len(failures):,} failed")
+    print(f"{counted(findings.num_images, 'image')}, {len(bad):,} with findings{moved}, {len(failures):,} failed")
     return 1 if bad or failures else 0
 
 

@@ -14,7 +14,7 @@ from collections import Counter
 try:
     from tqdm import tqdm
 
-    from cachetrain import cli
+    from cachetrain import cli, outputs
     from cachetrain.curation.captions import read_all
     from cachetrain.curation.messages import print_failures
     from cachetrain.curation.page import MAX_ITEMS, Item, Section, write_page
@@ -29,7 +29,7 @@ def parse_args(argv=None):
     parser = cli.parser(__doc__)
     parser.add_argument("first", metavar="DIR", help="folder of images and captions")
     parser.add_argument("second", metavar="OTHER", help="folder of the other captions, with or without images")
-    parser.add_argument("--out", default="captions.html", metavar="FILE", help="page to write")
+    parser.add_argument("--out", type=outputs.page, default="captions.html", metavar="FILE", help="page to write")
     return parser.parse_args(argv)
 
 

@@ -42,10 +42,20 @@ LARGE_PAGE_BYTES = 100 * 2**20
 MAX_PAGE_BYTES = 350 * 2**20  # in base64, just below Chromium's longest string (512 Mi characters)
 LOOPBACK = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:[0-9]+)?")
 MAX_SHEET_PIXELS = 100_000_000
+# What begins the files that this script writes; see cachetrain/outputs.py, which the script must not need.
+PAGE_MARK, SHEET_MARK, MARK_BYTES = '<meta name="generator" content="cachetrain">', "cachetrain sheet", 2**16
+SOFTWARE = 0x0131  # EXIF tag for the mark of a sheet
+# What cachetrain.log.printable escapes.
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises on bad files
 PAPER, INK, MUTED, EMPTY = "#ffffff", "#1d1c1a", "#79746c", "#f0eeea"
 
 Row = tuple[str, list[int]]  # relative path of an image, and the indices of the directories that have this image
+
+
+def printable(text: object) -> str:
+    """The text in one line that changes nothing else on a terminal, as cachetrain.log.printable."""
+    return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
 
 
 def natural_key(path: str) -> tuple:
@@ -216,7 +226,7 @@ def thumbnail(path: Path, cell: int) -> Image.Image | str:
                 image = ImageOps.exif_transpose(image)
             image = image.convert("RGBA")
     except UNREADABLE as error:
-        print(f"warning: {str(path)!r}: {error}", file=sys.stderr)
+        print(printable(f"warning: {path}: {error}"), file=sys.stderr)
         return "unreadable"
     image = Image.alpha_composite(Image.new("RGBA", image.size, EMPTY), image).convert("RGB")
     if max(image.size) > cell:
@@ -280,14 +290,37 @@ def write_page(path: Path, roots: Sequence[Path], labels: list[str], rows: list[
         raise ValueError(f"{total / 2**20:.0f} MiB of images are too much for one page; use --serve")
     if total > LARGE_PAGE_BYTES:
         print(f"warning: a page with {total / 2**20:.0f} MiB of images is slow; better use --serve", file=sys.stderr)
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path}: is not a regular file, and is not replaced; choose another name")
     with path.open("w", encoding="utf-8") as file:
         file.writelines(page_chunks(roots, labels, rows, missing, embedded_side))
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, whatever characters the names in it have."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {printable(message)}\n")
+
+
+def output_problem(path: Path, suffix: str, mark: str) -> str | None:
+    """What is wrong with a file to write: another suffix, or something other than an earlier page or sheet."""
+    if path.suffix.lower() != suffix:
+        return f"{path}: expected a file name that ends with {suffix}"
+    try:
+        if not path.exists():
+            return None
+        if not path.is_file():
+            return f"{path}: is not a regular file, and is not replaced; choose another name"
+        with path.open("rb") as file:
+            start = file.read(MARK_BYTES)
+    except OSError as error:
+        return f"{path}: {error.strerror}; choose another name"
+    if start and mark.encode() not in start:
+        return f"{path} exists, and is not of this script; choose another name, or delete it"
+    return None
+
+
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directories", nargs="+", metavar="DIR", help="two or more directories of images")
     output = parser.add_mutually_exclusive_group()
     output.add_argument(
@@ -313,6 +346,9 @@ def parse_args(argv=None):
             parser.error(f"{directory} is not a directory")
     if len(args.directories) < 2:
         parser.error(f"expected two or more directories, got only {args.directories[0]}")
+    target = (args.png, ".png", SHEET_MARK) if args.png else (args.out, ".html", PAGE_MARK)
+    if args.serve is None and (problem := output_problem(*target)):
+        parser.error(problem)
     return args
 
 
@@ -332,22 +368,24 @@ def main(argv=None):
         print("error: no image has the same relative path in two of these directories:", file=sys.stderr)
         for root in roots:
             first = min(scan_images(root), key=natural_key, default="no images")
-            print(f"  {str(root)!r}: {first!r}", file=sys.stderr)
+            print(printable(f"  {root}: {first}"), file=sys.stderr)
         return 1
-    print(f"{len(rows)} common images, {len(missing)} missing somewhere")
+    print(f"{len(rows)} common image{'s' * (len(rows) != 1)}, {len(missing)} missing somewhere")
     try:
         if args.serve is not None:
             with make_server(roots, labels, args.serve) as server, contextlib.suppress(KeyboardInterrupt):
                 print(f"http://127.0.0.1:{server.server_port}/ (stop with Ctrl-C)", flush=True)
                 server.serve_forever()
         elif args.png:
-            contact_sheet(roots, labels, rows).save(args.png, "PNG")
-            print(f"wrote {args.png}")
+            exif = Image.Exif()
+            exif[SOFTWARE] = SHEET_MARK
+            contact_sheet(roots, labels, rows).save(args.png, "PNG", exif=exif)
+            print(printable(f"wrote {args.png}"))
         else:
             write_page(args.out, roots, labels, rows, missing)
-            print(f"wrote {args.out}")
+            print(printable(f"wrote {args.out}"))
     except (OSError, OverflowError, ValueError) as error:  # OverflowError: a port above 65535
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 1
     return 0
 

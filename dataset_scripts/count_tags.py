@@ -15,13 +15,13 @@ from collections import Counter, defaultdict
 try:
     from tqdm import tqdm
 
-    from cachetrain import cli
+    from cachetrain import cli, outputs
     from cachetrain.atomic import atomic_write
     from cachetrain.curation.captions import read_all
     from cachetrain.curation.messages import print_failures
     from cachetrain.curation.page import Item, Section, write_page
     from cachetrain.curation.tags import count_tags
-    from cachetrain.log import printable
+    from cachetrain.log import counted, printable
 except ImportError as error:
     print(f"{error}: run `pip install -e .`, or ./quickstart.sh and `source .venv/bin/activate`", file=sys.stderr)
     sys.exit(2)
@@ -34,8 +34,13 @@ def parse_args(argv=None):
     parser.add_argument("--words", action="store_true", help="count words instead of tags, in lower case")
     parser.add_argument("--per_folder", action="store_true", help="count each folder for itself")
     parser.add_argument("--top", type=cli.positive_int, default=50, metavar="N", help="length of the table")
-    parser.add_argument("--csv", metavar="FILE", help="write all counts to this file")
-    parser.add_argument("--html", metavar="FILE", help="write a page with bars")
+    parser.add_argument(
+        "--csv",
+        type=outputs.counts,
+        metavar="FILE",
+        help="write all counts as a table, with a ' before tags that a spreadsheet would take for formulas",
+    )
+    parser.add_argument("--html", type=outputs.page, metavar="FILE", help="write a page with bars")
     return parser.parse_args(argv)
 
 
@@ -48,21 +53,27 @@ def main(argv=None):
         counts[folder].update(count_tags(text, separator))
         num_captions[folder] += 1
     for folder, tags in counts.items():
-        unit = "words" if args.words else "tags"
-        print(f"{printable(folder)}: {num_captions[folder]:,} captions, {tags.total():,} {unit}")
+        unit = "word" if args.words else "tag"
+        print(f"{printable(folder)}: {counted(num_captions[folder], 'caption')}, {counted(tags.total(), unit)}")
         for tag, count in tags.most_common(args.top):
             print(f"{count:9,}  {printable(tag)}")
     if args.csv:
         table = io.StringIO()
         writer = csv.writer(table)
         writer.writerow(["folder", "tag", "count"])
-        writer.writerows([folder, *row] for folder, tags in counts.items() for row in tags.most_common())
-        atomic_write(args.csv, table.getvalue().encode("utf-8", "backslashreplace"))
+        for folder, tags in counts.items():
+            writer.writerows([cell(folder), cell(tag), count] for tag, count in tags.most_common())
+        atomic_write(args.csv, table.getvalue().encode())
     if args.html:
         write_page(args.html, f"Tags of {args.data_root}", [section(*entry) for entry in counts.items()])
     print_failures(failures)
-    print(f"{num_captions.total():,} captions, {len(failures):,} failed")
+    print(f"{counted(num_captions.total(), 'caption')}, {len(failures):,} failed")
     return 1 if failures else 0
+
+
+def cell(text):
+    """A text for spreadsheets: a line of printable characters, and never a formula, which could run a program."""
+    return printable(f"'{text}" if text.startswith(("=", "+", "-", "@")) else text)
 
 
 def section(folder, tags):

@@ -29,7 +29,8 @@ try:
 
     from cachetrain import cli
     from cachetrain.atomic import atomic_write
-    from cachetrain.reading import read_json
+    from cachetrain.log import counted
+    from cachetrain.reading import read_bytes, read_json
 except ImportError as error:
     print(f"{error}: run `pip install -e .`, or ./quickstart.sh and `source .venv/bin/activate`", file=sys.stderr)
     sys.exit(2)
@@ -203,15 +204,28 @@ def check_settings(out: Path, settings: dict) -> None:
     """Writes the settings to `out`/shapes.json, or compares them with the ones already there.
 
     Raises:
-        ValueError: `out` contains a data set drawn with other settings.
+        ValueError: `out` contains a data set drawn with other settings, or other numbered files.
     """
     path = out / "shapes.json"
+    if not path.exists() and (other := next(out.glob("[0-9][0-9][0-9][0-9][0-9]*.*"), None)):
+        raise ValueError(f"{other}: was not drawn by this script, and could be replaced; choose another --out")
     if path.exists() and (found := read_json(path)) != settings:
         raise ValueError(
             f"{path}: the images here were drawn with {found}, not {settings}; choose another --out, or delete the "
             "directory"
         )
     path.write_text(json.dumps(settings) + "\n")
+
+
+def check_prompts(path: Path) -> None:
+    """Checks that a list of prompts replaces nothing but an earlier one.
+
+    Raises:
+        ValueError: it would.
+    """
+    captions = {scene.caption.encode() for scene in TRAINED_SCENES + HELD_OUT_SCENES}
+    if path.exists() and not captions.issuperset(read_bytes(path).splitlines()):
+        raise ValueError(f"--prompts {path}: exists, and is no list of such prompts; choose another name")
 
 
 def draw_dataset(out: Path, num_images: int, seed: int) -> int:
@@ -251,13 +265,15 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.prompts:
+        check_prompts(args.prompts)
     num_drawn = draw_dataset(args.out, args.num_images, args.seed)
-    print(f"{args.out}: {num_drawn} images drawn, {args.num_images - num_drawn} existed already")
+    print(f"{args.out}: {counted(num_drawn, 'image')} drawn, {args.num_images - num_drawn} existed already")
     if args.prompts:
         args.prompts.parent.mkdir(parents=True, exist_ok=True)
         prompts = evaluation_prompts(args.num_prompts, args.seed)
         atomic_write(args.prompts, "".join(f"{prompt}\n" for prompt in prompts).encode())
-        print(f"{args.prompts}: {args.num_prompts} prompts")
+        print(f"{args.prompts}: {counted(args.num_prompts, 'prompt')}")
     return 0
 
 

@@ -21,7 +21,7 @@ try:
     from cachetrain.curation.messages import print_failures
     from cachetrain.data.captions import read_caption
     from cachetrain.data.walk import find_images
-    from cachetrain.log import describe
+    from cachetrain.log import counted, describe
 except ImportError as error:
     print(f"{error}: run `pip install -e .`, or ./quickstart.sh and `source .venv/bin/activate`", file=sys.stderr)
     sys.exit(2)
@@ -44,6 +44,8 @@ def main(argv=None):
     out = Path(os.path.abspath(args.out or root / "metadata.jsonl"))
     if out.parent not in (root, *root.parents):
         raise ValueError(f"--out {out}: must be in or above {root}, because its names are relative to its folder")
+    if out.suffix != ".jsonl":
+        raise ValueError(f"--out {out}: expected a file name that ends with .jsonl")
     if os.path.lexists(out) and not args.overwrite:
         raise ValueError(f"{out}: exists; pass --overwrite to replace it, or choose another --out")
     counts, failures = Counter(), []
@@ -70,7 +72,7 @@ def main(argv=None):
             raise ValueError(f"{root}: holds no image with a caption that can be read; no list is written")
     print_failures(failures)
     notes = ", ".join(f"{counts[key]:,} {key}" for key in ("empty", "from file names", "failed") if counts[key])
-    print(f"{out}: {counts['captions']:,} captions{f' ({notes})' if notes else ''}")
+    print(f"{out}: {counted(counts['captions'], 'caption')}{f' ({notes})' if notes else ''}")
     return 1 if counts["failed"] else 0
 
 

@@ -22,7 +22,7 @@ try:
     from cachetrain.curation.lists import find_lists, read_rows
     from cachetrain.curation.messages import print_failures
     from cachetrain.curation.twins import LOST, Importer
-    from cachetrain.log import describe
+    from cachetrain.log import counted, describe
 except ImportError as error:
     print(f"{error}: run `pip install -e .`, or ./quickstart.sh and `source .venv/bin/activate`", file=sys.stderr)
     sys.exit(2)
@@ -63,7 +63,9 @@ def main(argv=None):
     print_failures(failures)
     counts = sum((importer.counts for importer in importers.values()), Counter())
     parts = "".join(f", {count:,} {outcome}" for outcome, count in counts.items())
-    print(f"{num_lists:,} lists, {counts.total():,} rows{parts}{' (dry run)' if args.dry_run else ''}")
+    print(
+        f"{counted(num_lists, 'list')}, {counted(counts.total(), 'row')}{parts}{' (dry run)' if args.dry_run else ''}"
+    )
     return 1 if failures else 0
 
 

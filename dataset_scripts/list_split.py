@@ -11,7 +11,7 @@ import sys
 try:
     from cachetrain import cli
     from cachetrain.data.sidecar import SUFFIXES
-    from cachetrain.log import printable
+    from cachetrain.log import counted, printable
 except ImportError as error:
     print(f"{error}: run `pip install -e .`, or ./quickstart.sh and `source .venv/bin/activate`", file=sys.stderr)
     sys.exit(2)
@@ -41,7 +41,10 @@ def main(argv=None):
     training, validation = split_index(index, args.val_split)
     for i in range(len(validation)):
         print(printable(validation.stem(i)))
-    print(f"{len(validation):,} of {len(index):,} pairs held out, {len(training):,} trained on", file=sys.stderr)
+    print(
+        f"{len(validation):,} of {counted(len(index), 'pair')} held out, {len(training):,} trained on",
+        file=sys.stderr,
+    )
     return 0
 
 

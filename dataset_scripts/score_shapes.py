@@ -28,9 +28,9 @@ try:
     from draw_shapes import COLORS, IMAGE_SIZE, PLACES, SHAPES, SIZES, Scene, parse_caption, shape_mask
     from PIL import Image
 
-    from cachetrain import cli
+    from cachetrain import cli, outputs
     from cachetrain.atomic import atomic_write
-    from cachetrain.log import printable
+    from cachetrain.log import counted, printable
     from cachetrain.reading import read_bytes, read_text
 except ImportError as error:
     print(f"{error}: run `pip install -e .`, or ./quickstart.sh and `source .venv/bin/activate`", file=sys.stderr)
@@ -214,7 +214,7 @@ def parse_args(argv=None):
     parser = cli.parser(__doc__)
     parser.add_argument("folder", type=Path, help="directory of pictures, subdirectories included")
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="also write the scores of all pictures to this file"
+        "--json", type=outputs.scores, metavar="FILE", help="also write the scores of all pictures to this file"
     )
     percent = cli.Number(float, 0, 100)
     parser.add_argument(
@@ -240,7 +240,7 @@ def main(argv=None):
     judgements, left_out = judge_folder(args.folder)
     if left_out:
         print(
-            f"left out {len(left_out)} pictures that cannot be read or whose prompt is not a caption of "
+            f"left out {counted(len(left_out), 'picture')} that cannot be read or whose prompt is not a caption of "
             f"draw_shapes.py, such as {printable(left_out[0])}",
             file=sys.stderr,
         )

@@ -8,10 +8,9 @@ read from it what the keys cannot express. Further notes for users of the file a
 """
 
 import sys
-from pathlib import Path
 
 try:
-    from cachetrain import cli
+    from cachetrain import cli, outputs
     from cachetrain.log import info
 except ImportError as error:
     print(f"{error}: run `pip install -e .`, or ./quickstart.sh and `source .venv/bin/activate`", file=sys.stderr)
@@ -24,8 +23,9 @@ def parse_args(argv=None):
     parser.add_argument(
         "--out",
         required=True,
+        type=outputs.single_file,
         metavar="FILE",
-        help=".safetensors file to write; replaced with its .yaml if it exists",
+        help=".safetensors file to write; an earlier one is replaced, with its .yaml",
     )
     parser.add_argument(
         "--dtype", choices=("fp32", "bf16", "fp16"), help="dtype of all weights in the file; default: as stored"
@@ -42,9 +42,8 @@ def main(argv=None):
     from cachetrain.checkpoints.export import export_single_file
     from cachetrain.modeling import load
 
-    out = Path(args.out)
-    if (config := out.with_suffix(".yaml")).exists() and not out.exists():
-        raise ValueError(f"{config}: exists, and is not of an earlier {out.name}; choose another --out")
+    if (config := args.out.with_suffix(".yaml")).exists() and not args.out.exists():
+        raise ValueError(f"{config}: exists, and is not of an earlier {args.out.name}; choose another --out")
     dtype = args.dtype and load.pick_dtype(args.dtype, "cpu")
     notes = export_single_file(load.resolve_model(args.model), args.out, dtype, args.raw_weights)
     info("\n".join([f"wrote {args.out}", *(f"note: {note}" for note in notes)]))

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 try:
     from cachetrain import cli
+    from cachetrain.reading import read_json
 except ImportError as error:
     print(f"{error}: run `pip install -e .`, or ./quickstart.sh and `source .venv/bin/activate`", file=sys.stderr)
     sys.exit(2)
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     import torch
     from diffusers import AutoencoderKL
 
+WIDTHS = (16, 32, 64, 64)  # block_out_channels
 NUM_VALIDATION = 128
 KL_WEIGHT = 5e-4  # weight of the mean KL per latent element, relative to the mean squared error of pixels in [-1, 1]
 
@@ -47,7 +49,7 @@ def new_vae() -> AutoencoderKL:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
-        block_out_channels=(16, 32, 64, 64),
+        block_out_channels=WIDTHS,
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=1,
@@ -163,6 +165,9 @@ def parse_args(argv=None):
     )
     parser.add_argument("--seed", type=cli.seed, default=0, help="random seed of weights and data order")
     args = parser.parse_args(argv)
+    config = args.out / "config.json"
+    if config.exists() and read_json(config).get("block_out_channels") != list(WIDTHS):
+        parser.error(f"--out {args.out}: has a model that is not of this script; choose another directory")
     if len(list(args.data_root.glob("*.png"))) <= NUM_VALIDATION:
         parser.error(
             f"--data_root {args.data_root}: expected more than {NUM_VALIDATION} PNGs; "

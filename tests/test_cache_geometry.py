@@ -135,7 +135,7 @@ def test_upscaled_images_are_listed_in_a_file_until_they_are_replaced(cache, roo
     for _ in range(2):  # made, then found fresh
         assert cache("--bucket") == 0
         assert listing.read_text() == f"{root / 'small.png'}\t64x64 -> 192x192\n"
-        assert "1 images upscaled" in (output := capsys.readouterr().out) and str(listing) in output
+        assert "1 image upscaled" in (output := capsys.readouterr().out) and str(listing) in output
     save_pictures(root, ["small.png"], size=(192, 192))
     assert cache("--bucket") == 0
     assert not listing.exists() and "upscaled" not in capsys.readouterr().out

@@ -318,7 +318,7 @@ def test_buckets_and_upscaled_images_are_counted(status, tmp_path, models):
     assert len(aspects) == 3 and aspects["256x256"] == 3
     assert {size: int(images) for size, images, *_ in rows[:-1]} == aspects
     assert rows[0][2:] == ["50.0%", "0.0%"] and rows[-1][:3] == ["all", "6", "100.0%"]
-    assert "  1 images upscaled\n" in output
+    assert "  1 image upscaled\n" in output
 
 
 def test_token_lengths_are_those_of_the_embeddings(status, root):
@@ -328,7 +328,7 @@ def test_token_lengths_are_those_of_the_embeddings(status, root):
     lengths = sorted(read_header(path).shapes["emb"][0] for path in paths)
     assert lengths[-1] == 256
     median = np.quantile(lengths, 0.5, method="inverted_cdf")
-    assert f"{lengths[0]} to 256 tokens, median {median}; 1 captions truncated" in section
+    assert f"{lengths[0]} to 256 tokens, median {median}; 1 caption truncated" in section
     bins = [(int(a), int(b), int(n)) for a, b, n in re.findall(r"^ +(\d+)-(\d+) +(\d+)", section, re.MULTILINE)]
     assert bins[0][0] == lengths[0] and len(bins) <= 6
     assert [n for *_, n in bins] == [sum(a <= length <= b for length in lengths) for a, b, _ in bins]

@@ -130,7 +130,8 @@ def test_embeddings_are_bfloat16_with_token_counts_in_the_header(clip_cache, t5_
     assert clip.shapes["emb"] == (77, 64) and t5.shapes["emb"][0] == int(t5.metadata["num_tokens"]) < 32
     assert 2 < int(clip.metadata["num_tokens"]) < 77
     assert t5.metadata["truncated"] == "0" and read_header(root / "d.txt_t5cache").metadata["truncated"] == "1"
-    assert capsys.readouterr().out.count("captions truncated") == 2
+    out = capsys.readouterr().out
+    assert "1 caption truncated" in out and "2 captions truncated" in out
 
 
 def test_photographs_through_both_text_scripts(clip_cache, t5_cache, root):
@@ -302,7 +303,7 @@ def test_run_tells_what_it_does_not_use_and_whose_images_are_gone(clip_cache, ro
     assert clip_cache() == 0
     output = capsys.readouterr()
     assert "found and not used: 1 *.jsonl (metadata.jsonl)" in output.out
-    gone = "1 *.txt_clipl have no image beside them and are still trained on"
+    gone = "no image beside 1 *.txt_clipl, which train all the same"
     assert f"{gone}; to delete them: cache/cache_status.py --data_root {root} --prune" in output.err
 
 
@@ -384,11 +385,14 @@ def test_words_that_the_tokenizer_does_not_know_are_counted_and_above_a_tenth_wa
     command = ["cache/create_t5cache_768.py", "--data_root", tmp_path, "--model", t5_model]
     assert run_script(*command) == 0
     printed = capsys.readouterr()
-    line = "2 of 20 captions hold words that the tokenizer does not know: '\\U0001f600' 2"
+    line = "words that the tokenizer does not know, in 2 of 20 captions: '\U0001f600' 2"
     assert line in printed.out and "does not know" not in printed.err and "empty" not in printed.out
     (tmp_path / "9.txt").write_text("\U0001f600\x1b[31m")
     assert run_script(*command) == 0
-    assert "warning: 1 of 1 captions hold words" in (err := capsys.readouterr().err) and "\x1b" not in err
+    assert (
+        "warning: words that the tokenizer does not know, in 1 of 1 caption: " in (err := capsys.readouterr().err)
+        and "\x1b" not in err
+    )
     (tmp_path / "9.txt").write_text(" \n")
     assert run_script(*command) == 0
-    assert "warning: 1 of 1 captions are empty" in capsys.readouterr().err
+    assert "warning: empty: 1 of 1 caption, " in capsys.readouterr().err

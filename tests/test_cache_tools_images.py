@@ -296,7 +296,7 @@ def test_sidecars_that_cannot_be_decoded_are_named_and_the_rest_is_done(root, tm
         assert re.search(reason, line) and line.count(f"{name}.img_sdxl") == 1
     assert run_script("cache/show_vae_latent.py", *VAE, root / "00000.img_sdxl", "--sheet", tmp_path / "x.png") == 1
     assert run_script("cache/validate_img_cache.py", *VAE, "--data_root", root) == 1
-    assert "1 images of 6 cached, 0 stale, 5 failed" in capsys.readouterr().out
+    assert "1 image of 6 cached, 0 stale, 5 failed" in capsys.readouterr().out
 
 
 def test_missing_latent_flip_names_the_command_that_makes_it(root, tmp_path, capsys):
@@ -514,7 +514,7 @@ def test_validate_vae_names_what_is_no_image_and_does_the_rest(tmp_path, capsys)
     argv = [tmp_path / "absent.png", tmp_path, "--resolution", 64, "--batch_size", 1]
     assert run_script("cache/validate_vae.py", *VAE, *argv) == 1
     output = capsys.readouterr()
-    assert "over 1 images" in output.out and len(output.err.splitlines()) == 2
+    assert "over 1 image" in output.out and len(output.err.splitlines()) == 2
     assert "absent.png: No such file" in output.err
     assert "text.jpg: not an image in one of the formats JPEG, PNG" in output.err
 

@@ -163,7 +163,7 @@ def test_vae_scaling_names_what_it_leaves_out_and_measures_the_rest(tmp_path, ca
     out, err = capsys.readouterr()
     assert [re.search(r"00\d\.img_sdxl", line)[0][:3] for line in err.splitlines()] == ["003", "004", "005", "006"]
     assert "1 of " in err.splitlines()[0] and "not finite" in err.splitlines()[0]
-    assert "4 sidecars were left out" in out
+    assert "left out, named above: 4 sidecars" in out
     values = np.concatenate([stored[i].reshape(-1) for i in (0, 1, 2, *range(7, 12))])
     factor, error = measured(out, "scaling_factor  1/std")
     assert factor == pytest.approx(1 / values.std(), abs=error / 10)
@@ -311,10 +311,10 @@ def test_compare_files_shows_the_header_fields_that_differ(tmp_path, capsys):
             {"x": [1.0, float("nan")]},
             {"x": [1.0, float("nan")]},
             1,
-            "cosine n/a, relative L2 n/a, 1 values not finite",
+            "cosine n/a, relative L2 n/a, 1 value not finite",
         ),
-        ({"x": [1.0, float("inf")]}, {"x": [1.0, float("inf")]}, 0, "relative L2 0, 1 values not finite"),
-        ({"x": [1.0, float("inf")]}, {"x": [2.0, float("inf")]}, 1, "relative L2 n/a, 1 values not finite"),
+        ({"x": [1.0, float("inf")]}, {"x": [1.0, float("inf")]}, 0, "relative L2 0, 1 value not finite"),
+        ({"x": [1.0, float("inf")]}, {"x": [2.0, float("inf")]}, 1, "relative L2 n/a, 1 value not finite"),
         ({"x": [0.0, 0.0]}, {"x": [0.0, 0.0]}, 0, "cosine 1.00000000, relative L2 0"),
         ({"x": [0.0, 0.0]}, {"x": [0.0, 1.0]}, 1, "cosine n/a, relative L2 inf"),
         ({"x": []}, {"x": []}, 0, "relative L2 0"),

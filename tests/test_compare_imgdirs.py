@@ -18,6 +18,8 @@ from helpers import HANG_S, REPO, load_script, run_script
 from pages import drawn, opened_page, until
 from PIL import Image, ImageDraw, PngImagePlugin
 
+from cachetrain.log import printable
+
 SCRIPT = "dataset_scripts/compare_imgdirs.py"
 compare = load_script(SCRIPT)
 
@@ -145,10 +147,21 @@ def test_script_without_common_images_says_what_each_directory_has(runs, tmp_pat
     assert not (tmp_path / "compare.html").exists()
 
 
-@pytest.mark.parametrize("arguments", [["nowhere", "."], ["."], [".", ".", "--png", "a.png", "--serve"]])
-def test_wrong_arguments_exit_2(arguments, tmp_path):
-    done = run_program(*arguments, cwd=tmp_path)
-    assert done.returncode == 2 and "error:" in done.stderr
+HOSTILE_NAME = "no\x1b[31m\nwhere\x9b\u202e é"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["nowhere", "."], ["."], [".", ".", "--png", "a.png", "--serve"], [HOSTILE_NAME, "."], [".", ".", HOSTILE_NAME],
+     [".", ".", f"--{HOSTILE_NAME}"], [".", ".", "--out", HOSTILE_NAME], [".", ".", "--serve", HOSTILE_NAME]],
+)  # fmt: skip
+def test_wrong_arguments_exit_2_with_a_line_that_changes_nothing_else(arguments, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
+        run_script(SCRIPT, *arguments)
+    errors = capsys.readouterr().err
+    assert exit.value.code == 2 and "error:" in errors.splitlines()[-1]
+    assert compare.printable(errors.replace("\n", "")) == errors.replace("\n", "")
+    assert compare.printable(HOSTILE_NAME) == printable(HOSTILE_NAME) == r"no\x1b[31m\nwhere\x9b\u202e é"
 
 
 def test_large_pages_warn_and_too_large_ones_are_refused(runs, tmp_path, monkeypatch, capsys):

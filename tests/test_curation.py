@@ -50,7 +50,7 @@ def test_each_kind_of_list_gives_the_same_captions(root, name, capsys):
     assert run_script("dataset_scripts/import_captions.py", root) == 0
     assert (root / "a.txt").read_text() == ROWS[0]["text"] + "\n"
     assert (root / "sub" / "b.txt").read_text() == ROWS[1]["text"] + "\n"
-    assert capsys.readouterr().out == "1 lists, 2 rows, 2 written\n"
+    assert capsys.readouterr().out == "1 list, 2 rows, 2 written\n"
 
 
 def test_json_beside_each_image_gives_its_caption(root):
@@ -75,7 +75,7 @@ def test_every_row_is_accounted_for_and_nothing_existing_is_replaced(root, tmp_p
     assert after == before | {root / "sub" / "b.txt": b"b\n"}
     dry, real = capsys.readouterr().out.splitlines()
     counts = "1 kept, 1 written, 1 repeated, 1 same, 1 empty, 2 no such image, 1 outside of the folder, 3 not text"
-    assert real == f"1 lists, 12 rows, {counts}, 1 failed" and dry == f"{real} (dry run)"
+    assert real == f"1 list, 12 rows, {counts}, 1 failed" and dry == f"{real} (dry run)"
     assert run_script("dataset_scripts/import_captions.py", root, "--overwrite") == 1
     assert (root / "a.txt").read_text() == "new\n" and (root / "a.caption").read_text() == "mine"
 
@@ -123,11 +123,12 @@ def files(root):
 
 
 def test_tags_are_counted_per_folder_and_words_too(root, tmp_path, capsys):
-    for name, text in (("a", "fox, red, fox"), ("sub/b", "fox,Red"), ("c", "\x1b[2J")):
+    for name, text in (("a", "fox, red, fox"), ("sub/b", "fox,Red"), ("c", "\x1b[2J, =cmd|'/c calc'!A0, @_@, 1+1")):
         (root / f"{name}.txt").write_text(text)
     table = tmp_path / "tags.csv"
     assert run_script("dataset_scripts/count_tags.py", "--data_root", root, "--per_folder", "--csv", table) == 0
     rows = list(csv.reader(table.open()))
+    assert {tag for _, tag, _ in rows[1:]} >= {r"\x1b[2J", "'=cmd|'/c calc'!A0", "'@_@", "1+1"}  # nothing that acts
     assert [".", "fox", "2"] in rows and ["sub", "fox", "1"] in rows and ["sub", "Red", "1"] in rows
     assert run_script("dataset_scripts/count_tags.py", "--data_root", root, "--words", "--csv", table) == 0
     assert ["all folders", "red", "2"] in list(csv.reader(table.open()))

@@ -304,3 +304,30 @@ def test_quickstart_takes_only_failed_images_for_success(tmp_path):
     for code, passes in ((0, True), (1, True), (2, False), (70, False), (137, False), (143, False)):
         done = subprocess.run(["bash", "-c", f"set -e\n{encode}\nencode bash -c 'exit {code}'"])
         assert (done.returncode == 0) == passes, code
+
+
+def test_quickstart_trains_each_folder_apart_and_never_takes_one_for_another(tmp_path):
+    work = tmp_path / "checkout"
+    (work / "dataset_scripts").mkdir(parents=True)
+    shutil.copy(REPO / "quickstart.sh", work)
+    programs = ".ci/make_venv .venv/bin/python models/compose_t5_sd.py cache/create_img_sdxl.py"
+    for name in (*programs.split(), "cache/create_t5cache_768.py", "sample.py", "report.py"):
+        executable(work / name, "true")
+    (work / ".venv/bin/activate").write_text("PATH=$PWD/.venv/bin:$PATH")
+    executable(work / "train_t5.sh", 'mkdir -p "$OUTPUT/checkpoint-000600" && echo "$DATADIR" >>trained')
+
+    def run(folder):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        command = [work / "quickstart.sh", "--data_root", tmp_path / folder]
+        done = subprocess.run(command, cwd="/", capture_output=True, text=True)
+        return done.returncode, done.stderr
+
+    assert [run(folder)[0] for folder in ("a/my pets", "a/birds", "a/my pets")] == [0, 0, 0]
+    code, errors = run("b/my pets")
+    assert code == 2 and errors.count("\n") == 1 and "quickstart/output/t5_my_pets is not of" in errors
+    assert (work / "trained").read_text().splitlines() == [
+        str(tmp_path / "a" / name) for name in ("my pets", "birds")
+    ]
+    shutil.rmtree(work / "quickstart/output/t5_my_pets")
+    assert run("b/my pets")[0] == 0
+    assert (work / "trained").read_text().splitlines()[2:] == [str(tmp_path / "b/my pets")]

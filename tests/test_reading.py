@@ -4,13 +4,14 @@ import ast
 import os
 import re
 import socket
+from itertools import pairwise
 
 import pytest
-from helpers import REPO
+from helpers import REPO, SCRIPTS
 
 from cachetrain import reading
 from cachetrain.atomic import claim, is_locked, locked_directory
-from cachetrain.log import list_entry, printable
+from cachetrain.log import counted, list_entry, printable
 
 # Opens that are not of users' files, by module: a template of ours, files of /proc, temporary files of this process.
 OTHER_OPENS = {
@@ -20,6 +21,7 @@ OTHER_OPENS = {
     "training/logs/machine.py": 1,
     "caching/buckets.py": 1,
 }
+PACKAGE = [path.relative_to(REPO).as_posix() for path in (REPO / "cachetrain").rglob("*.py")]
 WRITES = {"w", "a", "x", "wb", "ab", "xb"}
 
 
@@ -139,6 +141,30 @@ def test_users_files_are_opened_in_one_place():
 )
 def test_names_are_printed_in_one_line_that_changes_nothing_else(name, text):
     assert printable(name) == text
+
+
+# Numbers that are never 1 where they are printed, or no numbers.
+NEVER_ONE = {
+    "len(rows)", "format_percent(trained['all'])", "format_percent(held_out['all'])", "len(bad)", "state.st_size",
+    "longest", "len(names)", "self.samples_per_epoch", "num_tokens", "len(self._first_sizes)", "values.size",
+    "_MAX_ROWS", "lengths[-1]", "'text' if is_text else 'image'", "max(lengths)",
+}  # fmt: skip
+
+
+def test_one_of_a_kind_is_not_printed_as_several():
+    assert [counted(n, "pair") for n in (0, 1, 2, 1234)] == ["0 pairs", "1 pair", "2 pairs", "1,234 pairs"]
+    trees = [ast.parse((REPO / name).read_text(encoding="utf-8")) for name in (*SCRIPTS, *PACKAGE)]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    calls = [node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("counted")]
+    nouns = "|".join({call.args[1].value.split()[-1] for call in calls if isinstance(call.args[1], ast.Constant)})
+    found = {
+        f"{{{ast.unparse(number.value)}}}{text.value}"
+        for node in nodes
+        for number, text in pairwise(node.values if isinstance(node, ast.JoinedStr) else ())
+        if isinstance(number, ast.FormattedValue) and isinstance(text, ast.Constant)
+        if re.match(rf" ([a-z-]+ )?({nouns})s\b", text.value) and ast.unparse(number.value) not in NEVER_ONE
+    }
+    assert found == set()  # use log.counted
 
 
 def test_lists_keep_bytes_that_are_no_text():

@@ -83,7 +83,7 @@ def test_second_run_draws_only_what_is_missing(tmp_path, capsys):
     (tmp_path / "00003.txt").unlink()  # as a run killed between picture and caption leaves it
     kept = (tmp_path / "00002.png").stat().st_mtime_ns
     assert run_script("dataset_scripts/draw_shapes.py", *arguments) == 0
-    assert "1 images drawn, 5 existed already" in capsys.readouterr().out
+    assert "1 image drawn, 5 existed already" in capsys.readouterr().out
     assert (tmp_path / "00002.png").stat().st_mtime_ns == kept
     with pytest.raises(ValueError, match="'seed': 0"):
         run_script("dataset_scripts/draw_shapes.py", *arguments, "--seed", 1)
@@ -140,7 +140,7 @@ def test_score_script_reports_and_fails_below_its_bounds(tmp_path, capsys):
     assert run_script("dataset_scripts/score_shapes.py", tmp_path, "--json", report) == 0
     captured = capsys.readouterr()
     assert captured.out.splitlines()[-1] == "prompt-following: 100% trained pairs, 50% held-out pairs"
-    assert "left out 1 pictures" in captured.err
+    assert "left out 1 picture " in captured.err
     assert report.exists()
     assert run_script("dataset_scripts/score_shapes.py", tmp_path, "--min_trained", 90, "--min_held_out", 50) == 0
     assert run_script("dataset_scripts/score_shapes.py", tmp_path, "--min_trained", 90, "--min_held_out", 51) == 1

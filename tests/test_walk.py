@@ -200,7 +200,14 @@ def test_what_is_not_used_is_counted_in_one_line(tmp_path):
     names = ["a.png", "a.txt", "b.png", "b.caption", "b.txt", "phone.heic", "phone.txt", "new.jxl", "LICENSE"]
     names += ["metadata.jsonl", "dog.png", "dog.png.txt", "10_cat/1.png", "10_cat/1.txt", "5_dog/1.png"]
     names += [unicodedata.normalize("NFC", "\u00e9.png"), unicodedata.normalize("NFD", "\u00e9.txt")]
-    ours = ["a.img_sdxl", "a.img_other", "_upscaled.img_sdxl.txt", "_null_caption.txt_clipl", "5_dog/multiply.txt"]
+    ours = [
+        "a.img_sdxl",
+        "a.img_other",
+        "a.txt_mine",
+        "_upscaled.img_sdxl.txt",
+        "_null_caption.txt_clipl",
+        "5_dog/multiply.txt",
+    ]
     for name in names + ours:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -214,7 +221,7 @@ def test_what_is_not_used_is_counted_in_one_line(tmp_path):
         "1 *.heic (phone.heic",
         "1 *.jsonl (metadata.jsonl",
         "1 *.jxl (new.jxl",
-        "1 folders whose number counts only in a multiply.txt or with --kohya_repeats (10_cat)",
+        "1 folder whose number counts only in a multiply.txt or with --kohya_repeats (10_cat)",
         "1 without extension (LICENSE",
         "3 captions without an image (dog.png.txt, ...",
     ]
@@ -240,7 +247,8 @@ def test_file_names_as_captions_are_warned_of_above_a_tenth(with_text, warns, ca
     for number in range(10):
         unused.add_pair(Pair(f"IMG_{number}.jpg", f"{number}.txt" if number < with_text else None))
     unused.warn_of_file_names()
-    assert ("2 of 10 captions are file names, as 'IMG' of IMG_8.jpg" in capsys.readouterr().err) == warns
+    line = "file names serve as captions of 2 of 10 images, as 'IMG' of IMG_8.jpg"
+    assert (line in capsys.readouterr().err) == warns
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.txt", f"a{TEXT}"])
@@ -292,14 +300,14 @@ def test_trainer_tells_what_a_user_may_not_expect_in_the_list_of_pairs(tmp_path,
     others = {"force_txtcache": None, "overfit": 0, "val_split": 0, "val_data_dir": None}
     index, _ = open_index(Namespace(kohya_repeats=False, **others, **vars(args)), World())
     output = capsys.readouterr()
-    assert "warning: 6 of 10 pairs have no image beside them and are trained on" in output.err
+    assert "warning: no image beside 6 of 10 pairs, which train all the same" in output.err
     assert f"cache/cache_status.py --data_root {data[0]}" in output.err
-    assert "3 of 10 pairs are in directories of sidecars alone" in output.out
-    assert f"1 folders have a number in front, the first {data[0]}/10_cat; it is not used" in output.err
+    assert "in directories of sidecars alone, without images: 3 of 10 pairs" in output.out
+    assert f"not used: the number in front of 1 folder, the first {data[0]}/10_cat; " in output.err
     assert index.samples_per_epoch == 3 + 4 + 1 + 5 + 3
     index, _ = open_index(Namespace(kohya_repeats=True, **others, **vars(args)), World())
     output = capsys.readouterr()
-    assert "--kohya_repeats: 2 folders are repeated by the number in their name, the first" in output.out
+    assert "--kohya_repeats: repeats 2 folders by the number in the name, the first" in output.out
     assert "it is not used" not in output.err and index.samples_per_epoch == 3 + 4 + 10 + 5 + 3
     assert PairIndex(data[1:], IMAGE, TEXT).num_without_image == 0
 

@@ -77,7 +77,7 @@ def bug():
 @pytest.mark.parametrize(
     ("action", "words"),
     [
-        (lambda: torch.nan, "the run ended: loss or gradients were not finite in 1 steps in a row"),
+        (lambda: torch.nan, "the run ended: loss or gradients were not finite in 1 step in a row"),
         (out_of_memory, "the run ended: out of memory (no room); try --batch_size"),
         (bug, "the run ended: KeyError: 'unheard of'"),
     ],

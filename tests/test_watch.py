@@ -119,7 +119,7 @@ def test_a_step_that_has_samples_is_left_alone(run, capsys):
     kept.parent.mkdir(parents=True)
     kept.touch()
     assert watched(run) == 0
-    assert "1 checkpoints drawn" in capsys.readouterr().out
+    assert "1 checkpoint drawn" in capsys.readouterr().out
     assert steps_drawn(run) == ["step-000002", "step-000004"] and list(kept.parent.iterdir()) == [kept]
 
 
@@ -129,7 +129,7 @@ def test_a_broken_checkpoint_is_a_warning_and_the_others_are_drawn(damage, run, 
     weights.write_bytes(weights.read_bytes()[:-9]) if damage == "cut" else weights.unlink()
     assert watched(run) == 1
     said = capsys.readouterr()
-    assert f"no samples of {weights.parent.parent}: " in said.err and "1 checkpoints drawn, 1 failed" in said.out
+    assert f"no samples of {weights.parent.parent}: " in said.err and "1 checkpoint drawn, 1 failed" in said.out
     assert steps_drawn(run) == ["step-000004"]
 
 

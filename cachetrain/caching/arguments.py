@@ -2,7 +2,6 @@
 
 import argparse
 from functools import partial
-from pathlib import Path
 
 from cachetrain import cli
 from cachetrain.data import sidecar
@@ -182,10 +181,3 @@ def _suffix_of_kind(kind, text):
     if text in others:
         raise argparse.ArgumentTypeError(f"{text!r}: is the suffix of other caches, which would be replaced")
     return cache_suffix(text)
-
-
-def png_file(text: str) -> Path:
-    """argparse type: a path that ends with .png."""
-    if not text.lower().endswith(".png"):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a file name that ends with .png")
-    return Path(text)

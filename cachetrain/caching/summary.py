@@ -16,7 +16,7 @@ from cachetrain.caching.freshness import CORRUPT, FOREIGN, FRESH, STALE
 from cachetrain.caching.messages import failure_line, print_line, say
 from cachetrain.caching.unknown_words import UnknownWords
 from cachetrain.data.walk import Leftovers
-from cachetrain.log import printable, warn
+from cachetrain.log import counted, printable, warn
 
 _MAX_LISTED = 50
 _MAX_FIRST = 32
@@ -128,13 +128,12 @@ class RunSummary:
             f"{counts[FRESH]} fresh",
         ]
         for key, words in (
-            (FOREIGN, "foreign kept (no header; --overwrite replaces them)"),
-            ("truncated", "captions truncated"),
-            ("upscaled", "images upscaled"),
-            ("failed", "failed"),
+            (FOREIGN, f"{counts[FOREIGN]} foreign kept (no header; --overwrite replaces them)"),
+            ("truncated", f"{counted(counts['truncated'], 'caption')} truncated"),
+            ("upscaled", f"{counted(counts['upscaled'], 'image')} upscaled"),
+            ("failed", f"{counts['failed']} failed"),
         ):
-            if counts[key]:
-                parts.append(f"{counts[key]} {words}")
+            parts += [words] if counts[key] else []
         line = f"{self.kind}: {', '.join(parts)} in {elapsed_s:.1f} s, "
         line += f"{counts['encoded'] / elapsed_s:.1f} {self.unit}s/s"
         return line + (f", {times_s['waiting'] / times_s['encoding']:.0%} data wait" if times_s["encoding"] else "")
@@ -195,8 +194,8 @@ class RunSummary:
         if orphans := self.leftovers.orphans:
             roots = shlex.join(word for root in orphans for word in ("--data_root", root))
             warn(
-                f"{sum(orphans.values()):,} *{self.leftovers.suffix} have no image beside them and are still trained "
-                f"on; to delete them: cache/cache_status.py {roots} --prune"
+                f"no image beside {sum(orphans.values()):,} *{self.leftovers.suffix}, which train all the same; "
+                f"to delete them: cache/cache_status.py {roots} --prune"
             )
 
 

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import lru_cache
 
-from cachetrain.log import info, warn
+from cachetrain.log import counted, info, warn
 
 _WARN_SHARE = 0.1
 _MAX_WORDS, _MAX_LISTED = 100_000, 10
@@ -36,11 +36,11 @@ class UnknownWords:
         the captions as a warning."""
         total, unknown, empty = (self.counts[name] for name in ("captions", "unknown", "empty"))
         if empty:
-            line = f"{empty:,} of {total:,} captions are empty, which trains like caption dropout"
+            line = f"empty: {empty:,} of {counted(total, 'caption')}, which trains like caption dropout"
             (warn if empty > _WARN_SHARE * total else info)(line)
         if unknown:
-            words = ", ".join(f"{word!a} {count:,}" for word, count in self.words.most_common(_MAX_LISTED))
-            line = f"{unknown:,} of {total:,} captions hold words that the tokenizer does not know: {words}"
+            words = ", ".join(f"{word!r} {count:,}" for word, count in self.words.most_common(_MAX_LISTED))
+            line = f"words that the tokenizer does not know, in {unknown:,} of {counted(total, 'caption')}: {words}"
             (warn if unknown > _WARN_SHARE * total else info)(line)
 
 

@@ -6,6 +6,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
+from cachetrain.log import counted
 from cachetrain.reading import open_regular, read_bytes
 
 NAME = "manifest.json"
@@ -98,7 +99,7 @@ def _damage(directory, name, expected):
             return "is a link out of the checkpoint"
         size = path.stat().st_size
         if size != expected["size"]:
-            return f"has {size} bytes, expected {expected['size']}"
+            return f"has {counted(size, 'byte')}, expected {expected['size']}"
         return "" if _entry(path) == expected else "does not match its SHA-256"
     except OSError as error:
         return f"cannot be read: {error.strerror}"

@@ -16,7 +16,7 @@ from cachetrain.checkpoints.save import checkpoint_path, checkpoints, is_frozen,
 from cachetrain.checkpoints.state import placed_like, read_state
 from cachetrain.diffusion.noise_schedulers import objective_of
 from cachetrain.diffusion.objective import noise_schedule
-from cachetrain.log import warn
+from cachetrain.log import counted, warn
 
 # Files without which a checkpoint is none: the UNet would get random weights, or those of another file.
 _NEEDED = {"unet/config.json", f"unet/{SAFETENSORS_WEIGHTS_NAME}"}
@@ -137,8 +137,9 @@ class Resumed:
                     wrong.add(f"{key} of parameter {number}")
         if 0 < len(saved["state"]) < len(trained) or (self.step and not saved["state"]):
             warn(
-                f"{self.path}: {len(trained) - len(saved['state'])} of {len(trained)} trained tensors have no state "
-                "in its optimizer, as if no gradient had ever reached them; theirs starts from scratch"
+                f"{self.path}: its optimizer has no state of {len(trained) - len(saved['state'])} of "
+                f"{counted(len(trained), 'trained tensor')}, as if no gradient had ever reached them; theirs starts "
+                "from scratch"
             )
         if wrong or len(group["params"]) != len(trained):
             raise ValueError(
@@ -287,7 +288,7 @@ def find_checkpoint(resume: str, output_dir: Path) -> tuple[Path | None, bool]:
         warn(f"{path}: IS DAMAGED and stepped over: {broken}")
         stepped_over.append(path)
     if stepped_over:
-        raise ValueError(f"{output_dir}: none of its {len(stepped_over)} checkpoints is intact")
+        raise ValueError(f"{output_dir}: has no intact checkpoint, only {counted(len(stepped_over), 'damaged one')}")
     warn(f"{output_dir}: has no checkpoint yet; the run starts from the beginning")
     return None, False
 

@@ -21,7 +21,7 @@ from cachetrain.data.many_files import PackedStrings, in_threads
 from cachetrain.data.sidecar import NULL_STEM, RUN_KEYS, SUFFIXES, Header, SidecarError, read_header, settings_of
 from cachetrain.data.unused import MULTIPLY, is_numbered, repeats_in_name
 from cachetrain.data.walk import image_stems, is_image, walk_folders
-from cachetrain.log import warn
+from cachetrain.log import counted, warn
 from cachetrain.modeling.conditioning import check_tensor, check_text
 from cachetrain.reading import read_bytes
 
@@ -241,8 +241,8 @@ class PairIndex:
             )
         if len(self.repeats) and self.samples_per_epoch < 1:
             raise ValueError(
-                f"an epoch of {len(self.repeats)} pairs has {self.samples_per_epoch:g} samples; check --repeats, "
-                f"--train_data_dir DIR:REPEATS and {MULTIPLY}"
+                f"an epoch of {counted(len(self.repeats), 'pair')} has {self.samples_per_epoch:g} samples; check "
+                f"--repeats, --train_data_dir DIR:REPEATS and {MULTIPLY}"
             )
 
     def _folders(self, directory, visited):
@@ -336,7 +336,7 @@ class PairIndex:
         summary = (len(self), self.stem(0), self._stems.checksum(), self.shapes, self.num_foreign)
         summaries = world.gather(summary)
         if len({(number, first, checksum) for number, first, checksum, *_ in summaries}) > 1:
-            listed = "; ".join(f"{number} pairs, the first {first}" for number, first, *_ in summaries)
+            listed = "; ".join(f"{counted(number, 'pair')}, the first {first}" for number, first, *_ in summaries)
             raise ValueError(f"the ranks list different pairs: {listed}; wait until the cache scripts are done")
         shapes = sorted({shape for _, _, _, shapes_of_rank, _ in summaries for shape in shapes_of_rank})
         share = slice(world.rank, None, world.ranks)

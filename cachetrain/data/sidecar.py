@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from cachetrain.atomic import atomic_write
+from cachetrain.log import counted
 from cachetrain.reading import json_object, named_errors, open_regular, read_bytes
 
 if TYPE_CHECKING:
@@ -193,7 +194,9 @@ def _parse(path, data, size):
     except (AttributeError, KeyError, TypeError, ValueError, IndexError, RecursionError) as error:
         raise SidecarError(f"{path}: not a readable safetensors file; run the cache script again") from error
     if end != size:
-        raise SidecarError(f"{path}: has {size} bytes, the header expects {end}; run the cache script again")
+        raise SidecarError(
+            f"{path}: has {counted(size, 'byte')}, the header expects {end}; run the cache script again"
+        )
     if header.foreign:
         return header
     if metadata.get("cachetrain_format", FORMAT) != FORMAT:

@@ -14,7 +14,7 @@ import numpy as np
 from cachetrain.data import rng
 from cachetrain.data.index import PairIndex, check_same_run
 from cachetrain.data.unused import MULTIPLY, repeats_in_name
-from cachetrain.log import info, warn
+from cachetrain.log import counted, info, warn
 
 if TYPE_CHECKING:
     from cachetrain.distributed import World
@@ -68,8 +68,8 @@ def split_index(index: PairIndex, share: float) -> tuple[PairIndex, PairIndex]:
     validates = split_positions((index.relative_name(i) for i in range(len(index))), share)
     if not 0 < validates.sum() < len(index):
         raise ValueError(
-            f"--val_split {share}: selects {validates.sum()} of {len(index)} pairs, expected some but not all; use "
-            "another share, more data, or --val_data_dir"
+            f"--val_split {share}: selects {validates.sum()} of {counted(len(index), 'pair')}, expected some but not "
+            "all; use another share, more data, or --val_data_dir"
         )
     return index.subset(np.flatnonzero(~validates)), index.subset(np.flatnonzero(validates))
 
@@ -106,30 +106,32 @@ def _folders(index):
 
 def _warn_of_what_is_listed(index):
     """Warns of what a user may not expect in the list of pairs, or miss there."""
-    pairs = f"{len(index)} pairs"
+    pairs = counted(len(index), "pair")
     if index.num_foreign:
-        warn(f"{index.num_foreign} of {pairs} have caches without a header, which cannot be verified")
+        warn(f"the caches of {index.num_foreign} of {pairs} have no header and cannot be verified")
     if index.num_unpaired:
         suffixes = f"{index.image_suffix} + {index.text_suffix}"
-        warn(f"{index.num_unpaired} sidecars without a partner ({suffixes}) are not used")
+        warn(f"not used: {counted(index.num_unpaired, 'sidecar')} without a partner ({suffixes})")
     if index.num_without_image:
         roots = shlex.join(word for directory in index.directories for word in ("--data_root", directory))
         warn(
-            f"{index.num_without_image} of {pairs} have no image beside them and are trained on; if the images were "
+            f"no image beside {index.num_without_image} of {pairs}, which train all the same; if the images were "
             f"deleted: cache/cache_status.py {roots} --prune"
         )
     if index.num_without_pair:
-        info(f"{index.num_without_pair} images without both caches are not used; cache/cache_status.py lists them")
+        without = counted(index.num_without_pair, "image")
+        info(f"not used: {without} without both caches; cache/cache_status.py lists what is missing")
     if index.links.num_repeated:
-        info(f"{index.links.num_repeated} pairs are links to pairs that are listed already, and count once")
+        info(f"listed again through links, and counted once: {counted(index.links.num_repeated, 'pair')}")
     if index.num_alone:
-        info(f"{index.num_alone} of {pairs} are in directories of sidecars alone, without images")
+        info(f"in directories of sidecars alone, without images: {index.num_alone} of {pairs}")
     folders = index.numbered_folders
+    numbered = counted(len(folders), "folder")
     if folders and index.kohya_repeats:
         first = f"{folders[0]}: {repeats_in_name(folders[0]):g}"
-        info(f"--kohya_repeats: {len(folders)} folders are repeated by the number in their name, the first {first}")
+        info(f"--kohya_repeats: repeats {numbered} by the number in the name, the first {first}")
     elif folders:
         warn(
-            f"{len(folders)} folders have a number in front, the first {folders[0]}; it is not used: to repeat their "
+            f"not used: the number in front of {numbered}, the first {folders[0]}; to repeat the "
             f"images, pass --kohya_repeats, or write the number into a {MULTIPLY} there"
         )

@@ -6,15 +6,15 @@ from collections import Counter
 from collections.abc import Collection
 
 from cachetrain.data.captions import Pair, read_caption
-from cachetrain.data.sidecar import NULL_STEM, SUFFIXES
-from cachetrain.log import warn
+from cachetrain.data.sidecar import NULL_STEM
+from cachetrain.log import counted, warn
 
 MULTIPLY = "multiply.txt"
 
 _MAX_KINDS, _MAX_LISTED = 100, 8
 _MAX_FILE_NAME_CAPTIONS = 0.1  # share of the captions above which a warning is due
 _NUMBERED = re.compile(r"[0-9]+_.+")  # folders whose number other trainers take for repeats
-_SIDECARS = tuple(SUFFIXES.values())
+_SIDECAR = re.compile(r".*\.(img|txt)_[^.]+")  # the usual suffixes, and those of other --cache_suffix like .img_tiny
 _LISTS = {"*.jsonl", "*.csv", "*.parquet", "*.json"}
 _OURS = re.compile(rf"_upscaled\..+\.txt|{NULL_STEM}\..+|{re.escape(MULTIPLY)}|shapes\.json")
 
@@ -52,11 +52,11 @@ class Unused:
 
     def add_reserved(self, name: str) -> None:
         """Counts an image whose sidecars would take the place of the null caption's."""
-        self._add(f"images named {NULL_STEM}", name)
+        self._add(f"image{{s}} named {NULL_STEM}", name)
 
     def add_file(self, name: str) -> None:
         """Counts a file that is neither image nor caption; sidecars, and lists that cache scripts write, are not."""
-        if not name.endswith(_SIDECARS) and not _OURS.fullmatch(name):
+        if not _SIDECAR.fullmatch(name) and not _OURS.fullmatch(name):
             extension = os.path.splitext(name)[1].lower()
             self._add(f"*{extension}" if extension else "without extension", name)
 
@@ -69,19 +69,21 @@ class Unused:
         """
         for name in captions:
             if name.startswith(f"{NULL_STEM}.") or not _OURS.fullmatch(name):
-                self._add("captions without an image", name)
+                self._add("caption{s} without an image", name)
         if names and is_numbered(path) and MULTIPLY not in names:
             self._add(
-                f"folders whose number counts only in a {MULTIPLY} or with --kohya_repeats", os.path.basename(path)
+                f"folder{{s}} whose number counts only in a {MULTIPLY} or with --kohya_repeats",
+                os.path.basename(path),
             )
 
     def line(self) -> str:
         """`found and not used: 3 *.heic (phone.heic, ...), 1 *.jsonl (metadata.jsonl)`; "" if all is used."""
         parts = []
         for kind, count in self._counts.most_common(_MAX_LISTED):
-            parts.append(f"{count:,} {kind} ({self._first[kind]}{', ...' if count > 1 else ''})")
+            kind_of = kind.replace("{s}", "s" if count > 1 else "")
+            parts.append(f"{count:,} {kind_of} ({self._first[kind]}{', ...' if count > 1 else ''})")
         rest = self._counts.total() - sum(count for _, count in self._counts.most_common(_MAX_LISTED))
-        parts += [f"{rest:,} others"] if rest else []
+        parts += [counted(rest, "other")] if rest else []
         hint = "; dataset_scripts/import_captions.py reads lists of captions" if self._counts.keys() & _LISTS else ""
         return f"found and not used: {', '.join(parts)}{hint}" if parts else ""
 
@@ -94,7 +96,8 @@ class Unused:
             except ValueError:
                 text = "no text"
             warn(
-                f"{self.num_file_names:,} of {self.num_pairs:,} captions are file names, as {text} of {pair.image}; "
+                f"file names serve as captions of {self.num_file_names:,} of {counted(self.num_pairs, 'image')}, as "
+                f"{text} of {pair.image}; "
                 "if that is not intended, write each caption to a .txt of the image's name"
             )
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from cachetrain.atomic import staged_directory
 from cachetrain.diffusion.noise_schedulers import make_scheduler
+from cachetrain.log import counted
 from cachetrain.modeling import load
 from cachetrain.modeling.files import component_files, has_weights, read_config
 from cachetrain.reading import read_text
@@ -49,7 +50,7 @@ class Target:
         fresh_unet: use only the UNet's config and initialize the weights from `seed`. A config with
             "_weights": "fresh", like that of models/tiny/unet, does not need this.
         seed: seed of all new weights.
-        overwrite: replace `out` if it exists.
+        overwrite: replace `out` if it is a pipeline directory.
     """
 
     out: str | Path
@@ -98,7 +99,14 @@ class Stage(NamedTuple):
 
 @contextmanager
 def staged(target: Target) -> Iterator[Stage]:
-    """Yields what becomes `target.out` once the block ends; an error in a copied component names the original."""
+    """Yields what becomes `target.out` once the block ends; an error in a copied component names the original.
+
+    Raises:
+        ValueError: `target.out` is a directory of something else, or exists and may not be replaced.
+    """
+    out = Path(target.out)
+    if target.overwrite and out.is_dir() and any(out.iterdir()) and not (out / "model_index.json").is_file():
+        raise ValueError(f"{out}: has no model_index.json, so it is not replaced; choose another --out")
     with staged_directory(target.out, target.overwrite) as path:
         stage = Stage(path, {})
         try:
@@ -402,8 +410,8 @@ def make_projection(model_dir: Path, width: int, seed: int, options: ProjectionO
         )
     if options.captions and len(hidden) <= width:
         raise ValueError(
-            f"{len(options.captions)} captions with {len(hidden)} tokens are too few to fit a projection to width "
-            f"{width}; use captions with more tokens than that, or omit --fit_captions"
+            f"{counted(len(options.captions), 'caption')} with {counted(len(hidden), 'token')}: too few to fit a "
+            f"projection to width {width}; use captions with more tokens than that, or omit --fit_captions"
         )
     projection = T5Projection(features, width)
     bias = torch.zeros(width)

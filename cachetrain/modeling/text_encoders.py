@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from cachetrain.log import counted
 from cachetrain.modeling import load
 from cachetrain.modeling.conditioning import MAX_TOKENS, text_kind
 
@@ -53,7 +54,7 @@ class TextEncoder:
         self.projection = None
         if clip_skip > self.encoder.config.num_hidden_layers:
             layers = self.encoder.config.num_hidden_layers
-            raise ValueError(f"--clip_skip {clip_skip}: {model_dir} has only {layers} layers")
+            raise ValueError(f"--clip_skip {clip_skip}: {model_dir} has only {counted(layers, 'layer')}")
         directory = Path(model_dir) / "projection"
         if self.is_t5 and (directory.is_dir() if raw is None else not raw):
             if not directory.is_dir():

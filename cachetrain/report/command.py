@@ -9,7 +9,7 @@ The page opens from disk and needs no network. A report can be written while the
 from functools import partial
 from pathlib import Path
 
-from cachetrain import cli
+from cachetrain import cli, outputs
 from cachetrain.log import info
 
 
@@ -23,6 +23,7 @@ def parse_args(argv=None):
     )
     parser.add_argument(
         "--out",
+        type=outputs.page,
         metavar="FILE",
         help="page to write; default: report.html, or report_RUN2.html, in the first OUTPUT_DIR",
     )

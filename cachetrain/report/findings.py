@@ -4,6 +4,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from cachetrain.log import counted
+
 _PATIENCE = 5  # validations without improvement before a note
 _HARDLY_FALLEN = 0.98  # lowest validation loss, as a fraction of the first
 _RISEN_VALIDATION = 1.1  # last validation loss, as a multiple of the lowest
@@ -34,7 +36,7 @@ def findings(scalars: Mapping[str, tuple], num_skipped: int) -> list[dict[str, s
         found.append(
             (
                 "bad",
-                f"{num_skipped} steps were skipped because the loss or gradients were not finite: look at "
+                f"skipped because the loss or gradients were not finite: {counted(num_skipped, 'step')}; look at "
                 "quarantine.tsv, lower --lr, or use --precision fp32",
             )
         )

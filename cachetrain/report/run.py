@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from cachetrain.atomic import is_locked
+from cachetrain.log import counted
 from cachetrain.reading import json_lines, open_regular, read_bytes, read_json
 from cachetrain.report.findings import findings
 
@@ -80,7 +81,7 @@ def _state(settings, step, running):
     if not re.fullmatch(_STEP, max_steps):  # epochs
         return f"{'running' if running else 'ended'}, step {step:,} (--max_steps {max_steps})"
     if step >= int(max_steps):
-        return f"complete, {step:,} steps"
+        return f"complete, {counted(step, 'step')}"
     return f"{'running' if running else 'stopped'}, step {step:,} of {int(max_steps):,}"
 
 

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cachetrain import cli
+from cachetrain import cli, outputs
 
 if TYPE_CHECKING:
     import torch
@@ -47,8 +47,6 @@ def parse_args(argv=None):
         parser.error("--watch draws to OUTPUT_DIR/samples; it cannot be combined with --out or --grid")
     if args.model and not (args.out and (args.prompt or args.prompts)):
         parser.error("--model requires --out, and --prompt or --prompts")
-    if args.grid and Path(args.grid).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        parser.error(f"--grid {args.grid}: name it .png, .jpg or .webp")
     return args
 
 
@@ -95,7 +93,9 @@ def _add_drawing_arguments(drawing):
         "--raw_weights", action="store_true", help="use the trained weights instead of the EMA weights"
     )
     cli.add_device_arguments(drawing)
-    drawing.add_argument("--grid", metavar="FILE", help="also write the first pictures as a labelled grid")
+    drawing.add_argument(
+        "--grid", type=outputs.grid, metavar="FILE", help="also write the first pictures as a labelled grid"
+    )
     drawing.add_argument(
         "--grid_size", type=cli.positive_int, default=64, metavar="N", help="maximum number of pictures in --grid"
     )
@@ -129,9 +129,10 @@ def main(argv=None):
     if args.grid:
         keys = sorted(for_grid)[: args.grid_size]
         labels = [drawings[slot].prompt + ("" if len(cfgs) == 1 else f" (cfg {cfg:g})") for slot, cfg in keys]
-        Path(args.grid).parent.mkdir(parents=True, exist_ok=True)
-        grid([for_grid[key] for key in keys], labels, columns=min(8, len(keys))).save(args.grid)
-    log.info(f"{len(drawings) * len(cfgs)} images in {out}" + (f"; grid: {args.grid}" if args.grid else ""))
+        outputs.save_sheet(grid([for_grid[key] for key in keys], labels, columns=min(8, len(keys))), args.grid)
+    log.info(
+        f"{log.counted(len(drawings) * len(cfgs), 'image')} in {out}" + (f"; grid: {args.grid}" if args.grid else "")
+    )
     return 0
 
 

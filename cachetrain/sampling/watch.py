@@ -13,7 +13,7 @@ from cachetrain.checkpoints.manifest import read_manifest
 from cachetrain.checkpoints.save import checkpoints, step_of
 from cachetrain.data.split import open_index
 from cachetrain.distributed import World
-from cachetrain.log import describe, info, warn
+from cachetrain.log import counted, describe, info, warn
 from cachetrain.modeling import load
 from cachetrain.modeling.precision import autocast_for
 from cachetrain.reading import read_json
@@ -70,7 +70,10 @@ def watch(args: argparse.Namespace) -> int:
             info(f"{checkpoint}: drawn in {time.perf_counter() - start:.0f} s")
         else:
             failed += checkpoint.exists()
-    info(f"{output_dir}: the run has ended; {drawn} checkpoints drawn" + (f", {failed} failed" if failed else ""))
+    info(
+        f"{output_dir}: the run has ended; {counted(drawn, 'checkpoint')} drawn"
+        + (f", {failed} failed" if failed else "")
+    )
     return int(failed > 0)
 
 

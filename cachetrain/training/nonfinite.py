@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cachetrain.log import append_line, list_entry, warn
+from cachetrain.log import append_line, counted, list_entry, warn
 from cachetrain.reading import open_regular
 
 QUARANTINE = "quarantine.tsv"
@@ -146,13 +146,13 @@ class NonfiniteSteps:
         """The error message for a run that must end."""
         if self._too_many_unreadable():
             return (
-                f"{self._unreadable.sum()} of {len(self.index)} pairs cannot be read, listed in {self.path}; the "
-                f"last one: {self._last_fault}: restore the files, and continue with --resume latest"
+                f"{self._unreadable.sum()} of {counted(len(self.index), 'pair')} cannot be read, listed in "
+                f"{self.path}; the last one: {self._last_fault}: restore the files, and continue with --resume latest"
             )
         return (
-            f"loss or gradients were not finite in {self.in_a_row} steps in a row, up to step {self._last_skipped}: "
-            f"check the files listed in {self.path}, lower --lr or use --precision fp32, and resume with "
-            "--resume_anyway"
+            f"loss or gradients were not finite in {counted(self.in_a_row, 'step')} in a row, up to step "
+            f"{self._last_skipped}: check the files listed in {self.path}, lower --lr or use --precision fp32, and "
+            "resume with --resume_anyway"
         )
 
     def _too_many_unreadable(self):
@@ -171,8 +171,8 @@ class NonfiniteSteps:
         self._unreadable[new] = True
         self._last_fault = faults[new[-1]]
         lines = [self._line(step, f"unreadable: {faults[number]}", number) for number in new]
-        message = f"up to step {step}, {len(new)} more pairs could not be read ({faults[new[0]]}): "
-        self._write(lines, message + "they count with weight 0 in their batches")
+        message = f"up to step {step}, {counted(len(new), 'more pair')} could not be read ({faults[new[0]]}), "
+        self._write(lines, message + "to be counted with weight 0")
 
     def _line(self, step, reason, number):
         paths = self.index.image_path(number), self.index.text_path(number)
@@ -192,7 +192,7 @@ class NonfiniteSteps:
         try:
             with open_regular(self.path, "ab") as file:
                 append_line(file, b"".join(lines))
-            warn(f"{message}; {len(lines)} pairs are listed in {self.path}")
+            warn(f"{message}; listed in {self.path}: {counted(len(lines), 'pair')}")
         except OSError as error:
             warn(f"{message}; {self.path}: {error.strerror}; the lines are:")
             for line in lines:

@@ -10,7 +10,7 @@ import torch
 from cachetrain.data.batching import collate
 from cachetrain.data.dataset import CachedPairs, SampleKey
 from cachetrain.diffusion.objective import denoised
-from cachetrain.log import describe, info, warn
+from cachetrain.log import counted, describe, info, warn
 from cachetrain.modeling import load
 from cachetrain.modeling.conditioning import moved
 from cachetrain.sampling.render import decode_image, grid, save_png
@@ -39,7 +39,7 @@ def report(run, pairs: CachedPairs, forward: Callable, unet: torch.nn.Module, lo
             _write_sheet(run, pairs, forward, unet)
         except Exception as error:  # any: pictures are not worth a run
             warn(f"no {SHEET}: {describe(error)}")
-    result = f"the loss on fixed noise went from {first:.4f} to {last:.4f} in {step} steps"
+    result = f"the loss on fixed noise went from {first:.4f} to {last:.4f} in {counted(step, 'step')}"
     if last < SHARE * first:
         info(f"overfit succeeded: {result}; script, caches and model train")
         return 0

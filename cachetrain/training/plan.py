@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cachetrain.log import counted
+
 
 class Plan(NamedTuple):
     """Lengths of a run, in optimizer steps unless noted.
@@ -72,8 +74,8 @@ def planned_coverage(index, plan: Plan, global_batch: int) -> str:
     """
     num_samples = plan.max_steps * plan.effective_batch
     parts = [
-        f"{num_samples / index.samples_per_epoch:.2f} epochs of {index.samples_per_epoch:,.0f} samples, "
-        f"from {len(index):,} pairs"
+        f"{num_samples / index.samples_per_epoch:.2f} epochs of {counted(round(index.samples_per_epoch), 'sample')}, "
+        f"from {counted(len(index), 'pair')}"
     ]
     for number, shape in enumerate(index.shapes):
         share = float(index.repeats[index.shape_ids == number].sum(dtype=np.float64)) / index.samples_per_epoch
@@ -94,5 +96,5 @@ def data_coverage(index, batch_sampler) -> str:
         for shape, count in sorted(batch_sampler.waiting.items())
     )
     num_untrained = int((~batch_sampler.trained & (index.repeats > 0)).sum())
-    line = f"coverage: {len(index) - num_untrained:,} of {len(index):,} pairs trained"
+    line = f"coverage: {len(index) - num_untrained:,} of {counted(len(index), 'pair')} trained"
     return line + (f"; waiting for a full batch: {waiting}" if waiting else "")

@@ -25,7 +25,7 @@ from cachetrain.data.split import open_index
 from cachetrain.diffusion.noise_schedulers import make_scheduler, objective_of
 from cachetrain.diffusion.objective import noise_schedule
 from cachetrain.distributed import World, wrap
-from cachetrain.log import info, warn
+from cachetrain.log import counted, info, warn
 from cachetrain.modeling import load, trainable
 from cachetrain.modeling.conditioning import Conditioning
 from cachetrain.modeling.files import read_config
@@ -100,10 +100,10 @@ class Run:
     def describe(self, resumed) -> list[str]:
         """Returns lines that describe the run at its start. `resumed`: Resumed."""
         args, ranks = self.args, self.world.ranks
-        line = f"{self.plan.max_steps} steps of {args.batch_size} x {args.gradient_accum} x {ranks} = "
+        line = f"{counted(self.plan.max_steps, 'step')} of {args.batch_size} x {args.gradient_accum} x {ranks} = "
         weights = {False: "", True: f" with Min-SNR gamma {args.noise_gamma:g}", "debiased": " with debiased weights"}
         objective = self.objective + weights[args.use_snr] + (", Huber loss" if args.loss else "")
-        line += f"{self.plan.effective_batch} samples; {objective}; {args.precision} on {self.device}"
+        line += f"{counted(self.plan.effective_batch, 'sample')}; {objective}; {args.precision} on {self.device}"
         if resumed.path:
             line += f"; resumes from {resumed.path}, after step {resumed.step}"
         return [planned_coverage(self.index, self.plan, args.batch_size * ranks), line]

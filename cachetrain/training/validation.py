@@ -8,7 +8,7 @@ import torch
 
 from cachetrain.data.dataset import SampleKey
 from cachetrain.data.loader import make_loader, on_device
-from cachetrain.log import warn
+from cachetrain.log import counted, warn
 
 QUANTILES = 4
 _PATIENCE = 5  # validations without improvement before a warning
@@ -161,7 +161,8 @@ class Validation:
         new = faults.keys() - self._left_out
         self._left_out |= new
         if new:
-            warn(f"{len(new)} pairs were left out of the validation loss, which shifts it: {faults[min(new)]}")
+            left_out = counted(len(new), "pair")
+            warn(f"left out of the validation loss, which shifts it: {left_out}, the first: {faults[min(new)]}")
 
     def _check_plateau(self, loss, step):
         """Warns once in a run, on rank 0, if the loss has stopped improving."""

@@ -167,7 +167,7 @@ def test_without_an_intact_checkpoint_the_run_is_refused_and_nothing_is_renamed(
         path.write_bytes(DAMAGES[damage](path.read_bytes()))
     before = sorted(output_dir.rglob("*"))
     message = refused(shapes, model_t5, output_dir, "--resume", "latest")
-    assert "none of its 3 checkpoints is intact" in message and str(output_dir) in message
+    assert "has no intact checkpoint, only 3 damaged ones" in message and str(output_dir) in message
     path = output_dir / "checkpoint-000002"
     message = refused(shapes, model_t5, output_dir, "--resume", path)
     assert str(path) in message and "unet/config.json" in message

@@ -263,7 +263,7 @@ def test_settings_of_an_optimizer_are_those_of_the_run(whole):
 def test_tensors_without_state_are_said(whole, capsys):
     run = whole.interrupted("", lambda state: state["optimizer"]["state"].pop(0))
     whole.resume(run, "")
-    assert "1 of 286 trained tensors have no state in its optimizer" in capsys.readouterr().err
+    assert "its optimizer has no state of 1 of 286 trained tensors" in capsys.readouterr().err
 
 
 def test_averages_that_are_not_finite_are_refused(whole):

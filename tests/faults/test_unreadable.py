@@ -106,7 +106,7 @@ def test_a_sidecar_that_no_longer_fits_counts_with_weight_0_and_is_named(
         torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-7)
     (line,) = (tmp_path / "run" / QUARANTINE).read_text().splitlines()
     assert line.startswith("1\tunreadable: ") and reason in line and chosen[1] in line
-    assert "1 more pairs could not be read" in capsys.readouterr().err
+    assert "1 more pair could not be read" in capsys.readouterr().err
 
 
 def test_a_run_with_an_unreadable_pair_trains_the_same_on_any_number_of_workers_and_resumes_bit_exact(
@@ -159,7 +159,7 @@ def test_an_unreadable_pair_is_left_out_of_the_validation_loss(data, model_t5, t
 
     monkeypatch.setattr(opening, "open_validation", spoiled)
     lines, _ = train(data, model_t5, tmp_path / "run", *flags)
-    assert "1 pairs were left out of the validation loss" in capsys.readouterr().err
+    assert "left out of the validation loss, which shifts it: 1 pair, " in capsys.readouterr().err
     for path in data.with_name("held").glob("00002.*"):
         path.unlink()
     monkeypatch.undo()

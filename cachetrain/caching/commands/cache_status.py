@@ -33,6 +33,7 @@ from cachetrain.caching.inspect.caches import (
 )
 from cachetrain.caching.inspect.status import Status, delete_orphans
 from cachetrain.caching.messages import print_line, say
+from cachetrain.log import counted
 
 _COLUMNS = (FRESH, STALE, CORRUPT, FOREIGN, MISSING, ORPHANED)
 _BAR, _NUM_BINS = 40, 6
@@ -79,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def print_table(status: Status) -> None:
     captions = [f"{status.captions[suffix]:,} {suffix or 'file name'}" for suffix in (".txt", ".caption", "")]
-    say(f"{', '.join(status.roots)}: {status.num_images:,} images; captions: {', '.join(captions)}")
+    say(f"{', '.join(status.roots)}: {counted(status.num_images, 'image')}; captions: {', '.join(captions)}")
     if line := status.unused.line():
         say(line)
     for root in status.alone:
@@ -108,7 +109,7 @@ def print_details(caches: Caches) -> None:
     if caches.coverage.images:
         say(*caches.coverage.table())
     if caches.num_upscaled:
-        say(f"  {caches.num_upscaled:,} images upscaled")
+        say(f"  {counted(caches.num_upscaled, 'image')} upscaled")
     if caches.tokens:
         print_tokens(caches)
     if caches.is_text:
@@ -141,7 +142,8 @@ def print_tokens(caches: Caches) -> None:
     for start, number in zip(starts, bins, strict=True):
         label = f"{start}-{start + width - 1}" if width > 1 else start
         say(f"{label:>11}{number:>11,}  {'#' * -(-_BAR * number // max(bins))}".rstrip())
-    say(f"  {lengths[0]} to {lengths[-1]} tokens, median {median}; {caches.num_truncated:,} captions truncated")
+    truncated = counted(caches.num_truncated, "caption")
+    say(f"  {lengths[0]} to {lengths[-1]} tokens, median {median}; {truncated} truncated")
 
 
 def print_examples(title: str, examples: Examples) -> None:
@@ -203,7 +205,7 @@ def prune(status: Status, yes: bool) -> int:
     say("", "orphaned, to be deleted:")
     for path in orphans:
         say(f"  {path}")
-    say(f"{len(orphans):,} sidecars, {file_size(status.orphan_bytes)}")
+    say(f"{counted(len(orphans), 'sidecar')}, {file_size(status.orphan_bytes)}")
     if not (yes or confirmed()):
         say("nothing was deleted")
         return 0

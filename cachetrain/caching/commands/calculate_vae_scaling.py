@@ -18,6 +18,7 @@ from cachetrain.caching.inspect.statistics import Moments, Statistics
 from cachetrain.caching.messages import say
 from cachetrain.data import many_files
 from cachetrain.data.sidecar import Header
+from cachetrain.log import counted
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -35,11 +36,11 @@ def main(argv: list[str] | None = None) -> int:
         fields = header.metadata
     statistics.check_measured(overall.num_groups, args, skipped)
     shapes = f"latents of shape {min(sizes)}" if len(sizes) == 1 else f"latents of {len(sizes)} sizes"
-    say(f"{overall.num_groups} images, {shapes}; standard errors from the spread between images", "")
+    say(f"{counted(overall.num_groups, 'image')}, {shapes}; standard errors from the spread between images", "")
     print_table(overall.statistics()[0], channels.statistics())
     print_factors(overall.statistics()[0], fields)
     if skipped:
-        say(f"{len(skipped)} sidecars were left out, named above")
+        say(f"left out, named above: {counted(len(skipped), 'sidecar')}")
     return 1 if skipped else 0
 
 

@@ -22,6 +22,7 @@ from cachetrain.caching.inspect.statistics import Moments, Statistics
 from cachetrain.caching.messages import say
 from cachetrain.data import many_files
 from cachetrain.data.sidecar import NULL_STEM, Header
+from cachetrain.log import counted
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -43,12 +44,12 @@ def main(argv: list[str] | None = None) -> int:
     statistics.check_measured(values.num_groups, args, skipped)
     tokens = f"{min(lengths)} to {max(lengths)} tokens of width {width}"
     unknown = f", {truncated[None]} whose header does not say" if truncated[None] else ""
-    say(f"{values.num_groups} captions of {tokens}, {truncated['1']} truncated{unknown}", "")
+    say(f"{counted(values.num_groups, 'caption')} of {tokens}, {truncated['1']} truncated{unknown}", "")
     print_factor(values.statistics()[0], norms.statistics()[0], kind)
     for path, emb, _ in statistics.read_tensors(null_paths, "emb", 2, encoder_identity, skipped):
         say(f"{path}: std {emb.std():.5g}, shape {emb.shape} (not counted above)")
     if skipped:
-        say(f"{len(skipped)} sidecars were left out, named above")
+        say(f"left out, named above: {counted(len(skipped), 'sidecar')}")
     return 1 if skipped else 0
 
 

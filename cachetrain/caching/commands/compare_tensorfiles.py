@@ -22,6 +22,7 @@ from cachetrain.caching.inspect.differences import Difference, compare_files
 from cachetrain.caching.messages import print_line, say
 from cachetrain.data.sidecar import SUFFIXES, read_header
 from cachetrain.data.walk import find_sidecars
+from cachetrain.log import counted
 
 # States of a pair; the first two leave the exit code at 0.
 _STATES = (
@@ -94,7 +95,7 @@ def compare_two_trees(args: Namespace) -> int:
     print_list("only in A", only_in_a, counts["only in A"])
     print_list("only in B", only_in_b, counts["only in B"])
     num_pairs = sum(counts[state] for state in _STATES[:5])
-    say(f"{num_pairs} pairs: {', '.join(f'{counts[state]} {state}' for state in _STATES)}")
+    say(f"{counted(num_pairs, 'pair')}: {', '.join(f'{counts[state]} {state}' for state in _STATES)}")
     return 1 if any(counts[state] for state in _STATES[2:]) else 0
 
 

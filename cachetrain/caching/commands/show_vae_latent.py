@@ -14,11 +14,12 @@ from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
-from cachetrain import cli
+from cachetrain import cli, outputs
 from cachetrain.caching import arguments
 from cachetrain.caching.inspect import previews
 from cachetrain.caching.messages import say
 from cachetrain.data import many_files, walk
+from cachetrain.log import counted
 
 _SHEET_IMAGES = 36
 _SHEET_SIDE = 256
@@ -35,7 +36,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     )
     output = parser.add_mutually_exclusive_group(required=True)
     output.add_argument("--out", type=Path, metavar="DIR", help="write a PNG per sidecar into this folder")
-    output.add_argument("--sheet", type=arguments.png_file, metavar="FILE", help="write one PNG with all pictures")
+    output.add_argument("--sheet", type=outputs.sheet, metavar="FILE", help="write one PNG with all pictures")
     arguments.add_subset_arguments(parser, None, f"; default: {_SHEET_IMAGES} with --sheet, all with --out")
     parser.add_argument(
         "--flip", action="store_true", help="show the latent of the mirrored image (latent_flip) instead"
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         num_written = write_previews(args, decoded, names)
     failed = f", {fail.count} failed" if fail.count else ""
-    say(f"{num_written} of {len(found)} latents decoded{failed}: {args.sheet or args.out}")
+    say(f"{num_written} of {counted(len(found), 'latent')} decoded{failed}: {args.sheet or args.out}")
     return 1 if fail.count else 0
 
 
@@ -92,13 +93,12 @@ def write_previews(args: Namespace, decoded: Iterable, names: dict[str, str]) ->
 
 def write_sheet(path: Path, pictures: dict, names: dict[str, str]) -> int:
     """Writes the pictures, by path, as one labelled sheet in the order of `names`; returns their number."""
-    from cachetrain.sampling.render import save_png
-
     shown = [name for name in names if name in pictures]
     if shown:
         labels = [f"{names[name]} {pictures[name].shape[1]}x{pictures[name].shape[0]}" for name in shown]
         columns = math.ceil(math.sqrt(len(shown)))
-        save_png(previews.contact_sheet([pictures[name] for name in shown], labels, columns, _SHEET_SIDE), path)
+        sheet = previews.contact_sheet([pictures[name] for name in shown], labels, columns, _SHEET_SIDE)
+        outputs.save_sheet(sheet, path)
     return len(shown)
 
 

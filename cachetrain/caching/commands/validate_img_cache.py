@@ -15,7 +15,7 @@ from functools import partial
 
 import numpy as np
 
-from cachetrain import cli
+from cachetrain import cli, outputs
 from cachetrain.caching import arguments
 from cachetrain.caching.inspect import previews
 from cachetrain.caching.messages import say
@@ -44,7 +44,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     )
     parser.add_argument(
         "--sheet",
-        type=arguments.png_file,
+        type=outputs.sheet,
         metavar="FILE",
         help=f"write a PNG of the {_NUM_WORST} worst: source, decoded, difference",
     )
@@ -54,8 +54,6 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     from tqdm import tqdm
-
-    from cachetrain.sampling.render import save_png
 
     fail = previews.Failures()
     cached = find_cached(args, fail)
@@ -69,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     summary = previews.psnr_summary([value for value, _ in measured])
     say(f"{summary} of {len(cached)} cached, {len(stale)} stale, {fail.count} failed")
     if args.sheet and worst:
-        save_png(previews.comparison_sheet(worst, _SHEET_SIDE), args.sheet, model=args.model)
+        outputs.save_sheet(previews.comparison_sheet(worst, _SHEET_SIDE), args.sheet, model=args.model)
         say(args.sheet)
     return 1 if num_low or fail.count or not measured else 0
 

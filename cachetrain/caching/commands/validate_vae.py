@@ -11,7 +11,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from functools import partial
 
-from cachetrain import cli
+from cachetrain import cli, outputs
 from cachetrain.caching import arguments
 from cachetrain.caching.inspect import previews
 from cachetrain.caching.messages import say
@@ -33,7 +33,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         "or less for a smaller image, which is not enlarged",
     )
     parser.add_argument(
-        "--out", type=arguments.png_file, metavar="FILE", help=f"write a PNG of the first {_MAX_ROWS} images"
+        "--out", type=outputs.sheet, metavar="FILE", help=f"write a PNG of the first {_MAX_ROWS} images"
     )
     return parser.parse_args(argv)
 
@@ -41,7 +41,6 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     from cachetrain.caching.encoders import check_vae
-    from cachetrain.sampling.render import save_png
 
     fail = previews.Failures()
     paths = many_files.random_subset(find_images(args.paths, fail), args.num_images, args.seed)
@@ -59,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     vae = f"{type(decoder.vae).__name__} of {args.model}, {decoder.vae.config.latent_channels} channels"
     say(f"{previews.psnr_summary(values)} at {side}x{side}, {vae}")
     if args.out and shown:
-        save_png(previews.comparison_sheet(shown, max_side=side), args.out, model=args.model)
+        outputs.save_sheet(previews.comparison_sheet(shown, max_side=side), args.out, model=args.model)
         say(args.out)
     return 1 if fail.count else 0
 

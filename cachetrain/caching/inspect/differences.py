@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from cachetrain.data.sidecar import Header, read_header, read_sidecar
+from cachetrain.log import counted
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +88,7 @@ def compare_tensors(name: str, a: "torch.Tensor", b: "torch.Tensor", remark: str
         dot, aa, bb, dd = dot + (x @ y).item(), aa + (x @ x).item(), bb + (y @ y).item(), dd + (d @ d).item()
         num_not_finite += (~(x.isfinite() & y.isfinite())).sum().item()
     if num_not_finite:
-        remark = ", ".join(filter(None, (remark, f"{num_not_finite} values not finite")))
+        remark = ", ".join(filter(None, (remark, f"{counted(num_not_finite, 'value')} not finite")))
     if dd == 0:
         return Difference(name, 1.0, 0.0, remark)
     if num_not_finite:

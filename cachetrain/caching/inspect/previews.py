@@ -16,6 +16,7 @@ from cachetrain.caching import images
 from cachetrain.caching.messages import failure_line, print_line
 from cachetrain.data import sidecar
 from cachetrain.data.walk import MAX_IMAGE, walk_folders
+from cachetrain.log import counted
 from cachetrain.modeling import load
 from cachetrain.modeling.files import component_files
 from cachetrain.reading import read_bytes
@@ -237,7 +238,7 @@ def psnr_summary(values: list[float]) -> str:
     if not values:
         return "no image compared"
     mean, median = np.mean(values), np.median(values)
-    return f"mean {mean:.2f} dB, median {median:.2f}, min {min(values):.2f} over {len(values)} images"
+    return f"mean {mean:.2f} dB, median {median:.2f}, min {min(values):.2f} over {counted(len(values), 'image')}"
 
 
 def comparison_sheet(comparisons: Iterable[Comparison], max_side: int) -> Image.Image:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from cachetrain.log import counted
 from cachetrain.training.logs.gradients import block_of, number_labels
 from cachetrain.training.logs.metrics import Metrics
 
@@ -115,7 +116,7 @@ def configuration(
 def cache_fingerprint(index) -> str:
     """Returns a short hash of encoders, cache settings and number of pairs, followed by that number."""
     identity = repr((index.image_header.run_identity, index.text_header.run_identity, len(index)))
-    return f"{hashlib.sha256(identity.encode()).hexdigest()[:12]} ({len(index):,} pairs)"
+    return f"{hashlib.sha256(identity.encode()).hexdigest()[:12]} ({counted(len(index), 'pair')})"
 
 
 def versions(device: torch.device) -> list[tuple[str, str]]:

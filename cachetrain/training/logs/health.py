@@ -4,7 +4,7 @@ from collections import deque
 
 import numpy as np
 
-from cachetrain.log import warn
+from cachetrain.log import counted, warn
 
 WINDOW = 20  # log steps; gradients must be low in most of the last ones; also those of the early median
 LOWEST_RMS = 1e-7  # of query and key gradients
@@ -87,7 +87,7 @@ class Health:
         names = self.layers[holds & ~warned].tolist()
         warned |= holds
         if names:
-            more = f" and {len(names) - _MAX_NAMES} more layers" if len(names) > _MAX_NAMES else ""
+            more = f" and {counted(len(names) - _MAX_NAMES, 'more layer')}" if len(names) > _MAX_NAMES else ""
             warn(f"{', '.join(names[:_MAX_NAMES])}{more}: {message}; see 11_Gradient_Stats/qk_rms")
 
 
