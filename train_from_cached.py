@@ -139,6 +139,7 @@ def train(args, resumed, world, cleanup, warning_log) -> int:
             wait_start = time.perf_counter()
             batch = next(batches)
             stats.wait_s += time.perf_counter() - wait_start
+            setup.seed_adapter_dropout(run, step, micro_step)
             with gradient_sync(model, enabled=micro_step == args.gradient_accum):
                 result = forward(model, batch)
                 loss = (result.loss * batch["weights"]).mean() / args.gradient_accum  # weight 0: could not be read

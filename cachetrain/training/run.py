@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from cachetrain import cli
+from cachetrain.checkpoints.adapters import base_info
 from cachetrain.checkpoints.info import data_info
 from cachetrain.checkpoints.resume import run_state
 from cachetrain.data import rng
@@ -26,10 +27,10 @@ from cachetrain.diffusion.noise_schedulers import make_scheduler, objective_of
 from cachetrain.diffusion.objective import noise_schedule
 from cachetrain.distributed import World, wrap
 from cachetrain.log import info, warn
-from cachetrain.modeling import load, trainable
+from cachetrain.modeling import load, lora, trainable
 from cachetrain.modeling.conditioning import Conditioning
 from cachetrain.modeling.files import read_config
-from cachetrain.modeling.precision import autocast_for
+from cachetrain.modeling.precision import autocast_for, cast_weights
 from cachetrain.sampling.prompts import Prompts
 from cachetrain.sampling.samples import SampleImages
 from cachetrain.training.ema import Ema
@@ -90,7 +91,10 @@ class Run:
 
     def data_info(self) -> dict:
         """Returns the content of cachetrain.json in the run's checkpoints, except the step."""
-        return {"objective": self.objective, **data_info(self.index, self.args.text_scaling_factor)}
+        info = {"objective": self.objective, **data_info(self.index, self.args.text_scaling_factor)}
+        if self.args.lora_rank:
+            info["base"] = base_info(self.model_dir, self.args.model, self.args.revision)
+        return info
 
     def describe(self, resumed) -> list[str]:
         """Returns lines that describe the run at its start. `resumed`: Resumed."""
@@ -237,6 +241,13 @@ def open_train_state(run: Run, resumed):
     return TrainState(unet, model, trained, optimizer, scaler, ema), trained_table
 
 
+def seed_adapter_dropout(run: Run, step: int, micro_step: int) -> None:
+    """Seeds torch's global generators, from which only --lora_dropout draws, for one backward pass of this rank."""
+    if run.args.lora_dropout:
+        seeds = rng.generator(run.args.seed, step, run.world.rank, rng.ADAPTER_DROPOUT, micro_step)
+        torch.manual_seed(int(seeds.integers(2**63)))
+
+
 def restore_logs(resumed, statistics, validation) -> None:
     """Restores the counters of logs and validation from the checkpoint, if any."""
     if not resumed.path:
@@ -247,7 +258,8 @@ def restore_logs(resumed, statistics, validation) -> None:
 
 
 def open_unet(run: Run, checkpoint: Path | None = None):
-    """Loads the UNet, re-initializes and freezes its parts as the flags say, and moves it to the device.
+    """Loads the UNet, re-initializes and freezes its parts or adds an adapter, as the flags say, and moves it to the
+    device.
 
     Args:
         run: Run.
@@ -257,13 +269,18 @@ def open_unet(run: Run, checkpoint: Path | None = None):
         (UNet, table of the trained parts).
     """
     args, device = run.args, run.device
-    dtype = torch.bfloat16 if args.precision == "bf16_pure" else torch.float32
-    directory = checkpoint / "unet" if checkpoint else load.component_dir(run.model_dir, "unet")
+    dtype = torch.bfloat16 if args.precision == "bf16_pure" and not args.lora_rank else torch.float32
+    from_checkpoint = checkpoint and not args.lora_rank
+    directory = checkpoint / "unet" if from_checkpoint else load.component_dir(run.model_dir, "unet")
     if args.reinit_unet and not checkpoint:  # needs no weights
         unet = load.fresh_unet(read_config(directory), args.seed).to(dtype)
     else:
         unet = load.load_unet(directory, dtype)
     trained_table = trainable.apply(unet, args, args.seed, resumed=checkpoint is not None)
+    if args.lora_rank:
+        cast_weights(unet, args.precision)
+        if checkpoint:
+            lora.load(unet, checkpoint / lora.FILE)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     torch.backends.cudnn.allow_tf32 = args.allow_tf32  # torch's default for convolutions is True
