@@ -178,8 +178,7 @@ def _from_diffusers(tensors, settings):
     from peft.utils.other import get_pattern_key
 
     tensors = {key.removeprefix(lora.PREFIX): tensor for key, tensor in tensors.items()}
-    if not any(".lora_A." in key for key in tensors):
-        tensors = convert_unet_state_dict_to_peft(tensors)
+    tensors = convert_unet_state_dict_to_peft(tensors)  # a file may have names of several versions
     tensors = {key.replace("_vector.weight", "_vector"): tensor for key, tensor in tensors.items()}
     settings = {key.removeprefix(lora.PREFIX): value for key, value in settings.items()}
     pattern, alphas = settings.get("alpha_pattern") or {}, {}

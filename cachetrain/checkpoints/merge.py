@@ -58,8 +58,8 @@ def find_base(adapters: Sequence[Weighted], given: str | None = None) -> Path:
 def merged_unet(base: Path, adapters: Sequence[Weighted], raw_weights: bool = False) -> "torch.nn.Module":
     """Returns the UNet of a base model with adapters merged into its weights, in float32.
 
-    Each adapter changes the weights by what it changes alone, times its weight: as diffusers draws with all of them
-    active at their weights.
+    Each adapter changes the weights by what it would change alone, at its weight: for LoRA, what diffusers draws with
+    all of them active. (Beside others, its DoRA also rescales what the earlier ones have changed.)
 
     Args:
         base: pipeline directory or bare UNet.
@@ -90,8 +90,8 @@ def merged_unet(base: Path, adapters: Sequence[Weighted], raw_weights: bool = Fa
 
 
 def _fold(unet, names):
-    """Adds to each weight what each adapter alone would change. peft merges one after another instead, so that a
-    second DoRA would rescale what the first one has changed."""
+    """Adds to each weight what each adapter alone would change. peft would merge one after another, so that a DoRA
+    rescales what the earlier ones have changed."""
     from peft.tuners.lora import LoraLayer
 
     for module in unet.modules():

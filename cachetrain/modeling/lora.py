@@ -8,6 +8,7 @@ trained length. Files have diffusers' layout, which `pipeline.load_lora_weights`
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -171,7 +172,9 @@ def attach(unet: torch.nn.Module, adapter: Adapter, name: str = NAME) -> None:
     _check_fit(unet, adapter)
     tensors = {PREFIX + key: tensor for key, tensor in adapter.tensors.items()}
     alphas = {f"{PREFIX}{module}.alpha": alpha for module, alpha in adapter.alphas.items()}
-    unet.load_lora_adapter(tensors, prefix=PREFIX.rstrip("."), network_alphas=alphas, adapter_name=name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # of the earlier calls
+        unet.load_lora_adapter(tensors, prefix=PREFIX.rstrip("."), network_alphas=alphas, adapter_name=name)
     unet.requires_grad_(False)
 
 
