@@ -41,6 +41,7 @@ INSTEAD = {
     "--timestep_distribution": "use --timestep_sampling",
     "--save_every": "use --save_steps, or --save_every_minutes",
     "--sample_after": "use --sample_every",
+    "--lora_decompose": "use --dora",
     # kohya's sd-scripts.
     "--pretrained_model_name_or_path": "use --model, with a directory or model id of diffusers",
     "--train_batch_size": "use --batch_size",
