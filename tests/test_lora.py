@@ -15,9 +15,22 @@ from diffusers.loaders.lora_conversion_utils import (
 )
 from diffusers.utils import convert_state_dict_to_diffusers
 from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
-from helpers import CLIP, T5, TINY, digest, json_lines, load_script, refused, run_script, trainer_argv, weights_of
+from helpers import (
+    CLIP,
+    T5,
+    TINY,
+    digest,
+    distance,
+    json_lines,
+    load_script,
+    refused,
+    run_script,
+    trainer_argv,
+    weights_of,
+)
 from peft import get_peft_model_state_dict
 from PIL import Image
+from runs import Runs
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sdxl_fixtures import SDXL, load_pipeline
@@ -224,6 +237,18 @@ def test_gradient_checkpointing_gives_the_same_gradients(shapes, model_t5):
         gradients.append({name: p.grad for name, p in unet.named_parameters() if p.requires_grad})
     assert unet.is_gradient_checkpointing
     torch.testing.assert_close(*gradients)
+
+
+def test_ranks_train_the_adapter_of_one_process(shapes, model_t5, tmp_path):
+    runs, adapters_of = Runs(shapes, model_t5, tmp_path), []
+    for ranks in (1, 2):
+        out = runs.new()
+        flags = ["--lora_rank", 2, "--lr", 1e-2, "--max_steps", 2, "--batch_size", 4 // ranks]
+        results = runs.launch(out, ranks, *flags)
+        assert [rank.code for rank in results] == [0] * ranks, [rank.output for rank in results]
+        adapters_of.append(load_file(out / "checkpoint-000002" / lora.FILE))
+    ups = [{name: tensor for name, tensor in a.items() if ".lora_B." in name} for a in adapters_of]
+    assert distance(*ups, {name: torch.zeros_like(tensor) for name, tensor in ups[0].items()}) < 1e-3
 
 
 def test_logs_call_the_gradients_of_adapters_by_their_name(runs):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +26,7 @@ from cachetrain.data.sidecar import read_sidecar
 from cachetrain.data.split import open_index
 from cachetrain.diffusion.noise_schedulers import make_scheduler, objective_of
 from cachetrain.diffusion.objective import noise_schedule
-from cachetrain.distributed import World, wrap
+from cachetrain.distributed import World, gradient_sync, wrap
 from cachetrain.log import info, warn
 from cachetrain.modeling import load, lora, trainable
 from cachetrain.modeling.conditioning import Conditioning
@@ -241,11 +242,22 @@ def open_train_state(run: Run, resumed):
     return TrainState(unet, model, trained, optimizer, scaler, ema), trained_table
 
 
-def seed_adapter_dropout(run: Run, step: int, micro_step: int) -> None:
-    """Seeds torch's global generators, from which only --lora_dropout draws, for one backward pass of this rank."""
+@contextmanager
+def micro_step(run: Run, model: torch.nn.Module, step: int, number: int) -> Iterator[None]:
+    """Around a forward and backward pass: reduces the gradients over the ranks in the last one of a step, and seeds
+    torch's global generators, from which only --lora_dropout draws.
+
+    Args:
+        run: Run.
+        model: the UNet or its distributed wrapper.
+        step: optimizer step, from 1.
+        number: of the pass in the step, from 1.
+    """
     if run.args.lora_dropout:
-        seeds = rng.generator(run.args.seed, step, run.world.rank, rng.ADAPTER_DROPOUT, micro_step)
-        torch.manual_seed(int(seeds.integers(2**63)))
+        generator = rng.generator(run.args.seed, step, run.world.rank, rng.ADAPTER_DROPOUT, number)
+        torch.manual_seed(int(generator.integers(2**63)))
+    with gradient_sync(model, enabled=number == run.args.gradient_accum):
+        yield
 
 
 def restore_logs(resumed, statistics, validation) -> None:
