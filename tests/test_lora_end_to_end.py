@@ -74,7 +74,7 @@ def test_an_adapter_learns_a_new_pair_and_the_model_forgets_at_most_5_points(tmp
     for way in WAYS:
         trained_after, new_after = fine_tune(way, base, tmp_path)
         print(
-            f"{way}: trained pairs {trained:.0f}%, now {trained_after:.0f}%; the pair {new:.0f}%, now {new_after:.0f}%"
+            f"{way}: trained pairs {trained:.0f}%, now {trained_after:.0f}%; {PAIR} {new:.0f}%, now {new_after:.0f}%"
         )
         assert new_after >= 90 > new + 10
         if way == "lora":

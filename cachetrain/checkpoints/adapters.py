@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cachetrain.checkpoints.info import checkpoint_info
+from cachetrain.checkpoints.info import checkpoint_info, is_base
 from cachetrain.checkpoints.kohya import PREFIX as KOHYA_PREFIX
 from cachetrain.checkpoints.kohya import from_kohya
 from cachetrain.log import describe, warn
@@ -53,7 +53,7 @@ def _fingerprint(model_dir, name):
 
 def is_adapter(directory: Path) -> bool:
     """Whether a directory is a checkpoint that holds an adapter."""
-    return (Path(directory) / lora.FILE).exists()
+    return (Path(directory) / lora.FILE).exists() and not (Path(directory) / "model_index.json").exists()
 
 
 def base_of(checkpoint: Path, given: str | None = None) -> Path:
@@ -165,7 +165,7 @@ def read_adapter(path: Path, unet: torch.nn.Module) -> tuple[lora.Adapter, dict 
         raise ValueError(f"{path}: {describe(error)}") from error
     if not all(tensor.isfinite().all() for tensor in adapter.tensors.values()):
         raise ValueError(f"{path}: its tensors are not all finite; get it again")
-    return adapter, base
+    return adapter, base if is_base(base) else None
 
 
 def _from_diffusers(tensors, settings):

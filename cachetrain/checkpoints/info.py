@@ -69,7 +69,7 @@ def _check(path, info):
         isinstance(size, list) and len(size) == 2 and all(_is_count(side) and 0 < side <= _MAX_SIDE for side in size)
     ):
         wrong.append("latent_size")
-    if "base" in info and not _is_base(info["base"]):
+    if "base" in info and not is_base(info["base"]):
         wrong.append("base")
     if wrong:
         raise ValueError(f"{path}: its {wrong[0]} is not one that training writes; get the checkpoint again")
@@ -83,7 +83,8 @@ def _is_count(value):
     return type(value) is int and 0 <= value < 2**63
 
 
-def _is_base(value):
+def is_base(value: object) -> bool:
+    """Whether a value, as read from JSON, can be what adapters.base_info returns."""
     return (
         isinstance(value, dict)
         and isinstance(value.get("model"), str)
