@@ -41,7 +41,9 @@ from cachetrain.modeling import load, lora
 from cachetrain.training import run as opening
 
 KINDS = {"sd": CLIP, "t5": T5, "sdxl": SDXL}
-DRAW = ["--prompt", "a red circle", "--cfgs", 3, "--seed", 5, "--sampler_steps", 2, "--device", "cpu"]
+# Validation, and samples as `DRAW` draws them.
+WATCHED = ["--val_split", 0.3, "--sample_prompt", "a red circle", "--sample_cfgs", 3, "--sampler_steps", 2]
+DRAW = ["--prompt", "a red circle", "--cfgs", 3, "--seed", 0, "--sampler_steps", 2, "--device", "cpu"]
 
 
 def fresh_unet(model):
@@ -77,21 +79,9 @@ def runs(shapes, shapes_sdxl, model_sd, model_t5, model_sdxl, tmp_path_factory):
     root, models, found = tmp_path_factory.mktemp("lora"), {"sd": model_sd, "t5": model_t5, "sdxl": model_sdxl}, {}
     for kind, suffixes in KINDS.items():
         targets = {"sd": "attention_ff", "t5": "attention", "sdxl": "all"}[kind]
-        flags = [
-            "--max_steps",
-            2,
-            "--batch_size",
-            4,
-            "--lr",
-            0.05,
-            "--lora_rank",
-            3,
-            "--lora_alpha",
-            2,
-            "--save_steps",
-            1,
-        ]
-        flags += ["--ema_decay", 0.5, "--ckpt_dir", root / "web", "--lora_targets", targets, "--log_groups", 1, 11]
+        flags = ["--max_steps", 2, "--batch_size", 4, "--lr", 0.05, "--save_steps", 1, "--ema_decay", 0.5]
+        flags += ["--lora_rank", 3, "--lora_alpha", 2, "--lora_targets", targets, "--ckpt_dir", root / "web"]
+        flags += ["--log_groups", 1, 11, *(WATCHED if kind == "sd" else [])]
         data = shapes_sdxl if kind == "sdxl" else shapes
         argv = trainer_argv(data, models[kind], root / kind, *flags, suffixes=suffixes)
         assert run_script("train_from_cached.py", *argv) == 0
@@ -118,7 +108,7 @@ def drawn(model, out, *flags):
 
 
 def drawn_by(pipeline):
-    generator, size = torch.Generator().manual_seed(5), {"height": 64, "width": 64}
+    generator, size = torch.Generator().manual_seed(0), {"height": 64, "width": 64}
     settings = {"num_inference_steps": 2, "guidance_scale": 3.0, "generator": generator, **size}
     return np.asarray(pipeline("a red circle", **settings).images[0]).astype(int)
 
@@ -135,6 +125,18 @@ def test_load_lora_weights_draws_what_sample_draws(runs, kind, weights, flags, t
     expected = drawn_by(pipeline)
     assert np.abs(drawn(checkpoint, tmp_path / "out", *flags) - expected).max() <= 1
     assert np.abs(base - expected).max() > 1
+
+
+def test_training_and_watch_draw_what_sample_draws(runs, tmp_path):
+    _, run = runs["sd"]
+    assert {"val/loss", "val/loss_ema"} <= json_lines(run / "metrics.jsonl")[-1].keys()
+    copy, name = tmp_path / "run", "step-000002/00-a-red-circle_cfg3.png"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("samples"))
+    assert run_script("sample.py", "--watch", copy, "--device", "cpu") == 0
+    expected = drawn(run / "checkpoint-000002", tmp_path / "out")
+    for folder in (run, copy):
+        assert np.abs(np.asarray(Image.open(folder / "samples" / name)).astype(int) - expected).max() <= 1
+    assert (copy / "samples" / "step-000001").exists()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -192,7 +192,10 @@ def test_flipped_images_have_mirrored_crops(model_sdxl, shapes_sdxl, tmp_path):
     assert sample["condition"]["time_ids"].tolist() == [64, 128, 0, 64, 64, 64]
 
 
-@pytest.mark.parametrize("adapter", [[], ["--lora_rank", 2, "--lora_targets", "all"]], ids=["whole", "lora"])
+ADAPTER = pytest.param(["--lora_rank", 2, "--lora_targets", "all"], marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("adapter", [[], ADAPTER], ids=["whole", "lora"])
 def test_compiled_unet_is_one_graph(shapes_sdxl, model_sdxl, tmp_path, monkeypatch, adapter):
     made, compile_module = [], UNet2DConditionModel.compile
 
