@@ -53,6 +53,8 @@ def main(argv=None):
         raise ValueError(f"{config}: exists, and is not of an earlier {out.name}; choose another --out")
     dtype = args.dtype and load.pick_dtype(args.dtype, "cpu")
     model_dir = load.resolve_model(args.model)
+    if args.base and not is_adapter(model_dir):
+        raise ValueError(f"--base is for adapters, and {model_dir} is a model; omit it")
     if is_adapter(model_dir):
         notes = export_adapter(model_dir, base_of(model_dir, args.base), args.out, dtype, args.raw_weights)
     else:
