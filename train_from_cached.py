@@ -78,7 +78,6 @@ def train(args, resumed, world, cleanup, warning_log) -> int:
     from cachetrain.checkpoints.resume import settings_of
     from cachetrain.checkpoints.save import Saving
     from cachetrain.data.loader import on_device
-    from cachetrain.distributed import gradient_sync
     from cachetrain.log import counted, info
     from cachetrain.training import checks, flags, overfit
     from cachetrain.training import run as setup
@@ -139,7 +138,7 @@ def train(args, resumed, world, cleanup, warning_log) -> int:
             wait_start = time.perf_counter()
             batch = next(batches)
             stats.wait_s += time.perf_counter() - wait_start
-            with gradient_sync(model, enabled=micro_step == args.gradient_accum):
+            with setup.micro_step(run, model, step, micro_step):
                 result = forward(model, batch)
                 loss = (result.loss * batch["weights"]).mean() / args.gradient_accum  # weight 0: could not be read
                 scaler.scale(loss).backward(backward_seed(loss))

@@ -5,6 +5,7 @@
 
 EMA weights are used if the checkpoint has them. Keep the .yaml file that is written beside the .safetensors file: UIs
 read from it what the keys cannot express. Further notes for users of the file are printed and stored in its metadata.
+Of a checkpoint with an adapter the file is one for the LoRA folder of web UIs.
 """
 
 import sys
@@ -20,6 +21,9 @@ except ImportError as error:
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     parser.add_argument("--model", required=True, help="checkpoint, pipeline directory or Hugging Face model id")
+    parser.add_argument(
+        "--base", help="base model of an adapter, if it is no longer where the run found it: directory or model id"
+    )
     parser.add_argument(
         "--out",
         required=True,
@@ -39,13 +43,21 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
 
+    from cachetrain.checkpoints.adapters import base_of, is_adapter
     from cachetrain.checkpoints.export import export_single_file
+    from cachetrain.checkpoints.export_adapter import export_adapter
     from cachetrain.modeling import load
 
     if (config := args.out.with_suffix(".yaml")).exists() and not args.out.exists():
         raise ValueError(f"{config}: exists, and is not of an earlier {args.out.name}; choose another --out")
     dtype = args.dtype and load.pick_dtype(args.dtype, "cpu")
-    notes = export_single_file(load.resolve_model(args.model), args.out, dtype, args.raw_weights)
+    model_dir = load.resolve_model(args.model)
+    if args.base and not is_adapter(model_dir):
+        raise ValueError(f"--base is for adapters, and {model_dir} is a model; omit it")
+    if is_adapter(model_dir):
+        notes = export_adapter(model_dir, base_of(model_dir, args.base), args.out, dtype, args.raw_weights)
+    else:
+        notes = export_single_file(model_dir, args.out, dtype, args.raw_weights)
     info("\n".join([f"wrote {args.out}", *(f"note: {note}" for note in notes)]))
     return 0
 

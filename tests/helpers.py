@@ -66,7 +66,7 @@ def _estimate_memory_once():
 
     def once(self, setup):
         same = setup._replace(optimizer="", ema=False, offload=False)
-        trained = [parameter.requires_grad for parameter in self.unet.parameters()]
+        trained = [(parameter.numel(), parameter.requires_grad) for parameter in self.unet.parameters()]
         key = json.dumps([self.unet.config, self.latent_shape, same, trained], default=str, sort_keys=True)
         if key not in estimated:
             estimated[key] = run_step(self, setup)

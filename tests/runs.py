@@ -71,8 +71,9 @@ class Runs:
 def content(run, step):
     """All that a checkpoint holds of the training: {name: hash of the tensor} and the JSON of the state."""
     path, found = checkpoint_path(run, step), {}
-    for file in sorted(path.glob("[ut]*/*.safetensors")):  # unet, unet_ema, training_state; not the frozen parts
-        for name, tensor in load_file(file).items() if file.parent.name in PARTS else ():
+    # unet, unet_ema, training_state, an adapter; not the frozen parts
+    for file in sorted([*path.glob("[ut]*/*.safetensors"), *path.glob("*.safetensors")]):
+        for name, tensor in load_file(file).items() if file.parent.name in (*PARTS, path.name) else ():
             found[f"{file.parent.name}/{name}"] = digest({name: tensor})
     state = json.loads((path / "training_state" / "state.json").read_text())
     del state["settings"], state["statistics"]["seconds"]

@@ -39,6 +39,7 @@ ZERO = {
         "--num_workers", "--offset_noise", "--timestep_range", "--cond_dropout", "--flip_p", "--unfreeze_up_blocks",
         "--unfreeze_down_blocks", "--time_ids", "--warmup_steps", "--min_lr_rate", "--betas",
         "--weight_decay", "--gradient_clip", "--ema_decay", "--seed", "--save_start", "--sample_cfgs", "--val_split",
+        "--lora_dropout",
     },
 }  # fmt: skip
 SIGNED = ("--logit_mean",)  # may be 0 or below
@@ -234,4 +235,5 @@ def test_every_flag_has_a_meaning_for_a_resume():
         "logit_std", "timestep_shift", "timestep_range", "cond_dropout", "flip_p", "targetted_training",
         "gradient_accum", "scheduler", "min_lr_rate", "num_cycles", "optimizer",
         "betas", "weight_decay", "gradient_clip", "gradient_release", "ema_decay", "seed", "precision",
+        "lora_rank", "lora_alpha", "lora_targets", "lora_dropout", "dora",
     }  # fmt: skip

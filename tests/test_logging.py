@@ -408,7 +408,7 @@ def test_forward_flops_equal_a_count_by_hand(unet):
 
 
 def test_speed_tags_follow_from_wall_time():
-    tags = machine.speed_tags(640, 10, 5.0, 1.0, flops_per_image=0.8e12, peak=989.0)
+    tags = machine.speed_tags(640, 10, 5.0, 1.0, flops_per_image=2.4e12, peak=989.0)
     assert tags == {
         "05_Performance/images_per_second": 128.0,
         "05_Performance/steps_per_second": 2.0,

@@ -9,6 +9,7 @@ from helpers import SD15, TINY, memory_model
 from helpers import train as run
 
 from cachetrain.data import ram
+from cachetrain.modeling import lora
 from cachetrain.training import memory
 from cachetrain.training.optim import make_optimizer
 
@@ -59,6 +60,14 @@ def only_attn2(unet):
         parameter.requires_grad_(".attn2." in name)
 
 
+def only_an_adapter(unet):
+    lora.add(unet, 4, 4.0, "attention")
+
+
+def only_a_dora(unet):
+    lora.add(unet, 4, 4.0, "attention_ff", dora=True)
+
+
 @pytest.mark.parametrize(
     ("changes", "train"),
     [
@@ -68,6 +77,8 @@ def only_attn2(unet):
         ({"precision": "bf16_pure"}, all_of_it),
         ({"precision": "bf16_pure", "releases_gradients": True, "checkpointing": True}, all_of_it),
         ({}, only_attn2),
+        ({"precision": "bf16_pure", "checkpointing": True}, only_an_adapter),
+        ({}, only_a_dora),
     ],
 )
 def test_estimate_is_what_a_step_on_the_cpu_allocates_within_3_percent(changes, train):
@@ -91,6 +102,16 @@ def test_estimate_agrees_with_what_was_seen_on_gpus():
     model = memory_model(SD15, "txt_clipl", {"emb": 768}, tokens=77, side=64)
     for gib, batch_size, fits in ((79, 48, True), (79, 64, False), (24, 8, True), (24, 12, False)):
         assert (model.estimate(BASE._replace(batch_size=batch_size)).total < gib * GIB) == fits
+
+
+def test_frozen_weights_beside_an_adapter_take_two_bytes_each_with_bf16(tiny):
+    model = memory_model(CONFIG, "txt_t5cache", {"emb": 64}, tokens=16, side=8)
+    full = sum(parameter.numel() for parameter in model.unet.parameters())
+    only_an_adapter(model.unet)
+    adapter = sum(parameter.numel() for parameter in model.unet.parameters()) - full
+    estimate = model.estimate(BASE)
+    assert (estimate.weights, estimate.optimizer) == (2 * full + 4 * adapter, 8 * adapter)
+    assert estimate.step < 0.8 * tiny.estimate(BASE).step
 
 
 def test_averages_and_optimizer_state_count_where_they_are(tiny):

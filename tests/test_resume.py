@@ -112,6 +112,7 @@ SETTINGS = [
     "--gradient_clip 0.01", "--scheduler cosine --warmup_steps 3",
     "--val_split 0.3 --val_steps 1", "--use_snr --objective v_prediction",
     "--timestep_sampling stratified --gradient_accum 2 --batch_size 4",
+    "--lora_rank 2 --lora_dropout 0.3 --dora --precision bf16",
     "--unfreeze_attn2", "--reinit_crossattn", "--reinit_out --targetted_training", "TWO SIZES",
 ]  # fmt: skip
 

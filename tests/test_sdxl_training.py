@@ -19,6 +19,7 @@ from helpers import (
     refused,
     run_script,
     train,
+    trainer_argv,
     weights_of,
 )
 from PIL import Image
@@ -191,7 +192,11 @@ def test_flipped_images_have_mirrored_crops(model_sdxl, shapes_sdxl, tmp_path):
     assert sample["condition"]["time_ids"].tolist() == [64, 128, 0, 64, 64, 64]
 
 
-def test_compiled_unet_is_one_graph(shapes_sdxl, model_sdxl, tmp_path, monkeypatch):
+ADAPTER = pytest.param(["--lora_rank", 2, "--lora_targets", "all"], marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("adapter", [[], ADAPTER], ids=["whole", "lora"])
+def test_compiled_unet_is_one_graph(shapes_sdxl, model_sdxl, tmp_path, monkeypatch, adapter):
     made, compile_module = [], UNet2DConditionModel.compile
 
     def keep(graph, _):
@@ -200,7 +205,8 @@ def test_compiled_unet_is_one_graph(shapes_sdxl, model_sdxl, tmp_path, monkeypat
 
     monkeypatch.setattr(UNet2DConditionModel, "compile", lambda self, **kw: compile_module(self, backend=keep, **kw))
     torch._dynamo.reset()
-    flags = ["--compile", "--max_steps", 2, "--batch_size", 2, "--log_groups", 1]
-    train(shapes_sdxl, model_sdxl, tmp_path / "run", *flags, suffixes=SDXL)
+    flags = ["--compile", "--max_steps", 2, "--batch_size", 2, "--log_groups", 1, *adapter]
+    argv = trainer_argv(shapes_sdxl, model_sdxl, tmp_path / "run", *flags, suffixes=SDXL)
+    assert run_script("train_from_cached.py", *argv) == 0
     torch._dynamo.reset()
     assert len(made) == 1  # fullgraph: a graph break would be an error

@@ -119,7 +119,7 @@ def check_exportable(model_dir: Path, scheduler=None) -> tuple[list[str], dict |
     scheduler = scheduler or load.load_scheduler(Path(model_dir) / "scheduler")
     objective = objective_of(scheduler)
     is_sdxl = load.pooled_width(unet) > 0
-    notes += _objective_notes(objective, scheduler, is_sdxl)
+    notes += objective_notes(objective, scheduler, is_sdxl)
     notes += _setting_notes(unet, vae, is_sdxl)
     needs_config = family == "clip" and objective != "flow"
     return notes, layout.original_config(unet, vae, scheduler) if needs_config else None
@@ -227,7 +227,7 @@ def _width_problems(part, channels):
     return []
 
 
-def _objective_notes(objective, scheduler, is_sdxl):
+def objective_notes(objective, scheduler, is_sdxl):
     """Returns notes on how to sample the exported file, a list of str."""
     if objective == "flow":
         return ["trained with flow matching, which web UIs do not sample with Stable Diffusion's UNet: use sample.py"]

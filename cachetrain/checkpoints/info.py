@@ -39,7 +39,8 @@ def checkpoint_info(model_dir: Path) -> dict:
     """Reads cachetrain.json. For a model without one, returns the defaults of its text encoder and step 0.
 
     Returns:
-        dict: "text" and "latent_size" (None: unknown) as in `data_info`; "step"; "objective", only of checkpoints.
+        dict: "text" and "latent_size" (None: unknown) as in `data_info`; "step"; "objective", only of checkpoints;
+        "base", only of adapters, as of adapters.base_info.
 
     Raises:
         ValueError: it is not what training writes.
@@ -68,6 +69,8 @@ def _check(path, info):
         isinstance(size, list) and len(size) == 2 and all(_is_count(side) and 0 < side <= _MAX_SIDE for side in size)
     ):
         wrong.append("latent_size")
+    if "base" in info and not is_base(info["base"]):
+        wrong.append("base")
     if wrong:
         raise ValueError(f"{path}: its {wrong[0]} is not one that training writes; get the checkpoint again")
 
@@ -78,3 +81,15 @@ def _is_factor(value):
 
 def _is_count(value):
     return type(value) is int and 0 <= value < 2**63
+
+
+def is_base(value: object) -> bool:
+    """Whether a value, as read from JSON, can be what adapters.base_info returns."""
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("model"), str)
+        and isinstance(value.get("revision"), str | None)
+        and isinstance(value.get("fingerprints"), dict)
+        and all(isinstance(text, str) for item in value["fingerprints"].items() for text in item)
+        and "unet" in value["fingerprints"]
+    )

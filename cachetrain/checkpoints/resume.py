@@ -17,6 +17,7 @@ from cachetrain.checkpoints.state import placed_like, read_state
 from cachetrain.diffusion.noise_schedulers import objective_of
 from cachetrain.diffusion.objective import noise_schedule
 from cachetrain.log import counted, warn
+from cachetrain.modeling import lora
 
 # Files without which a checkpoint is none: the UNet would get random weights, or those of another file.
 _NEEDED = {"unet/config.json", f"unet/{SAFETENSORS_WEIGHTS_NAME}"}
@@ -86,6 +87,11 @@ class Resumed:
             line = f"{name}: {was} then, {now} now"
             lines.append(line + (" (the same run up to rounding)" if meaning == "rounding" else ""))
             refused += [] if meaning in ("free", "rounding") else [line]
+        if (self.path / lora.FILE).exists() != bool(settings.get("lora_rank")):
+            raise ValueError(
+                f"{self.path}: holds {'an adapter' if saved.get('lora_rank') else 'a UNet'}, and this run trains "
+                "something else; restore --lora_rank"
+            )
         if refused and not anyway:
             raise ValueError(
                 f"{self.path}: this would not be the run that was saved: {'; '.join(refused)}; restore these "
@@ -94,7 +100,7 @@ class Resumed:
         return lines
 
     def restore(self, unet, trained: list[torch.nn.Parameter], optimizer, ema, scaler) -> None:
-        """Restores optimizer, averages and loss scaler; the UNet has been loaded from `path`/unet before.
+        """Restores optimizer, averages and loss scaler; the UNet, or its adapter, has been loaded before.
 
         Args:
             unet: UNet2DConditionModel.
@@ -148,12 +154,13 @@ class Resumed:
             )
 
     def _restore_ema(self, unet, ema):
-        path = self.path / "unet_ema" / "diffusion_pytorch_model.safetensors"
+        adapted = lora.is_adapted(unet)
+        path = self.path / "unet_ema" / (lora.FILE if adapted else SAFETENSORS_WEIGHTS_NAME)
         if not path.exists():
             self._need({"unet_ema"} if self.state["settings"].get("ema_decay") else (), "it")
             return warn(f"{self.path}: has no unet_ema; the average starts from the weights")
         saved = load_file(path)
-        averages = ema.named(unet)
+        averages = {lora.file_name_of(name) if adapted else name: a for name, a in ema.named(unet).items()}
         self._need(averages.keys() - saved.keys(), path.parent.name)
         wrong = {name for name in averages if saved[name].shape != averages[name].shape}
         self._need(wrong, f"{path.parent.name}, with the shapes of this UNet,")
@@ -321,7 +328,8 @@ def _damages(checkpoint):
     """(damage that prevents resuming from a checkpoint, "" if there is none; whether its frozen parts are intact)."""
     try:
         broken = damages(checkpoint)
-        absent = _NEEDED - read_manifest(checkpoint).keys()
+        names = read_manifest(checkpoint).keys()
+        absent = set() if lora.FILE in names else _NEEDED - names
     except (ValueError, OSError) as error:
         return str(error), False
     if absent:

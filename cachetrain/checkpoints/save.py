@@ -1,4 +1,5 @@
-"""Saves checkpoints: complete diffusers pipelines, written by a background thread; frozen parts are hard links."""
+"""Saves checkpoints, written by a background thread: complete diffusers pipelines, whose frozen parts are hard links,
+or adapters."""
 
 import glob
 import json
@@ -17,13 +18,16 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
 from cachetrain.atomic import atomic_write, remove_directory, remove_leftovers, staged_directory
+from cachetrain.checkpoints.adapters import is_adapter
 from cachetrain.checkpoints.export import export_single_file
+from cachetrain.checkpoints.export_adapter import export_adapter
 from cachetrain.checkpoints.info import FILE, write_info
 from cachetrain.checkpoints.manifest import NAME, read_manifest, write_manifest
 from cachetrain.checkpoints.state import split_tensors, write_state
 from cachetrain.data.ram import available_bytes
 from cachetrain.distributed import copy_to_host
 from cachetrain.log import first_line, warn
+from cachetrain.modeling import lora
 from cachetrain.modeling.files import component_files, pipeline_code, read_json
 
 FROZEN = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "projection")
@@ -59,8 +63,8 @@ def newest_checkpoint(output_dir: Path) -> Path | None:
 class Saving:
     """Decides when to save, and saves: copies to host memory at once, and writes in a background thread.
 
-    Frozen parts (VAE, text encoder, ...) are copied from the model into the run's first checkpoint; later checkpoints
-    link to that copy.
+    Frozen parts (VAE, text encoder, ...) of a pipeline are copied from the model into the run's first checkpoint;
+    later checkpoints link to that copy.
 
     Args:
         run: Run. Rank 0 of its `world` writes. Frozen parts are those of its `model_dir`; a bare UNet has none. Its
@@ -83,12 +87,12 @@ class Saving:
         self.world = run.world
         self.model_dir = run.model_dir
         self.noise_scheduler = run.noise_scheduler
-        self._model_index = _read_index(run.model_dir, run.noise_scheduler)
+        self._model_index = None if args.lora_rank else read_index(run.model_dir, run.noise_scheduler)
         self.info = info
         self.flush = flush
         self._frozen = frozen
         self._frozen_files = read_manifest(frozen) if frozen else {}
-        self._sources = frozen_files(run.model_dir)
+        self._sources = {} if args.lora_rank else frozen_files(run.model_dir)
         self.on_epoch = args.save_on_epoch
         self.keep_last = args.keep_last
         self.every_s = args.save_every_minutes and 60 * args.save_every_minutes
@@ -139,7 +143,8 @@ class Saving:
 
         Args:
             step: optimizer steps done.
-            unet: UNet2DConditionModel, not its distributed wrapper; saved to unet/.
+            unet: UNet2DConditionModel, not its distributed wrapper; saved to unet/. Of one with an adapter, only that
+                is saved, as lora.FILE.
             ema: Ema, saved to unet_ema/ in float32, or None.
             state: dict of everything else that a resumed run needs, JSON-able except for tensors; saved to
                 training_state/.
@@ -147,7 +152,8 @@ class Saving:
         self.wait()
         self._saved_step = step
         tree, tensors = split_tensors(state)
-        parts = [unet.state_dict(), ema.named(unet) if ema is not None else {}, tensors]
+        weights = lora.trained_state(unet) if lora.is_adapted(unet) else unet.state_dict()
+        parts = [weights, ema.named(unet) if ema is not None else {}, tensors]
         copy = self._has_room_for(parts)
         weights, averages, tensors = (copy_to_host(part, self.world, copy) for part in parts)
         self._last_save_s = time.monotonic()
@@ -250,15 +256,15 @@ class Saving:
             self.output_dir.mkdir(parents=True)
             write_settings(self.args, self.output_dir)
         with staged_directory(target) as stage:
-            _write_unet(unet, weights, stage / "unet")
+            _write_weights(unet, weights, stage, "unet")
             if averages:
                 ema_weights = {name: averages.get(name, weight).float() for name, weight in weights.items()}
-                _write_unet(unet, ema_weights, stage / "unet_ema")
+                _write_weights(unet, ema_weights, stage, "unet_ema")
             write_state(stage, tree, tensors)
             known = self._add_frozen_parts(stage)
             self.noise_scheduler.save_pretrained(stage / "scheduler")
             if self._model_index is not None:
-                _write_index(self._model_index, stage)
+                write_index(self._model_index, stage)
             write_info(stage, step, self.info)
             files = write_manifest(stage, known)
             self.flush()
@@ -270,11 +276,16 @@ class Saving:
                 remove_directory(old)
         if self.ckpt_dir:
             try:
-                export_single_file(target, self.ckpt_dir / f"{self.name}-{step:06d}.safetensors")
+                self._export(target, self.ckpt_dir / f"{self.name}-{step:06d}.safetensors")
             except OSError as error:
                 raise OSError(
                     f"{target} is complete, but its single file in --ckpt_dir was not written: {error}"
                 ) from error
+
+    def _export(self, checkpoint, out):
+        if is_adapter(checkpoint):
+            return export_adapter(checkpoint, self.model_dir, out)
+        return export_single_file(checkpoint, out)
 
     def _add_frozen_parts(self, stage):
         """Links or copies frozen components and pipeline.py to `stage`; returns manifest entries of linked files."""
@@ -323,18 +334,21 @@ def _linked(path, link):
     return True
 
 
-def _write_unet(unet, weights, directory):
-    unet.save_config(directory)
-    save_file(weights, directory / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
+def _write_weights(unet, weights, stage, name):
+    """Writes a UNet to its directory in `stage`; an adapter where diffusers looks for it, averages apart."""
+    if lora.is_adapted(unet):
+        return lora.save(unet, weights, stage if name == "unet" else stage / name)
+    unet.save_config(directory := stage / name)
+    return save_file(weights, directory / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
 
 
-def _read_index(model_dir, scheduler):
+def read_index(model_dir, scheduler):
     """Returns the content of model_index.json: the model's, with the scheduler of the trained objective, or None."""
     source = model_dir / "model_index.json"
     return {**read_json(source), "scheduler": ["diffusers", type(scheduler).__name__]} if source.exists() else None
 
 
-def _write_index(index, stage):
+def write_index(index, stage):
     """Writes model_index.json without the components that are not in `stage`: training neither loads nor copies a
     safety checker, say."""
     present = {

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from cachetrain import cli
 from cachetrain.log import describe, first_line
+from cachetrain.modeling import lora
 from cachetrain.modeling.digests import sha256_of
 from cachetrain.modeling.files import CONFIG, component_files, only_files, read_config, read_json
 from cachetrain.reading import read_text
@@ -135,6 +136,10 @@ def component_dir(model_dir: str | Path, name: str) -> Path:
         return model_dir / name
     if not (model_dir / "model_index.json").exists() and any(model_dir.glob("*config.json")):
         return model_dir
+    if (model_dir / lora.FILE).exists():
+        raise ValueError(
+            f"{model_dir}: is an adapter, not a model; merge it into its base model with models/merge_lora.py first"
+        )
     raise ValueError(f"{model_dir}: has no component {name!r}; expected a directory {model_dir / name}")
 
 

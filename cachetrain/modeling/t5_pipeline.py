@@ -19,6 +19,7 @@ from typing import ClassVar
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
 
 
 def pad_embeddings(embeddings: Sequence[torch.Tensor], multiple: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,8 +101,9 @@ def vae_reduction(vae) -> int:
     return next(2 ** (len(vae.config[key]) - 1) for key in keys if vae.config.get(key))
 
 
-class StableDiffusionT5Pipeline(DiffusionPipeline):
-    """Text-to-image pipeline: T5 encoder, projection (may be None), UNet, VAE. Load it with `from_pretrained`."""
+class StableDiffusionT5Pipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
+    """Text-to-image pipeline: T5 encoder, projection (may be None), UNet, VAE. Load it with `from_pretrained`, and
+    adapters of its UNet with `load_lora_weights`."""
 
     model_cpu_offload_seq = "text_encoder->projection->unet->vae"
     _optional_components: ClassVar = ["projection"]

@@ -1,4 +1,5 @@
-"""Selects the parts of a UNet to re-initialize and to train. torch is imported only inside `apply`."""
+"""Selects what of a UNet is trained: all, parts, or an adapter beside it; and the parts to re-initialize. torch is
+imported only inside `apply`."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from argparse import Namespace
 from typing import TYPE_CHECKING, NamedTuple
 
 from cachetrain import cli
+from cachetrain.modeling import lora
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -36,6 +38,11 @@ UNFREEZE = {
 }
 
 
+_RANK = cli.Number(int, 1, 4096)
+_ALPHA = cli.Number(float, 0, 10_000, exclude=(0,))
+_DROPOUT = cli.Number(float, 0, 1, exclude=(1,))
+
+
 class Row(NamedTuple):
     """Parameter counts of a part (a flag, a block, or the whole UNet): all, re-initialized and trained."""
 
@@ -58,7 +65,7 @@ class Selection(NamedTuple):
 
 
 def add_arguments(group) -> None:
-    """Adds the flags --reinit_*, --unfreeze_* and --targetted_training to a group of an argparse parser."""
+    """Adds the flags --reinit_*, --unfreeze_*, --targetted_training and --lora_* to a group of an argparse parser."""
     for part, (_, text) in REINIT.items():
         group.add_argument(f"--reinit_{part}", action="store_true", help=f"re-initialize {text}")
     for part, (pattern, text) in UNFREEZE.items():
@@ -67,13 +74,46 @@ def add_arguments(group) -> None:
     group.add_argument(
         "--targetted_training", action="store_true", help="train only the parts named by --reinit_* and --unfreeze_*"
     )
+    _add_adapter_arguments(group)
+
+
+def _add_adapter_arguments(group):
+    group.add_argument(
+        "--lora_rank",
+        type=_RANK,
+        metavar="R",
+        help="train an adapter (LoRA) of this rank and keep the UNet as it is: less memory, checkpoints of "
+        "megabytes; 4 to 32: common; pip install peft",
+    )
+    group.add_argument(
+        "--lora_alpha",
+        type=_ALPHA,
+        metavar="A",
+        help="what the adapter adds is scaled by A / R, so that another R needs no other --lr; default: R",
+    )
+    group.add_argument(
+        "--lora_targets",
+        choices=lora.TARGETS,
+        help="layers with an adapter: those of attention; also of the feed-forward; all linear layers and "
+        "convolutions in the blocks; default: attention",
+    )
+    group.add_argument(
+        "--lora_dropout",
+        type=_DROPOUT,
+        metavar="P",
+        help="share of an adapter's inputs that are set to 0 in training, against overfitting; default: 0",
+    )
+    group.add_argument(
+        "--dora", action="store_true", help="DoRA: train the length of each row of the adapted weights, too; slower"
+    )
 
 
 def apply(unet: UNet2DConditionModel, args: Namespace, seed: int, resumed: bool = False) -> Selection:
     """Re-initializes parts of a UNet and freezes the parts not to be trained. Call this before wrapping the UNet.
 
     Without --unfreeze_* and --targetted_training everything is trained. With either, only the parts named by flags
-    are trained. Re-initialized parts are always trained, because a frozen random layer would be useless.
+    are trained. Re-initialized parts are always trained, because a frozen random layer would be useless. With
+    --lora_rank an adapter is added, and nothing else is trained.
 
     Args:
         unet: any float dtype, on any device; modified in place.
@@ -84,6 +124,17 @@ def apply(unet: UNet2DConditionModel, args: Namespace, seed: int, resumed: bool 
     Raises:
         ValueError: a flag matches no parameter of this UNet, or there is nothing to train.
     """
+    if args.lora_rank:
+        lora.add(
+            unet,
+            args.lora_rank,
+            args.lora_alpha or args.lora_rank,
+            args.lora_targets or "attention",
+            dropout=args.lora_dropout or 0.0,
+            dora=args.dora,
+            seed=seed,
+        )
+        return _selection(unet, {f"--lora_rank {args.lora_rank}": set(lora.trained_state(unet))}, set())
     reinit, unfreeze = _match_flags(unet, args, "reinit", REINIT), _match_flags(unet, args, "unfreeze", UNFREEZE)
     if args.targetted_training and not reinit and not unfreeze:
         raise ValueError("--targetted_training: there is nothing to train; add --reinit_* or --unfreeze_* flags")

@@ -33,6 +33,9 @@ def parse_args(argv=None):
     parser = cli.parser(__doc__)
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--model", help="checkpoint, pipeline directory or Hugging Face model id")
+    parser.add_argument(
+        "--base", help="base model of an adapter, if it is no longer where the run found it: directory or model id"
+    )
     model.add_argument("--watch", metavar="OUTPUT_DIR", help="draw the checkpoints of this run as they appear")
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument("--prompt", nargs="+", help="prompts to draw")
@@ -108,15 +111,21 @@ def main(argv=None):
 
         return watch(args)
     from cachetrain import log
+    from cachetrain.checkpoints import adapters
     from cachetrain.modeling import load
     from cachetrain.sampling.render import grid
     from cachetrain.sampling.samples import default_latent_size
 
     device = load.pick_device(args.device)
     model_dir = load.resolve_model(args.model)
-    samples, info = open_samples(args, model_dir, device)
-    weights = "unet" if args.raw_weights or not (model_dir / "unet_ema").is_dir() else "unet_ema"
-    unet = load.load_unet(model_dir / weights, load.pick_dtype(args.dtype, device)).to(device).eval()
+    base = adapters.base_of(model_dir, args.base) if adapters.is_adapter(model_dir) else model_dir
+    if args.base and base == model_dir:
+        raise ValueError(f"--base is for adapters, and {model_dir} is a model; omit it")
+    samples, info = open_samples(args, model_dir, base, device)
+    weights = adapters.weights_of(model_dir, args.raw_weights)
+    unet = (
+        adapters.load_unet(model_dir, base, args.raw_weights, load.pick_dtype(args.dtype, device)).to(device).eval()
+    )
     samples.vae.to(device)
     samples.latent_size = default_latent_size(args, info, unet, samples.vae)
     drawings = samples.drawings(unet, step=secrets.randbelow(2**31))  # the step determines seeds of -1
@@ -136,8 +145,15 @@ def main(argv=None):
     return 0
 
 
-def open_samples(args: argparse.Namespace, model_dir: Path, device: torch.device) -> tuple[SampleImages, dict]:
-    """Returns (SampleImages for --prompt or --prompts, the dict of checkpoint_info)."""
+def open_samples(
+    args: argparse.Namespace, model_dir: Path, base: Path, device: torch.device
+) -> tuple[SampleImages, dict]:
+    """Returns (SampleImages for --prompt or --prompts, the dict of checkpoint_info).
+
+    Args:
+        model_dir: of --model.
+        base: the base model if that is an adapter, else `model_dir`.
+    """
     from cachetrain.checkpoints.info import checkpoint_info
     from cachetrain.modeling import load
     from cachetrain.sampling.prompts import Prompts, read_prompts
@@ -153,7 +169,7 @@ def open_samples(args: argparse.Namespace, model_dir: Path, device: torch.device
         num_inference_steps=args.sampler_steps or 30,
     )
     samples = SampleImages(
-        model_dir,
+        base,
         args.prompts or args.prompt,
         defaults,
         load.load_scheduler(model_dir / "scheduler"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from cachetrain.atomic import is_locked
+from cachetrain.checkpoints import adapters
 from cachetrain.checkpoints.info import checkpoint_info
 from cachetrain.checkpoints.manifest import read_manifest
 from cachetrain.checkpoints.save import checkpoints, step_of
@@ -124,8 +125,9 @@ class _CheckpointDrawer:
     def draw(self, checkpoint):
         """Draws a checkpoint; warns on failure."""
         try:
-            unet = self._load_unet(checkpoint)
-            self._open_samples(checkpoint, unet)
+            base = adapters.base_of(checkpoint, self.args.base) if adapters.is_adapter(checkpoint) else checkpoint
+            unet = self._load_unet(checkpoint, base)
+            self._open_samples(checkpoint, base, unet)
         except Exception as error:  # any: the next checkpoint may be drawn
             reason = describe(error) if checkpoint.exists() else "the checkpoint was removed before it was drawn"
             warn(f"no samples of {checkpoint}: {reason}")
@@ -133,15 +135,12 @@ class _CheckpointDrawer:
         autocast = autocast_for(self.device, self.precision)
         self.samples.draw(unet, _samples_dir(checkpoint), None, step_of(checkpoint), autocast)
 
-    def _load_unet(self, checkpoint):
-        files = read_manifest(checkpoint)
-        use_ema = "unet_ema/config.json" in files and not self.args.raw_weights
-        weights = "unet_ema" if use_ema else "unet"
-        return load.load_unet(
-            checkpoint / weights, torch.bfloat16 if self.precision == "bf16_pure" else torch.float32
-        )
+    def _load_unet(self, checkpoint, base):
+        read_manifest(checkpoint)  # refuses one that is incomplete
+        dtype = torch.bfloat16 if self.precision == "bf16_pure" else torch.float32
+        return adapters.load_unet(checkpoint, base, self.args.raw_weights, dtype)
 
-    def _open_samples(self, checkpoint, unet):
+    def _open_samples(self, checkpoint, base, unet):
         """Creates the SampleImages at the first checkpoint; text encoder and VAE are the same in later ones."""
         if self.samples is None:
             args, run, info = self.args, self.run, checkpoint_info(checkpoint)
@@ -153,7 +152,7 @@ class _CheckpointDrawer:
             )
             noise_scheduler = load.load_scheduler(checkpoint / "scheduler")
             samples = SampleImages(
-                checkpoint,
+                base,
                 self.source,
                 defaults,
                 noise_scheduler,
@@ -165,4 +164,4 @@ class _CheckpointDrawer:
             )
             samples.latent_size = default_latent_size(args, info, unet, samples.vae)
             self.samples = samples
-        self.samples.model_dir = checkpoint  # the previous checkpoint may have been removed
+        self.samples.model_dir = base  # the previous checkpoint may have been removed

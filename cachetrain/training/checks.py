@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 
 from cachetrain.atomic import claim
+from cachetrain.checkpoints.adapters import check_base
 from cachetrain.checkpoints.export import check_exportable
+from cachetrain.checkpoints.export_adapter import check_adapter_exportable
 from cachetrain.checkpoints.save import frozen_files
 from cachetrain.data.loader import is_worker_death, worker_death
 from cachetrain.log import describe, first_line, warn
@@ -121,22 +123,27 @@ def check_start(run, resumed) -> None:
         resumed: Resumed; if the frozen parts of its checkpoint are intact, they are linked, not copied.
 
     Raises:
-        ValueError: one of these is not so, or another run of this name has its files in --ckpt_dir.
+        ValueError: one of these is not so, another run of this name has its files in --ckpt_dir, or the adapter of
+            the checkpoint belongs to another base model.
     """
     args, plan, model_dir = run.args, run.plan, run.model_dir
     unet = load.empty_unet(load.component_dir(model_dir, "unet"))
     check_fit(run.index, unet.config, args)
+    if args.lora_rank and resumed.path:
+        check_base(resumed.path, model_dir)
     _check_time_ids(run)
     trainable.apply(unet, args, args.seed, resumed=True)
-    num_all = sum(parameter.numel() for parameter in unet.parameters())
     num_trained = sum(parameter.numel() for parameter in unet.parameters() if parameter.requires_grad)
+    # An adapter's checkpoint holds neither the UNet nor the frozen parts.
+    num_saved = num_trained if args.lora_rank else sum(parameter.numel() for parameter in unet.parameters())
     size = 2 if args.precision == "bf16_pure" else 4
-    needed = num_all * (size + (4 if args.ema_decay else 0))
+    needed = num_saved * (size + (4 if args.ema_decay else 0))
     needed += num_trained * OPTIMIZERS[args.optimizer].state_bytes(size)
-    frozen = _frozen_bytes(model_dir) if resumed.frozen is None else 0  # stored once for all checkpoints
+    copied = resumed.frozen is None and not args.lora_rank
+    frozen = _frozen_bytes(model_dir) if copied else 0  # stored once for all checkpoints
     _check_space(Path(args.output_dir), needed + frozen, "a checkpoint")
     if args.ckpt_dir:
-        _check_space(Path(args.ckpt_dir), num_all * 4, "a single-file checkpoint")
+        _check_space(Path(args.ckpt_dir), num_saved * 4, "a single-file checkpoint")
         if run.world.main:
             name = run.output_dir.resolve().name  # as Saving names the files
             claim(Path(args.ckpt_dir) / f".{name}.run", run.output_dir, f"--ckpt_dir {args.ckpt_dir}")
@@ -194,7 +201,11 @@ def check_model(run) -> list[str]:
     check_encoders(run.index, run.model_dir)
     notes = ["--is_custom: not needed here, the model's code is not run"] if run.args.is_custom else []
     if run.args.ckpt_dir:
-        notes += [f"--ckpt_dir: {note}" for note in check_exportable(run.model_dir, run.noise_scheduler)[0]]
+        if run.args.lora_rank:
+            of_file = check_adapter_exportable(run.model_dir, run.noise_scheduler)
+        else:
+            of_file = check_exportable(run.model_dir, run.noise_scheduler)[0]
+        notes += [f"--ckpt_dir: {note}" for note in of_file]
     return notes
 
 
@@ -211,7 +222,9 @@ def memory_advice(args: Namespace, error: BaseException) -> str:
     if OPTIMIZERS[args.optimizer].state_tensors > OPTIMIZERS["lion"].state_tensors:
         advice.append("--optimizer lion (half the state of adamw)")
     advice += [] if args.precision == "bf16_pure" else ["--precision bf16_pure"]
-    alone = args.gradient_accum == 1 and not (args.gradient_release or args.cpu_offload or args.fsdp)
+    alone = args.gradient_accum == 1 and not (
+        args.gradient_release or args.cpu_offload or args.fsdp or args.lora_rank
+    )
     advice += ["--gradient_release with --precision bf16_pure"] if alone else []
     return f"out of memory ({first_line(error)}); try " + ", ".join(advice)
 

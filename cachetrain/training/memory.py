@@ -24,6 +24,8 @@ from torch.utils.checkpoint import checkpoint
 from cachetrain.data.ram import available_bytes
 from cachetrain.log import describe, info, warn
 from cachetrain.modeling.conditioning import moved, predict
+from cachetrain.modeling.lora import is_adapted
+from cachetrain.modeling.precision import cast_weights
 from cachetrain.training.optimizers import KAHAN_OPTIMIZERS, OPTIMIZERS
 
 # What the tensors do not show: workspaces of convolutions, and memory that the allocator holds in unusable pieces.
@@ -115,11 +117,11 @@ class MemoryModel:
     def estimate(self, setup: Setup) -> Estimate:
         """Returns the Estimate of a run."""
         size = 2 if setup.precision == "bf16_pure" else 4
-        counts = [(p.numel(), p.requires_grad) for p in self.unet.parameters()]
-        trained = sum(count for count, is_trained in counts if is_trained)
+        cast_weights(self.unet, setup.precision)
+        trained = sum(parameter.numel() for parameter in self.unet.parameters() if parameter.requires_grad)
         on_device = 0 if setup.offload else trained
         return Estimate(
-            weights=size * sum(count for count, _ in counts),
+            weights=sum(parameter.nbytes for parameter in self.unet.parameters()),
             optimizer=int(on_device * OPTIMIZERS[setup.optimizer].state_bytes(size)),
             ema=4 * on_device * setup.ema,
             step=self._step_bytes(setup),
@@ -128,7 +130,6 @@ class MemoryModel:
     def _step_bytes(self, setup):
         key = setup._replace(optimizer="", ema=False, offload=False)
         if key not in self._steps:
-            torch.nn.Module.to(self.unet, torch.bfloat16 if setup.precision == "bf16_pure" else torch.float32)
             self._steps[key] = self._run_step(setup)
         return self._steps[key]
 
@@ -147,7 +148,7 @@ class MemoryModel:
             with torch.device("meta"), kernels:
                 latents = torch.empty(setup.batch_size, *self.latent_shape)
                 target, timesteps = torch.empty_like(latents), torch.zeros(setup.batch_size, dtype=torch.long)
-                noisy = latents.to(parameters[0].dtype)
+                noisy = latents.to(next(p.dtype for p in parameters if p.requires_grad))
                 prediction = predict(self.unet, noisy, timesteps, moved(self.example(setup.batch_size), "meta"))
             kernels.end_forward()
             trained = [p for p in parameters if p.requires_grad and setup.releases_gradients]
@@ -220,7 +221,8 @@ def advice(model: MemoryModel, setup: Setup, room: int) -> str:
             smaller = f"--batch_size {batch_size}" if batch_size < setup.batch_size else ""
             fits.append(f"{flags.removeprefix('--batch_size')} {smaller}".strip())
     if not fits:
-        return "no flags make it fit but --cpu_offload and --fsdp; or train on smaller images"
+        flags = "--cpu_offload" if is_adapted(model.unet) else "--cpu_offload, --fsdp and --lora_rank"
+        return f"no flags make it fit but {flags}; or train on smaller images"
     return f"what would fit: {'; '.join(fits)} (raise --gradient_accum as --batch_size falls)"
 
 

@@ -1,6 +1,7 @@
 """The trainer's command line: what cannot be combined, and what was left open. Imports no torch."""
 
 import os
+import re
 from argparse import Namespace
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -49,6 +50,7 @@ def _conflicts(args) -> Iterator[str]:
         yield from _fsdp_conflicts(args)
     if args.gradient_release:
         yield from _release_conflicts(args)
+    yield from _adapter_conflicts(args)
     if args.wandb and getattr(find_spec("wandb"), "origin", None) is None:  # a folder of that name has none
         yield "--wandb needs Weights & Biases: pip install wandb"
     if not (args.sample_prompt or args.sample_prompts) and args.sample_cfgs is not None:
@@ -111,8 +113,28 @@ def _release_conflicts(args):
         yield f"--gradient_release cannot be combined with {flag}"
 
 
+def _adapter_conflicts(args):
+    if not args.lora_rank:
+        settings = ("lora_alpha", "lora_targets", "lora_dropout", "dora")
+        yield from (f"--{name} needs --lora_rank" for name in settings if getattr(args, name))
+        return
+    if find_spec("peft") is None:
+        yield "--lora_rank needs peft: pip install peft"
+    given = [name for name, value in vars(args).items() if re.match("reinit_|unfreeze_|targetted_", name) and value]
+    for name in given:
+        yield f"--lora_rank cannot be combined with --{name}: only the adapter is trained"
+    if args.gradient_release:
+        yield "--lora_rank cannot be combined with --gradient_release; the gradients of an adapter are small"
+    if args.fsdp:
+        yield "--lora_rank cannot be combined with --fsdp; omit it: what it would shard is small"
+
+
 def _fill_in(args):
     """Resolves what was not said."""
+    if args.lora_rank:
+        args.lora_alpha = args.lora_alpha or float(args.lora_rank)
+        args.lora_targets = args.lora_targets or "attention"
+        args.lora_dropout = args.lora_dropout or 0.0
     if args.gradient_clip is None:
         args.gradient_clip = 0.0 if args.gradient_release else 1.0
     args.dir_weights = [weight * args.repeats for _, weight in args.train_data_dir]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from cachetrain import cli
+from cachetrain.checkpoints.adapters import base_info
 from cachetrain.checkpoints.info import data_info
 from cachetrain.checkpoints.resume import run_state
 from cachetrain.data import rng
@@ -24,12 +26,12 @@ from cachetrain.data.sidecar import read_sidecar
 from cachetrain.data.split import open_index
 from cachetrain.diffusion.noise_schedulers import make_scheduler, objective_of
 from cachetrain.diffusion.objective import noise_schedule
-from cachetrain.distributed import World, wrap
+from cachetrain.distributed import World, gradient_sync, wrap
 from cachetrain.log import counted, info, warn
-from cachetrain.modeling import load, trainable
+from cachetrain.modeling import load, lora, trainable
 from cachetrain.modeling.conditioning import Conditioning
 from cachetrain.modeling.files import read_config
-from cachetrain.modeling.precision import autocast_for
+from cachetrain.modeling.precision import autocast_for, cast_weights
 from cachetrain.sampling.prompts import Prompts
 from cachetrain.sampling.samples import SampleImages
 from cachetrain.training.ema import Ema
@@ -95,7 +97,10 @@ class Run:
 
     def data_info(self) -> dict:
         """Returns the content of cachetrain.json in the run's checkpoints, except the step."""
-        return {"objective": self.objective, **data_info(self.index, self.args.text_scaling_factor)}
+        info = {"objective": self.objective, **data_info(self.index, self.args.text_scaling_factor)}
+        if self.args.lora_rank:
+            info["base"] = base_info(self.model_dir, self.args.model, self.args.revision)
+        return info
 
     def describe(self, resumed) -> list[str]:
         """Returns lines that describe the run at its start. `resumed`: Resumed."""
@@ -248,6 +253,24 @@ def open_train_state(run: Run, resumed):
     return TrainState(unet, model, trained, optimizer, scaler, ema), trained_table
 
 
+@contextmanager
+def micro_step(run: Run, model: torch.nn.Module, step: int, number: int) -> Iterator[None]:
+    """Around a forward and backward pass: reduces the gradients over the ranks in the last one of a step, and seeds
+    torch's global generators, from which only --lora_dropout draws.
+
+    Args:
+        run: Run.
+        model: the UNet or its distributed wrapper.
+        step: optimizer step, from 1.
+        number: of the pass in the step, from 1.
+    """
+    if run.args.lora_dropout:
+        generator = rng.generator(run.args.seed, step, run.world.rank, rng.ADAPTER_DROPOUT, number)
+        torch.manual_seed(int(generator.integers(2**63)))
+    with gradient_sync(model, enabled=number == run.args.gradient_accum):
+        yield
+
+
 def restore_logs(resumed, statistics, validation) -> None:
     """Restores the counters of logs and validation from the checkpoint, if any."""
     if not resumed.path:
@@ -258,7 +281,8 @@ def restore_logs(resumed, statistics, validation) -> None:
 
 
 def open_unet(run: Run, checkpoint: Path | None = None):
-    """Loads the UNet, re-initializes and freezes its parts as the flags say, and moves it to the device.
+    """Loads the UNet, re-initializes and freezes its parts or adds an adapter, as the flags say, and moves it to the
+    device.
 
     Args:
         run: Run.
@@ -268,13 +292,18 @@ def open_unet(run: Run, checkpoint: Path | None = None):
         (UNet, table of the trained parts).
     """
     args, device = run.args, run.device
-    dtype = torch.bfloat16 if args.precision == "bf16_pure" else torch.float32
-    directory = checkpoint / "unet" if checkpoint else load.component_dir(run.model_dir, "unet")
+    dtype = torch.bfloat16 if args.precision == "bf16_pure" and not args.lora_rank else torch.float32
+    from_checkpoint = checkpoint and not args.lora_rank
+    directory = checkpoint / "unet" if from_checkpoint else load.component_dir(run.model_dir, "unet")
     if args.reinit_unet and not checkpoint:  # needs no weights
         unet = load.fresh_unet(read_config(directory), args.seed).to(dtype)
     else:
         unet = load.load_unet(directory, dtype)
     trained_table = trainable.apply(unet, args, args.seed, resumed=checkpoint is not None)
+    if args.lora_rank:
+        cast_weights(unet, args.precision)
+        if checkpoint:
+            lora.load(unet, checkpoint / lora.FILE)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     torch.backends.cudnn.allow_tf32 = args.allow_tf32  # torch's default for convolutions is True

@@ -5,7 +5,6 @@ import argparse
 OPTIMIZER_SPELLINGS = {"opt_lion": "lion", "py_lion": "lion"}
 
 _NO_DISCRIMINATOR = "there is no adversarial loss; omit it"
-_NO_LORA = "the UNet itself is trained; to train a part of it, see --unfreeze_attn2 and the flags beside it"
 _CACHED = "that is decided when the images are cached; see cache/create_img_sdxl.py --help"
 
 # Options without an equal here, or whose equal takes other values: what to use.
@@ -44,6 +43,7 @@ INSTEAD = {
     "--noising_bias": "use --logit_mean with --timestep_sampling logit_normal",
     "--save_every": "use --save_steps, or --save_every_minutes",
     "--sample_after": "use --sample_every",
+    "--lora_decompose": "use --dora",
     # kohya's sd-scripts.
     "--pretrained_model_name_or_path": "use --model, with a directory or model id of diffusers",
     "--train_batch_size": "use --batch_size",
@@ -78,8 +78,10 @@ INSTEAD = {
     "--max_data_loader_n_workers": "use --num_workers",
     "--dataset_config": "use --train_data_dir DIR:REPEATS",
     "--reg_data_dir": "there are no regularization images; add them as a further --train_data_dir",
-    "--network_module": _NO_LORA,
-    "--network_dim": _NO_LORA,
+    "--network_module": "use --lora_rank",
+    "--network_dim": "use --lora_rank",
+    "--network_alpha": "use --lora_alpha, whose default is the rank",
+    "--network_dropout": "use --lora_dropout",
     "--train_text_encoder": "text encoders are never trained: captions are cached",
     "--cache_latents": "latents are always cached, by cache/create_img_sdxl.py or create_img_sdvae.py; omit it",
     "--xformers": "torch's fused attention is always used; omit it",

@@ -1,5 +1,6 @@
 """Gradient norms: global, of each block, and of the queries and keys of each attention layer."""
 
+import re
 from collections.abc import Iterable
 
 import numpy as np
@@ -13,6 +14,13 @@ def block_of(name: str) -> str:
     """Returns the block of a parameter, by its name: "conv_in", "down_blocks.0", "mid_block", ..."""
     first, second, *_ = name.split(".")
     return f"{first}.{second}" if second.isdecimal() else first
+
+
+def projection_of(name: str) -> tuple[str, str]:
+    """Returns (attention layer, "to_q", "to_k" or "to_v") of the weight of a projection or of its adapter; ("", ""):
+    it is of something else."""
+    match = re.fullmatch(r"(.+)\.(to_[qkv])(\.lora_\w+\.\w+)?\.weight", name)
+    return (match[1], match[2]) if match else ("", "")
 
 
 def trained_parameters(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
@@ -37,14 +45,15 @@ class Gradients:
         model: its parameters' requires_grad must not change afterwards.
         world: World.
         device: of the parameters.
-        average: whether log steps need grad_norm and qk_grads_av (group 01).
+        average: whether log steps need grad_norm and (lora_)qk_grads_av (group 01).
         detailed: whether log steps need norms of blocks and layers (group 11).
 
     Attributes:
         blocks: names of the blocks.
-        layers: names of the attention layers with trained queries or keys.
+        layers: names of the attention layers with trained queries or keys, or adapters of these.
         qk: the trained weights of queries and keys.
         sharded: whether the parameters are sharded.
+        qk_tag: how tags of queries and keys begin: "qk", or "lora_qk" of an adapter.
         released: GradientRelease.norms, of gradients that are freed in the backward pass; None: all are there.
         total: float32 0-dim, the global norm of the last step.
         qk_rms: float [layers], root mean square of each layer's query and key gradients, at the last `tags`.
@@ -66,6 +75,8 @@ class Gradients:
         self.total = self._zero
         self.blocks, block_ids = number_labels([block_of(name) for name, _ in named])
         self._assign_slots(named, block_ids)
+        # The gradients of an adapter are not those of the weights that it stands beside.
+        self.qk_tag = "lora_qk" if any(".lora_" in name for name, _ in named) else "qk"
         self.qk_rms = np.zeros(len(self.layers))
         self.v_ratio = np.zeros(len(self.layers))
 
@@ -74,10 +85,10 @@ class Gradients:
 
         Sums are: one per block, one per layer for queries and keys, one per layer for values.
         """
-        parts = [name.removesuffix(".weight").rpartition(".") for name, _ in named]
-        qk = [i for i, (_, _, kind) in enumerate(parts) if kind in ("to_q", "to_k")]
+        parts = [projection_of(name) for name, _ in named]
+        qk = [i for i, (_, kind) in enumerate(parts) if kind in ("to_q", "to_k")]
         self.layers, layer_ids = number_labels([parts[i][0] for i in qk])
-        values = [i for i, (layer, _, kind) in enumerate(parts) if kind == "to_v" and layer in self.layers]
+        values = [i for i, (layer, kind) in enumerate(parts) if kind == "to_v" and layer in self.layers]
         value_ids = [self.layers.index(parts[i][0]) for i in values]
         num_blocks, num_layers = len(self.blocks), len(self.layers)
         sources = [*range(len(named)), *qk, *values]
@@ -147,7 +158,7 @@ class Gradients:
         if self.average:
             tags["01_Training/grad_norm"] = float(host["grad_norm"][0])
             if self.qk:
-                tags["01_Training/qk_grads_av"] = float(host["qk_abs"][0]) / max(1, self._qk_elements)
+                tags[f"01_Training/{self.qk_tag}_grads_av"] = float(host["qk_abs"][0]) / max(1, self._qk_elements)
         if self.detailed:
             blocks, qk, v = np.split(host["squares"], [len(self.blocks), len(self.blocks) + len(self.layers)])
             tags |= named_tags("11_Gradient_Stats/norm", self.blocks, np.sqrt(blocks))
@@ -162,14 +173,15 @@ class Gradients:
             weight_ratio = np.sqrt(qk_squares / weight_squares)
         trained = self._v_numel > 0
         self.v_ratio[~trained] = np.nan
-        tags = named_tags("11_Gradient_Stats/qk_rms", self.layers, self.qk_rms)
-        tags |= named_tags("11_Gradient_Stats/qk_over_v", np.array(self.layers)[trained], self.v_ratio[trained])
-        tags |= named_tags("11_Gradient_Stats/qk_over_weight", self.layers, weight_ratio)
+        tags = named_tags(f"11_Gradient_Stats/{self.qk_tag}_rms", self.layers, self.qk_rms)
+        layers = np.array(self.layers)[trained]
+        tags |= named_tags(f"11_Gradient_Stats/{self.qk_tag}_over_v", layers, self.v_ratio[trained])
+        tags |= named_tags(f"11_Gradient_Stats/{self.qk_tag}_over_weight", self.layers, weight_ratio)
         for kind in ("attn1", "attn2"):
             rms = [value for name, value in zip(self.layers, self.qk_rms, strict=True) if name.endswith(kind)]
             if rms:
-                tags[f"11_Gradient_Stats/qk_rms_min_{kind}"] = float(np.min(rms))
-                tags[f"11_Gradient_Stats/qk_rms_median_{kind}"] = float(np.median(rms))
+                tags[f"11_Gradient_Stats/{self.qk_tag}_rms_min_{kind}"] = float(np.min(rms))
+                tags[f"11_Gradient_Stats/{self.qk_tag}_rms_median_{kind}"] = float(np.median(rms))
         return tags
 
 

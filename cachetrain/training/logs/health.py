@@ -20,12 +20,14 @@ class Health:
         layers: names of the attention layers.
         warmup_steps: of the learning rate; small gradients are ignored until then.
         loss_scaling: float16 training, where overflowing gradients are normal and their steps are skipped.
+        qk_tag: of Gradients.
     """
 
-    def __init__(self, layers: list[str], warmup_steps: int, loss_scaling: bool = False):
+    def __init__(self, layers: list[str], warmup_steps: int, loss_scaling: bool = False, qk_tag: str = "qk"):
         self.layers = np.array(layers)
         self.warmup_steps = warmup_steps
         self.loss_scaling = loss_scaling
+        self.qk_tag = qk_tag
         # Zero-initialized outputs block gradients at the first step, and at the second if the first update changed
         # nothing, as with a warm-up from 0.
         self._first_steps = 2 if warmup_steps else 1
@@ -88,7 +90,7 @@ class Health:
         warned |= holds
         if names:
             more = f" and {counted(len(names) - _MAX_NAMES, 'more layer')}" if len(names) > _MAX_NAMES else ""
-            warn(f"{', '.join(names[:_MAX_NAMES])}{more}: {message}; see 11_Gradient_Stats/qk_rms")
+            warn(f"{', '.join(names[:_MAX_NAMES])}{more}: {message}; see 11_Gradient_Stats/{self.qk_tag}_rms")
 
 
 def _mostly(steps):

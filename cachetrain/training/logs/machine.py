@@ -64,8 +64,8 @@ def speed_tags(
         steps: optimizer steps in `elapsed_s`.
         elapsed_s: wall time.
         wait_s: part of `elapsed_s` in which this rank waited for batches.
-        flops_per_image: of the forward pass, or None. The backward pass costs twice as much; recomputation by
-            gradient checkpointing does not count (PaLM, Chowdhery et al. 2022, appendix B).
+        flops_per_image: of a forward and backward pass, or None. Recomputation by gradient checkpointing does not
+            count (PaLM, Chowdhery et al. 2022, appendix B).
         peak: TFLOP/s of all GPUs together, or None.
     """
     tags = {
@@ -74,7 +74,7 @@ def speed_tags(
         "05_Performance/data_wait_fraction": wait_s / elapsed_s,
     }
     if flops_per_image:
-        tflops = 3 * flops_per_image * images / elapsed_s / 1e12
+        tflops = flops_per_image * images / elapsed_s / 1e12
         tags["05_Performance/model_tflops"] = tflops
         if peak:
             tags["05_Performance/mfu"] = tflops / peak

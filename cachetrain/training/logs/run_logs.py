@@ -12,6 +12,7 @@ from tqdm import tqdm
 from cachetrain.atomic import claim
 from cachetrain.data.dataset import SampleKey
 from cachetrain.log import info
+from cachetrain.modeling.lora import is_adapted
 from cachetrain.training.logs import describe, wandb_mirror
 from cachetrain.training.logs.diagnostics import Diagnostics, FixedLatent
 from cachetrain.training.logs.health import Health
@@ -77,14 +78,17 @@ class Logs:
             optimizer.l1_of = frozenset(self.statistics.measured.qk)
             self.statistics.measured.released = optimizer.norms
         self.diagnostics.released = args.gradient_release
-        self.health = Health(self.statistics.measured.layers, run.plan.warmup_steps, scaler.is_enabled())
+        measured = self.statistics.measured
+        self.health = Health(measured.layers, run.plan.warmup_steps, scaler.is_enabled(), measured.qk_tag)
         self.fixed_latent = FixedLatent(run, unet, pairs[SampleKey(0, 0)]) if 13 in self.groups else None
         self._describe(unet, start_step)
 
     def _flops_per_image(self, unet):
         index = self.run.index
         example = partial(self.run.conditioning.example, index.text_widths, int(index.tokens[0]))
-        return forward_flops(unet, index.shapes[0], example)
+        # The backward pass costs twice as much as the forward pass, beside an adapter once: frozen weights need no
+        # gradient.
+        return (2 if is_adapted(unet) else 3) * forward_flops(unet, index.shapes[0], example)
 
     def _describe(self, unet, start_step):
         """Writes what is logged once; in a resumed run, only what was removed from the log with the later steps."""

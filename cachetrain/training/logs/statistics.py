@@ -33,7 +33,7 @@ class Statistics:
         output_dir: of the run; the free space of its disk is logged.
         gradient_clip: largest global gradient norm; 0: off.
         weighted: whether the loss is another than the plain squared error; it is then logged beside that one.
-        flops_per_image: of machine.forward_flops, or None.
+        flops_per_image: of a forward and backward pass, or None.
 
     Attributes:
         wait_s: seconds that the training loop waited for batches since the last `read`; the loop adds to it.
@@ -217,7 +217,7 @@ class Statistics:
             tags |= self._noise(by_bin, host)
         if 11 in self.groups and self.measured.layers:
             logarithms = np.log10(np.clip(np.nan_to_num(self.measured.qk_rms, posinf=1e9), 1e-15, 1e9))
-            histograms["11_Gradient_Stats/qk_rms_log10"] = np.histogram(logarithms, bins=20)
+            histograms[f"11_Gradient_Stats/{self.measured.qk_tag}_rms_log10"] = np.histogram(logarithms, bins=20)
         if 14 in self.groups:
             tags |= system_tags(self.device, self.output_dir)
             tags |= {"14_System/grad_scale": float(host["grad_scale"][0])} if "grad_scale" in host else {}
