@@ -122,6 +122,11 @@ def _warn_of_what_is_listed(index):
         info(f"{index.num_without_pair} images without both caches are not used; cache/cache_status.py lists them")
     if index.links.num_repeated:
         info(f"{index.links.num_repeated} pairs are links to pairs that are listed already, and count once")
+    if index.num_with_variants:
+        info(
+            f"captions of {index.num_with_variants} of {pairs} have variants: each visit draws one; validation and "
+            "samples use the first, the caption as written"
+        )
     if index.num_alone:
         info(f"{index.num_alone} of {pairs} are in directories of sidecars alone, without images")
     folders = index.numbered_folders

@@ -290,6 +290,7 @@ def open_pairs(run: Run) -> CachedPairs:
         timestep_range=args.timestep_range,
         offset_noise=args.offset_noise,
         fixed=bool(args.overfit),
+        caption_weights=_caption_weights(args, index),
     )
     if args.flip_p and "latent_flip" not in index.image_header.shapes:
         raise ValueError(
@@ -299,6 +300,19 @@ def open_pairs(run: Run) -> CachedPairs:
     return CachedPairs(
         index, _latent_scaling(run, warn_if_different=True), run.conditioning, draws, _null_condition(run), sidecars
     )
+
+
+def _caption_weights(args, index):
+    """{source: weight} of --caption_weights."""
+    weights = dict(args.caption_weights or ())
+    unknown = sorted(weights.keys() - set(index.caption_sources))
+    if unknown:
+        found = f"those of several come from {', '.join(index.caption_sources)}" if index.caption_sources else "none"
+        raise ValueError(
+            f"--caption_weights {unknown[0]}: no variants of captions come from such files; found {found}. Check "
+            "the suffix, or cache the captions with --captions files"
+        )
+    return weights
 
 
 def _latent_scaling(run, warn_if_different):
@@ -396,7 +410,8 @@ def open_samples(run: Run) -> SampleImages | None:
 
 
 def open_validation(run: Run) -> Validation | None:
-    """Opens the validation: all timesteps, plain noise that training never draws, no dropout and no flips.
+    """Opens the validation: all timesteps, plain noise that training never draws, no dropout and no flips, and of
+    captions in variants always the first, which is the caption as written.
 
     No flag that only says how to train changes what is measured.
 
@@ -406,7 +421,7 @@ def open_validation(run: Run) -> Validation | None:
     if run.held_out is None:
         return None
     args, index = run.args, run.held_out
-    draws = Draws(continuous=run.objective == "flow", noise_purpose=rng.VALIDATION)
+    draws = Draws(continuous=run.objective == "flow", noise_purpose=rng.VALIDATION, variants=False)
     sidecars = RamCache(index) if args.cache_in_ram else None
     scaling = _latent_scaling(run, warn_if_different=False)
     pairs = CachedPairs(index, scaling, run.conditioning, draws, sidecars=sidecars)
