@@ -57,13 +57,14 @@ class CaptionSettings(NamedTuple):
         if not (text := metadata.get("captions")):
             return cls()
         values = json_object(f"{where}: captions in its header", text)
+        types = {name: type(default) for name, default in cls._field_defaults.items()}
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-        settings = cls(**values) if values.keys() <= set(cls._fields) else cls(shuffle_tags=0)
-        names = (*settings.captions, *settings.tag_files)
-        same_types = all(type(value) is type(settings._field_defaults[name]) for name, value in values.items())
-        if not same_types or not 0 < settings.shuffle_tags <= MAX_VARIANTS or not all(type(n) is str for n in names):
-            raise ValueError(f"{where}: its header says captions {text:.80}; run the cache script again")
-        return settings
+        if all(type(value) is types.get(name) for name, value in values.items()):
+            settings = cls(**values)
+            names = (*settings.captions, *settings.tag_files)
+            if 0 < settings.shuffle_tags <= MAX_VARIANTS and all(type(n) is str for n in names):
+                return settings
+        raise ValueError(f"{where}: its header says captions {text:.80}; run the cache script again")
 
 
 class Captions(NamedTuple):
