@@ -230,6 +230,7 @@ def test_every_flag_has_a_meaning_for_a_resume():
     # Whatever the values of tensors depend on, and nothing else compares.
     assert {name for name in kinds["same"] if not name.startswith(("reinit_", "unfreeze_"))} == {
         "imgcache_suffix", "txtcache_suffix", "force_txtcache", "vae_scaling_factor", "text_scaling_factor",
+        "caption_weights",
         "time_ids", "use_snr", "noise_gamma", "offset_noise", "timestep_sampling", "timestep_range", "cond_dropout",
         "flip_p", "targetted_training", "gradient_accum", "scheduler", "min_lr_rate", "num_cycles", "optimizer",
         "betas", "weight_decay", "gradient_clip", "gradient_release", "ema_decay", "seed", "precision",

@@ -119,7 +119,7 @@ def _add_caption_arguments(group):
         metavar="SUFFIX",
         help="shuffle only captions of these files, like .txt, where others hold sentences; default: all",
     )
-    group.add_argument("--seed", type=cli.seed, metavar="N", help="random seed of --shuffle_tags; default: 0")
+    group.add_argument("--seed", type=cli.seed, metavar="N", help="random seed of the orders of tags; default: 0")
     group.add_argument("--prefix", default="", metavar="TEXT", help="put this before every caption")
     group.add_argument("--suffix", default="", metavar="TEXT", help="put this after every caption")
 

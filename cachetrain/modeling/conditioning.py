@@ -10,7 +10,6 @@ No other module depends on the number of tensors. The data takes three forms:
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -101,7 +100,8 @@ def variant_name(name: str, variant: int) -> str:
 
 def num_variants(names: Iterable[str], sequence: str = "emb") -> int:
     """Number of variants of the caption in a text sidecar with tensors of these names."""
-    return sum(name == sequence or bool(re.fullmatch(rf"{sequence}\.[1-9][0-9]*", name)) for name in names)
+    further = f"{sequence}."
+    return sum(name == sequence or (name.startswith(further) and name[len(further) :].isdecimal()) for name in names)
 
 
 def check_text(kind: str, path: str, header: Header) -> tuple[list[int], dict[str, int]]:

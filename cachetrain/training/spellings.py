@@ -103,7 +103,6 @@ INSTEAD = {
         ["--shuffle_caption", "--shuffle_tags"],
         "cache the captions with --shuffle_tags N; each visit then draws one of N orders",
     ),
-    "--cache_shuffle_num": "cache the captions with --shuffle_tags N",
     "--keep_tokens": "cache the captions with --shuffle_tags N --keep_tags K",
     "--caption_tag_dropout_rate": "cache the captions with --shuffle_tags N --drop_tags P",
     "--caption_separator": "cache the captions with --shuffle_tags N --tag_separator TEXT",
