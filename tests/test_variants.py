@@ -3,6 +3,8 @@
 import json
 import shutil
 from collections import Counter
+from itertools import count
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -368,6 +370,24 @@ def test_the_index_counts_the_longest_and_all_variants(varied, tmp_path):
     assert 0.5 * real < ram.needed_bytes(index) < 2 * real
     half = index.subset(np.arange(0, 24, 2))
     assert half.num_with_variants == 0 and half.checksum() != index.checksum()
+
+
+def test_ranks_that_share_the_headers_know_the_variants_of_all(varied):
+    told = {}  # (rank, number of the exchange) -> what the rank has said
+
+    def rank(number):
+        exchange = count()
+
+        def tell(value):
+            told[number, place := next(exchange)] = value
+            return [told.get((other, place), value) for other in range(2)]
+
+        return SimpleNamespace(rank=number, ranks=2, gather=tell, sum_array=lambda array: sum(tell(array)))
+
+    for number in (0, 1, 0):  # by the third time the other rank has said everything
+        index = PairIndex([varied], *T5, world=rank(number))
+    alone = PairIndex([varied], *T5)
+    assert index.checksum() == alone.checksum() and index.caption_sources == alone.caption_sources
 
 
 @pytest.mark.parametrize(

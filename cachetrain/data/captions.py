@@ -26,6 +26,10 @@ class Pair(NamedTuple):
     caption_file: str | None
     more: tuple[str, ...] = ()
 
+    @property
+    def caption_files(self) -> tuple[str, ...]:
+        return (self.caption_file, *self.more) if self.caption_file else ()
+
 
 class Caption(NamedTuple):
     """A caption, with size and mtime of its file as stored in sidecar headers.

@@ -110,7 +110,8 @@ def settings_of_pair(pair: Pair, settings: CaptionSettings) -> CaptionSettings:
 
 def caption_files(pair: Pair, settings: CaptionSettings) -> tuple[str | None, ...]:
     """Paths of the files that a pair's captions come from; None: the image's file name."""
-    return (pair.caption_file, *(pair.more if "files" in settings.captions else ()))
+    files = pair.caption_files or (None,)
+    return files if "files" in settings.captions else files[:1]
 
 
 def fingerprint(pair: Pair, settings: CaptionSettings, states: Sequence[tuple]) -> tuple[str, str]:

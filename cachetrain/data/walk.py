@@ -94,8 +94,7 @@ class Pairs:
     def append(self, pair: Pair) -> None:
         self._images.append(pair.image)
         stem = os.path.splitext(pair.image)[0]
-        files = (pair.caption_file, *pair.more) if pair.caption_file else ()
-        suffixes = tuple(path[len(stem) :] for path in files)
+        suffixes = tuple(path[len(stem) :] for path in pair.caption_files)
         if suffixes not in self._places:
             self._places[suffixes] = len(self._suffixes)
             self._suffixes.append(suffixes)
