@@ -369,7 +369,10 @@ def test_the_index_counts_the_longest_and_all_variants(varied, tmp_path):
     real = sum(path.stat().st_size for suffix in T5 for path in varied.glob(f"[0-9]*{suffix}"))
     assert 0.5 * real < ram.needed_bytes(index) < 2 * real
     half = index.subset(np.arange(0, 24, 2))
-    assert half.num_with_variants == 0 and half.checksum() != index.checksum()
+    assert half.num_with_variants == 0
+    before = index.checksum()
+    index.all_tokens[1] += 1  # of a resumed run, whose captions have other variants
+    assert index.checksum() != before
 
 
 def test_ranks_that_share_the_headers_know_the_variants_of_all(varied):
