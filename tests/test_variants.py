@@ -342,7 +342,7 @@ def refused_weights(varied, model, out):
 
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         message = refused(varied, model, out, "--caption_weights", ".lnog.txt:3")
-    assert "no variants of captions come from such files" in message and ".long.txt, .txt" in message
+    assert "--caption_weights .lnog.txt: variants of captions come from .long.txt, .txt; use these" in message
     return printed.getvalue()
 
 

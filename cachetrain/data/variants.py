@@ -44,8 +44,10 @@ class CaptionSettings(NamedTuple):
 
     def in_header(self) -> str:
         """JSON of what differs from the defaults, for the header field `captions`; "" if nothing does."""
+        if self == PLAIN:  # at once: asked for each of millions of captions
+            return ""
         changed = {name: value for name, value in self._asdict().items() if value != self._field_defaults[name]}
-        return json.dumps(changed, sort_keys=True) if changed else ""
+        return json.dumps(changed, sort_keys=True)
 
     @classmethod
     def from_header(cls, where: str, metadata: Mapping[str, str]) -> "CaptionSettings":

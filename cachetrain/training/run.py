@@ -306,11 +306,14 @@ def _caption_weights(args, index):
     """{source: weight} of --caption_weights."""
     weights = dict(args.caption_weights or ())
     unknown = sorted(weights.keys() - set(index.caption_sources))
-    if unknown:
-        found = f"those of several come from {', '.join(index.caption_sources)}" if index.caption_sources else "none"
+    if unknown and index.caption_sources:
         raise ValueError(
-            f"--caption_weights {unknown[0]}: no variants of captions come from such files; found {found}. Check "
-            "the suffix, or cache the captions with --captions files"
+            f"--caption_weights {unknown[0]}: variants of captions come from {', '.join(index.caption_sources)}; use "
+            "these suffixes, or cache the captions with --captions files"
+        )
+    if unknown:
+        raise ValueError(
+            "--caption_weights: no caption has variants; cache the captions with --captions files, or omit the flag"
         )
     return weights
 

@@ -203,8 +203,12 @@ def settings_flags(metadata: dict[str, str]) -> list[str]:
 
 def captions_flags(text: str) -> list[str]:
     """The options of a text cache script that give this header field `captions`, as words."""
+    try:
+        settings = CaptionSettings.from_header("a sidecar", {"captions": text})
+    except ValueError:
+        return [text]
     words = []
-    for name, value in CaptionSettings.from_header("a sidecar", {"captions": text})._asdict().items():
+    for name, value in settings._asdict().items():
         if value != getattr(PLAIN, name):
             words += [f"--{name}", *(value if isinstance(value, tuple) else (value,))]
     return [str(word) for word in words]
