@@ -348,10 +348,8 @@ class PairIndex:
 
     def _merge(self, world):
         """Combines the headers read by all ranks; checks that all ranks list the same pairs."""
-        summary = (
-            *(len(self), self.stem(0), self._stems.checksum(), self.shapes),
-            *(self.caption_sources, self.num_foreign),
-        )
+        paths = len(self), self.stem(0), self._stems.checksum()
+        summary = (*paths, self.shapes, self.caption_sources, self.num_foreign)
         summaries = world.gather(summary)
         if len({(number, first, checksum) for number, first, checksum, *_ in summaries}) > 1:
             listed = "; ".join(f"{number} pairs, the first {first}" for number, first, *_ in summaries)
