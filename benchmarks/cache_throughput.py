@@ -9,6 +9,8 @@ images: photographs from scikit-image (test extra) as JPEGs of 512 to 4000 pixel
 draft:  decoding of large JPEGs at reduced scale, against full scale.
 text:   captions of 5 to 200 tokens, encoded by a random T5 of t5-small's size. References: the same, one by one; the
         encoder alone, on resident batches.
+variants: captions of 20 tags in 4 orders, encoded by the same T5; sidecars with 4 variants of the size of CLIP's and
+        SDXL's, read as a visit in training reads them. Reference: the same with one caption.
 scan:   100,000 empty images, captions and real sidecars, listed and checked, and indexed as for training.
 start:  `--help` of each cache script.
 
@@ -34,7 +36,7 @@ from cachetrain import cli
 REPO = Path(__file__).resolve().parent.parent
 TINY = REPO / "models" / "tiny"
 SIZES = (512, 1024, 2048, 4000)
-PARTS = ("images", "draft", "text", "scan", "start")
+PARTS = ("images", "draft", "text", "variants", "scan", "start")
 # Random T5 encoders of the tiny model, of t5-small and of T5 v1.1 XXL: 4.6 billion parameters.
 T5_FIELDS = ("d_model", "d_kv", "d_ff", "num_layers", "num_heads", "feed_forward_proj")
 T5_SIZES = {
@@ -346,6 +348,67 @@ def measure_padding(lengths):
     return "tokens computed", str(computed), f"{sum(lengths)} stored", computed / sum(lengths), "<= 1.10"
 
 
+# Variants
+
+
+def make_tags(folder, count, num_tags=20):
+    """Writes empty images whose captions are tags of two words in random order."""
+    import numpy as np
+
+    words = "a small red circle on the left blue background large green star center yellow".split()
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        drawn = np.random.default_rng(index).integers(0, len(words), (num_tags, 2))
+        (folder / f"{index:05}.jpg").touch()
+        (folder / f"{index:05}.txt").write_text(", ".join(f"{words[a]} {words[b]}" for a, b in drawn))
+
+
+def measure_variants(args, work):
+    """Yields the rows for encoding 4 variants, and for reading them in training."""
+    folder, few, model = work / f"tags_{args.num_captions}", work / "tags_8", make_t5(args, work)
+    make_tags(folder, args.num_captions)
+    make_tags(few, 8)
+    argv = ["--model", model, "--raw"]
+    one_s, one_steady_s, _ = script_seconds(args, "create_t5cache_768", few, folder, *argv)
+    size = sum(path.stat().st_size for path in folder.glob("0*.txt_t5cache"))
+    four_s, four_steady_s, _ = script_seconds(args, "create_t5cache_768", few, folder, *argv, "--shuffle_tags", 4)
+    four_size = sum(path.stat().st_size for path in folder.glob("0*.txt_t5cache"))
+    label, count = f"{args.num_captions} captions, T5 of {args.t5} size, in 4 variants", args.num_captions
+    one_s, four_s = one_steady_s or one_s, four_steady_s or four_s
+    yield f"{label}: encode", f"{four_s:.1f} s", f"one caption {one_s:.1f} s", four_s / one_s, "<= 4"
+    figures = (f"{number / count / 1000:.1f} kB per image" for number in (four_size, size))
+    yield f"{label}: size", *figures, four_size / size, "<= 4"
+    for name, kind, shapes in (
+        ("CLIP", "txt_clipl", {"emb": (77, 768)}),
+        ("SDXL", "txt_sdxl", {"emb": (77, 2048), "pooled": (1280,)}),
+    ):
+        one, four = (visit_ms(work / f"visits_{kind}_{number}", kind, shapes, number) for number in (1, 4))
+        yield f"{name}: read one of 4 variants", f"{four:.2f} ms", f"one caption {one:.2f} ms", four / one, ""
+
+
+def visit_ms(folder, kind, shapes, num_variants, count=100):
+    """Writes sidecars of tensors of these shapes, and returns the milliseconds in which a visit reads one."""
+    import torch
+
+    from cachetrain.data.sidecar import read_sidecar, write_sidecar
+    from cachetrain.modeling.conditioning import Conditioning, variant_name
+
+    folder.mkdir(exist_ok=True)
+    conditioning, paths = Conditioning(kind), [folder / f"{index:03}.{kind}" for index in range(count)]
+    for path in paths:
+        tensors = {
+            variant_name(name, variant): torch.randn(shape).bfloat16()
+            for name, shape in shapes.items()
+            for variant in range(num_variants)
+        }
+        write_sidecar(path, tensors, {"kind": kind})
+
+    def visit(index, path):
+        return conditioning.of_caption(read_sidecar(path)[0], index % num_variants)
+
+    return 1000 / count * min(seconds(lambda: [visit(*item) for item in enumerate(paths)])[0] for _ in range(5))
+
+
 # Scan
 
 
@@ -437,7 +500,7 @@ def main(argv=None):
     args = parse_args(argv)
     work = Path(args.work)
     work.mkdir(parents=True, exist_ok=True)
-    measure = (measure_images, measure_draft, measure_text, measure_scan, measure_start)
+    measure = (measure_images, measure_draft, measure_text, measure_variants, measure_scan, measure_start)
     measures = dict(zip(PARTS, measure, strict=True))
     print("| what | figure | against | ratio | wanted |\n|---|---|---|---|---|", flush=True)
     for part in args.parts:

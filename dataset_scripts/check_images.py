@@ -71,7 +71,7 @@ def main(argv=None):
     from cachetrain.curation.image_findings import Findings, move_pair
 
     failures, findings = [], Findings(args)
-    pairs = find_images([args.data_root], lambda *error: failures.append(": ".join(error)))
+    pairs = find_images([args.data_root], lambda *error: failures.append(": ".join(error)), all_captions=True)
     for pair in tqdm(pairs, unit="image", disable=None):
         findings.add(pair)
     if not findings.num_images and not failures:

@@ -48,7 +48,7 @@ def main(argv=None):
     if os.path.commonpath([root, out]) in (root, out):
         raise ValueError(f"--out {args.out}: must be apart from --data_root {args.data_root}")
     counts, failures = Counter(), []
-    pairs = find_images([args.data_root], lambda *error: failures.append(": ".join(error)))
+    pairs = find_images([args.data_root], lambda *error: failures.append(": ".join(error)), all_captions=True)
     with ThreadPoolExecutor(args.num_workers) as pool, tqdm(unit="image", disable=None) as progress:
         while window := list(islice(pairs, WINDOW)):
             for outcome, reason in pool.map(lambda pair: copy_pair(pair, args), window):

@@ -164,6 +164,7 @@ def test_each_kind_of_bad_image_is_found_and_moved_with_its_caption(tmp_path, ca
     (root / "misnamed.png").write_bytes(photograph(root / "x" / "shifted.jpg", shift=90).read_bytes())
     (root / "copy.jpg").write_bytes(data)
     (root / "copy.txt").write_text("caption")
+    (root / "copy.long.txt").write_text("another caption")
     photograph(root / "similar.jpg", quality=60)
     Image.open(root / "a.jpg").resize((300, 300)).save(root / "a smaller one.png")
     picture(root / "wide.png", size=(1200, 300))
@@ -179,7 +180,7 @@ def test_each_kind_of_bad_image_is_found_and_moved_with_its_caption(tmp_path, ca
     assert "  a smaller one.png  of a.jpg" in lines and "  copy.jpg  of a.jpg" in lines
     assert "  a.jpg  of a smaller one.png" not in lines  # the largest and sharpest is kept, not the first
     assert run_script(*command, "--findings", "duplicate", "--move_to", target) == 1
-    assert files(target) == {"copy.jpg": data, "copy.txt": b"caption"}
+    assert files(target) == {"copy.jpg": data, "copy.txt": b"caption", "copy.long.txt": b"another caption"}
     (root / "copy.jpg").write_bytes(data)
     assert run_script(*command, "--findings", "duplicate", "--move_to", target) == 1
     assert (root / "copy.jpg").exists() and "not moved" in capsys.readouterr().err
@@ -252,6 +253,7 @@ def test_resized_copies_are_upright_never_enlarged_and_keep_captions_and_alpha(t
     picture(root / "sub" / "small.bmp", size=(20, 10))
     picture(root / "big.bmp", size=(200, 400))
     (root / "big.txt").write_text("caption")
+    (root / "big.long.txt").write_text("another caption")
     (root / "cut.png").write_bytes((root / "alpha.png").read_bytes()[:60])
     command = ["dataset_scripts/resize_images.py", "--data_root", root, "--out", out, "--max_side", 104]
     assert run_script(*command, "--dry_run") == 1 and not out.exists()
@@ -261,7 +263,7 @@ def test_resized_copies_are_upright_never_enlarged_and_keep_captions_and_alpha(t
     assert sizes == {"turned.jpg": (52, 104), "alpha.png": (104, 35), "sub/small.bmp": (20, 10), "big.png": (52, 104)}
     assert Image.open(out / "turned.jpg").getexif().get(0x0112) is None
     assert Image.open(out / "alpha.png").getpixel((0, 0))[3] == 0
-    assert (out / "big.txt").read_text() == "caption"
+    assert (out / "big.txt").read_text() == "caption" and (out / "big.long.txt").read_text() == "another caption"
     assert run_script(*command) == 1 and "4 kept" in capsys.readouterr().out
     with pytest.raises(ValueError, match="must be apart"):
         run_script(*command[:4], root / "sub", "--max_side", 104)

@@ -17,9 +17,11 @@ ZERO = {
     "cache/calculate_vae_scaling.py": {"--num_images", "--seed"},
     "cache/check_text_cache_std.py": {"--num_images", "--seed"},
     "cache/compare_tensorfiles.py": {"--tolerance"},
-    "cache/create_clipl.py": {"--clip_skip"},
+    "cache/create_clipl.py": {"--clip_skip", "--keep_tags", "--drop_tags", "--seed"},
     "cache/create_img_sdvae.py": {"--num_workers"},
     "cache/create_img_sdxl.py": {"--num_workers"},
+    "cache/create_sdxl_text.py": {"--keep_tags", "--drop_tags", "--seed"},
+    "cache/create_t5cache_768.py": {"--keep_tags", "--drop_tags", "--seed"},
     "cache/show_vae_latent.py": {"--num_images", "--seed"},
     "cache/validate_img_cache.py": {"--num_images", "--seed", "--min_psnr"},
     "cache/validate_vae.py": {"--num_images", "--seed"},
@@ -231,9 +233,9 @@ def test_every_flag_has_a_meaning_for_a_resume():
     # Whatever the values of tensors depend on, and nothing else compares.
     assert {name for name in kinds["same"] if not name.startswith(("reinit_", "unfreeze_"))} == {
         "imgcache_suffix", "txtcache_suffix", "force_txtcache", "vae_scaling_factor", "text_scaling_factor",
-        "time_ids", "use_snr", "noise_gamma", "loss", "huber_c", "offset_noise", "timestep_sampling", "logit_mean",
-        "logit_std", "timestep_shift", "timestep_range", "cond_dropout", "flip_p", "targetted_training",
-        "gradient_accum", "scheduler", "min_lr_rate", "num_cycles", "optimizer",
+        "caption_weights", "time_ids", "use_snr", "noise_gamma", "loss", "huber_c", "offset_noise",
+        "timestep_sampling", "logit_mean", "logit_std", "timestep_shift", "timestep_range", "cond_dropout", "flip_p",
+        "targetted_training", "gradient_accum", "scheduler", "min_lr_rate", "num_cycles", "optimizer",
         "betas", "weight_decay", "gradient_clip", "gradient_release", "ema_decay", "seed", "precision",
         "lora_rank", "lora_alpha", "lora_targets", "lora_dropout", "dora",
     }  # fmt: skip

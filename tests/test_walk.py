@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from cachetrain.caching.images import decode_file
-from cachetrain.data.captions import Pair, find_caption, read_caption
+from cachetrain.data.captions import Pair, read_caption
 from cachetrain.data.index import PairIndex
 from cachetrain.data.sidecar import read_sidecar, write_sidecar
 from cachetrain.data.split import open_index, split_index
 from cachetrain.data.unused import Unused
+from cachetrain.data.variants import PLAIN, first_caption, read_captions
 from cachetrain.data.walk import Folder, Leftovers, Pairs, find_images, find_sidecars, pair_up, walk_folders
 from cachetrain.distributed import World
 from cachetrain.sampling.prompts import caption_of
@@ -192,7 +193,7 @@ def test_caption_suffixes_may_be_in_capitals(tmp_path):
         pairs.append(pair)
     texts = [read_caption(pairs[i]).text for i in range(len(pairs))]
     assert texts == ["from .txt", "from .TXT", "from .Txt", "from .caption", "from .CAPTION", "5"]
-    assert [find_caption(f"{tmp_path}/{number}").text for number in range(6)] == texts
+    assert [first_caption(f"{tmp_path}/{number}", PLAIN) for number in range(6)] == texts
 
 
 def test_what_is_not_used_is_counted_in_one_line(tmp_path):
@@ -336,14 +337,14 @@ def test_caching_and_samples_read_the_same_caption(tmp_path, name, files, expect
         (tmp_path / f"{name}{suffix}").write_bytes(data)
     (pair,) = find_images([str(tmp_path)], pytest.fail)
     stem = str(tmp_path / name)
-    assert read_caption(pair).text == find_caption(stem).text == caption_of(stem) == expected
-    assert read_caption(pair) == find_caption(stem)
+    assert read_caption(pair).text == read_captions(pair).texts[0] == caption_of(stem) == expected
 
 
 @pytest.mark.parametrize("data", [b"caf\xe9", "a cat".encode("utf-16"), "a cat".encode("utf-16-le")])
 def test_caption_that_is_not_utf8_is_an_error_that_names_the_file_and_a_warning_for_a_sample(data, tmp_path, capsys):
     (tmp_path / "a.txt").write_bytes(data)
-    for read in (lambda: find_caption(str(tmp_path / "a")), lambda: read_caption(Pair("", str(tmp_path / "a.txt")))):
+    pair = Pair("", str(tmp_path / "a.txt"))
+    for read in (lambda: first_caption(str(tmp_path / "a"), PLAIN), lambda: read_caption(pair)):
         with pytest.raises(ValueError, match=r"/a\.txt: not UTF-8 text .*; save it as UTF-8"):
             read()
     assert caption_of(str(tmp_path / "a")) == "a"

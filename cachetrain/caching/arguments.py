@@ -6,6 +6,7 @@ from functools import partial
 from cachetrain import cli
 from cachetrain.data import sidecar
 from cachetrain.data.captions import CAPTION_SUFFIXES
+from cachetrain.data.variants import MAX_VARIANTS, PLAIN, CaptionSettings
 from cachetrain.data.walk import IMAGE_SUFFIXES
 
 aspect_limit = cli.Number(float, 1, 16)
@@ -81,7 +82,63 @@ def text_parser(doc: str, kind: str, model: str | None) -> argparse.ArgumentPars
     """Parser of a text cache script, without the options that only CLIP or only T5 has."""
     parser = _cache_parser(doc, kind, model, batch_size=32)
     parser.add_argument("--store_dtype", choices=("bf16", "fp32"), default="bf16", help="dtype of the stored tensors")
+    _add_caption_arguments(parser.add_argument_group("captions; of several, each visit in training draws one"))
     return parser
+
+
+def _add_caption_arguments(group):
+    """Adds the options that `caption_settings` reads, with the names of its fields."""
+    group.add_argument(
+        "--captions",
+        nargs="+",
+        choices=("lines", "files"),
+        default=(),
+        help="lines: each line of a caption file that is not empty is a caption; files: all of a.txt, a.caption, "
+        "a.long.txt and so on are captions of a.jpg; default: one caption, of the first of these files",
+    )
+    group.add_argument(
+        "--shuffle_tags",
+        type=cli.Number(int, 2, MAX_VARIANTS),
+        metavar="N",
+        help="N variants of each caption: itself, and N - 1 with its tags in another order",
+    )
+    group.add_argument(
+        "--keep_tags", type=cli.count, metavar="K", help="the first K tags stay where they are; default: 0"
+    )
+    group.add_argument(
+        "--drop_tags",
+        type=cli.share,
+        metavar="P",
+        help="leave out each other tag of a shuffled variant with this probability; default: 0",
+    )
+    group.add_argument("--tag_separator", metavar="TEXT", help="what stands between tags; default: a comma")
+    group.add_argument(
+        "--tag_files",
+        nargs="+",
+        metavar="SUFFIX",
+        help="shuffle only captions of these files, like .txt, where others hold sentences; default: all",
+    )
+    group.add_argument("--seed", type=cli.seed, metavar="N", help="random seed of the orders of tags; default: 0")
+    group.add_argument("--prefix", default="", metavar="TEXT", help="put this before every caption")
+    group.add_argument("--suffix", default="", metavar="TEXT", help="put this after every caption")
+
+
+def caption_settings(args: argparse.Namespace) -> CaptionSettings:
+    """Returns the settings of the captions that the command line names.
+
+    Raises:
+        ValueError: an option would have no effect.
+    """
+    names = ("keep_tags", "drop_tags", "tag_separator", "tag_files", "seed")
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    if given and not args.shuffle_tags:
+        raise ValueError(f"--{next(iter(given))} needs --shuffle_tags")
+    if given.get("tag_separator") == "":
+        raise ValueError("--tag_separator is empty; give what stands between tags, like ,")
+    given["tag_files"] = tuple(sorted({suffix.lower() for suffix in given.get("tag_files", ())}))
+    captions = tuple(sorted(set(args.captions)))
+    ends = {"prefix": args.prefix, "suffix": args.suffix}
+    return PLAIN._replace(captions=captions, shuffle_tags=args.shuffle_tags or 1, **ends, **given)
 
 
 def add_clip_length_argument(parser: argparse.ArgumentParser) -> None:

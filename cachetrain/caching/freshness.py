@@ -7,14 +7,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from cachetrain.data.captions import Pair, read_caption
+from cachetrain.data import variants
+from cachetrain.data.captions import Pair
 from cachetrain.data.sidecar import Header, SidecarError, read_header, read_sidecar, write_sidecar
 from cachetrain.data.walk import MAX_IMAGE
 from cachetrain.reading import open_regular, read_bytes
 
 FRESH, MISSING, STALE, CORRUPT, FOREIGN = "fresh", "missing", "stale", "corrupt", "foreign"
 
-# The source has a new time but the same content, so the sidecar counts as fresh.
+# The source has a new time or settings but the same content, so the sidecar counts as fresh.
 TOUCHED = "touched"
 
 # A sidecar is stale when its header differs from the run in one of these.
@@ -22,11 +23,20 @@ COMPARED_FIELDS = ("kind", "encoder", "settings")
 
 
 class Source(NamedTuple):
-    """State of what a sidecar is made from; `sha256` is a function, because hashing is rarely needed."""
+    """State of what a sidecar is made from; `sha256` is a function, because hashing is rarely needed.
+
+    Attributes:
+        captions: of a text sidecar: CaptionSettings.in_header.
+    """
 
     size: str
     mtime_ns: str
     sha256: Callable[[], str]
+    captions: str = ""
+
+    def state(self) -> tuple[str, str, str]:
+        """What need not be hashed: if it is unchanged, so is the source."""
+        return self.size, self.mtime_ns, self.captions
 
 
 def image_source(pair: Pair) -> Source:
@@ -39,13 +49,15 @@ def image_source(pair: Pair) -> Source:
     return Source(str(stat.st_size), str(stat.st_mtime_ns), sha256)
 
 
-def caption_source(pair: Pair) -> Source:
-    """Source of a text sidecar: the caption as encoded, from its file or from the image's name."""
+def caption_source(pair: Pair, settings: variants.CaptionSettings = variants.PLAIN) -> Source:
+    """Source of a text sidecar: the captions as encoded, from their files or from the image's name."""
+    settings = variants.settings_of_pair(pair, settings)
     if pair.caption_file is None:
-        caption = read_caption(pair)
-        return Source(caption.size, caption.mtime_ns, lambda: caption.sha256)
-    stat = os.stat(pair.caption_file)
-    return Source(str(stat.st_size), str(stat.st_mtime_ns), lambda: read_caption(pair).sha256)
+        captions = variants.read_captions(pair, settings)
+        return Source(captions.size, captions.mtime_ns, lambda: captions.sha256, captions.settings)
+    stats = map(os.stat, variants.caption_files(pair, settings))
+    state = variants.fingerprint(pair, settings, [(stat.st_size, stat.st_mtime_ns) for stat in stats])
+    return Source(*state, lambda: variants.read_captions(pair, settings).sha256, settings.in_header())
 
 
 def sidecar_state(
@@ -53,8 +65,8 @@ def sidecar_state(
 ) -> tuple[str, dict[str, str]]:
     """Returns the state of a sidecar.
 
-    If the source has a new time and the same SHA-256, the sidecar is fresh, and the new time is written to its
-    header, so that the next run need not hash the source again.
+    If the source has a new time, or captions new settings, and the SHA-256 is the same, the sidecar is fresh, and
+    time and settings are written to its header, so that the next run need not hash the source again.
 
     Args:
         path: of the sidecar.
@@ -75,7 +87,7 @@ def sidecar_state(
     if state is None:
         state = source_state(header.metadata, source, full)
     if state == TOUCHED:
-        state = _store_new_time(path, source)
+        state = _store_new_state(path, source)
     return state, header.metadata
 
 
@@ -100,7 +112,8 @@ def source_state(metadata: dict[str, str], source: Source, full: bool = False) -
     Args:
         full: hash the source even if its size and time are unchanged.
     """
-    unchanged = (metadata.get("source_size"), metadata.get("source_mtime_ns")) == (source.size, source.mtime_ns)
+    recorded = metadata.get("source_size"), metadata.get("source_mtime_ns"), metadata.get("captions", "")
+    unchanged = recorded == source.state()
     if unchanged and not full:
         return FRESH
     if metadata.get("source_sha256") != source.sha256():
@@ -108,14 +121,15 @@ def source_state(metadata: dict[str, str], source: Source, full: bool = False) -
     return FRESH if unchanged else TOUCHED
 
 
-def _store_new_time(path, source):
+def _store_new_state(path, source):
     try:
         tensors, header = read_sidecar(path)
     except SidecarError:
         return CORRUPT
-    new_time = {"source_size": source.size, "source_mtime_ns": source.mtime_ns}
+    state = {"source_size": source.size, "source_mtime_ns": source.mtime_ns, "captions": source.captions}
+    metadata = {name: value for name, value in (header.metadata | state).items() if name != "captions" or value}
     with suppress(OSError):  # a read-only folder, for example: the next run hashes the source again
-        write_sidecar(path, tensors, header.metadata | new_time)
+        write_sidecar(path, tensors, metadata)
     return FRESH
 
 

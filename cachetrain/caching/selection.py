@@ -19,14 +19,14 @@ from cachetrain.data.sidecar import sidecar_path
 from cachetrain.data.walk import Pairs, find_images
 
 
-def find_pairs(args: Namespace, summary: RunSummary) -> Iterator[Pair]:
-    """Yields all pairs under --data_root.
+def find_pairs(args: Namespace, summary: RunSummary, all_captions: bool = False) -> Iterator[Pair]:
+    """Yields all pairs under --data_root; `all_captions`: with all caption files of each image.
 
     Raises:
         ValueError: there are none.
     """
     empty = True
-    for pair in find_images(args.data_root, summary.fail, summary.leftovers):
+    for pair in find_images(args.data_root, summary.fail, summary.leftovers, all_captions):
         empty = False
         yield pair
     if empty and not summary.counts["failed"]:

@@ -15,6 +15,7 @@ from cachetrain.caching.buckets import Coverage, UpscaledList, is_upscaled, upsc
 from cachetrain.caching.freshness import CORRUPT, FOREIGN, FRESH, STALE
 from cachetrain.caching.messages import failure_line, print_line, say
 from cachetrain.caching.unknown_words import UnknownWords
+from cachetrain.data.sidecar import caption_lengths, num_truncated
 from cachetrain.data.walk import Leftovers
 from cachetrain.log import counted, printable, warn
 
@@ -31,8 +32,8 @@ class RunSummary:
 
     Attributes:
         unit: what is encoded: "image" or "caption".
-        counts: number of sidecars by state ("fresh", "stale", ...), and of those "encoded", "failed", "truncated" and
-            "upscaled".
+        counts: number of sidecars by state ("fresh", "stale", ...), and of those "encoded", "failed", "upscaled" and
+            "with_variants"; number of captions "truncated", and of "variants" of those that have several.
         unknown_words: UnknownWords of the captions encoded.
         leftovers: walk.Leftovers: sidecars without an image, and what this run does not use.
         times_s: "encoding", the whole loop; "waiting", the part of it in which the encoder had no data.
@@ -60,8 +61,11 @@ class RunSummary:
         print_line(line)
 
     def add_sidecar(self, source: str, metadata: dict[str, str]) -> None:
-        """Adds what the header of a good sidecar, found or written, says about truncated captions and image sizes."""
-        self.counts["truncated"] += metadata.get("truncated") == "1"
+        """Adds what the header of a good sidecar, found or written, says about its captions and image size."""
+        self.counts["truncated"] += num_truncated(metadata)
+        if "variants" in metadata:
+            self.counts["with_variants"] += 1
+            self.counts["variants"] += len(caption_lengths(metadata))
         if "crop_box" in metadata:
             self.coverage.add(metadata)
             if is_upscaled(metadata):
@@ -134,6 +138,8 @@ class RunSummary:
             ("failed", f"{counts['failed']} failed"),
         ):
             parts += [words] if counts[key] else []
+        if counts["variants"]:
+            parts.append(f"{counts['with_variants']} with variants, {counts['variants']} in all")
         line = f"{self.kind}: {', '.join(parts)} in {elapsed_s:.1f} s, "
         line += f"{counts['encoded'] / elapsed_s:.1f} {self.unit}s/s"
         return line + (f", {times_s['waiting'] / times_s['encoding']:.0%} data wait" if times_s["encoding"] else "")

@@ -1,31 +1,30 @@
 """The main path of the text cache scripts: scan, check, encode each caption once, write, summarize."""
 
 import json
-import os
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain, pairwise
-from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from cachetrain.caching import ranks, selection
+from cachetrain.caching.arguments import caption_settings
+from cachetrain.caching.assembly import Assembly, Embedded, Texts
 from cachetrain.caching.freshness import caption_source
 from cachetrain.caching.summary import RunSummary
 from cachetrain.caching.unknown_words import unknown_test
 from cachetrain.caching.writer import Row, Writer
-from cachetrain.data.captions import read_caption
-from cachetrain.data.sidecar import NULL_STEM, sidecar_path
+from cachetrain.data.sidecar import sidecar_path
+from cachetrain.data.variants import read_captions
 from cachetrain.data.walk import null_pair
 from cachetrain.modeling import load
 
-if TYPE_CHECKING:
-    import torch
-
 # Captions are read and sorted by length in windows of this many images, and encoded once per window.
 _WINDOW = 65536
+# Where images have several captions: batches that are encoded before the next images are taken.
+_CHUNK = 16
 
 # By load.text_family: (its name in messages, the kind of its caches, the script that makes them).
 _FAMILIES = {
@@ -38,15 +37,6 @@ _FAMILIES = {
 _NOT_TEXT = ("unet", "vae", "scheduler", "safety_checker", "feature_extractor", "image_encoder")
 
 
-class Embedded(NamedTuple):
-    """The tensors of the caption at `index` of a window; num_tokens of the sequence are text, the rest is padding."""
-
-    index: int
-    tensors: "dict[str, torch.Tensor]"
-    num_tokens: int
-    truncated: bool
-
-
 def cache_captions(args: Namespace, kind: str, settings: dict) -> int:
     """Writes a sidecar of this kind beside each image under args.data_root that lacks a fresh one.
 
@@ -54,13 +44,14 @@ def cache_captions(args: Namespace, kind: str, settings: dict) -> int:
 
     Args:
         args: from `arguments.text_parser`.
-        settings: what changes the embeddings, besides the dtypes: clip_skip, or max_length and raw; for SDXL, whether
-            the empty caption is zeros is added. {"custom": True}: encode with the pipeline code in the model's
-            repository.
+        settings: what changes the embeddings of a caption, besides the dtypes: clip_skip, or max_length and raw; for
+            SDXL, whether the empty caption is zeros is added. {"custom": True}: encode with the pipeline code in the
+            model's repository.
 
     Returns:
         exit code: 0, or 1 if some caption failed.
     """
+    of_captions = caption_settings(args)
     custom = "custom" in settings
     components = () if custom else load.text_components(kind, settings)
     model_dir = load.resolve_model(args.model, args.revision, components, code=custom)
@@ -77,8 +68,9 @@ def cache_captions(args: Namespace, kind: str, settings: dict) -> int:
     }
     summary = RunSummary(kind, args.data_root, args.cache_suffix)
     nulls = map(null_pair, dict.fromkeys(args.data_root))
-    candidates = chain(nulls, selection.find_pairs(args, summary))
-    pairs = selection.select(candidates, caption_source, fields, args, summary)
+    candidates = chain(nulls, selection.find_pairs(args, summary, "files" in of_captions.captions))
+    source_of = partial(caption_source, settings=of_captions)
+    pairs = selection.select(candidates, source_of, fields, args, summary)
     summary.leftovers.unused.warn_of_file_names()
     if pairs:
         make_encoder = (
@@ -87,7 +79,7 @@ def cache_captions(args: Namespace, kind: str, settings: dict) -> int:
             else partial(_batch_encoder, model_dir, settings, kind, args.batch_size)
         )
         with summary.time_encoding():
-            _encode(args, pairs, make_encoder, fields, summary)
+            _encode(args, pairs, of_captions, make_encoder, fields, summary)
     return summary.finish()
 
 
@@ -112,10 +104,11 @@ def _encoder_files(model_dir, kind, settings):
     return load.text_files(model_dir, kind, settings)
 
 
-def _encode(args, pairs, make_encoder, fields, summary):
+def _encode(args, pairs, of_captions, make_encoder, fields, summary):
     """Encodes and writes all pairs.
 
     Args:
+        of_captions: CaptionSettings.
         make_encoder: function of (device, dtype) that returns a function: captions -> batches, lists of Embedded;
             and the tokenizer.
     """
@@ -131,24 +124,26 @@ def _encode(args, pairs, make_encoder, fields, summary):
         total=len(pairs), desc=fields["kind"], unit=summary.unit, disable=None if ranks.rank() == 0 else True
     )
     with progress, Writer(summary, progress) as writer:
-        windows = (_by_caption(window, summary, progress) for window in _windows(pairs))
+        windows = (_by_captions(window, of_captions, summary, progress) for window in _windows(pairs, of_captions))
         for images_of in summary.time_waiting(windows, progress):
-            captions = list(images_of)
-            for batch in encode(captions):
-                for item in batch:
-                    caption = captions[item.index]
-                    nulls = sum(os.path.basename(pair.image) == NULL_STEM for pair, _ in images_of[caption])
-                    summary.unknown_words.add(caption, len(images_of[caption]) - nulls, is_unknown)
-                writer.submit(_rows(batch, captions, images_of, fields, store_dtype, args.cache_suffix))
+            assembly = Assembly(images_of, _CHUNK * args.batch_size)
+            for captions, complete in assembly.chunks():
+                writer.submit(_rows(complete, images_of, fields, store_dtype, args.cache_suffix))
+                for batch in encode(captions) if captions else ():
+                    for item in batch:
+                        caption = captions[item.index]
+                        summary.unknown_words.add(caption, assembly.num_images.pop(caption, 0), is_unknown)
+                    complete = assembly.add(captions, batch)
+                    writer.submit(_rows(complete, images_of, fields, store_dtype, args.cache_suffix))
 
 
-def _windows(pairs):
-    """Yields iterables of about _WINDOW pairs each, such that all images with the same caption are in one of them."""
+def _windows(pairs, of_captions):
+    """Yields iterables of about _WINDOW pairs each; all images with the same captions are in one of them."""
     count = len(pairs)
     order, bounds = range(count), [0, count]
     if count > _WINDOW:
         # Reads each caption one more time, which costs little compared with encoding it in several windows.
-        keys = np.fromiter((_caption_key(pair) for pair in pairs), np.int64, count)
+        keys = np.fromiter((_captions_key(pair, of_captions) for pair in pairs), np.int64, count)
         order = np.argsort(keys, kind="stable")
         starts = np.flatnonzero(np.diff(keys[order], prepend=~keys[order[0]]))  # of runs of equal captions
         bounds = [*np.unique(starts[np.searchsorted(starts, range(0, count, _WINDOW), side="right") - 1]), count]
@@ -156,24 +151,24 @@ def _windows(pairs):
         yield (pairs[index] for index in order[start:end])
 
 
-def _caption_key(pair):
+def _captions_key(pair, of_captions):
     try:
-        return hash(read_caption(pair).text)
+        return hash(read_captions(pair, of_captions).texts)
     except (OSError, ValueError):
         return 0  # reported when its window is read
 
 
-def _by_caption(pairs, summary, progress):
-    """Returns text -> list of (Pair, Caption); captions that cannot be read are reported."""
+def _by_captions(pairs, of_captions, summary, progress) -> dict[Texts, list]:
+    """Returns captions -> list of (Pair, Captions); captions that cannot be read are reported."""
     images_of = {}
     for pair in pairs:
         try:
-            caption = read_caption(pair)
+            captions = read_captions(pair, of_captions)
         except (OSError, ValueError) as error:
             summary.fail(pair.caption_file or pair.image, error)
             progress.update()
         else:
-            images_of.setdefault(caption.text, []).append((pair, caption))
+            images_of.setdefault(captions.texts, []).append((pair, captions))
     return images_of
 
 
@@ -224,17 +219,16 @@ def _custom_encoder(model_dir, device, dtype):
     return encode, encoder.pipeline.tokenizer
 
 
-def _rows(batch: Iterable[Embedded], captions, images_of, fields, store_dtype, suffix):
-    """Yields the Rows of one batch: the tensors of a caption once per image that has it."""
-    for item in batch:
-        tensors = {name: tensor.to(store_dtype) for name, tensor in item.tensors.items()}
-        for pair, caption in images_of[captions[item.index]]:
-            metadata = {
-                **fields,
-                "source_size": caption.size,
-                "source_mtime_ns": caption.mtime_ns,
-                "source_sha256": caption.sha256,
-                "num_tokens": str(item.num_tokens),
-                "truncated": str(int(item.truncated)),
-            }
+def _rows(complete: Iterable[tuple[Texts, list[Embedded]]], images_of, fields, store_dtype, suffix):
+    """Yields a Row per image of the groups that `Assembly` returns."""
+    from cachetrain.modeling.conditioning import variant_name
+
+    for texts, embedded in complete:
+        tensors, of_variants = {}, {}
+        for variant, item in enumerate(embedded):
+            tensors |= {variant_name(name, variant): one.to(store_dtype) for name, one in item.tensors.items()}
+            of_variants[variant_name("num_tokens", variant)] = str(item.num_tokens)
+            of_variants[variant_name("truncated", variant)] = str(int(item.truncated))
+        for pair, captions in images_of[texts]:
+            metadata = {**fields, **captions.header_fields(), **of_variants}
             yield Row(pair.image, sidecar_path(pair.image, suffix), tensors, metadata)

@@ -105,13 +105,13 @@ _NOTES = {
 
 
 def move_pair(pair: Pair, root: str, target: str, dry_run: bool) -> None:
-    """Moves an image and its caption to the same relative path under `target`, over nothing that exists.
+    """Moves an image and its captions to the same relative path under `target`, over nothing that exists.
 
     Raises:
         OSError, ValueError: there is something of the name.
     """
     moves = []
-    for path in filter(None, pair):
+    for path in (pair.image, *pair.caption_files):
         destination = os.path.join(target, os.path.relpath(path, root))
         if os.path.lexists(destination):
             raise ValueError(f"{path}: not moved, {destination} exists")

@@ -1,4 +1,4 @@
-"""Copies an image at a largest size, with its caption."""
+"""Copies an image at a largest size, with its captions."""
 
 import io
 import os
@@ -35,10 +35,10 @@ def copy_pair(pair: Pair, args: Namespace) -> tuple[str, str | None]:
             outcome = "kept"
         elif not args.dry_run:
             os.makedirs(os.path.dirname(target), exist_ok=True)
-            if pair.caption_file:  # first, so that an image that is there has its caption
-                caption = os.path.join(args.out, os.path.relpath(pair.caption_file, args.data_root))
+            for path in pair.caption_files:  # first, so that an image that is there has its captions
+                caption = os.path.join(args.out, os.path.relpath(path, args.data_root))
                 if not os.path.lexists(caption):
-                    atomic_write(caption, _read(pair.caption_file))
+                    atomic_write(caption, _read(path))
             atomic_write(target, data)
         return outcome, None
     except Exception as error:  # Pillow's plugins raise almost anything on malformed input

@@ -16,10 +16,19 @@ MAX_CAPTION = 2**20  # bytes; what is longer is no caption
 
 
 class Pair(NamedTuple):
-    """An image and the file that holds its caption (None: the caption comes from the image's file name)."""
+    """An image and the file that holds its caption (None: the caption comes from the image's file name).
+
+    Attributes:
+        more: further files with captions of the image, as `a.caption` and `a.long.txt` beside `a.txt`, if asked for.
+    """
 
     image: str
     caption_file: str | None
+    more: tuple[str, ...] = ()
+
+    @property
+    def caption_files(self) -> tuple[str, ...]:
+        return (self.caption_file, *self.more) if self.caption_file else ()
 
 
 class Caption(NamedTuple):
@@ -50,10 +59,19 @@ def read_caption(pair: Pair) -> Caption:
     return Caption(decoded(pair.caption_file, data).strip(), str(stat.st_size), str(stat.st_mtime_ns))
 
 
-def find_caption(stem: str) -> Caption:
-    """Finds and reads the caption of the image `stem`.*, which need not exist; raises like read_caption."""
-    path = caption_file(stem)
-    return _caption_from_name(stem) if path is None else read_caption(Pair(stem, path))
+def caption_order(suffix: str) -> tuple:
+    """Sorts the caption files of an image by suffix: .txt, .caption, then the others, as .long.txt, by name."""
+    lower = suffix.lower()
+    known = CAPTION_SUFFIXES.index(lower) if lower in CAPTION_SUFFIXES else len(CAPTION_SUFFIXES)
+    return known, suffix.swapcase()  # a.txt before a.TXT
+
+
+def all_caption_files(stem: str) -> list[str]:
+    """The paths of all files that hold captions of the image `stem`.*, also `stem`.long.txt; lists the folder."""
+    folder, name = os.path.split(stem)
+    names = (other for other in os.listdir(folder or ".") if other.startswith(f"{name}."))
+    suffixes = (other[len(name) :] for other in names if other.lower().endswith(CAPTION_SUFFIXES))
+    return [stem + suffix for suffix in sorted(suffixes, key=caption_order)]
 
 
 def caption_file(stem: str) -> str | None:

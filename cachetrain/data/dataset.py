@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -13,8 +13,9 @@ from torch.utils.data import Dataset
 from cachetrain.data import rng
 from cachetrain.data.index import PairIndex
 from cachetrain.data.sidecar import read_sidecar
+from cachetrain.data.variants import draw_variant, sources_of
 from cachetrain.diffusion.objective import timestep_fraction
-from cachetrain.modeling.conditioning import Conditioning
+from cachetrain.modeling.conditioning import Conditioning, num_variants
 
 
 class SampleKey(NamedTuple):
@@ -48,11 +49,11 @@ class Sidecars:
         self.index.check_image(i, header)
         return tensors, header.metadata
 
-    def text(self, i: int) -> dict[str, torch.Tensor]:
-        """Returns the tensors of the text sidecar of pair `i`, by name."""
+    def text(self, i: int) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """Returns (tensors by name, header metadata) of the text sidecar of pair `i`, with all of its variants."""
         tensors, header = read_sidecar(self.index.text_path(i))
         self.index.check_text(i, header)
-        return tensors
+        return tensors, header.metadata
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ class Draws:
             (Guttenberg 2023, "Diffusion with offset noise").
         fixed: repeat the draws of a sample's first visit on every visit (--overfit).
         noise_purpose: rng.NOISE, or rng.VALIDATION for noise that training never draws.
+        variants: draw one of a caption's variants; False: always the first, which is the caption as written.
+        caption_weights: {source of captions: weight}, see variants.draw_variant.
     """
 
     seed: int = 0
@@ -95,6 +98,8 @@ class Draws:
     offset_noise: float = 0.0
     fixed: bool = False
     noise_purpose: int = rng.NOISE
+    variants: bool = True
+    caption_weights: Mapping[str, float] = field(default_factory=dict)
 
 
 class CachedPairs(Dataset):
@@ -159,8 +164,16 @@ class CachedPairs(Dataset):
         tensors, header = self.sidecars.image(key.sample)
         flipped = bool(self.draws.flip_p) and self._uniform(key, rng.FLIP) < self.draws.flip_p
         latents = self._latents(key, tensors, flipped)
-        caption = self.null if dropped else self.conditioning.of_caption(self.sidecars.text(key.sample))
+        caption = self.null if dropped else self._caption(key)
         return latents, {**caption, **self.conditioning.of_image(header, flipped)}
+
+    def _caption(self, key):
+        tensors, header = self.sidecars.text(key.sample)
+        number, variant = num_variants(tensors, self.conditioning.row.sequence), 0
+        if number > 1 and self.draws.variants:
+            sources = sources_of(self.index.text_path(key.sample), header, number)
+            variant = draw_variant(self._uniform(key, rng.VARIANT), sources, self.draws.caption_weights)
+        return self.conditioning.of_caption(tensors, variant)
 
     def _blank(self, key):
         """Returns (latents, condition) of zeros, without reading a file."""

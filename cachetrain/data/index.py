@@ -20,6 +20,7 @@ from cachetrain.data.links import Links
 from cachetrain.data.many_files import PackedStrings, in_threads
 from cachetrain.data.sidecar import NULL_STEM, RUN_KEYS, SUFFIXES, Header, SidecarError, read_header, settings_of
 from cachetrain.data.unused import MULTIPLY, is_numbered, repeats_in_name
+from cachetrain.data.variants import sources_of
 from cachetrain.data.walk import image_stems, is_image, walk_folders
 from cachetrain.log import counted, warn
 from cachetrain.modeling.conditioning import check_tensor, check_text
@@ -36,7 +37,9 @@ class PairIndex:
 
     Attributes:
         shapes: distinct latent shapes (C, h, w); `shape_ids` uint16 [N] are indices into this list.
-        tokens: uint16 [N], text length in tokens.
+        tokens: uint16 [N], text length in tokens, of the longest variant of the caption.
+        all_tokens: uint32 [N], the same of all variants together.
+        caption_sources: list of the suffixes of the files that variants come from, as ".txt".
         text_widths: {name of a text tensor: width D}.
         repeats: float32 [N], how often each pair comes up in an epoch, on average.
         image_header, text_header: headers of the first pair.
@@ -108,7 +111,7 @@ class PairIndex:
         """
         part = copy.copy(self)
         part._positions = np.asarray(positions) if self._positions is None else self._positions[positions]
-        for name in ("shape_ids", "tokens", "repeats"):
+        for name in ("shape_ids", "tokens", "all_tokens", "repeats"):
             setattr(part, name, getattr(self, name)[positions])
         part._check_repeats()
         return part
@@ -137,7 +140,7 @@ class PairIndex:
             raise SidecarError(f"{path}: replaced since the run started: the latent was {self.shape(i)}, is {shape}")
 
     def check_text(self, i: int, header: Header) -> None:
-        """Like `check_image`, for the text sidecar of pair `i`; its number of tokens may have changed."""
+        """Like `check_image`, for the text sidecar of pair `i`; its tokens and variants may have changed."""
         path = self.text_path(i)
         _check_unchanged(path, self.text_header.run_identity, header.run_identity)
         if (widths := check_text(self.text_kind, path, header)[1]) != self.text_widths:
@@ -155,10 +158,16 @@ class PairIndex:
             directory += directory + 1 < len(self._starts) and place == self._starts[directory + 1]
             total = zlib.crc32(os.fsencode(stem[len(self.directories[directory]) :].lstrip(os.sep)), total)
         positions = [] if self._positions is None else [np.asarray(self._positions, np.int64)]
-        for array in (*positions, self.shape_ids, self.tokens, self.repeats):
+        variants = [self.all_tokens] if self.num_with_variants else []
+        for array in (*positions, self.shape_ids, self.tokens, self.repeats, *variants):
             total = zlib.crc32(np.ascontiguousarray(array).tobytes(), total)
         encoders = repr((self.shapes, self.image_header.run_identity, self.text_header.run_identity))
         return zlib.crc32(encoders.encode(), total)
+
+    @property
+    def num_with_variants(self) -> int:
+        """Number of pairs whose caption has variants."""
+        return int((self.all_tokens > self.tokens).sum())
 
     @property
     def image_settings(self) -> dict:
@@ -302,6 +311,8 @@ class PairIndex:
         self.num_foreign = 0
         self.shape_ids = np.zeros(len(self), np.uint16)
         self.tokens = np.zeros(len(self), np.uint16)
+        self.all_tokens = np.zeros(len(self), np.uint32)
+        sources = set()
         self.image_header, self.text_header = self._headers(0)
         _, self.text_widths = check_text(self.text_kind, self.text_path(0), self.text_header)
         first_headers = [self._headers(start)[0] for start in self._starts]
@@ -319,7 +330,10 @@ class PairIndex:
                 self._check_image(self._starts[directory], first_headers[directory], i, image)
             if text.run_identity != self.text_header.run_identity:
                 check_same_run(self.text_header, text, self.text_path(0), self.text_path(i))
-            self.tokens[i], widths = check_text(self.text_kind, self.text_path(i), text)
+            lengths, widths = check_text(self.text_kind, self.text_path(i), text)
+            self.tokens[i], self.all_tokens[i] = max(lengths), sum(lengths)
+            if len(lengths) > 1:
+                sources.update(sources_of(self.text_path(i), text.metadata, len(lengths)))
             if widths != self.text_widths:
                 raise ValueError(
                     f"{self.text_path(i)}: has tensors of width {widths}, {self.text_path(0)} of "
@@ -328,23 +342,26 @@ class PairIndex:
             self.shape_ids[i] = shapes.setdefault(_latent_shape(self.image_path(i), image), len(shapes))
             self.num_foreign += image.foreign or text.foreign
         self.shapes = list(shapes)
+        self.caption_sources = sorted(sources)
         if ranks > 1:
             self._merge(world)
 
     def _merge(self, world):
         """Combines the headers read by all ranks; checks that all ranks list the same pairs."""
-        summary = (len(self), self.stem(0), self._stems.checksum(), self.shapes, self.num_foreign)
+        paths = len(self), self.stem(0), self._stems.checksum()
+        summary = (*paths, self.shapes, self.caption_sources, self.num_foreign)
         summaries = world.gather(summary)
         if len({(number, first, checksum) for number, first, checksum, *_ in summaries}) > 1:
             listed = "; ".join(f"{counted(number, 'pair')}, the first {first}" for number, first, *_ in summaries)
             raise ValueError(f"the ranks list different pairs: {listed}; wait until the cache scripts are done")
-        shapes = sorted({shape for _, _, _, shapes_of_rank, _ in summaries for shape in shapes_of_rank})
+        shapes = sorted({shape for _, _, _, shapes_of_rank, *_ in summaries for shape in shapes_of_rank})
         share = slice(world.rank, None, world.ranks)
         new_ids = np.array([shapes.index(shape) for shape in self.shapes] or [0], np.uint16)
         self.shape_ids[share] = new_ids[self.shape_ids[share]]
         self.shapes = shapes
+        self.caption_sources = sorted({source for *_, sources, _ in summaries for source in sources})
         self.num_foreign = sum(num_foreign for *_, num_foreign in summaries)
-        for name in ("shape_ids", "tokens"):  # each rank's array is 0 outside its share
+        for name in ("shape_ids", "tokens", "all_tokens"):  # each rank's array is 0 outside its share
             setattr(self, name, world.sum_array(getattr(self, name)))
 
     def _check_image(self, first, first_header, other, other_header, may_differ=None):

@@ -53,9 +53,10 @@ class RamCache:
         data = self._bytes(i * self._per_pair)
         return load(data), metadata_of(data)
 
-    def text(self, i: int) -> dict[str, torch.Tensor]:
+    def text(self, i: int) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """Same as Sidecars.text."""
-        return load(self._bytes(self._total - 1 if self._one_text else i * 2 + 1))
+        data = self._bytes(self._total - 1 if self._one_text else i * 2 + 1)
+        return load(data), metadata_of(data)
 
     def _append(self, data):
         self._data += data
@@ -73,7 +74,7 @@ def needed_bytes(index: PairIndex) -> int:
     )
     images, texts = index.image_header, index.text_header
     per_element = sum(_ITEM_BYTES.get(dtype, 4) for dtype in images.dtypes.values())
-    num_tokens = int(index.tokens.sum(dtype=np.int64))
+    num_tokens = int(index.all_tokens.sum(dtype=np.int64))
     text = num_elements(index.text_kind, index.text_widths, num_tokens, len(index))
     text *= max(_ITEM_BYTES.get(dtype, 4) for dtype in texts.dtypes.values())
     return elements * per_element + (0 if index.one_text else text) + 2 * _HEADER_BYTES * len(index)

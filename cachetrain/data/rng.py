@@ -6,7 +6,7 @@ samples, the number of workers or ranks, or on other draws.
 
 import numpy as np
 
-ORDER, NOISE, TIMESTEP, DROPOUT, FLIP, OFFSET, STRATA, REPEATS, VALIDATION, ADAPTER_DROPOUT = range(10)
+ORDER, NOISE, TIMESTEP, DROPOUT, FLIP, OFFSET, STRATA, REPEATS, VALIDATION, ADAPTER_DROPOUT, VARIANT = range(11)
 
 
 def generator(seed: int, epoch: int, sample: int, purpose: int, repeat: int = 0) -> np.random.Generator:

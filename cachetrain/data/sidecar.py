@@ -23,7 +23,7 @@ FORMAT = "1"
 NULL_STEM = "_null_caption"
 
 # kind -> default suffix. Image kinds hold `latent` (optionally `latent_flip`, `logvar`), text kinds `emb` and, for
-# SDXL, `pooled`.
+# SDXL, `pooled`; of further variants of a caption `emb.1`, `pooled.1` and so on.
 SUFFIXES = {
     "img_sdvae": ".img_sdvae",
     "img_sdxl": ".img_sdxl",
@@ -159,6 +159,16 @@ def metadata_of(data: bytes) -> dict[str, str]:
     return json.loads(data[8 : _payload_start(data)]).get("__metadata__", {})
 
 
+def caption_lengths(metadata: dict[str, str]) -> list[int]:
+    """Returns the number of tokens of each variant of a caption from the header fields; [] if they do not say."""
+    return [int(value) for name, value in metadata.items() if name.partition(".")[0] == "num_tokens"]
+
+
+def num_truncated(metadata: dict[str, str]) -> int:
+    """Returns how many variants of a caption were truncated, by the header fields."""
+    return sum(name.partition(".")[0] == "truncated" and value == "1" for name, value in metadata.items())
+
+
 def settings_of(path: str | Path, header: Header) -> dict:
     """Returns the settings that a sidecar was made with; {} if they are not recorded.
 
@@ -222,7 +232,7 @@ def _count(value):
 def _check_fields(path, metadata):
     """Checks the header fields that are numbers, whoever wrote them."""
     for name, value in metadata.items():
-        pattern = _FORMS.get(name)
+        pattern = _FORMS.get(name.partition(".")[0])  # num_tokens.1: of a variant
         if pattern is not None and not re.fullmatch(pattern, value):
             raise SidecarError(f"{path}: its header says {name} {value!r:.40}; run the cache script again")
     if "crop_box" in metadata:

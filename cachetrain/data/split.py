@@ -123,6 +123,11 @@ def _warn_of_what_is_listed(index):
         info(f"not used: {without} without both caches; cache/cache_status.py lists what is missing")
     if index.links.num_repeated:
         info(f"listed again through links, and counted once: {counted(index.links.num_repeated, 'pair')}")
+    if index.num_with_variants:
+        info(
+            f"captions of {index.num_with_variants} of {pairs} have variants: each visit draws one; validation and "
+            "samples use the first, the caption as written"
+        )
     if index.num_alone:
         info(f"in directories of sidecars alone, without images: {index.num_alone} of {pairs}")
     folders = index.numbered_folders

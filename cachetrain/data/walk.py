@@ -6,12 +6,13 @@ several paths is visited once. Memory and time are linear in the number of files
 """
 
 import os
+from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator
 from errno import ELOOP
 from typing import NamedTuple
 
 from cachetrain.atomic import is_abandoned
-from cachetrain.data.captions import CAPTION_SUFFIXES, Pair
+from cachetrain.data.captions import CAPTION_SUFFIXES, Pair, caption_order
 from cachetrain.data.many_files import PackedStrings
 from cachetrain.data.sidecar import NULL_STEM
 from cachetrain.data.unused import Unused
@@ -86,22 +87,27 @@ class Pairs:
 
     def __init__(self):
         self._images = PackedStrings()
-        self._captions = bytearray()  # index into _suffixes
-        self._suffixes = [""]  # of caption files, in the spellings found; "": no caption file
+        self._captions = array("I")  # place in _suffixes
+        self._suffixes = []  # tuples of the suffixes of a pair's caption files, in the spellings found
+        self._places = {}  # such a tuple -> its place in _suffixes
 
     def append(self, pair: Pair) -> None:
         self._images.append(pair.image)
-        suffix = os.path.splitext(pair.caption_file or "")[1]
-        if suffix not in self._suffixes:
-            self._suffixes.append(suffix)
-        self._captions.append(self._suffixes.index(suffix))
+        stem = os.path.splitext(pair.image)[0]
+        suffixes = tuple(path[len(stem) :] for path in pair.caption_files)
+        if suffixes not in self._places:
+            self._places[suffixes] = len(self._suffixes)
+            self._suffixes.append(suffixes)
+        self._captions.append(self._places[suffixes])
 
     def __len__(self) -> int:
         return len(self._captions)
 
     def __getitem__(self, index: int) -> Pair:
-        image, suffix = self._images[index], self._suffixes[self._captions[index]]
-        return Pair(image, os.path.splitext(image)[0] + suffix if suffix else None)
+        image = self._images[index]
+        stem = os.path.splitext(image)[0]
+        file, *more = [stem + suffix for suffix in self._suffixes[self._captions[index]]] or [None]
+        return Pair(image, file, tuple(more))
 
 
 def walk_folders(
@@ -151,13 +157,16 @@ def walk_folders(
         stack.extend(os.path.join(path, name) for name in sorted(subfolders, reverse=True))
 
 
-def find_images(roots: Iterable[str], on_error: OnError, leftovers: Leftovers | None = None) -> Iterator[Pair]:
+def find_images(
+    roots: Iterable[str], on_error: OnError, leftovers: Leftovers | None = None, all_captions: bool = False
+) -> Iterator[Pair]:
     """Yields one Pair per image under `roots`; also removes temporary files left behind by killed cache runs.
 
     Args:
         on_error: called for each file or folder that cannot be read, and for each image whose sidecar name is already
             taken by another image.
         leftovers: counts what else is found.
+        all_captions: see `pair_up`.
 
     Raises:
         ValueError: a root is not a directory.
@@ -167,16 +176,25 @@ def find_images(roots: Iterable[str], on_error: OnError, leftovers: Leftovers | 
         if not os.path.isdir(root):
             raise ValueError(f"--data_root {root}: no such directory")
         for folder in walk_folders(root, visited, keep, on_error, remove_abandoned=True):
-            yield from pair_up(folder, on_error, leftovers and leftovers.unused)
+            yield from pair_up(folder, on_error, leftovers and leftovers.unused, all_captions)
             if leftovers is not None:
                 leftovers.add_folder(root, folder)
 
 
-def pair_up(folder: Folder, on_error: OnError, unused: Unused | None = None) -> Iterator[Pair]:
-    """Yields one Pair per image of a folder, except `_null_caption.*`. `on_error`: see `find_images`."""
+def pair_up(
+    folder: Folder, on_error: OnError, unused: Unused | None = None, all_captions: bool = False
+) -> Iterator[Pair]:
+    """Yields one Pair per image of a folder, except `_null_caption.*`.
+
+    Args:
+        on_error: see `find_images`.
+        unused: counts what is not used.
+        all_captions: find all caption files of an image, `a.long.txt` too, and fill Pair.more.
+    """
     captions = {}  # stem -> name
     for suffix in reversed(CAPTION_SUFFIXES):
         captions |= {name[: -len(suffix)]: name for name in folder.names if name.lower().endswith(suffix)}
+    more = _all_captions(folder.names, captions) if all_captions else {}
     image_of_stem = {}
     for name in folder.names:
         if not is_image(name):
@@ -192,11 +210,35 @@ def pair_up(folder: Folder, on_error: OnError, unused: Unused | None = None) -> 
         image_of_stem[stem] = name
         caption = captions.pop(stem, None)
         pair = Pair(path, caption and os.path.join(folder.path, caption))
+        if stem in more:
+            first, *others = (os.path.join(folder.path, name) for name in more[stem])
+            pair = Pair(path, first, tuple(others))
         if unused is not None:
             unused.add_pair(pair)
         yield pair
     if unused is not None:
         unused.add_folder(folder.path, captions.values(), folder.names if image_of_stem else ())
+
+
+def _all_captions(names, captions):
+    """Returns stem of an image -> its caption files: .txt, .caption, then the others by name.
+
+    Args:
+        names: of the images and captions in a folder.
+        captions: stem -> name of a caption; those that belong to an image of another stem, as `a.long.txt` to
+            `a.jpg`, are removed.
+    """
+    stems, files = image_stems(names), {}
+    for name in names:
+        suffix = next((suffix for suffix in CAPTION_SUFFIXES if name.lower().endswith(suffix)), None)
+        stem = own = name[: -len(suffix)] if suffix else ""
+        while stem and stem not in stems:
+            stem = stem.rpartition(".")[0]
+        if stem:
+            files.setdefault(stem, []).append(name[len(stem) :])
+            if stem != own and captions.get(own) == name:
+                del captions[own]
+    return {stem: [stem + one for one in sorted(of_stem, key=caption_order)] for stem, of_stem in files.items()}
 
 
 def has_images(root: str | os.PathLike) -> bool:

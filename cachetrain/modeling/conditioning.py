@@ -3,7 +3,7 @@
 Each kind of text sidecar has a row in KINDS: which tensors the sidecars hold, and how the UNet takes these tensors.
 No other module depends on the number of tensors. The data takes three forms:
 
-    tensors    one text sidecar as stored: {"emb": [T, D]}
+    tensors    one text sidecar as stored: {"emb": [T, D]}; variants of the caption are emb.1, emb.2, ...
     condition  one sample: the same names, scaled, in the training dtype; plus time ids, if the UNet takes them
     arguments  a batch: the UNet's keyword arguments, {"encoder_hidden_states": [B, T, D], ...}
 """
@@ -11,7 +11,7 @@ No other module depends on the number of tensors. The data takes three forms:
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -93,27 +93,48 @@ def check_tensor(path: str, header: Header, name: str, dimensions: int) -> tuple
     return shape
 
 
-def check_text(kind: str, path: str, header: Header) -> tuple[int, dict[str, int]]:
+def variant_name(name: str, variant: int) -> str:
+    """Name of a tensor of one variant of the caption: `emb`, `emb.1`, `emb.2`, ..."""
+    return f"{name}.{variant}" if variant else name
+
+
+def num_variants(names: Iterable[str], sequence: str = "emb") -> int:
+    """Number of variants of the caption in a text sidecar with tensors of these names."""
+    further = f"{sequence}."
+    return sum(name == sequence or (name.startswith(further) and name[len(further) :].isdecimal()) for name in names)
+
+
+def check_text(kind: str, path: str, header: Header) -> tuple[list[int], dict[str, int]]:
     """Checks the tensors of a text sidecar by its header.
 
     Returns:
-        (number of tokens, {tensor name: width}).
+        (number of tokens of each variant, {tensor name: width}).
 
     Raises:
-        ValueError: of `check_tensor`, or the text has more than MAX_TOKENS.
+        ValueError: of `check_tensor`, a text has more than MAX_TOKENS, or the variants differ in width.
     """
     try:
         row = text_kind(kind)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    num_tokens, width = check_tensor(path, header, row.sequence, 2)
-    if num_tokens > MAX_TOKENS:
-        raise ValueError(f"{path}: has {num_tokens:,} tokens, expected at most {MAX_TOKENS:,}; shorten the caption")
-    return num_tokens, {row.sequence: width} | {name: check_tensor(path, header, name, 1)[0] for name in row.vectors}
+    lengths, widths = [], {}
+    for variant in range(max(1, num_variants(header.shapes, row.sequence))):
+        num_tokens, width = check_tensor(path, header, variant_name(row.sequence, variant), 2)
+        if num_tokens > MAX_TOKENS:
+            raise ValueError(
+                f"{path}: has {num_tokens:,} tokens, expected at most {MAX_TOKENS:,}; shorten the caption"
+            )
+        vectors = {name: check_tensor(path, header, variant_name(name, variant), 1)[0] for name in row.vectors}
+        lengths.append(num_tokens)
+        found = {row.sequence: width} | vectors
+        widths = widths or found
+        if found != widths:
+            raise ValueError(f"{path}: its variants have widths {widths} and {found}; run the cache script again")
+    return lengths, widths
 
 
 def num_elements(kind: str, widths: Mapping[str, int], num_tokens: int, num_samples: int) -> int:
-    """Number of tensor elements in `num_samples` text sidecars with `num_tokens` tokens in total."""
+    """Number of tensor elements in the captions of `num_samples` text sidecars, `num_tokens` tokens in total."""
     row = text_kind(kind)
     return num_tokens * widths[row.sequence] + num_samples * sum(widths[name] for name in row.vectors)
 
@@ -194,10 +215,10 @@ class Conditioning:
     def takes_time_ids(self) -> bool:
         return self.row.time_ids or self.zero_pooled > 0
 
-    def of_caption(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Returns a caption's condition, given the tensors from a sidecar or a text encoder."""
-        names = (self.row.sequence, *self.row.vectors)
-        return {name: (tensors[name].float() * self.scale).to(self.dtype) for name in names}
+    def of_caption(self, tensors: Mapping[str, torch.Tensor], variant: int = 0) -> dict[str, torch.Tensor]:
+        """Returns the condition of one variant of a caption, given the tensors from a sidecar or a text encoder."""
+        names = {name: variant_name(name, variant) for name in (self.row.sequence, *self.row.vectors)}
+        return {name: (tensors[stored].float() * self.scale).to(self.dtype) for name, stored in names.items()}
 
     def of_image(self, header: Mapping[str, str], flipped: bool = False) -> dict[str, torch.Tensor]:
         """Returns the part of a condition that comes from the image sidecar; {} if the UNet takes no time ids.

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cachetrain import cli
-from cachetrain.data.captions import find_caption
+from cachetrain.data.variants import PLAIN, CaptionSettings, first_caption
 from cachetrain.log import warn
 from cachetrain.reading import decoded, json_object, read_bytes
 
@@ -276,10 +276,10 @@ def sample_seed(sample: Sample, prompts: Prompts, slot: int, step: int, first: i
     return int(np.random.default_rng([step, slot]).integers(2**31)) if seed == -1 else seed
 
 
-def caption_of(stem: str) -> str:
-    """Returns the caption of the image `stem`.* as a label; if unreadable, warns and returns the file name."""
+def caption_of(stem: str, settings: CaptionSettings = PLAIN) -> str:
+    """Returns the first caption of the image `stem`.* as a label; if unreadable, warns and returns the file name."""
     try:
-        return find_caption(stem).text
+        return first_caption(stem, settings)
     except (OSError, ValueError) as error:
         warn(f"{error}; the sample is labelled with the file name")
         return os.path.basename(stem)

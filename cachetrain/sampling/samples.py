@@ -16,6 +16,7 @@ from tqdm import tqdm
 from cachetrain.atomic import staged_directory
 from cachetrain.data.index import PairIndex
 from cachetrain.data.sidecar import read_sidecar
+from cachetrain.data.variants import CaptionSettings
 from cachetrain.diffusion.noise_schedulers import default_sampler, sampler_for
 from cachetrain.log import describe, warn
 from cachetrain.modeling import load
@@ -234,8 +235,9 @@ class SampleImages:
             name, pair = "caption of the last batch", last_samples[slot]
         else:
             return None
-        tensors, _ = read_sidecar(index.text_path(pair))
-        return name, caption_of(index.caption_stem(pair)), self.conditioning.of_caption(tensors)
+        tensors, header = read_sidecar(index.text_path(pair))
+        settings = CaptionSettings.from_header(index.text_path(pair), header.metadata)
+        return name, caption_of(index.caption_stem(pair), settings), self.conditioning.of_caption(tensors)
 
     def images(
         self,

@@ -33,6 +33,7 @@ _OFFSET = cli.Number(float, 0, 10)
 _HUBER = cli.Number(float, 0.0001, 1)
 _LOGIT, _LOGIT_STD = cli.Number(float, -10, 10), cli.Number(float, 0.01, 10)
 _SHIFT = cli.Number(float, 0.01, 100)
+_WEIGHT = cli.Number(float, 0, 1000, exclude=(0,))
 _CYCLES = cli.Number(float, 0, 1000, exclude=(0,))
 _BELOW_1 = cli.Number(float, 0, 1, exclude=(1,))
 _STEPS, _STEPS_OR_0 = cli.StepCount(1), cli.StepCount(0)
@@ -80,6 +81,20 @@ def directory_and_repeats(text: str) -> tuple[str, float]:
     return path, cli.repeats(repeats)
 
 
+def source_and_weight(text: str) -> tuple[str, float]:
+    """(".long.txt", 3.0) of ".long.txt:3".
+
+    Raises:
+        argparse.ArgumentTypeError: it is something else, or the number is out of range.
+    """
+    suffix, colon, weight = text.rpartition(":")
+    if not colon or not suffix.startswith("."):
+        raise argparse.ArgumentTypeError(
+            f"expected the suffix of a caption file and a weight, like .txt:3, got {text}"
+        )
+    return suffix.lower(), _WEIGHT(weight)
+
+
 class _Epochs(cli.Number):
     """A number of epochs, as cli.Steps."""
 
@@ -115,6 +130,9 @@ def _data_flags(group):
           help="file name suffix of the cached captions, as the text cache script wrote them")
     _flag(group, "--force_txtcache", metavar="FILE",
           help="use this one cached caption for every image, for training without captions")
+    _flag(group, "--caption_weights", nargs="+", type=source_and_weight, metavar="SUFFIX:WEIGHT",
+          help="for captions cached from several files, how often those of each are drawn: .txt:1 .long.txt:3 draws "
+               "a.long.txt three times as often as a.txt; weights are from above 0 to 1000; default: 1 each")
     _flag(group, "--force_toklen", type=cli.positive_int, metavar="N", resume="free",
           help="check that no cached caption has more than N tokens; shorter ones are padded and masked in any case")
     _flag(group, "--repeats", type=cli.repeats, default=1.0, resume="free",  # what it comes to is compared

@@ -333,6 +333,7 @@ def open_pairs(run: Run) -> CachedPairs:
         timestep_range=args.timestep_range,
         offset_noise=args.offset_noise,
         fixed=bool(args.overfit),
+        caption_weights=_caption_weights(args, index),
     )
     if args.flip_p and "latent_flip" not in index.image_header.shapes:
         raise ValueError(
@@ -342,6 +343,22 @@ def open_pairs(run: Run) -> CachedPairs:
     return CachedPairs(
         index, _latent_scaling(run, warn_if_different=True), run.conditioning, draws, _null_condition(run), sidecars
     )
+
+
+def _caption_weights(args, index):
+    """{source: weight} of --caption_weights."""
+    weights = dict(args.caption_weights or ())
+    unknown = sorted(weights.keys() - set(index.caption_sources))
+    if unknown and index.caption_sources:
+        raise ValueError(
+            f"--caption_weights {unknown[0]}: variants of captions come from {', '.join(index.caption_sources)}; use "
+            "these suffixes, or cache the captions with --captions files"
+        )
+    if unknown:
+        raise ValueError(
+            "--caption_weights: no caption has variants; cache the captions with --captions files, or omit the flag"
+        )
+    return weights
 
 
 def _latent_scaling(run, warn_if_different):
@@ -439,7 +456,8 @@ def open_samples(run: Run) -> SampleImages | None:
 
 
 def open_validation(run: Run) -> Validation | None:
-    """Opens the validation: all timesteps, plain noise that training never draws, no dropout and no flips.
+    """Opens the validation: all timesteps, plain noise that training never draws, no dropout and no flips, and of
+    captions in variants always the first, which is the caption as written.
 
     No flag that only says how to train changes what is measured.
 
@@ -449,7 +467,7 @@ def open_validation(run: Run) -> Validation | None:
     if run.held_out is None:
         return None
     args, index = run.args, run.held_out
-    draws = Draws(continuous=run.objective == "flow", noise_purpose=rng.VALIDATION)
+    draws = Draws(continuous=run.objective == "flow", noise_purpose=rng.VALIDATION, variants=False)
     sidecars = RamCache(index) if args.cache_in_ram else None
     scaling = _latent_scaling(run, warn_if_different=False)
     pairs = CachedPairs(index, scaling, run.conditioning, draws, sidecars=sidecars)

@@ -108,8 +108,15 @@ INSTEAD = {
     # Of both.
     "--resolution": _CACHED,
     "--clip_skip": "that is decided when the captions are cached: cache/create_clipl.py --clip_skip",
-    "--shuffle_caption": "captions are cached as they are; shuffle the tags in the files before caching",
-    "--shuffle_tags": "captions are cached as they are; shuffle the tags in the files before caching",
+    **dict.fromkeys(
+        ["--shuffle_caption", "--shuffle_tags"],
+        "cache the captions with --shuffle_tags N; each visit then draws one of N orders",
+    ),
+    "--keep_tokens": "cache the captions with --shuffle_tags N --keep_tags K",
+    "--caption_tag_dropout_rate": "cache the captions with --shuffle_tags N --drop_tags P",
+    "--caption_separator": "cache the captions with --shuffle_tags N --tag_separator TEXT",
+    "--caption_prefix": "cache the captions with --prefix",
+    "--caption_suffix": "cache the captions with --suffix",
 }
 
 

@@ -29,6 +29,7 @@ from cachetrain.caching.inspect.caches import (
     TO_MAKE,
     Caches,
     Examples,
+    captions_flags,
     settings_flags,
 )
 from cachetrain.caching.inspect.status import Status, delete_orphans
@@ -81,6 +82,9 @@ def main(argv: list[str] | None = None) -> int:
 def print_table(status: Status) -> None:
     captions = [f"{status.captions[suffix]:,} {suffix or 'file name'}" for suffix in (".txt", ".caption", "")]
     say(f"{', '.join(status.roots)}: {counted(status.num_images, 'image')}; captions: {', '.join(captions)}")
+    if status.num_more_captions:
+        more = counted(status.num_more_captions, "further caption file")
+        say(f"{more}, for --captions files of the text scripts")
     if line := status.unused.line():
         say(line)
     for root in status.alone:
@@ -111,6 +115,7 @@ def print_details(caches: Caches) -> None:
     if caches.num_upscaled:
         say(f"  {counted(caches.num_upscaled, 'image')} upscaled")
     if caches.tokens:
+        print_variants(caches)
         print_tokens(caches)
     if caches.is_text:
         say(f"  null caption {', '.join(null_states(caches)) or 'in each data root'}")
@@ -128,6 +133,16 @@ def maker(metadata: dict[str, str]) -> str:
 
 def null_states(caches: Caches) -> list[str]:
     return [f"{state} in {root}" for root, state in caches.bad_nulls.items()]
+
+
+def print_variants(caches: Caches) -> None:
+    """How many captions have how many variants, and with which options they were made."""
+    if max(caches.num_variants) > 1:
+        counts = (f"{count:,} with {number}" for number, count in sorted(caches.num_variants.items()))
+        total = sum(number * count for number, count in caches.num_variants.items())
+        say(f"  captions in variants: {', '.join(counts)}; {total:,} in all")
+    for text, count in caches.captions.most_common() if set(caches.captions) != {""} else ():
+        say(f"  {count:,} captions made {'with ' + shlex.join(captions_flags(text)) if text else 'of one file each'}")
 
 
 def print_tokens(caches: Caches) -> None:

@@ -2,9 +2,9 @@
 
     cache/check_text_cache_std.py photos/ --cache_suffix .txt_t5cache
 
-Standard errors come from the differences between captions; `--num_images` measures a random subset. `_null_caption`
-is shown, but does not count among the captions. Sidecars that are damaged or hold values that are not finite are
-named and left out; the exit code is then 1, and 2 on any other error.
+All variants of a caption count. Standard errors come from the differences between captions; `--num_images` measures
+a random subset. `_null_caption` is shown, but does not count among the captions. Sidecars that are damaged or hold
+values that are not finite are named and left out; the exit code is then 1, and 2 on any other error.
 """
 
 import os
@@ -21,7 +21,7 @@ from cachetrain.caching.inspect.caches import TEXT_SCRIPTS
 from cachetrain.caching.inspect.statistics import Moments, Statistics
 from cachetrain.caching.messages import say
 from cachetrain.data import many_files
-from cachetrain.data.sidecar import NULL_STEM, Header
+from cachetrain.data.sidecar import NULL_STEM, Header, num_truncated
 from cachetrain.log import counted
 
 
@@ -34,17 +34,20 @@ def main(argv: list[str] | None = None) -> int:
     null_paths, skipped = [], []
     captions = without_null(statistics.find_paths(args), null_paths)
     paths = many_files.random_subset(captions, args.num_images, args.seed)
-    values, norms, lengths, truncated = Moments(), Moments(), set(), Counter()
+    values, norms, lengths = Moments(), Moments(), Counter()
+    num_cut = num_unknown = 0
     for _, emb, header in statistics.read_tensors(paths, "emb", 2, encoder_identity, skipped):
         values.add(emb.reshape(1, -1))
         norms.add(np.linalg.norm(emb, axis=1)[None])
-        lengths.add(len(emb))
         width, kind = emb.shape[1], header.metadata.get("kind")
-        truncated[header.metadata.get("truncated")] += 1
+        lengths.update(shape[0] for name, shape in header.shapes.items() if name.partition(".")[0] == "emb")
+        num_cut += num_truncated(header.metadata)
+        num_unknown += "truncated" not in header.metadata
     statistics.check_measured(values.num_groups, args, skipped)
     tokens = f"{min(lengths)} to {max(lengths)} tokens of width {width}"
-    unknown = f", {truncated[None]} whose header does not say" if truncated[None] else ""
-    say(f"{counted(values.num_groups, 'caption')} of {tokens}, {truncated['1']} truncated{unknown}", "")
+    unknown = f", {num_unknown} whose header does not say" if num_unknown else ""
+    variants = f" in {counted(lengths.total(), 'variant')}" if lengths.total() > values.num_groups else ""
+    say(f"{counted(values.num_groups, 'caption')}{variants} of {tokens}, {num_cut} truncated{unknown}", "")
     print_factor(values.statistics()[0], norms.statistics()[0], kind)
     for path, emb, _ in statistics.read_tensors(null_paths, "emb", 2, encoder_identity, skipped):
         say(f"{path}: std {emb.std():.5g}, shape {emb.shape} (not counted above)")

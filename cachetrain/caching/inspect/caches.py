@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from cachetrain.caching.buckets import Coverage, is_upscaled
 from cachetrain.caching.freshness import CORRUPT, FOREIGN, FRESH, MISSING, STALE
-from cachetrain.data.sidecar import RUN_KEYS, SUFFIXES, Header
+from cachetrain.data.sidecar import RUN_KEYS, SUFFIXES, Header, caption_lengths, num_truncated
+from cachetrain.data.variants import PLAIN, CaptionSettings
 from cachetrain.reading import json_object
 
 ORPHANED, UNREADABLE = "orphaned", "unreadable"
@@ -65,7 +66,9 @@ class Caches:
         first: by run identity, (path, header fields) of the first sidecar that has it.
         majority: by root, the run identity that most sidecars have.
         nulls: by root, the state of the null caption.
-        tokens: Counter of captions by their number of tokens.
+        tokens: Counter of captions by their number of tokens; each variant counts.
+        num_variants: Counter of text sidecars by their number of variants.
+        captions: Counter of text sidecars by the header field `captions`, which says how captions were made.
     """
 
     def __init__(self, suffix: str, kind: str | None, requested: bool):
@@ -83,6 +86,8 @@ class Caches:
         self.coverage = Coverage()
         self.num_upscaled = 0
         self.tokens = Counter()
+        self.num_variants = Counter()
+        self.captions = Counter()
         self.num_truncated = 0
 
     @property
@@ -120,9 +125,11 @@ class Caches:
             self.kind = metadata["kind"]
         self.runs[root, header.run_identity, state] += 1
         self.first.setdefault(header.run_identity, (path, metadata))
-        self.num_truncated += metadata.get("truncated") == "1"
-        if "num_tokens" in metadata:
-            self.tokens[int(metadata["num_tokens"])] += 1
+        self.num_truncated += num_truncated(metadata)
+        self.tokens.update(lengths := caption_lengths(metadata))
+        if lengths:
+            self.num_variants[len(lengths)] += 1
+            self.captions[metadata.get("captions", "")] += 1
         if "crop_box" in metadata:
             self.coverage.add(metadata)
             self.num_upscaled += is_upscaled(metadata)
@@ -171,6 +178,7 @@ class Caches:
             for option in ("model", "revision"):
                 words += [f"--{option}", metadata[option]] if metadata.get(option) else []
             words += settings_flags(metadata)
+            words += captions_flags(self.captions.most_common(1)[0][0] if self.captions else "")
             words += ["--cache_suffix", self.suffix] if self.suffix != SUFFIXES[self.kind] else []
             lines.append(shlex.join(words))
         return lines
@@ -190,6 +198,19 @@ def settings_flags(metadata: dict[str, str]) -> list[str]:
         words += [f"--{option}"] if settings.get(option) else []
     for option, default in _DEFAULTS.items():
         words += [f"--{option}", settings[option]] if settings.get(option, default) not in (None, default) else []
+    return [str(word) for word in words]
+
+
+def captions_flags(text: str) -> list[str]:
+    """The options of a text cache script that give this header field `captions`, as words."""
+    try:
+        settings = CaptionSettings.from_header("a sidecar", {"captions": text})
+    except ValueError:
+        return [text]
+    words = []
+    for name, value in settings._asdict().items():
+        if value != getattr(PLAIN, name):
+            words += [f"--{name}", *(value if isinstance(value, tuple) else (value,))]
     return [str(word) for word in words]
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -135,7 +136,8 @@ def read_tensors(
     """Reads one tensor of each sidecar; those that cannot be used are named on stderr and left out.
 
     Args:
-        name, num_dims: of the tensor: "latent" and 3, or "emb" and 2.
+        name, num_dims: of the tensor: "latent" and 3, or "emb" and 2. Variants of a caption, `emb.1` and so on, are
+            joined to it along the tokens.
         identity: returns what all sidecars must agree on.
         skipped: list to which the paths left out are appended.
 
@@ -170,7 +172,10 @@ def _read_tensor(path, name, num_dims):
     shape = header.shapes.get(name, ())
     if len(shape) != num_dims or 0 in shape:
         raise ValueError(f"{path}: expected a tensor {name!r} of {num_dims} dimensions, found {header.shapes}")
-    values = tensors[name].double().numpy()
+    names = [name, *sorted(other for other in tensors if re.fullmatch(rf"{name}\.[0-9]+", other))]
+    if any(header.shapes[other][1:] != shape[1:] or len(header.shapes[other]) != num_dims for other in names):
+        raise ValueError(f"{path}: the variants of {name!r} differ in width: {header.shapes}")
+    values = np.concatenate([tensors[other].double().numpy() for other in names])
     num_not_finite = np.count_nonzero(~np.isfinite(values))
     if num_not_finite:
         raise ValueError(

@@ -16,6 +16,7 @@ from cachetrain.data.captions import Pair
 from cachetrain.data.many_files import PackedStrings, in_threads
 from cachetrain.data.sidecar import NULL_STEM, SUFFIXES, SidecarError, read_header
 from cachetrain.data.unused import Unused
+from cachetrain.data.variants import CaptionSettings
 from cachetrain.reading import open_regular
 
 # How many files of an unknown suffix are opened to see whether they are sidecars: the first may be damaged.
@@ -51,6 +52,7 @@ class Status:
         caches: list of Caches, for the suffixes that were found or requested.
         num_images: number of images.
         captions: Counter of images by the suffix of their caption file, "" if the caption is the file name.
+        num_more_captions: number of further caption files, as a.caption and a.long.txt beside a.txt.
         unused: Unused, which counts what else is in the folders.
         alone: list of the roots that hold sidecars and no images. Their sidecars are checked without sources.
         damaged, unreadable: Examples of sidecars, and of files and folders.
@@ -65,6 +67,7 @@ class Status:
         self.roots = list(roots)
         self.num_images = 0
         self.captions = Counter()
+        self.num_more_captions = 0
         self.unused = Unused()
         self.alone = []
         self.damaged = Examples(_MAX_LISTED)
@@ -134,7 +137,7 @@ class Status:
 
     def _items_of_folder(self, root, folder):
         sidecars = {name for name in folder.names if name.endswith(self._suffixes)}
-        for pair in walk.pair_up(folder, self._fail, self.unused):
+        for pair in walk.pair_up(folder, self._fail, self.unused, all_captions=True):
             self._count(pair)
             stem = os.path.splitext(os.path.basename(pair.image))[0]
             for suffix in self._suffixes:
@@ -167,6 +170,7 @@ class Status:
     def _count(self, pair):
         self.num_images += 1
         self.captions[os.path.splitext(pair.caption_file)[1].lower() if pair.caption_file else ""] += 1
+        self.num_more_captions += len(pair.more)
         self._first_images.add(pair.image)
 
     def _inspect(self, item):
@@ -182,11 +186,15 @@ class Status:
                 return Inspection(ORPHANED, header, num_bytes, has_our_header)
             if state is None:
                 is_text = header.metadata.get("kind", "").startswith("txt")
-                source_of = freshness.caption_source if is_text else freshness.image_source
-                state = freshness.source_state(header.metadata, source_of(item.pair))
+                source = self._caption_source(item, header) if is_text else freshness.image_source(item.pair)
+                state = freshness.source_state(header.metadata, source)
         except (OSError, ValueError) as error:
             return error
         return Inspection(FRESH if state == TOUCHED else state, header, num_bytes, state != FOREIGN)
+
+    def _caption_source(self, item, header):
+        """The source of a text sidecar, with the settings that its header names."""
+        return freshness.caption_source(item.pair, CaptionSettings.from_header(item.path, header.metadata))
 
     def _add_orphan(self, item, inspection):
         if not inspection.has_our_header:
