@@ -199,7 +199,7 @@ class ForwardResult(NamedTuple):
     """Result of a forward pass.
 
     Attributes:
-        loss: float32 [B], the loss of each sample, weighted with --use_snr.
+        loss: float32 [B], the loss of each sample, weighted with --use_snr and --unmasked_weight.
         squared_error: float32 [B], the loss without weights.
         prediction: [B, C, h, w], detached.
         target: [B, C, h, w].
@@ -223,7 +223,7 @@ def forward_pass(model, batch: dict, run, dtype) -> ForwardResult:
         run: Run.
         dtype: dtype of the model's weights.
     """
-    from cachetrain.diffusion.objective import alpha_sigma, min_snr_weights, squared_error, target_of
+    from cachetrain.diffusion.objective import alpha_sigma, mask_weights, min_snr_weights, squared_error, target_of
     from cachetrain.modeling.conditioning import predict
 
     latents, noise, timesteps = batch["latents"], batch["noise"], batch["timesteps"]
@@ -232,9 +232,11 @@ def forward_pass(model, batch: dict, run, dtype) -> ForwardResult:
         noisy = (alpha * latents + sigma * noise).to(dtype)
         prediction = predict(model, noisy, timesteps, batch["conditioning"])
     target = target_of(run.objective, latents, noise, alpha, sigma)
-    error = squared_error(prediction, target)
-    weights = min_snr_weights(run.objective, alpha, sigma, run.args.noise_gamma) if run.args.use_snr else None
-    loss = error if weights is None else error * weights
+    loss = error = squared_error(prediction, target)
+    if "mask" in batch:
+        loss = squared_error(prediction, target, mask_weights(batch["mask"], run.args.unmasked_weight))
+    if run.args.use_snr:
+        loss = loss * min_snr_weights(run.objective, alpha, sigma, run.args.noise_gamma)
     return ForwardResult(loss, error, prediction.detach(), target, alpha, sigma)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cachetrain.data.captions import Pair, read_caption
+from cachetrain.data.masks import mask_file
 from cachetrain.data.sidecar import Header, SidecarError, read_header, read_sidecar, write_sidecar
 from cachetrain.data.walk import MAX_IMAGE
 from cachetrain.reading import open_regular, read_bytes
@@ -22,21 +23,50 @@ COMPARED_FIELDS = ("kind", "encoder", "settings")
 
 
 class Source(NamedTuple):
-    """State of what a sidecar is made from; `sha256` is a function, because hashing is rarely needed."""
+    """State of what a sidecar is made from.
 
-    size: str
-    mtime_ns: str
-    sha256: Callable[[], str]
+    Attributes:
+        size, mtime_ns: of the file, as in headers; None if there is no such file.
+        sha256: a function, because hashing is rarely needed.
+        mask: Source of the image's mask file; None if the sidecar does not depend on one.
+    """
+
+    size: str | None
+    mtime_ns: str | None
+    sha256: Callable[[], str | None]
+    mask: "Source | None" = None
+
+    @property
+    def files(self) -> "dict[str, Source]":
+        """By the prefix of their header fields, the files that a sidecar is made from."""
+        return {"source": self} | ({"mask": self.mask} if self.mask else {})
 
 
-def image_source(pair: Pair) -> Source:
-    """Source of an image sidecar: the bytes of the image file."""
-    stat = os.stat(pair.image)
+def image_source(pair: Pair, masked: bool = False) -> Source:
+    """Source of an image sidecar: the bytes of the image file.
+
+    Args:
+        masked: the bytes of its mask file, too; that there is none also counts.
+    """
+    source = _source_of(pair.image)
+    if not masked:
+        return source
+    path = mask_file(pair.image)
+    return source._replace(mask=Source(None, None, lambda: None) if path is None else _source_of(path))
+
+
+def _source_of(path):
+    stat = os.stat(path)
 
     def sha256():
-        return hashlib.sha256(read_bytes(pair.image, MAX_IMAGE)).hexdigest()
+        return hashlib.sha256(read_bytes(path, MAX_IMAGE)).hexdigest()
 
     return Source(str(stat.st_size), str(stat.st_mtime_ns), sha256)
+
+
+def has_mask_file(metadata: dict[str, str]) -> bool:
+    """Whether an image sidecar with these header fields was made with --mask files."""
+    return '"mask": "files"' in metadata.get("settings", "")
 
 
 def caption_source(pair: Pair) -> Source:
@@ -100,10 +130,16 @@ def source_state(metadata: dict[str, str], source: Source, full: bool = False) -
     Args:
         full: hash the source even if its size and time are unchanged.
     """
-    unchanged = (metadata.get("source_size"), metadata.get("source_mtime_ns")) == (source.size, source.mtime_ns)
+    states = [_file_source_state(metadata, prefix, part, full) for prefix, part in source.files.items()]
+    return next((state for state in (STALE, TOUCHED) if state in states), FRESH)
+
+
+def _file_source_state(metadata, prefix, source, full):
+    size, mtime_ns, sha256 = (metadata.get(f"{prefix}_{name}") for name in ("size", "mtime_ns", "sha256"))
+    unchanged = (size, mtime_ns) == (source.size, source.mtime_ns)
     if unchanged and not full:
         return FRESH
-    if metadata.get("source_sha256") != source.sha256():
+    if sha256 != source.sha256():
         return STALE
     return FRESH if unchanged else TOUCHED
 
@@ -113,7 +149,10 @@ def _store_new_time(path, source):
         tensors, header = read_sidecar(path)
     except SidecarError:
         return CORRUPT
-    new_time = {"source_size": source.size, "source_mtime_ns": source.mtime_ns}
+    new_time = {}
+    for prefix, part in source.files.items():
+        if part.size is not None:
+            new_time |= {f"{prefix}_size": part.size, f"{prefix}_mtime_ns": part.mtime_ns}
     with suppress(OSError):  # a read-only folder, for example: the next run hashes the source again
         write_sidecar(path, tensors, header.metadata | new_time)
     return FRESH

@@ -28,20 +28,22 @@ class RunSummary:
     Args:
         kind, suffix: of the sidecars.
         roots: the data roots. Enlarged images are listed in `_upscaled<suffix>.txt` of the first.
+        mask: --mask of the image cache scripts.
 
     Attributes:
         unit: what is encoded: "image" or "caption".
-        counts: number of sidecars by state ("fresh", "stale", ...), and of those "encoded", "failed", "truncated" and
-            "upscaled".
+        counts: number of sidecars by state ("fresh", "stale", ...), and of those "encoded", "failed", "truncated",
+            "masked" and "upscaled".
         unknown_words: UnknownWords of the captions encoded.
         leftovers: walk.Leftovers: sidecars without an image, and what this run does not use.
         times_s: "encoding", the whole loop; "waiting", the part of it in which the encoder had no data.
     """
 
-    def __init__(self, kind: str, roots: Sequence[str], suffix: str):
+    def __init__(self, kind: str, roots: Sequence[str], suffix: str, mask: str | None = None):
         self.kind = kind
         self.unit = "caption" if kind.startswith("txt_") else "image"
-        self.leftovers = Leftovers(suffix)
+        self.mask = mask
+        self.leftovers = Leftovers(suffix, masks=mask == "files" or self.unit == "caption")
         self.counts = Counter()
         self.times_s = Counter()
         self.unknown_words = UnknownWords()
@@ -62,6 +64,7 @@ class RunSummary:
     def add_sidecar(self, source: str, metadata: dict[str, str]) -> None:
         """Adds what the header of a good sidecar, found or written, says about truncated captions and image sizes."""
         self.counts["truncated"] += metadata.get("truncated") == "1"
+        self.counts["masked"] += "mask_share" in metadata
         if "crop_box" in metadata:
             self.coverage.add(metadata)
             if is_upscaled(metadata):
@@ -130,6 +133,7 @@ class RunSummary:
         for key, words in (
             (FOREIGN, "foreign kept (no header; --overwrite replaces them)"),
             ("truncated", "captions truncated"),
+            ("masked", "images masked"),
             ("upscaled", "images upscaled"),
             ("failed", "failed"),
         ):
@@ -188,6 +192,9 @@ class RunSummary:
             say(*self.coverage.table())
         say(self.line())
         self.unknown_words.report()
+        if self.mask and not self.counts["masked"]:
+            where = "has a .mask.png beside it" if self.mask == "files" else "is transparent"
+            warn(f"--mask {self.mask}: no image {where}, so that nothing is masked")
         if self.counts["upscaled"] and self.upscaled.target.exists():
             say(f"upscaled images are listed in {self.upscaled.target}")
         if line := self.leftovers.unused.line():

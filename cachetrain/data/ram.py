@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -34,13 +35,13 @@ class RamCache:
                 "memory are free; omit the flag (--num_workers read the files ahead of time)"
             )
         # A text sidecar used for all images is stored once, after the images.
-        path_functions = [index.image_path] if index.one_text else [index.image_path, index.text_path]
-        self._per_pair = len(path_functions)
-        self._total = len(path_functions) * len(index) + bool(index.one_text)
+        self._sizes = index.sizes
         self._one_text = index.one_text is not None
+        self._per_pair = index.sizes + (not self._one_text)
+        self._total = self._per_pair * index.num_pairs + self._one_text
         self._data = bytearray()
         self._ends = array("Q", [0])
-        paths = (path_of(i) for i in range(len(index)) for path_of in path_functions)
+        paths = (path for pair in range(index.num_pairs) for path in self._paths(index, pair))
         for _, (data, _) in tqdm(
             in_threads(read_verified, paths), desc="into memory", total=self._total, unit="file", disable=None
         ):
@@ -50,12 +51,20 @@ class RamCache:
 
     def image(self, i: int) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """Same as Sidecars.image."""
-        data = self._bytes(i * self._per_pair)
+        data = self._bytes(i // self._sizes * self._per_pair + i % self._sizes)
         return load(data), metadata_of(data)
 
     def text(self, i: int) -> dict[str, torch.Tensor]:
         """Same as Sidecars.text."""
-        return load(self._bytes(self._total - 1 if self._one_text else i * 2 + 1))
+        place = self._total - 1 if self._one_text else i // self._sizes * self._per_pair + self._sizes
+        return load(self._bytes(place))
+
+    def _paths(self, index, pair):
+        """Yields the paths of a pair's sidecars."""
+        samples = range(pair * index.sizes, (pair + 1) * index.sizes)
+        yield from map(index.image_path, samples)
+        if not self._one_text:
+            yield index.text_path(samples[0])
 
     def _append(self, data):
         self._data += data
@@ -72,11 +81,12 @@ def needed_bytes(index: PairIndex) -> int:
         for shape, count in zip(index.shapes, np.bincount(index.shape_ids, minlength=len(index.shapes)), strict=True)
     )
     images, texts = index.image_header, index.text_header
-    per_element = sum(_ITEM_BYTES.get(dtype, 4) for dtype in images.dtypes.values())
-    num_tokens = int(index.tokens.sum(dtype=np.int64))
-    text = num_elements(index.text_kind, index.text_widths, num_tokens, len(index))
+    sizes = {name: prod(shape) / prod(images.shapes["latent"]) for name, shape in images.shapes.items()}
+    per_element = sum(_ITEM_BYTES.get(dtype, 4) * sizes[name] for name, dtype in images.dtypes.items())
+    num_tokens = int(index.tokens[:: index.sizes].sum(dtype=np.int64))
+    text = num_elements(index.text_kind, index.text_widths, num_tokens, index.num_pairs)
     text *= max(_ITEM_BYTES.get(dtype, 4) for dtype in texts.dtypes.values())
-    return elements * per_element + (0 if index.one_text else text) + 2 * _HEADER_BYTES * len(index)
+    return int(elements * per_element) + (0 if index.one_text else text) + 2 * _HEADER_BYTES * len(index)
 
 
 def available_bytes() -> int | None:

@@ -9,6 +9,8 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Collection
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,8 +23,8 @@ if TYPE_CHECKING:
 FORMAT = "1"
 NULL_STEM = "_null_caption"
 
-# kind -> default suffix. Image kinds hold `latent` (optionally `latent_flip`, `logvar`), text kinds `emb` and, for
-# SDXL, `pooled`.
+# kind -> default suffix. Image kinds hold `latent` (optionally `latent_flip`, `logvar`, `mask`), and of further crops
+# `latent.1` and so on; text kinds hold `emb` and, for SDXL, `pooled`.
 SUFFIXES = {
     "img_sdvae": ".img_sdvae",
     "img_sdxl": ".img_sdxl",
@@ -41,6 +43,7 @@ _FORMS = {
     "scaling_factor": _DECIMAL,
     "shift_factor": f"-?{_DECIMAL}",
     "crop_box": ",".join([_DECIMAL] * 4),
+    "mask_share": _DECIMAL,
 }
 
 # Placeholder in the header for a hash that is not computed yet.
@@ -81,6 +84,24 @@ def sidecar_path(source: str | Path, suffix: str) -> Path:
     """`dir/a.b.jpg`, `.img_sdxl` -> `dir/a.b.img_sdxl`."""
     source = Path(source)
     return source.with_name(source.stem + suffix)
+
+
+def numbered(name: str, number: int) -> str:
+    """The name of a tensor or header field of crop `number`, from 0: `latent`, `latent.1`, `latent.2`."""
+    return f"{name}.{number}" if number else name
+
+
+def num_crops(names: Collection[str]) -> int:
+    """How many crops an image sidecar with tensors of these names holds."""
+    return next(number for number in count(1) if numbered("latent", number) not in names)
+
+
+def of_crop(metadata: dict[str, str], number: int) -> dict[str, str]:
+    """The header fields of crop `number`: its crop box in place of that of the first."""
+    if not number:
+        return metadata
+    boxes = {"crop_box": metadata[box]} if (box := numbered("crop_box", number)) in metadata else {}
+    return {name: value for name, value in metadata.items() if name != "crop_box"} | boxes
 
 
 def write_sidecar(path: str | Path, tensors: "dict[str, torch.Tensor]", metadata: dict[str, str]) -> None:
@@ -219,7 +240,7 @@ def _count(value):
 def _check_fields(path, metadata):
     """Checks the header fields that are numbers, whoever wrote them."""
     for name, value in metadata.items():
-        pattern = _FORMS.get(name)
+        pattern = _FORMS.get(name.partition(".")[0])
         if pattern is not None and not re.fullmatch(pattern, value):
             raise SidecarError(f"{path}: its header says {name} {value!r:.40}; run the cache script again")
     if "crop_box" in metadata:

@@ -105,9 +105,25 @@ def min_snr_weights(objective: str, alpha: torch.Tensor, sigma: torch.Tensor, ga
     return capped * sigma.flatten().square()
 
 
-def squared_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of each sample, reduced in float32: [B]."""
-    return (prediction.float() - target.float()).square().flatten(1).mean(1)
+def mask_weights(masks: torch.Tensor, unmasked_weight: float) -> torch.Tensor:
+    """The weight of each position in the loss: 1 where a mask is 1, `unmasked_weight` where it is 0, linear between.
+
+    Args:
+        masks: float32 [B, 1, h, w] in [0, 1].
+    """
+    return unmasked_weight + (1 - unmasked_weight) * masks
+
+
+def squared_error(
+    prediction: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Mean squared error of each sample, reduced in float32: [B].
+
+    Args:
+        weights: [B, 1, h, w], of positions. The mean is over all positions, not divided by the sum of the weights.
+    """
+    errors = (prediction.float() - target.float()).square()
+    return (errors if weights is None else errors * weights).flatten(1).mean(1)
 
 
 def noise_schedule(scheduler: SchedulerMixin, device: torch.device) -> torch.Tensor | None:

@@ -109,6 +109,11 @@ def print_details(caches: Caches) -> None:
         say(*caches.coverage.table())
     if caches.num_upscaled:
         say(f"  {caches.num_upscaled:,} images upscaled")
+    if caches.num_masked:
+        share = caches.mask_share / caches.num_masked
+        say(f"  {caches.num_masked:,} images masked; on average {share:.1%} of them is trained in full")
+    if max(caches.crops, default=1) > 1:
+        say("  " + ", ".join(f"{count:,} with {crops} crops" for crops, count in sorted(caches.crops.items())))
     if caches.tokens:
         print_tokens(caches)
     if caches.is_text:
