@@ -53,8 +53,8 @@ def image_parser(doc: str, kind: str, model: str) -> argparse.ArgumentParser:
         type=_CROPS,
         default=1,
         metavar="N",
-        help="encode the centered crop and N - 1 at random places; each visit of training draws one; images of the "
-        "shape of their size have one",
+        help="encode the centered crop and N - 1 at random places, of which each visit of training draws one; an "
+        "image with the aspect ratio of its size has one",
     )
     parser.add_argument(
         "--mask",

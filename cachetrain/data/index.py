@@ -41,6 +41,7 @@ class PairIndex:
         sizes: number of samples of each pair.
         choices: a visit draws one of so many samples: `sizes`, or 1 if an epoch visits each.
         shapes: distinct latent shapes (C, h, w); `shape_ids` uint16 [N] are indices into this list.
+        image_bytes: uint32 [N], size of the tensors of an image sidecar.
         tokens: uint16 [N], text length in tokens.
         text_widths: {name of a text tensor: width D}.
         repeats: float32 [N], how often each pair comes up in an epoch, on average.
@@ -130,7 +131,7 @@ class PairIndex:
         """
         part = copy.copy(self)
         part._positions = np.asarray(positions) if self._positions is None else self._positions[positions]
-        for name in ("shape_ids", "tokens", "repeats"):
+        for name in ("shape_ids", "image_bytes", "tokens", "repeats"):
             setattr(part, name, getattr(self, name)[positions])
         part._check_repeats()
         return part
@@ -334,6 +335,7 @@ class PairIndex:
         rank, ranks = (world.rank, world.ranks) if world else (0, 1)
         self.num_foreign = self.num_masked = 0
         self.shape_ids = np.zeros(len(self), np.uint16)
+        self.image_bytes = np.zeros(len(self), np.uint32)
         self.tokens = np.zeros(len(self), np.uint16)
         (self.image_header, *_), self.text_header = self._headers(0)
         _, self.text_widths = check_text(self.text_kind, self.text_path(0), self.text_header)
@@ -354,6 +356,7 @@ class PairIndex:
                     check_same_run(self.image_headers[first], image, first, path)
                 shape = _latent_shape(path, image)
                 self.shape_ids[sample] = shapes.setdefault(shape, len(shapes))
+                self.image_bytes[sample] = image.num_bytes
                 self.num_masked += "mask" in image.shapes
             if text.run_identity != self.text_header.run_identity:
                 check_same_run(self.text_header, text, self.text_path(0), self.text_path(i))
@@ -382,7 +385,7 @@ class PairIndex:
         self.shape_ids[share] = new_ids[self.shape_ids[share]]
         self.shapes = shapes
         self.num_foreign, self.num_masked = sum(counts for *_, counts in summaries).tolist()
-        for name in ("shape_ids", "tokens"):  # each rank's array is 0 outside its share
+        for name in ("shape_ids", "image_bytes", "tokens"):  # each rank's array is 0 outside its share
             setattr(self, name, world.sum_array(getattr(self, name)))
 
     def _headers(self, pair):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from array import array
-from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +12,10 @@ from tqdm import tqdm
 
 from cachetrain.data.index import PairIndex
 from cachetrain.data.many_files import in_threads
-from cachetrain.data.sidecar import metadata_of, read_verified
+from cachetrain.data.sidecar import ITEM_BYTES, metadata_of, read_verified
 from cachetrain.modeling.conditioning import num_elements
 
 _HEADER_BYTES = 2048  # about the size of a sidecar without its tensors
-_ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4}
 
 
 class RamCache:
@@ -76,17 +74,11 @@ class RamCache:
 
 def needed_bytes(index: PairIndex) -> int:
     """Estimates the memory that the sidecars of `index` take, in bytes."""
-    elements = sum(
-        int(np.prod(shape)) * int(count)
-        for shape, count in zip(index.shapes, np.bincount(index.shape_ids, minlength=len(index.shapes)), strict=True)
-    )
-    images, texts = index.image_header, index.text_header
-    sizes = {name: prod(shape) / prod(images.shapes["latent"]) for name, shape in images.shapes.items()}
-    per_element = sum(_ITEM_BYTES.get(dtype, 4) * sizes[name] for name, dtype in images.dtypes.items())
+    images = int(index.image_bytes.sum(dtype=np.int64))
     num_tokens = int(index.tokens[:: index.sizes].sum(dtype=np.int64))
     text = num_elements(index.text_kind, index.text_widths, num_tokens, index.num_pairs)
-    text *= max(_ITEM_BYTES.get(dtype, 4) for dtype in texts.dtypes.values())
-    return int(elements * per_element) + (0 if index.one_text else text) + 2 * _HEADER_BYTES * len(index)
+    text *= max(ITEM_BYTES.get(dtype, 4) for dtype in index.text_header.dtypes.values())
+    return images + (0 if index.one_text else text) + _HEADER_BYTES * (len(index) + index.num_pairs)
 
 
 def available_bytes() -> int | None:

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Collection
 from itertools import count
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -32,6 +33,8 @@ SUFFIXES = {
     "txt_t5cache": ".txt_t5cache",
     "txt_sdxl": ".txt_sdxl",
 }
+
+ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
 
 # Bytes of a header, which takes less than 2 KiB, and of a whole file; more is not read.
 _MAX_HEADER, _MAX_FILE = 2**20, 2**30
@@ -73,6 +76,11 @@ class Header(NamedTuple):
     def foreign(self) -> bool:
         """Whether the file lacks a cachetrain header."""
         return not {"cachetrain_format", "sha256", "header_sha256"} & self.metadata.keys()
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the tensors."""
+        return sum(prod(shape) * ITEM_BYTES.get(self.dtypes[name], 4) for name, shape in self.shapes.items())
 
     @property
     def run_identity(self) -> tuple[str, ...]:

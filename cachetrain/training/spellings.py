@@ -40,6 +40,7 @@ INSTEAD = {
     **dict.fromkeys(["--loss_weight_fn", "--loss_weight_strength"], "use --use_snr --noise_gamma"),
     **dict.fromkeys(["--min_noising_strength", "--max_noising_strength"], "use --timestep_range"),
     "--timestep_distribution": "use --timestep_sampling",
+    "--masked_training": "cache the images with --mask files, then use --unmasked_weight",
     "--save_every": "use --save_steps, or --save_every_minutes",
     "--sample_after": "use --sample_every",
     # kohya's sd-scripts.
@@ -62,6 +63,9 @@ INSTEAD = {
     "--noise_offset": "use --offset_noise",
     "--v_parameterization": "use --objective v_prediction",
     "--caption_dropout_rate": "use --cond_dropout",
+    "--masked_loss": "cache the images with --mask files, then use --unmasked_weight",
+    "--alpha_mask": "cache the images with --mask alpha, then use --unmasked_weight",
+    "--random_crop": "cache the images with --crops N",
     "--flip_aug": "cache the images with --flip, then use --flip_p 0.5",
     "--save_every_n_steps": "use --save_steps",
     "--save_every_n_epochs": "use --save_on_epoch, or --save_steps in epochs like 2e",
