@@ -200,7 +200,8 @@ def test_ranks_and_resumed_runs_enter_the_same_sequence(two_sizes):
 
 
 def test_two_ranks_list_the_same_samples_as_one(two_sizes):
-    alone, barrier, shared, indexes = PairIndex([two_sizes], SIZES, TEXT), threading.Barrier(2), {}, {}
+    sizes = SIZES[::-1]  # so that the ranks find the shapes in another order than they agree on
+    alone, barrier, shared, indexes = PairIndex([two_sizes], sizes, TEXT), threading.Barrier(2), {}, {}
 
     def work(rank):
         def gather(value):
@@ -211,7 +212,7 @@ def test_two_ranks_list_the_same_samples_as_one(two_sizes):
             return values
 
         world = SimpleNamespace(rank=rank, ranks=2, gather=gather, sum_array=lambda array: sum(gather(array)))
-        indexes[rank] = PairIndex([two_sizes], SIZES, TEXT, world=world)
+        indexes[rank] = PairIndex([two_sizes], sizes, TEXT, world=world)
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
     for thread in threads:
