@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 from cachetrain.data.captions import Pair, read_caption
 from cachetrain.data.masks import MASK_SUFFIX, is_mask
-from cachetrain.data.sidecar import NULL_STEM, SUFFIXES
+from cachetrain.data.sidecar import NULL_STEM
 from cachetrain.log import warn
 
 MULTIPLY = "multiply.txt"
@@ -15,7 +15,7 @@ MULTIPLY = "multiply.txt"
 _MAX_KINDS, _MAX_LISTED = 100, 8
 _MAX_FILE_NAME_CAPTIONS = 0.1  # share of the captions above which a warning is due
 _NUMBERED = re.compile(r"[0-9]+_.+")  # folders whose number other trainers take for repeats
-_SIDECARS = tuple(SUFFIXES.values())
+_SIDECARS = (".img_", ".txt_")  # how their suffixes begin, also those of --cache_suffix .img_512
 _LISTS = {"*.jsonl", "*.csv", "*.parquet", "*.json"}
 _OURS = re.compile(rf"_upscaled\..+\.txt|{NULL_STEM}\..+|{re.escape(MULTIPLY)}|shapes\.json")
 
@@ -57,7 +57,7 @@ class Unused:
 
     def add_file(self, name: str) -> None:
         """Counts a file that is neither image nor caption; sidecars, and lists that cache scripts write, are not."""
-        if not name.endswith(_SIDECARS) and not _OURS.fullmatch(name):
+        if not os.path.splitext(name)[1].startswith(_SIDECARS) and not _OURS.fullmatch(name):
             extension = MASK_SUFFIX if name.endswith(MASK_SUFFIX) else os.path.splitext(name)[1].lower()
             kind = f"*{extension}" if extension else "without extension"
             self._add("masks with a suffix in capitals" if is_mask(name) and extension != MASK_SUFFIX else kind, name)
