@@ -198,7 +198,7 @@ class ForwardResult(NamedTuple):
     """Result of a forward pass.
 
     Attributes:
-        loss: float32 [B], the loss of each sample as --loss and --use_snr say.
+        loss: float32 [B], the loss of each sample as --loss, --use_snr and --unmasked_weight say.
         squared_error: float32 [B], the squared error without weights.
         prediction: [B, C, h, w], detached.
         target: [B, C, h, w].
@@ -222,7 +222,14 @@ def forward_pass(model, batch: dict, run, dtype) -> ForwardResult:
         run: Run.
         dtype: dtype of the model's weights.
     """
-    from cachetrain.diffusion.objective import alpha_sigma, huber_error, snr_weights, squared_error, target_of
+    from cachetrain.diffusion.objective import (
+        alpha_sigma,
+        huber_error,
+        mask_weights,
+        snr_weights,
+        squared_error,
+        target_of,
+    )
     from cachetrain.modeling.conditioning import predict
 
     args, latents, noise, timesteps = run.args, batch["latents"], batch["noise"], batch["timesteps"]
@@ -231,8 +238,12 @@ def forward_pass(model, batch: dict, run, dtype) -> ForwardResult:
         noisy = (alpha * latents + sigma * noise).to(dtype)
         prediction = predict(model, noisy, timesteps, batch["conditioning"])
     target = target_of(run.objective, latents, noise, alpha, sigma)
-    error = squared_error(prediction, target)
-    loss = huber_error(prediction, target, timesteps, args.huber_c) if args.loss else error
+    loss = error = squared_error(prediction, target)
+    weights = mask_weights(batch["mask"], args.unmasked_weight) if "mask" in batch else None
+    if args.loss:
+        loss = huber_error(prediction, target, timesteps, args.huber_c, weights)
+    elif weights is not None:
+        loss = squared_error(prediction, target, weights)
     if args.use_snr:
         loss = loss * snr_weights(run.objective, alpha, sigma, args.use_snr, args.noise_gamma)
     return ForwardResult(loss, error, prediction.detach(), target, alpha, sigma)

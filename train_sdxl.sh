@@ -81,7 +81,8 @@ elif [ "${1:-}" = resume ]; then
     set -- --resume latest "${@:2}"
 fi
 
-args=(--model "$MODEL" --imgcache_suffix "$IMGCACHE" --txtcache_suffix "$TXTCACHE"
+read -r -a imgcache <<< "$IMGCACHE" # several: see docs/data.md#several-sizes-and-crops
+args=(--model "$MODEL" --imgcache_suffix "${imgcache[@]}" --txtcache_suffix "$TXTCACHE"
       --batch_size "$BATCH" --gradient_accum "$ACCUM" --max_steps "$STEPS"
       --optimizer "$OPTIMIZER" --lr "$LR" --scheduler "$SCHED"
       --cond_dropout "$DROPOUT" --ema_decay "$EMA"

@@ -27,7 +27,13 @@ def parse_args(argv=None):
         metavar="SHARE",
         help="about how large a part of the pairs is held out",
     )
-    parser.add_argument("--imgcache_suffix", default=SUFFIXES["img_sdxl"], help="suffix of the cached images")
+    parser.add_argument(
+        "--imgcache_suffix",
+        nargs="+",
+        default=[SUFFIXES["img_sdxl"]],
+        metavar="SUFFIX",
+        help="suffix of the cached images; several as in training",
+    )
     parser.add_argument("--txtcache_suffix", default=SUFFIXES["txt_t5cache"], help="suffix of the cached captions")
     return parser.parse_args(argv)
 
@@ -39,12 +45,10 @@ def main(argv=None):
 
     index = PairIndex(args.train_data_dir, args.imgcache_suffix, args.txtcache_suffix)
     training, validation = split_index(index, args.val_split)
-    for i in range(len(validation)):
+    for i in range(0, len(validation), validation.sizes):
         print(printable(validation.stem(i)))
-    print(
-        f"{len(validation):,} of {counted(len(index), 'pair')} held out, {len(training):,} trained on",
-        file=sys.stderr,
-    )
+    held_out, trained = validation.num_pairs, training.num_pairs
+    print(f"{held_out:,} of {counted(index.num_pairs, 'pair')} held out, {trained:,} trained on", file=sys.stderr)
     return 0
 
 

@@ -184,12 +184,13 @@ def without_headers(source, folder):
 # Parts of a run
 
 
-def open_pairs(index, scale=1.0, shift=0.0, null=None, dtype=None, sidecars=None, **draws):
+def open_pairs(index, scale=1.0, shift=0.0, null=None, dtype=None, sidecars=None, masked=False, **draws):
     """CachedPairs of an index.
 
     Args:
         null: text embedding [T, D] that takes a dropped caption's place.
         dtype: of the conditions, float32 when None.
+        masked: whether samples have masks.
         draws: fields of Draws.
     """
     import torch
@@ -199,7 +200,8 @@ def open_pairs(index, scale=1.0, shift=0.0, null=None, dtype=None, sidecars=None
 
     conditioning = Conditioning(index.text_kind, dtype=dtype or torch.float32)
     null = None if null is None else {"emb": null}
-    return CachedPairs(index, LatentScaling(scale, shift), conditioning, Draws(**draws), null, sidecars)
+    scaling = LatentScaling(scale, shift)
+    return CachedPairs(index, scaling, conditioning, Draws(**draws), null, sidecars, masked=masked)
 
 
 def render(unet, vae, sampler, embeddings, null, cfg, seeds, steps, kind, batch_size=16):

@@ -34,6 +34,7 @@ class Index:
     def __init__(self, repeats, shape_ids=None):
         self.repeats = np.array(repeats, np.float32)
         self.shape_ids = np.zeros(len(repeats), int) if shape_ids is None else np.array(shape_ids)
+        self.choices = 1
 
     def __len__(self):
         return len(self.repeats)

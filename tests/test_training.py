@@ -172,6 +172,7 @@ def test_an_epoch_visits_every_sample_once_and_drops_none():
     class Index:
         shape_ids = np.array([0] * 10 + [1] * 7)
         repeats = np.ones(17, np.float32)
+        choices = 1
 
         def __len__(self):
             return 17
@@ -199,6 +200,7 @@ def test_stratified_batches_spread_each_step_over_all_timesteps_whatever_its_mic
     class Index:
         shape_ids = np.zeros(50, np.uint16)
         repeats = np.ones(50, np.float32)
+        choices = 1
 
         def __len__(self):
             return 50

@@ -298,7 +298,7 @@ def test_trainer_tells_what_a_user_may_not_expect_in_the_list_of_pairs(tmp_path,
     (tmp_path / "some/b/multiply.txt").write_text("3")
     data = [str(tmp_path / root) for root in ("some", "none")]
     args = Namespace(train_data_dir=data, dir_weights=[1, 1], imgcache_suffix=IMAGE, txtcache_suffix=TEXT)
-    others = {"force_txtcache": None, "overfit": 0, "val_split": 0, "val_data_dir": None}
+    others = {"force_txtcache": None, "sizes": None, "overfit": 0, "val_split": 0, "val_data_dir": None}
     index, _ = open_index(Namespace(kohya_repeats=False, **others, **vars(args)), World())
     output = capsys.readouterr()
     assert "warning: no image beside 6 of 10 pairs, which train all the same" in output.err

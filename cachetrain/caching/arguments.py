@@ -12,6 +12,7 @@ from cachetrain.data.walk import IMAGE_SUFFIXES
 aspect_limit = cli.Number(float, 1, 16)
 resolution = cli.Number(int, 64, 2048, step=64)
 _SIDE = cli.Number(int, 8, 8192, step=8)
+_CROPS = cli.Number(int, 1, 64)
 
 
 def image_parser(doc: str, kind: str, model: str) -> argparse.ArgumentParser:
@@ -46,6 +47,20 @@ def image_parser(doc: str, kind: str, model: str) -> argparse.ArgumentParser:
     )
     size.add_argument(
         "--flip", action="store_true", help="also encode the mirrored image; needed to train with --flip_p"
+    )
+    size.add_argument(
+        "--crops",
+        type=_CROPS,
+        default=1,
+        metavar="N",
+        help="encode the centered crop and N - 1 at random places, of which each visit of training draws one; an "
+        "image with the aspect ratio of its size has one",
+    )
+    parser.add_argument(
+        "--mask",
+        choices=("files", "alpha"),
+        help="also store a mask for --unmasked_weight of training, white where the image counts: a.mask.png beside "
+        "a.jpg, or its alpha channel",
     )
     parser.add_argument("--store_posterior", action="store_true", help="also store the posterior's log-variance")
     parser.add_argument(

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Iterable
 
 import torch
+import torch.nn.functional as F
 
 from cachetrain.modeling.vae import vae_reduction
 
@@ -63,6 +64,19 @@ def to_model_range(pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """uint8 [B, H, W, 3] -> `dtype` [B, 3, H, W] in [-1, 1], on the same device."""
     # Contiguous: with channels last, float32 GroupNorm on a CPU is up to 200 times less exact.
     return (pixels.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1).to(dtype)
+
+
+def latent_masks(masks: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Averages masks over the area of each latent position.
+
+    Args:
+        masks: uint8 [B, H, W], 255 where all is trained.
+        size: (h, w) of the latents.
+
+    Returns:
+        float32 [B, 1, h, w] in [0, 1], on the same device.
+    """
+    return F.interpolate(masks[:, None].float() / 255, size=size, mode="area")
 
 
 def storage_dtype(latent: torch.Tensor) -> torch.Tensor:

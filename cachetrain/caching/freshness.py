@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from cachetrain.data import variants
 from cachetrain.data.captions import Pair
+from cachetrain.data.masks import mask_file
 from cachetrain.data.sidecar import Header, SidecarError, read_header, read_sidecar, write_sidecar
 from cachetrain.data.walk import MAX_IMAGE
 from cachetrain.reading import open_regular, read_bytes
@@ -23,30 +24,52 @@ COMPARED_FIELDS = ("kind", "encoder", "settings")
 
 
 class Source(NamedTuple):
-    """State of what a sidecar is made from; `sha256` is a function, because hashing is rarely needed.
+    """State of what a sidecar is made from.
 
     Attributes:
+        size, mtime_ns: of the file, as in headers; None if there is no such file.
+        sha256: a function, because hashing is rarely needed.
         captions: of a text sidecar: CaptionSettings.in_header.
+        mask: Source of the image's mask file; None if the sidecar does not depend on one.
     """
 
-    size: str
-    mtime_ns: str
-    sha256: Callable[[], str]
+    size: str | None
+    mtime_ns: str | None
+    sha256: Callable[[], str | None]
     captions: str = ""
+    mask: "Source | None" = None
 
-    def state(self) -> tuple[str, str, str]:
-        """What need not be hashed: if it is unchanged, so is the source."""
-        return self.size, self.mtime_ns, self.captions
+    @property
+    def files(self) -> "dict[str, Source]":
+        """By the prefix of their header fields, the files that a sidecar is made from."""
+        return {"source": self} | ({"mask": self.mask} if self.mask else {})
 
 
-def image_source(pair: Pair) -> Source:
-    """Source of an image sidecar: the bytes of the image file."""
-    stat = os.stat(pair.image)
+def image_source(pair: Pair, masked: bool = False) -> Source:
+    """Source of an image sidecar: the bytes of the image file.
+
+    Args:
+        masked: the bytes of its mask file, too; that there is none also counts.
+    """
+    source = _source_of(pair.image)
+    if not masked:
+        return source
+    path = mask_file(pair.image)
+    return source._replace(mask=Source(None, None, lambda: None) if path is None else _source_of(path))
+
+
+def _source_of(path):
+    stat = os.stat(path)
 
     def sha256():
-        return hashlib.sha256(read_bytes(pair.image, MAX_IMAGE)).hexdigest()
+        return hashlib.sha256(read_bytes(path, MAX_IMAGE)).hexdigest()
 
     return Source(str(stat.st_size), str(stat.st_mtime_ns), sha256)
+
+
+def has_mask_file(metadata: dict[str, str]) -> bool:
+    """Whether an image sidecar with these header fields was made with --mask files."""
+    return '"mask": "files"' in metadata.get("settings", "")
 
 
 def caption_source(pair: Pair, settings: variants.CaptionSettings = variants.PLAIN) -> Source:
@@ -112,11 +135,17 @@ def source_state(metadata: dict[str, str], source: Source, full: bool = False) -
     Args:
         full: hash the source even if its size and time are unchanged.
     """
-    recorded = metadata.get("source_size"), metadata.get("source_mtime_ns"), metadata.get("captions", "")
-    unchanged = recorded == source.state()
+    states = [_file_source_state(metadata, prefix, part, full) for prefix, part in source.files.items()]
+    return next((state for state in (STALE, TOUCHED) if state in states), FRESH)
+
+
+def _file_source_state(metadata, prefix, source, full):
+    size, mtime_ns, sha256 = (metadata.get(f"{prefix}_{name}") for name in ("size", "mtime_ns", "sha256"))
+    captions = metadata.get("captions", "") if prefix == "source" else ""
+    unchanged = (size, mtime_ns, captions) == (source.size, source.mtime_ns, source.captions)
     if unchanged and not full:
         return FRESH
-    if metadata.get("source_sha256") != source.sha256():
+    if sha256 != source.sha256():
         return STALE
     return FRESH if unchanged else TOUCHED
 
@@ -126,8 +155,11 @@ def _store_new_state(path, source):
         tensors, header = read_sidecar(path)
     except SidecarError:
         return CORRUPT
-    state = {"source_size": source.size, "source_mtime_ns": source.mtime_ns, "captions": source.captions}
-    metadata = {name: value for name, value in (header.metadata | state).items() if name != "captions" or value}
+    new = {"captions": source.captions}
+    for prefix, part in source.files.items():
+        if part.size is not None:
+            new |= {f"{prefix}_size": part.size, f"{prefix}_mtime_ns": part.mtime_ns}
+    metadata = {name: value for name, value in (header.metadata | new).items() if name != "captions" or value}
     with suppress(OSError):  # a read-only folder, for example: the next run hashes the source again
         write_sidecar(path, tensors, metadata)
     return FRESH

@@ -6,6 +6,7 @@ import signal
 import sys
 from argparse import Namespace
 from contextlib import contextmanager
+from functools import partial
 
 from tqdm import tqdm
 
@@ -15,7 +16,7 @@ from cachetrain.caching.buckets import bucket_sizes
 from cachetrain.caching.freshness import image_source
 from cachetrain.caching.summary import RunSummary
 from cachetrain.caching.writer import Row, Writer
-from cachetrain.data.sidecar import sidecar_path
+from cachetrain.data.sidecar import numbered, sidecar_path
 from cachetrain.modeling import load
 from cachetrain.modeling.files import component_files
 
@@ -40,8 +41,9 @@ def cache_images(args: Namespace, kind: str) -> int:
         ),
         "settings": json.dumps(_settings(args), sort_keys=True),
     }
-    summary = RunSummary(kind, args.data_root, args.cache_suffix)
-    pairs = selection.select(selection.find_pairs(args, summary), image_source, fields, args, summary)
+    summary = RunSummary(kind, args.data_root, args.cache_suffix, args.mask)
+    source_of = partial(image_source, masked=args.mask == "files")
+    pairs = selection.select(selection.find_pairs(args, summary), source_of, fields, args, summary)
     if pairs:
         with summary.time_encoding():
             _encode(args, pairs, model_dir if args.custom else vae_dir, fields, summary)
@@ -58,7 +60,8 @@ def _settings(args):
         "store_posterior": args.store_posterior,
         "dtype": args.dtype or "auto",
     }
-    return settings | images.POLICY | ({"custom": True} if args.custom else {})
+    further = {"custom": args.custom, "mask": args.mask, "crops": args.crops if args.crops > 1 else None}
+    return settings | images.POLICY | {name: value for name, value in further.items() if value}
 
 
 def _encode(args, pairs, vae_dir, fields, summary):
@@ -106,7 +109,7 @@ def _start_decoding(args, pairs, sizes):
 
     num_workers = min(args.num_workers, -(-len(pairs) // args.batch_size))
     loader = DataLoader(
-        images.ImageFiles(pairs, sizes),
+        images.ImageFiles(pairs, sizes, args.crops, args.mask),
         batch_size=args.batch_size,
         num_workers=num_workers,
         collate_fn=images.collate,
@@ -134,7 +137,8 @@ def _of_one_size(batches, batch_size):
     """Regroups collated batches of mixed sizes into full ones of one size each; the last of a size may be smaller.
 
     Yields:
-        (uint8 tensor [B, height, width, 3] or None, list of B (path, header fields), list of (path, reason)).
+        (uint8 tensor [B, crops, height, width, channels] or None, list of B (path, header fields), list of
+         (path, reason)).
     """
     import torch
 
@@ -170,10 +174,22 @@ def _init_worker(_):
 
 
 def _latents(vae, pixels, dtype, args):
-    """Returns name -> latents [B, C, h, w] on the VAE's device; the host does not wait for them."""
-    from cachetrain.caching.encoders import encode_images, encode_posterior, to_model_range
+    """Returns name -> latents [B, C, h, w] on the VAE's device; the host does not wait for them.
 
-    inputs = to_model_range(pixels, dtype)
+    Args:
+        pixels: uint8 [B, crops, height, width, channels]; one crop of each image is encoded at a time.
+    """
+    latents = {}
+    for number in range(pixels.shape[1]):
+        of_crop = _latents_of_crop(vae, pixels[:, number], dtype, args)
+        latents |= {numbered(name, number): batch for name, batch in of_crop.items()}
+    return latents
+
+
+def _latents_of_crop(vae, pixels, dtype, args):
+    from cachetrain.caching.encoders import encode_images, encode_posterior, latent_masks, to_model_range
+
+    inputs = to_model_range(pixels[..., :3], dtype)
     mean, logvar = encode_posterior(vae, inputs)
     latents = {"latent": mean}
     if args.flip:
@@ -182,6 +198,8 @@ def _latents(vae, pixels, dtype, args):
         if logvar is None:
             raise ValueError(f"{type(vae).__name__} has no posterior; run without --store_posterior")
         latents["logvar"] = logvar
+    if args.mask:
+        latents["mask"] = latent_masks(pixels[..., 3], mean.shape[-2:])
     return latents
 
 
@@ -192,4 +210,13 @@ def _rows(latents, decoded, fields, suffix):
     latents = {name: batch.float().cpu() for name, batch in latents.items()}
     for index, (path, image_fields) in enumerate(decoded):
         tensors = {name: storage_dtype(batch[index]) for name, batch in latents.items()}
-        yield Row(path, sidecar_path(path, suffix), tensors, fields | image_fields)
+        yield Row(path, sidecar_path(path, suffix), *_without_white_masks(tensors, fields | image_fields))
+
+
+def _without_white_masks(tensors, metadata):
+    """(tensors, header fields): without masks if they leave nothing out, else with their mean in the header."""
+    masks = {name: tensor for name, tensor in tensors.items() if name.partition(".")[0] == "mask"}
+    if all(mask.min() == 1 for mask in masks.values()):
+        return {name: tensor for name, tensor in tensors.items() if name not in masks}, metadata
+    share = sum(float(mask.float().mean()) for mask in masks.values()) / len(masks)
+    return tensors, metadata | {"mask_share": f"{share:.4f}"}

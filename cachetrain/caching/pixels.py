@@ -107,6 +107,28 @@ def to_rgb(image: Image.Image, file: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def to_alpha(image: Image.Image, file: Image.Image) -> Image.Image:
+    """The opacity of any Pillow image as gray levels, mode L; white where it has no transparency. Like `to_rgb`."""
+    if image.mode[0] in "IF":
+        image = _gray_of_8_bits(image, file)
+    if not image.has_transparency_data:
+        return Image.new("L", image.size, "white")
+    return image.convert("RGBA").getchannel("A")
+
+
+def to_gray(image: Image.Image, file: Image.Image) -> Image.Image:
+    """The gray levels of a mask, mode L, as they are in the file: no profile is applied. Like `to_rgb`.
+
+    Raises:
+        ValueError: it has transparent pixels, or those of 32 bits.
+    """
+    if to_alpha(image, file).getextrema()[0] < 255:
+        raise ValueError("has transparent pixels, which are neither black nor white; save it without transparency")
+    if image.mode[0] in "IF":
+        image = _gray_of_8_bits(image, file)
+    return image.convert("L")
+
+
 def _gray_of_8_bits(image, file):
     """Scales gray of 9 to 16 bits to 8, which Pillow's own conversion clips at 255."""
     if image.mode == "F" or (image.mode == "I" and file.format != "PPM"):

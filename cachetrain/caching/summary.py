@@ -29,20 +29,22 @@ class RunSummary:
     Args:
         kind, suffix: of the sidecars.
         roots: the data roots. Enlarged images are listed in `_upscaled<suffix>.txt` of the first.
+        mask: --mask of the image cache scripts.
 
     Attributes:
         unit: what is encoded: "image" or "caption".
-        counts: number of sidecars by state ("fresh", "stale", ...), and of those "encoded", "failed", "upscaled" and
-            "with_variants"; number of captions "truncated", and of "variants" of those that have several.
+        counts: number of sidecars by state ("fresh", "stale", ...), and of those "encoded", "failed", "masked",
+            "upscaled" and "with_variants"; number of captions "truncated", and of "variants" of those that have several.
         unknown_words: UnknownWords of the captions encoded.
         leftovers: walk.Leftovers: sidecars without an image, and what this run does not use.
         times_s: "encoding", the whole loop; "waiting", the part of it in which the encoder had no data.
     """
 
-    def __init__(self, kind: str, roots: Sequence[str], suffix: str):
+    def __init__(self, kind: str, roots: Sequence[str], suffix: str, mask: str | None = None):
         self.kind = kind
         self.unit = "caption" if kind.startswith("txt_") else "image"
-        self.leftovers = Leftovers(suffix)
+        self.mask = mask
+        self.leftovers = Leftovers(suffix, masks=mask == "files" or self.unit == "caption")
         self.counts = Counter()
         self.times_s = Counter()
         self.unknown_words = UnknownWords()
@@ -61,8 +63,9 @@ class RunSummary:
         print_line(line)
 
     def add_sidecar(self, source: str, metadata: dict[str, str]) -> None:
-        """Adds what the header of a good sidecar, found or written, says about its captions and image size."""
+        """Adds what the header of a good sidecar, found or written, says about its captions, mask and image size."""
         self.counts["truncated"] += num_truncated(metadata)
+        self.counts["masked"] += "mask_share" in metadata
         if "variants" in metadata:
             self.counts["with_variants"] += 1
             self.counts["variants"] += len(caption_lengths(metadata))
@@ -134,6 +137,7 @@ class RunSummary:
         for key, words in (
             (FOREIGN, f"{counts[FOREIGN]} foreign kept (no header; --overwrite replaces them)"),
             ("truncated", f"{counted(counts['truncated'], 'caption')} truncated"),
+            ("masked", f"{counted(counts['masked'], 'image')} masked"),
             ("upscaled", f"{counted(counts['upscaled'], 'image')} upscaled"),
             ("failed", f"{counts['failed']} failed"),
         ):
@@ -193,6 +197,9 @@ class RunSummary:
             say(*self.coverage.table())
         say(self.line())
         self.unknown_words.report()
+        if self.mask and not self.counts["masked"]:
+            where = "has a .mask.png beside it" if self.mask == "files" else "is transparent"
+            warn(f"--mask {self.mask}: no image {where}, so that nothing is masked")
         if self.counts["upscaled"] and self.upscaled.target.exists():
             say(f"upscaled images are listed in {self.upscaled.target}")
         if line := self.leftovers.unused.line():

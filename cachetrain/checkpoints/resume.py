@@ -197,7 +197,7 @@ def settings_of(args, plan, index, scheduler, world) -> dict:
         "samples a backward pass, all ranks": args.batch_size * world.ranks,
         "peak rate, warm-up and decay steps": [plan.peak_lr, plan.warmup_steps, decay_steps],
         "noise schedule": f"{objective_of(scheduler)} ({checksum})",
-        "pairs": f"{len(index):,} ({index.checksum():08x})",
+        "pairs": f"{index.num_pairs:,} ({index.checksum():08x})",
     }
 
 

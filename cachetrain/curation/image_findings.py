@@ -11,6 +11,7 @@ import numpy as np
 from cachetrain.curation.page import MAX_ITEMS, Item, Section, write_page
 from cachetrain.curation.pictures import look_at, near_groups, thumbnail_of
 from cachetrain.data.captions import Pair
+from cachetrain.data.masks import mask_file
 
 
 class Findings:
@@ -105,13 +106,13 @@ _NOTES = {
 
 
 def move_pair(pair: Pair, root: str, target: str, dry_run: bool) -> None:
-    """Moves an image and its captions to the same relative path under `target`, over nothing that exists.
+    """Moves an image, its captions and its mask to the same relative path under `target`, over nothing that exists.
 
     Raises:
         OSError, ValueError: there is something of the name.
     """
     moves = []
-    for path in (pair.image, *pair.caption_files):
+    for path in filter(None, (pair.image, *pair.caption_files, mask_file(pair.image))):
         destination = os.path.join(target, os.path.relpath(path, root))
         if os.path.lexists(destination):
             raise ValueError(f"{path}: not moved, {destination} exists")

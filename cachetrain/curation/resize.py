@@ -1,4 +1,4 @@
-"""Copies an image at a largest size, with its captions."""
+"""Copies an image at a largest size, with its captions and its mask."""
 
 import io
 import os
@@ -10,6 +10,7 @@ from PIL import Image
 from cachetrain.atomic import atomic_write
 from cachetrain.caching.pixels import open_image, orientation, to_rgb, upright
 from cachetrain.data.captions import Pair
+from cachetrain.data.masks import mask_file
 from cachetrain.data.walk import MAX_IMAGE
 from cachetrain.log import describe
 from cachetrain.reading import read_bytes
@@ -35,10 +36,11 @@ def copy_pair(pair: Pair, args: Namespace) -> tuple[str, str | None]:
             outcome = "kept"
         elif not args.dry_run:
             os.makedirs(os.path.dirname(target), exist_ok=True)
-            for path in pair.caption_files:  # first, so that an image that is there has its captions
-                caption = os.path.join(args.out, os.path.relpath(path, args.data_root))
-                if not os.path.lexists(caption):
-                    atomic_write(caption, _read(path))
+            # First, so that an image that is there has its captions and its mask, which may be larger.
+            for path in filter(None, (*pair.caption_files, mask_file(pair.image))):
+                copy = os.path.join(args.out, os.path.relpath(path, args.data_root))
+                if not os.path.lexists(copy):
+                    atomic_write(copy, _read(path))
             atomic_write(target, data)
         return outcome, None
     except Exception as error:  # Pillow's plugins raise almost anything on malformed input

@@ -18,7 +18,8 @@ from cachetrain.modeling.conditioning import Conditioning
 class BatchSampler:
     """Yields batches of SampleKey; each rank gets its share of every batch.
 
-    In an epoch every sample comes up as often as its `repeats` value says, in an order shuffled anew for each epoch.
+    In an epoch every sample comes up as often as its `repeats` value says, in an order shuffled anew for each epoch;
+    of several sizes of an image, one of them.
     All samples of a batch have the same latent shape, on all ranks; samples that do not fill a batch are carried over
     to the next epoch, never dropped.
 
@@ -65,7 +66,7 @@ class BatchSampler:
     def __iter__(self) -> Iterator[list[SampleKey]]:
         num_made, filling = 0, {}
         for epoch in count():
-            samples, repeats = rng.epoch_order(self.seed, epoch, self.index.repeats)
+            samples, repeats = rng.epoch_order(self.seed, epoch, self.index.repeats, self.index.choices)
             if num_made < self.first:
                 skipped, used = self._skip(epoch, samples, repeats, filling, self.first - num_made)
                 num_made, samples, repeats = num_made + skipped, samples[used:], repeats[used:]
@@ -135,7 +136,7 @@ def collate(samples: Sequence[dict], conditioning: Conditioning, multiple: int =
         dict: latents, noise float32 [B, C, h, w]; timesteps [B]; conditioning, the UNet's keyword arguments; dropped
         bool [B], True where the null caption is used; samples int64 [B], positions in the index; weights float32 [B],
         of the samples in the loss: 0 where a sample could not be read, else 1; faults, a list of (position in the
-        index, reason) of those samples.
+        index, reason) of those samples; mask float32 [B, 1, h, w], if the samples have masks.
     """
     return {
         "latents": torch.stack([sample["latents"] for sample in samples]),
@@ -146,4 +147,4 @@ def collate(samples: Sequence[dict], conditioning: Conditioning, multiple: int =
         "samples": torch.tensor([sample["sample"] for sample in samples]),
         "weights": torch.tensor([0.0 if sample["fault"] else 1.0 for sample in samples]),
         "faults": [(sample["sample"], sample["fault"]) for sample in samples if sample["fault"]],
-    }
+    } | ({"mask": torch.stack([sample["mask"] for sample in samples])} if "mask" in samples[0] else {})

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from cachetrain.data import rng
 from cachetrain.data.index import PairIndex
-from cachetrain.data.sidecar import read_sidecar
+from cachetrain.data.sidecar import num_crops, numbered, of_crop, read_sidecar
 from cachetrain.data.variants import draw_variant, sources_of
 from cachetrain.diffusion.objective import timestep_fraction
 from cachetrain.modeling.conditioning import Conditioning, num_variants
@@ -78,6 +78,7 @@ class Draws:
         continuous: timesteps are floats, 1000 * sigma (flow matching), instead of integers.
         timestep_sampling, logit_mean, logit_std, timestep_shift: see objective.timestep_fraction.
         timestep_range: (first, end) of the timesteps, from 0 to 1000; end is exclusive.
+        crop: draw one of an image's crops; False: take the first, which is centered.
         offset_noise: standard deviation of a per-channel constant that is added to the noise
             (Guttenberg 2023, "Diffusion with offset noise").
         fixed: repeat the draws of a sample's first visit on every visit (--overfit).
@@ -95,6 +96,7 @@ class Draws:
     logit_std: float = 1.0
     timestep_shift: float = 1.0
     timestep_range: tuple[int, int] = (0, 1000)
+    crop: bool = True
     offset_noise: float = 0.0
     fixed: bool = False
     noise_purpose: int = rng.NOISE
@@ -114,6 +116,7 @@ class CachedPairs(Dataset):
         draws: settings of the random draws; default: Draws().
         null: condition of the empty caption (from Conditioning.of_caption); required if draws.cond_dropout is not 0.
         sidecars: Sidecars or ram.RamCache of the index; default: Sidecars.
+        masked: whether samples have masks.
     """
 
     def __init__(
@@ -124,6 +127,7 @@ class CachedPairs(Dataset):
         draws: Draws | None = None,
         null: Mapping[str, torch.Tensor] | None = None,
         sidecars=None,
+        masked: bool = False,
     ):
         self.index = index
         self.scaling = scaling
@@ -131,21 +135,23 @@ class CachedPairs(Dataset):
         self.draws = draws or Draws()
         self.null = null
         self.sidecars = sidecars or Sidecars(index)
+        self.masked = masked
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getitem__(self, key: SampleKey) -> dict:
-        """Returns a dict: latents, noise float32 [C, h, w]; timesteps; condition; dropped; sample; fault or None."""
+        """Returns a dict: latents, noise float32 [C, h, w]; timesteps; condition; dropped; sample; fault or None; if
+        samples have masks, mask float32 [1, h, w], 1 where the image counts in full."""
         if self.draws.fixed:
             key = key._replace(epoch=0, repeat=0)
         dropped = self._uniform(key, rng.DROPOUT) < self.draws.cond_dropout
         fault = None
         try:
-            latents, condition = self._read(key, dropped)
+            latents, mask, condition = self._read(key, dropped)
         except (ValueError, OSError) as error:
             latents, condition = self._blank(key)
-            fault = str(error)
+            mask, fault = torch.ones_like(latents[:1]), str(error)
         first, end = self.draws.timestep_range
         uniform = self._uniform(key, rng.TIMESTEP) if key.uniform is None else key.uniform
         timestep = first + self._timestep_fraction(uniform) * (end - first)
@@ -157,15 +163,17 @@ class CachedPairs(Dataset):
             "dropped": dropped,
             "sample": key.sample,
             "fault": fault,
-        }
+        } | ({"mask": mask} if self.masked else {})
 
     def _read(self, key, dropped):
-        """Returns (latents, condition) of a sample."""
+        """Returns (latents, mask, condition) of a sample."""
         tensors, header = self.sidecars.image(key.sample)
         flipped = bool(self.draws.flip_p) and self._uniform(key, rng.FLIP) < self.draws.flip_p
-        latents = self._latents(key, tensors, flipped)
+        crop = self._crop(key, tensors)
+        latents = self._latents(key, tensors, flipped, crop)
+        mask = self._mask(key, tensors, flipped, crop) if self.masked else None
         caption = self.null if dropped else self._caption(key)
-        return latents, {**caption, **self.conditioning.of_image(header, flipped)}
+        return latents, mask, {**caption, **self.conditioning.of_image(of_crop(header, crop), flipped)}
 
     def _caption(self, key):
         tensors, header = self.sidecars.text(key.sample)
@@ -199,8 +207,23 @@ class CachedPairs(Dataset):
             noise += self.draws.offset_noise * offset[:, None, None]
         return noise
 
-    def _latents(self, key, tensors, flipped):
-        name = "latent_flip" if flipped else "latent"
+    def _crop(self, key, tensors):
+        number = num_crops(tensors)
+        return int(self._uniform(key, rng.CROP) * number) if self.draws.crop and number > 1 else 0
+
+    def _mask(self, key, tensors, flipped, crop):
+        """Returns the mask of a crop, float32 [1, h, w]; ones for an image without one."""
+        mask = tensors.get(numbered("mask", crop))
+        if mask is None:
+            return torch.ones_like(tensors["latent"][:1], dtype=torch.float32)
+        mask = mask.float()
+        if not ((mask >= 0) & (mask <= 1)).all():
+            path = self.index.image_path(key.sample)
+            raise ValueError(f"{path}: its mask has values outside of 0 to 1; run the image cache script again")
+        return mask.flip(-1) if flipped else mask  # mirrored pixels have the mirrored averages
+
+    def _latents(self, key, tensors, flipped, crop):
+        name = numbered("latent_flip" if flipped else "latent", crop)
         if name not in tensors:
             path = self.index.image_path(key.sample)
             raise ValueError(f"{path}: has no latent_flip, which --flip_p needs; cache the images with --flip")

@@ -35,14 +35,22 @@ _MULTIPLE = cli.Number(float, 0, cli.repeats.most)
 class PairIndex:
     """The pairs under some directories and the contents of their headers, without a Python object per pair.
 
+    With several image suffixes, a pair has an image sidecar of each: it is as many samples, which follow each other.
+    Else samples and pairs are the same. Methods take the number of a sample.
+
     Attributes:
+        sizes: number of samples of each pair.
+        choices: a visit draws one of so many samples: `sizes`, or 1 if an epoch visits each.
         shapes: distinct latent shapes (C, h, w); `shape_ids` uint16 [N] are indices into this list.
+        image_bytes: uint32 [N], size of the tensors of an image sidecar.
         tokens: uint16 [N], text length in tokens, of the longest variant of the caption.
         all_tokens: uint32 [N], the same of all variants together.
         caption_sources: list of the suffixes of the files that variants come from, as ".txt".
         text_widths: {name of a text tensor: width D}.
         repeats: float32 [N], how often each pair comes up in an epoch, on average.
         image_header, text_header: headers of the first pair.
+        image_headers: {path of an image sidecar: its header}, of the first pair of each directory.
+        num_masked: number of image sidecars with a mask.
         num_unpaired: number of sidecars without a partner.
         num_without_image: number of pairs without an image beside them, in directories that hold images.
         num_alone: number of pairs in directories that hold none.
@@ -56,69 +64,84 @@ class PairIndex:
     def __init__(
         self,
         directories: Iterable[str | os.PathLike],
-        image_suffix: str,
+        image_suffix: str | Sequence[str],
         text_suffix: str,
         repeats: Sequence[float] | None = None,
         one_text: str | None = None,
         world: World | None = None,
         kohya_repeats: bool = False,
+        every_size: bool = False,
     ):
         """Walks `directories` and reads every header once; several ranks share the reading.
 
         A folder that lies in several of the directories belongs to the first of them.
 
         Args:
+            image_suffix: several: pairs have an image sidecar of each.
             repeats: for each directory, how often the pairs in it come up in an epoch; default 1. Multiplied by the
                 number in the nearest multiply.txt in or above a pair's folder, up to the directory.
             one_text: path of the text sidecar to use for all images; other text sidecars are ignored.
             world: the ranks that read together; None: this process reads all headers.
             kohya_repeats: a folder like 10_name without a multiply.txt has its number as if it were in one.
+            every_size: an epoch visits all samples of a pair, not one of them.
 
         Raises:
             ValueError: there are no pairs, or caches are unreadable, of the wrong shape, or mixed (the message names
                 two files that differ).
         """
-        self.image_suffix = image_suffix
+        self.image_suffixes = (image_suffix,) if isinstance(image_suffix, str) else tuple(image_suffix)
         self.text_suffix = text_suffix
+        self.sizes = len(self.image_suffixes)
+        self.choices = 1 if every_size else self.sizes
         self.one_text = one_text
         self.kohya_repeats = kohya_repeats
         self.directories = [os.fspath(directory) for directory in directories]
         self.num_unpaired = self.num_without_image = self.num_alone = self.num_without_pair = 0
-        self.links = Links(image_suffix, text_suffix)
+        self.links = Links(self.image_suffixes[0], text_suffix)
         self.numbered_folders = PackedStrings()
         self._stems = PackedStrings()
         self._starts = []  # for each directory, the place of its first pair in _stems
-        self._positions = None  # in a subset, the places of its pairs in _stems
+        self._positions = None  # in a subset, its samples in the whole index
         folder_repeats = self._list_pairs(repeats or [1.0] * len(self.directories))
         self.repeats = np.repeat(*(np.array(column) for column in zip(*folder_repeats, strict=True)))
-        self.repeats = self.repeats.astype(np.float32)
+        self.repeats = self.repeats.astype(np.float32).repeat(self.sizes)
         self._check_repeats()
         self._read_headers(world)
 
     def __len__(self) -> int:
-        return len(self._stems) if self._positions is None else len(self._positions)
+        """Number of samples."""
+        return len(self._stems) * self.sizes if self._positions is None else len(self._positions)
+
+    @property
+    def num_pairs(self) -> int:
+        return len(self) // self.sizes
 
     @property
     def samples_per_epoch(self) -> float:
         """Expected number of samples in an epoch; epochs differ where repeats have a fractional part."""
-        return float(self.repeats.sum(dtype=np.float64))
+        return float(self.repeats.sum(dtype=np.float64)) / self.choices
+
+    def samples_of(self, pairs: np.ndarray) -> np.ndarray:
+        """The samples of these pairs, numbered from 0; int arrays."""
+        return (pairs[:, None] * self.sizes + np.arange(self.sizes)).ravel()
 
     def subset(self, positions: np.ndarray) -> PairIndex:
-        """Returns an index of the pairs at `positions` (int array); the two share the list of paths.
+        """Returns an index of the samples at `positions`, int array, all samples of some pairs; the two indexes share
+        the list of paths.
 
         Raises:
             ValueError: the repeats of these pairs add up to less than one sample per epoch.
         """
         part = copy.copy(self)
         part._positions = np.asarray(positions) if self._positions is None else self._positions[positions]
-        for name in ("shape_ids", "tokens", "all_tokens", "repeats"):
+        for name in ("shape_ids", "image_bytes", "tokens", "all_tokens", "repeats"):
             setattr(part, name, getattr(self, name)[positions])
         part._check_repeats()
         return part
 
     def stem(self, i: int) -> str:
-        """Path of pair `i` without a suffix."""
-        return self._stems[i if self._positions is None else int(self._positions[i])]
+        """Path of sample `i` without a suffix."""
+        return self._stems[self._place(i) // self.sizes]
 
     def relative_name(self, i: int) -> str:
         """Path of pair `i` without a suffix, relative to its data directory."""
@@ -135,7 +158,8 @@ class PairIndex:
             SidecarError: shape, encoder or settings are no longer those of the run.
         """
         path = self.image_path(i)
-        _check_unchanged(path, self._first_headers[self._directory_of(i)].run_identity, header.run_identity)
+        first = self.image_headers[self._first_like(i)]
+        _check_unchanged(path, first.run_identity, header.run_identity)
         if (shape := _latent_shape(path, header)) != self.shape(i):
             raise SidecarError(f"{path}: replaced since the run started: the latent was {self.shape(i)}, is {shape}")
 
@@ -161,13 +185,14 @@ class PairIndex:
         variants = [self.all_tokens] if self.num_with_variants else []
         for array in (*positions, self.shape_ids, self.tokens, self.repeats, *variants):
             total = zlib.crc32(np.ascontiguousarray(array).tobytes(), total)
-        encoders = repr((self.shapes, self.image_header.run_identity, self.text_header.run_identity))
+        images = [header.run_identity for header in list(self.image_headers.values())[: self.sizes]]
+        encoders = repr((self.shapes, *images, self.text_header.run_identity))
         return zlib.crc32(encoders.encode(), total)
 
     @property
     def num_with_variants(self) -> int:
         """Number of pairs whose caption has variants."""
-        return int((self.all_tokens > self.tokens).sum())
+        return int((self.all_tokens > self.tokens).sum()) // self.sizes
 
     @property
     def image_settings(self) -> dict:
@@ -189,7 +214,7 @@ class PairIndex:
         return self.text_header.metadata.get("kind") or kinds.get(self.text_suffix, "txt_t5cache")
 
     def image_path(self, i: int) -> str:
-        return self.stem(i) + self.image_suffix
+        return self._image_path_at(self._place(i))
 
     def text_path(self, i: int) -> str:
         return self.one_text or self.stem(i) + self.text_suffix
@@ -233,14 +258,26 @@ class PairIndex:
                     "the repeats of that directory"
                 )
             else:
-                expected = f"*{self.image_suffix}" + ("" if self.one_text else f" and *{self.text_suffix}")
+                suffixes = [*self.image_suffixes, *([] if self.one_text else [self.text_suffix])]
+                expected = " and ".join(f"*{suffix}" for suffix in suffixes)
                 raise ValueError(f"{directory}: no pairs of {expected}; run the cache scripts on it first")
         self.directories = directories
         return folder_repeats
 
+    def _place(self, i):
+        """The number of sample `i` in the whole index, of which this may be a subset."""
+        return i if self._positions is None else int(self._positions[i])
+
     def _directory_of(self, i):
-        place = i if self._positions is None else int(self._positions[i])
-        return bisect_right(self._starts, place) - 1
+        return bisect_right(self._starts, self._place(i) // self.sizes) - 1
+
+    def _image_path_at(self, place):
+        return self._stems[place // self.sizes] + self.image_suffixes[place % self.sizes]
+
+    def _first_like(self, i):
+        """The path of the first image sidecar of the directory and size of sample `i`."""
+        start = self._starts[self._directory_of(i)]
+        return self._image_path_at(start * self.sizes + self._place(i) % self.sizes)
 
     def _check_repeats(self):
         if len(self.repeats) and self.repeats.max() > cli.repeats.most:
@@ -250,7 +287,7 @@ class PairIndex:
             )
         if len(self.repeats) and self.samples_per_epoch < 1:
             raise ValueError(
-                f"an epoch of {counted(len(self.repeats), 'pair')} has {self.samples_per_epoch:g} samples; check "
+                f"an epoch of {counted(self.num_pairs, 'pair')} has {self.samples_per_epoch:g} samples; check "
                 f"--repeats, --train_data_dir DIR:REPEATS and {MULTIPLY}"
             )
 
@@ -261,7 +298,7 @@ class PairIndex:
         """
         if not Path(directory).is_dir():
             raise ValueError(f"{directory}: no such directory")
-        suffixes = (self.image_suffix, self.text_suffix)
+        suffixes = (*self.image_suffixes, self.text_suffix)
         multiples = {}  # folder -> number that applies in and below the folder, where not 1
         num_without_image, has_images = 0, False
 
@@ -295,43 +332,47 @@ class PairIndex:
             self.num_alone += num_without_image
 
     def _paired(self, names):
-        """The sorted stems that have both sidecars."""
-        image_suffix, text_suffix = self.image_suffix, self.text_suffix
-        images = {name.removesuffix(image_suffix) for name in names if name.endswith(image_suffix)}
-        texts = {name.removesuffix(text_suffix) for name in names if name.endswith(text_suffix)}
-        texts.discard(NULL_STEM)
-        if self.one_text:
-            texts = images
-        self.num_unpaired += len(images ^ texts)
-        return sorted(images & texts)
+        """The sorted stems that have all sidecars."""
+        suffixes = self.image_suffixes if self.one_text else (*self.image_suffixes, self.text_suffix)
+        stems = [{name.removesuffix(suffix) for name in names if name.endswith(suffix)} for suffix in suffixes]
+        paired = set.intersection(*stems) - {NULL_STEM}
+        self.num_unpaired += sum(len(of_suffix - paired - {NULL_STEM}) for of_suffix in stems)
+        return sorted(paired)
 
     def _read_headers(self, world):
         shapes = {}
         rank, ranks = (world.rank, world.ranks) if world else (0, 1)
-        self.num_foreign = 0
+        self.num_foreign = self.num_masked = 0
         self.shape_ids = np.zeros(len(self), np.uint16)
+        self.image_bytes = np.zeros(len(self), np.uint32)
         self.tokens = np.zeros(len(self), np.uint16)
         self.all_tokens = np.zeros(len(self), np.uint32)
         sources = set()
-        self.image_header, self.text_header = self._headers(0)
+        (self.image_header, *_), self.text_header = self._headers(0)
         _, self.text_widths = check_text(self.text_kind, self.text_path(0), self.text_header)
-        first_headers = [self._headers(start)[0] for start in self._starts]
-        # Directories may differ in settings, such as the image size; within a directory all settings must agree.
-        self._first_headers = first_headers
-        for start, image in zip(self._starts, first_headers, strict=True):
-            self._check_image(0, self.image_header, start, image, may_differ="settings")
-        pairs = in_threads(self._headers, range(rank, len(self), ranks))
-        total = len(range(rank, len(self), ranks))
-        for i, (image, text) in tqdm(
+        # Directories and sizes may differ in settings; within a directory all settings of a size must agree.
+        firsts = [self._image_path_at(place) for place in self.samples_of(np.array(self._starts))]
+        self.image_headers = {path: read_header(path) for path in firsts}
+        for path, image in self.image_headers.items():
+            check_same_run(self.image_header, image, firsts[0], path, may_differ="settings")
+        pairs = in_threads(self._headers, range(rank, self.num_pairs, ranks))
+        total = len(range(rank, self.num_pairs, ranks))
+        for pair, (images, text) in tqdm(
             pairs, desc="headers", total=total, unit="pair", disable=None if not rank else 1
         ):
-            directory = bisect_right(self._starts, i) - 1
-            if image.run_identity != first_headers[directory].run_identity:
-                self._check_image(self._starts[directory], first_headers[directory], i, image)
+            i = pair * self.sizes
+            for sample, image in enumerate(images, start=i):
+                path, first = self.image_path(sample), self._first_like(sample)
+                if image.run_identity != self.image_headers[first].run_identity:
+                    check_same_run(self.image_headers[first], image, first, path)
+                shape = _latent_shape(path, image)
+                self.shape_ids[sample] = shapes.setdefault(shape, len(shapes))
+                self.image_bytes[sample] = image.num_bytes
+                self.num_masked += "mask" in image.shapes
             if text.run_identity != self.text_header.run_identity:
                 check_same_run(self.text_header, text, self.text_path(0), self.text_path(i))
             lengths, widths = check_text(self.text_kind, self.text_path(i), text)
-            self.tokens[i], self.all_tokens[i] = max(lengths), sum(lengths)
+            self.tokens[i : i + self.sizes], self.all_tokens[i : i + self.sizes] = max(lengths), sum(lengths)
             if len(lengths) > 1:
                 sources.update(sources_of(self.text_path(i), text.metadata, len(lengths)))
             if widths != self.text_widths:
@@ -339,8 +380,7 @@ class PairIndex:
                     f"{self.text_path(i)}: has tensors of width {widths}, {self.text_path(0)} of "
                     f"{self.text_widths}; encode both with the same model"
                 )
-            self.shape_ids[i] = shapes.setdefault(_latent_shape(self.image_path(i), image), len(shapes))
-            self.num_foreign += image.foreign or text.foreign
+            self.num_foreign += text.foreign or any(image.foreign for image in images)
         self.shapes = list(shapes)
         self.caption_sources = sorted(sources)
         if ranks > 1:
@@ -348,39 +388,37 @@ class PairIndex:
 
     def _merge(self, world):
         """Combines the headers read by all ranks; checks that all ranks list the same pairs."""
-        paths = len(self), self.stem(0), self._stems.checksum()
-        summary = (*paths, self.shapes, self.caption_sources, self.num_foreign)
+        paths, counts = (self.num_pairs, self.stem(0), self._stems.checksum()), (self.num_foreign, self.num_masked)
+        summary = (*paths, self.shapes, self.caption_sources, np.array(counts))
         summaries = world.gather(summary)
         if len({(number, first, checksum) for number, first, checksum, *_ in summaries}) > 1:
             listed = "; ".join(f"{counted(number, 'pair')}, the first {first}" for number, first, *_ in summaries)
             raise ValueError(f"the ranks list different pairs: {listed}; wait until the cache scripts are done")
         shapes = sorted({shape for _, _, _, shapes_of_rank, *_ in summaries for shape in shapes_of_rank})
-        share = slice(world.rank, None, world.ranks)
+        share = self.samples_of(np.arange(world.rank, self.num_pairs, world.ranks))
         new_ids = np.array([shapes.index(shape) for shape in self.shapes] or [0], np.uint16)
         self.shape_ids[share] = new_ids[self.shape_ids[share]]
         self.shapes = shapes
         self.caption_sources = sorted({source for *_, sources, _ in summaries for source in sources})
-        self.num_foreign = sum(num_foreign for *_, num_foreign in summaries)
-        for name in ("shape_ids", "tokens", "all_tokens"):  # each rank's array is 0 outside its share
+        self.num_foreign, self.num_masked = sum(counts for *_, counts in summaries).tolist()
+        for name in ("shape_ids", "image_bytes", "tokens", "all_tokens"):  # each rank's array is 0 outside its share
             setattr(self, name, world.sum_array(getattr(self, name)))
 
-    def _check_image(self, first, first_header, other, other_header, may_differ=None):
-        paths = self.image_path(first), self.image_path(other)
-        check_same_run(first_header, other_header, *paths, may_differ=may_differ)
-
-    def _headers(self, i):
-        """Headers of the image sidecar and the text sidecar of pair `i`."""
-        image = read_header(self.image_path(i))
-        return image, self.text_header if self.one_text and i else read_header(self.text_path(i))
+    def _headers(self, pair):
+        """(list of headers of the image sidecars, header of the text sidecar) of a pair."""
+        first = pair * self.sizes
+        images = [read_header(self.image_path(i)) for i in range(first, first + self.sizes)]
+        return images, self.text_header if self.one_text and pair else read_header(self.text_path(first))
 
 
 def _latent_shape(path, header):
-    """Shape (C, h, w) of an image sidecar's latents; mirrored ones have the same."""
+    """Shape (C, h, w) of an image sidecar's latents; mirrored ones and other crops have the same, masks fit."""
     shape = check_tensor(path, header, "latent", 3)
-    if "latent_flip" in header.shapes and check_tensor(path, header, "latent_flip", 3) != shape:
-        raise ValueError(
-            f"{path}: latent is {shape}, but latent_flip {header.shapes['latent_flip']}; run the cache script again"
-        )
+    for name in header.shapes:
+        expected = {"latent": shape, "latent_flip": shape, "mask": (1, *shape[1:])}.get(name.partition(".")[0])
+        if expected is not None and check_tensor(path, header, name, 3) != expected:
+            found = f"latent is {shape}, but {name} {header.shapes[name]}"
+            raise ValueError(f"{path}: {found}; run the cache script again")
     return shape
 
 

@@ -12,11 +12,10 @@ from tqdm import tqdm
 
 from cachetrain.data.index import PairIndex
 from cachetrain.data.many_files import in_threads
-from cachetrain.data.sidecar import metadata_of, read_verified
+from cachetrain.data.sidecar import ITEM_BYTES, metadata_of, read_verified
 from cachetrain.modeling.conditioning import num_elements
 
 _HEADER_BYTES = 2048  # about the size of a sidecar without its tensors
-_ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4}
 
 
 class RamCache:
@@ -34,13 +33,13 @@ class RamCache:
                 "memory are free; omit the flag (--num_workers read the files ahead of time)"
             )
         # A text sidecar used for all images is stored once, after the images.
-        path_functions = [index.image_path] if index.one_text else [index.image_path, index.text_path]
-        self._per_pair = len(path_functions)
-        self._total = len(path_functions) * len(index) + bool(index.one_text)
+        self._sizes = index.sizes
         self._one_text = index.one_text is not None
+        self._per_pair = index.sizes + (not self._one_text)
+        self._total = self._per_pair * index.num_pairs + self._one_text
         self._data = bytearray()
         self._ends = array("Q", [0])
-        paths = (path_of(i) for i in range(len(index)) for path_of in path_functions)
+        paths = (path for pair in range(index.num_pairs) for path in self._paths(index, pair))
         for _, (data, _) in tqdm(
             in_threads(read_verified, paths), desc="into memory", total=self._total, unit="file", disable=None
         ):
@@ -50,13 +49,21 @@ class RamCache:
 
     def image(self, i: int) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """Same as Sidecars.image."""
-        data = self._bytes(i * self._per_pair)
+        data = self._bytes(i // self._sizes * self._per_pair + i % self._sizes)
         return load(data), metadata_of(data)
 
     def text(self, i: int) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """Same as Sidecars.text."""
-        data = self._bytes(self._total - 1 if self._one_text else i * 2 + 1)
+        place = self._total - 1 if self._one_text else i // self._sizes * self._per_pair + self._sizes
+        data = self._bytes(place)
         return load(data), metadata_of(data)
+
+    def _paths(self, index, pair):
+        """Yields the paths of a pair's sidecars."""
+        samples = range(pair * index.sizes, (pair + 1) * index.sizes)
+        yield from map(index.image_path, samples)
+        if not self._one_text:
+            yield index.text_path(samples[0])
 
     def _append(self, data):
         self._data += data
@@ -68,16 +75,11 @@ class RamCache:
 
 def needed_bytes(index: PairIndex) -> int:
     """Estimates the memory that the sidecars of `index` take, in bytes."""
-    elements = sum(
-        int(np.prod(shape)) * int(count)
-        for shape, count in zip(index.shapes, np.bincount(index.shape_ids, minlength=len(index.shapes)), strict=True)
-    )
-    images, texts = index.image_header, index.text_header
-    per_element = sum(_ITEM_BYTES.get(dtype, 4) for dtype in images.dtypes.values())
-    num_tokens = int(index.all_tokens.sum(dtype=np.int64))
-    text = num_elements(index.text_kind, index.text_widths, num_tokens, len(index))
-    text *= max(_ITEM_BYTES.get(dtype, 4) for dtype in texts.dtypes.values())
-    return elements * per_element + (0 if index.one_text else text) + 2 * _HEADER_BYTES * len(index)
+    images = int(index.image_bytes.sum(dtype=np.int64))
+    num_tokens = int(index.all_tokens[:: index.sizes].sum(dtype=np.int64))
+    text = num_elements(index.text_kind, index.text_widths, num_tokens, index.num_pairs)
+    text *= max(ITEM_BYTES.get(dtype, 4) for dtype in index.text_header.dtypes.values())
+    return images + (0 if index.one_text else text) + _HEADER_BYTES * (len(index) + index.num_pairs)
 
 
 def available_bytes() -> int | None:

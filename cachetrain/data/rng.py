@@ -7,6 +7,7 @@ samples, the number of workers or ranks, or on other draws.
 import numpy as np
 
 ORDER, NOISE, TIMESTEP, DROPOUT, FLIP, OFFSET, STRATA, REPEATS, VALIDATION, ADAPTER_DROPOUT, VARIANT = range(11)
+CROP, SIZE = 11, 12
 
 
 def generator(seed: int, epoch: int, sample: int, purpose: int, repeat: int = 0) -> np.random.Generator:
@@ -23,23 +24,33 @@ def permutation(seed: int, epoch: int, length: int) -> np.ndarray:
     return generator(seed, epoch, 0, ORDER).permutation(length)
 
 
-def epoch_order(seed: int, epoch: int, repeats: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def epoch_order(seed: int, epoch: int, repeats: np.ndarray, choices: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """Returns the samples of an epoch, in training order.
 
     Args:
         repeats: float32 [N], how often each sample comes up in an epoch, on average; the fractional part is the
             probability of one more repeat, drawn anew for each epoch.
+        choices: each visit draws one of so many consecutive samples, which have the same `repeats`.
 
     Returns:
-        (samples, repeats), int64 [M] each: the sample, and how often the sample has come up in this epoch, from 0.
+        (samples, repeats), int64 [M] each: the sample, and how often the sample has come up in this epoch, from 0;
+        with choices, how often one of those it was drawn from has.
     """
+    order, groups, numbers = _visits(seed, epoch, repeats[::choices])
+    if choices == 1:
+        return groups[order], numbers[order]
+    drawn = generator(seed, epoch, 0, SIZE).random(len(groups))  # by group and visit, whatever the order
+    return (groups * choices + (drawn * choices).astype(np.int64))[order], numbers[order]
+
+
+def _visits(seed, epoch, repeats):
+    """Returns (order, samples, repeats), int64 [M] each; `order` is the permutation of the other two."""
     if (repeats == 1).all():
-        samples = permutation(seed, epoch, len(repeats))
-        return samples, np.zeros_like(samples)
+        samples = np.arange(len(repeats))
+        return permutation(seed, epoch, len(repeats)), samples, np.zeros_like(samples)
     floor = np.floor(repeats)
     drawn = generator(seed, epoch, 0, REPEATS).random(len(repeats), dtype=np.float32)
     counts = (floor + (drawn < repeats - floor)).astype(np.int64)
     samples = np.repeat(np.arange(len(repeats)), counts)
     numbers = np.arange(len(samples)) - np.repeat(np.cumsum(counts) - counts, counts)
-    order = permutation(seed, epoch, len(samples))
-    return samples[order], numbers[order]
+    return permutation(seed, epoch, len(samples)), samples, numbers

@@ -9,6 +9,9 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Collection
+from itertools import count
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -22,8 +25,9 @@ if TYPE_CHECKING:
 FORMAT = "1"
 NULL_STEM = "_null_caption"
 
-# kind -> default suffix. Image kinds hold `latent` (optionally `latent_flip`, `logvar`), text kinds `emb` and, for
-# SDXL, `pooled`; of further variants of a caption `emb.1`, `pooled.1` and so on.
+# kind -> default suffix. Image kinds hold `latent` (optionally `latent_flip`, `logvar`, `mask`), and of further crops
+# `latent.1` and so on; text kinds hold `emb` and, for SDXL, `pooled`, and of further variants of a caption `emb.1`,
+# `pooled.1` and so on.
 SUFFIXES = {
     "img_sdvae": ".img_sdvae",
     "img_sdxl": ".img_sdxl",
@@ -31,6 +35,8 @@ SUFFIXES = {
     "txt_t5cache": ".txt_t5cache",
     "txt_sdxl": ".txt_sdxl",
 }
+
+ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
 
 # Bytes of a header, which takes less than 2 KiB, and of a whole file; more is not read.
 _MAX_HEADER, _MAX_FILE = 2**20, 2**30
@@ -42,6 +48,7 @@ _FORMS = {
     "scaling_factor": _DECIMAL,
     "shift_factor": f"-?{_DECIMAL}",
     "crop_box": ",".join([_DECIMAL] * 4),
+    "mask_share": _DECIMAL,
 }
 
 # Placeholder in the header for a hash that is not computed yet.
@@ -73,6 +80,11 @@ class Header(NamedTuple):
         return not {"cachetrain_format", "sha256", "header_sha256"} & self.metadata.keys()
 
     @property
+    def num_bytes(self) -> int:
+        """Size of the tensors."""
+        return sum(prod(shape) * ITEM_BYTES.get(self.dtypes[name], 4) for name, shape in self.shapes.items())
+
+    @property
     def run_identity(self) -> tuple[str, ...]:
         """The values of RUN_KEYS, which must be equal in all sidecars of a run."""
         return tuple(self.metadata.get(key, "") for key in RUN_KEYS)
@@ -82,6 +94,24 @@ def sidecar_path(source: str | Path, suffix: str) -> Path:
     """`dir/a.b.jpg`, `.img_sdxl` -> `dir/a.b.img_sdxl`."""
     source = Path(source)
     return source.with_name(source.stem + suffix)
+
+
+def numbered(name: str, number: int) -> str:
+    """The name of a tensor or header field of crop `number`, from 0: `latent`, `latent.1`, `latent.2`."""
+    return f"{name}.{number}" if number else name
+
+
+def num_crops(names: Collection[str]) -> int:
+    """How many crops an image sidecar with tensors of these names holds."""
+    return next(number for number in count(1) if numbered("latent", number) not in names)
+
+
+def of_crop(metadata: dict[str, str], number: int) -> dict[str, str]:
+    """The header fields of crop `number`: its crop box in place of that of the first."""
+    if not number:
+        return metadata
+    boxes = {"crop_box": metadata[box]} if (box := numbered("crop_box", number)) in metadata else {}
+    return {name: value for name, value in metadata.items() if name != "crop_box"} | boxes
 
 
 def write_sidecar(path: str | Path, tensors: "dict[str, torch.Tensor]", metadata: dict[str, str]) -> None:

@@ -24,20 +24,26 @@ def open_index(args: Namespace, world: World) -> tuple[PairIndex, PairIndex | No
     """Lists the pairs that the trainer's flags name; returns (training pairs, validation pairs or None)."""
     suffixes = args.imgcache_suffix, args.txtcache_suffix
     index = PairIndex(
-        args.train_data_dir, *suffixes, args.dir_weights, args.force_txtcache, world, kohya_repeats=args.kohya_repeats
+        args.train_data_dir,
+        *suffixes,
+        args.dir_weights,
+        args.force_txtcache,
+        world,
+        kohya_repeats=args.kohya_repeats,
+        every_size=args.sizes == "all",
     )
     if world.main:
         _warn_of_what_is_listed(index)
     if args.overfit:
-        return index.subset(np.sort(rng.permutation(args.seed, 0, len(index))[: args.overfit])), None
+        pairs = np.sort(rng.permutation(args.seed, 0, index.num_pairs)[: args.overfit])
+        return index.subset(index.samples_of(pairs)), None
     if args.val_split:
         return split_index(index, args.val_split)
     if not args.val_data_dir:
         return index, None
     held_out = PairIndex(args.val_data_dir, *suffixes, one_text=args.force_txtcache, world=world)
-    check_same_run(
-        index.image_header, held_out.image_header, index.image_path(0), held_out.image_path(0), may_differ="settings"
-    )
+    for path, header in held_out.image_headers.items():
+        check_same_run(index.image_header, header, index.image_path(0), path, may_differ="settings")
     check_same_run(index.text_header, held_out.text_header, index.text_path(0), held_out.text_path(0))
     check_apart(index, held_out)
     return index, held_out
@@ -67,9 +73,10 @@ def split_index(index: PairIndex, share: float) -> tuple[PairIndex, PairIndex]:
     """
     validates = split_positions((index.relative_name(i) for i in range(len(index))), share)
     if not 0 < validates.sum() < len(index):
+        number = validates.sum() // index.sizes
         raise ValueError(
-            f"--val_split {share}: selects {validates.sum()} of {counted(len(index), 'pair')}, expected some but not "
-            "all; use another share, more data, or --val_data_dir"
+            f"--val_split {share}: selects {number} of {counted(index.num_pairs, 'pair')}, expected some but not all; "
+            "use another share, more data, or --val_data_dir"
         )
     return index.subset(np.flatnonzero(~validates)), index.subset(np.flatnonzero(validates))
 
@@ -106,11 +113,11 @@ def _folders(index):
 
 def _warn_of_what_is_listed(index):
     """Warns of what a user may not expect in the list of pairs, or miss there."""
-    pairs = counted(len(index), "pair")
+    pairs = counted(index.num_pairs, "pair")
     if index.num_foreign:
         warn(f"the caches of {index.num_foreign} of {pairs} have no header and cannot be verified")
     if index.num_unpaired:
-        suffixes = f"{index.image_suffix} + {index.text_suffix}"
+        suffixes = " + ".join((*index.image_suffixes, index.text_suffix))
         warn(f"not used: {counted(index.num_unpaired, 'sidecar')} without a partner ({suffixes})")
     if index.num_without_image:
         roots = shlex.join(word for directory in index.directories for word in ("--data_root", directory))

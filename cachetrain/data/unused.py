@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Collection
 
 from cachetrain.data.captions import Pair, read_caption
+from cachetrain.data.masks import MASK_SUFFIX, is_mask
 from cachetrain.data.sidecar import NULL_STEM
 from cachetrain.log import counted, warn
 
@@ -57,8 +58,15 @@ class Unused:
     def add_file(self, name: str) -> None:
         """Counts a file that is neither image nor caption; sidecars, and lists that cache scripts write, are not."""
         if not _SIDECAR.fullmatch(name) and not _OURS.fullmatch(name):
-            extension = os.path.splitext(name)[1].lower()
-            self._add(f"*{extension}" if extension else "without extension", name)
+            extension = MASK_SUFFIX if name.endswith(MASK_SUFFIX) else os.path.splitext(name)[1].lower()
+            kind = f"*{extension}" if extension else "without extension"
+            self._add(
+                "mask{s} with a suffix in capitals" if is_mask(name) and extension != MASK_SUFFIX else kind, name
+            )
+
+    def add_lone_mask(self, name: str) -> None:
+        """Counts a mask that is no image's."""
+        self._add("mask{s} without an image", name)
 
     def add_folder(self, path: str, captions: Collection[str], names: Collection[str]) -> None:
         """Counts what a folder of images holds in vain: captions without an image, a number in its name.
@@ -85,6 +93,7 @@ class Unused:
         rest = self._counts.total() - sum(count for _, count in self._counts.most_common(_MAX_LISTED))
         parts += [counted(rest, "other")] if rest else []
         hint = "; dataset_scripts/import_captions.py reads lists of captions" if self._counts.keys() & _LISTS else ""
+        hint += "; --mask files of the image cache scripts uses masks" if f"*{MASK_SUFFIX}" in self._counts else ""
         return f"found and not used: {', '.join(parts)}{hint}" if parts else ""
 
     def warn_of_file_names(self) -> None:

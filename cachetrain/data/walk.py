@@ -14,6 +14,7 @@ from typing import NamedTuple
 from cachetrain.atomic import is_abandoned
 from cachetrain.data.captions import CAPTION_SUFFIXES, Pair, caption_order
 from cachetrain.data.many_files import PackedStrings
+from cachetrain.data.masks import MASK_SUFFIX, is_mask
 from cachetrain.data.sidecar import NULL_STEM
 from cachetrain.data.unused import Unused
 
@@ -45,12 +46,17 @@ class Folder(NamedTuple):
 class Leftovers:
     """Counts, while images are listed, the sidecars of one suffix whose image is gone, and what is not used at all.
 
+    Args:
+        suffix: of the sidecars.
+        masks: whether mask files are used.
+
     Attributes:
         unused: Unused.
     """
 
-    def __init__(self, suffix: str):
+    def __init__(self, suffix: str, masks: bool = False):
         self.suffix = suffix
+        self.masks = masks
         self.unused = Unused()
         self._orphans = {}  # root -> how many
         self._roots_with_images = set()
@@ -62,7 +68,7 @@ class Leftovers:
 
     def keep(self, name: str) -> bool:
         """Whether a walk has to list a file; counts it as unused if not."""
-        if is_source(name) or name.endswith(self.suffix):
+        if is_source(name) or name.endswith(self.suffix) or (self.masks and name.endswith(MASK_SUFFIX)):
             return True
         self.unused.add_file(name)
         return False
@@ -80,6 +86,9 @@ class Leftovers:
         )
         if count := sum(orphans):
             self._orphans[root] = self._orphans.get(root, 0) + count
+        for name in filter(is_mask, folder.names):
+            if name.removesuffix(MASK_SUFFIX) not in stems:
+                self.unused.add_lone_mask(name)
 
 
 class Pairs:
@@ -274,8 +283,8 @@ def find_sidecars(paths: Iterable[str], suffixes: Iterable[str]) -> Iterator[str
 
 
 def is_image(name: str) -> bool:
-    """Whether a file of this name is an image."""
-    return name.lower().endswith(_IMAGES)
+    """Whether a file of this name is an image; masks are none."""
+    return name.lower().endswith(_IMAGES) and not is_mask(name)
 
 
 def image_stems(names: Iterable[str]) -> set[str]:
@@ -290,7 +299,7 @@ def possible_image(name: str, stems: Collection[str]) -> str | None:
 
 def is_source(name: str) -> bool:
     """Whether a file of this name is an image or a caption."""
-    return name.lower().endswith(_SOURCES)
+    return name.lower().endswith(_SOURCES) and not is_mask(name)
 
 
 def _is_dir(entry, on_error):

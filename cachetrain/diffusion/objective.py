@@ -127,7 +127,11 @@ def snr_weights(
 
 
 def huber_error(
-    prediction: torch.Tensor, target: torch.Tensor, timesteps: torch.Tensor, smallest: float
+    prediction: torch.Tensor,
+    target: torch.Tensor,
+    timesteps: torch.Tensor,
+    smallest: float,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Mean pseudo-Huber error of each sample, float32 [B]: 2 c (sqrt(d^2 + c^2) - c) of a difference d.
 
@@ -137,15 +141,33 @@ def huber_error(
     Args:
         timesteps: [B], from 0 to 1000.
         smallest: c at timestep 1000.
+        weights: [B, 1, h, w], as of `squared_error`.
     """
     c = (smallest ** (timesteps.float() / 1000))[:, None, None, None]
     difference = prediction.float() - target.float()
-    return (2 * c * ((difference.square() + c.square()).sqrt() - c)).flatten(1).mean(1)
+    errors = 2 * c * ((difference.square() + c.square()).sqrt() - c)
+    return (errors if weights is None else errors * weights).flatten(1).mean(1)
 
 
-def squared_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of each sample, reduced in float32: [B]."""
-    return (prediction.float() - target.float()).square().flatten(1).mean(1)
+def mask_weights(masks: torch.Tensor, unmasked_weight: float) -> torch.Tensor:
+    """The weight of each position in the loss: 1 where a mask is 1, `unmasked_weight` where it is 0, linear between.
+
+    Args:
+        masks: float32 [B, 1, h, w] in [0, 1].
+    """
+    return unmasked_weight + (1 - unmasked_weight) * masks
+
+
+def squared_error(
+    prediction: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Mean squared error of each sample, reduced in float32: [B].
+
+    Args:
+        weights: [B, 1, h, w], of positions. The mean is over all positions, not divided by the sum of the weights.
+    """
+    errors = (prediction.float() - target.float()).square()
+    return (errors if weights is None else errors * weights).flatten(1).mean(1)
 
 
 def noise_schedule(scheduler: SchedulerMixin, device: torch.device) -> torch.Tensor | None:

@@ -15,7 +15,7 @@ from cachetrain.checkpoints.export import check_exportable
 from cachetrain.checkpoints.export_adapter import check_adapter_exportable
 from cachetrain.checkpoints.save import frozen_files
 from cachetrain.data.loader import is_worker_death, worker_death
-from cachetrain.log import describe, first_line, warn
+from cachetrain.log import describe, first_line, info, warn
 from cachetrain.modeling import load, trainable
 from cachetrain.modeling.conditioning import cache_command, check_unet, text_kind
 from cachetrain.modeling.files import component_files
@@ -132,6 +132,7 @@ def check_start(run, resumed) -> None:
     if args.lora_rank and resumed.path:
         check_base(resumed.path, model_dir)
     _check_time_ids(run)
+    _check_masks(run)
     trainable.apply(unet, args, args.seed, resumed=True)
     num_trained = sum(parameter.numel() for parameter in unet.parameters() if parameter.requires_grad)
     # An adapter's checkpoint holds neither the UNet nor the frozen parts.
@@ -170,6 +171,25 @@ def _check_time_ids(run):
             raise ValueError(f"{index.image_path(0)}: {error}") from error
         if given and "crop_box" in index.image_header.metadata:
             warn("--time_ids does nothing: the image caches record the size and crop of each image")
+
+
+def _check_masks(run):
+    """Checks that --unmasked_weight finds masks; says how many there are, also if they are not used."""
+    index, weight = run.index, run.args.unmasked_weight
+    if weight is not None and not index.num_masked:
+        raise ValueError(
+            f"--unmasked_weight {weight:g}: no image cache in {', '.join(index.directories)} holds a mask; cache the "
+            "images again with --mask files or --mask alpha, or omit the flag"
+        )
+    if not index.num_masked:
+        return
+    masked = f"{index.num_masked:,} of the cached images have masks"
+    if weight is None:
+        info(f"{masked}, which are not used: pass --unmasked_weight to train on what they leave in")
+    else:
+        info(f"--unmasked_weight {weight:g}: {masked}; the others are trained as a whole")
+    if weight is not None and run.held_out is not None and not run.held_out.num_masked:
+        info("the validation images have no masks: val/loss counts all of each image")
 
 
 def _frozen_bytes(model_dir):

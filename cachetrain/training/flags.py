@@ -124,8 +124,12 @@ def _data_flags(group):
     _flag(group, "--is_custom", action="store_true", resume="silent",
           help="accepted from other trainers' scripts: a model's parts are loaded one by one, its code is never run")
     _flag(group, "--revision", resume="free", help="branch, tag or commit of a Hugging Face model id")
-    _flag(group, "--imgcache_suffix", default=SUFFIXES["img_sdxl"],
-          help="file name suffix of the cached images, as the image cache script wrote them")
+    _flag(group, "--imgcache_suffix", nargs="+", default=[SUFFIXES["img_sdxl"]], metavar="SUFFIX",
+          help="file name suffix of the cached images, as the image cache script wrote them; several: each image is "
+               "cached once for each, for example at several sizes")
+    _flag(group, "--sizes", choices=("draw", "all"),
+          help="what a visit of an image trains on, with several --imgcache_suffix: draw: one of its caches, drawn "
+               "anew for each visit; all: an epoch visits each; default: draw")
     _flag(group, "--txtcache_suffix", default=SUFFIXES["txt_t5cache"],
           help="file name suffix of the cached captions, as the text cache script wrote them")
     _flag(group, "--force_txtcache", metavar="FILE",
@@ -195,6 +199,9 @@ def _objective_flags(group):
     _flag(group, "--cond_dropout", type=cli.share, metavar="SHARE",
           help="share of captions replaced by the empty one, which guidance needs when sampling; default: 0.04, or 0 "
                "with --force_txtcache or --overfit")
+    _flag(group, "--unmasked_weight", type=cli.share, metavar="WEIGHT",
+          help="use the masks of caches made with --mask: the loss counts this much where a mask is black, in full "
+               "where it is white; 0: not at all, 0.1: common; default: masks are not used")
     _flag(group, "--flip_p", type=cli.share, default=0.0, metavar="SHARE",
           help="share of images mirrored, for caches made with --flip; not for captions that say left or right")
 

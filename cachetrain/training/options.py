@@ -34,6 +34,10 @@ def parse_args(doc: str, argv: list[str] | None = None) -> Namespace:
 
 def _conflicts(args) -> Iterator[str]:
     """Yields a message for each flag that cannot apply beside the others."""
+    if args.sizes and len(args.imgcache_suffix) == 1:
+        yield "--sizes needs several --imgcache_suffix"
+    if len(set(args.imgcache_suffix)) < len(args.imgcache_suffix):
+        yield f"--imgcache_suffix {' '.join(args.imgcache_suffix)}: expected each only once"
     if args.noise_gamma is not None and not args.use_snr:
         yield "--noise_gamma needs --use_snr"
     if args.noise_gamma is not None and args.use_snr == "debiased":
@@ -137,6 +141,10 @@ def _fill_in(args):
         args.lora_dropout = args.lora_dropout or 0.0
     if args.gradient_clip is None:
         args.gradient_clip = 0.0 if args.gradient_release else 1.0
+    if len(args.imgcache_suffix) == 1:  # as runs record it that knew of one only
+        (args.imgcache_suffix,) = args.imgcache_suffix
+    else:
+        args.sizes = args.sizes or "draw"
     args.dir_weights = [weight * args.repeats for _, weight in args.train_data_dir]
     args.train_data_dir = [path for path, _ in args.train_data_dir]
     args.huber_c = 0.1 if args.loss and args.huber_c is None else args.huber_c

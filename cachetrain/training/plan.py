@@ -75,10 +75,11 @@ def planned_coverage(index, plan: Plan, global_batch: int) -> str:
     num_samples = plan.max_steps * plan.effective_batch
     parts = [
         f"{num_samples / index.samples_per_epoch:.2f} epochs of {counted(round(index.samples_per_epoch), 'sample')}, "
-        f"from {counted(len(index), 'pair')}"
+        f"from {counted(index.num_pairs, 'pair')}"
     ]
     for number, shape in enumerate(index.shapes):
-        share = float(index.repeats[index.shape_ids == number].sum(dtype=np.float64)) / index.samples_per_epoch
+        visits = float(index.repeats[index.shape_ids == number].sum(dtype=np.float64)) / index.choices
+        share = visits / index.samples_per_epoch
         fills = share * num_samples >= global_batch
         parts.append(f"{'x'.join(map(str, shape))}: {share:.1%}" + ("" if fills else ", NEVER FILLS A BATCH"))
     return "; ".join(parts)
@@ -95,6 +96,7 @@ def data_coverage(index, batch_sampler) -> str:
         f"{count} of {'x'.join(map(str, index.shapes[shape]))}"
         for shape, count in sorted(batch_sampler.waiting.items())
     )
-    num_untrained = int((~batch_sampler.trained & (index.repeats > 0)).sum())
-    line = f"coverage: {len(index) - num_untrained:,} of {counted(len(index), 'pair')} trained"
+    untrained = ~batch_sampler.trained & (index.repeats > 0)
+    num_untrained = int(untrained.reshape(-1, index.sizes).all(1).sum())  # at any of its sizes
+    line = f"coverage: {index.num_pairs - num_untrained:,} of {counted(index.num_pairs, 'pair')} trained"
     return line + (f"; waiting for a full batch: {waiting}" if waiting else "")

@@ -335,13 +335,17 @@ def open_pairs(run: Run) -> CachedPairs:
         fixed=bool(args.overfit),
         caption_weights=_caption_weights(args, index),
     )
-    if args.flip_p and "latent_flip" not in index.image_header.shapes:
-        raise ValueError(
-            f"{index.image_path(0)}: has no latent_flip, which --flip_p needs; cache the images with --flip"
-        )
-    sidecars = RamCache(index) if args.cache_in_ram else None
+    for path, header in index.image_headers.items():
+        if args.flip_p and "latent_flip" not in header.shapes:
+            raise ValueError(f"{path}: has no latent_flip, which --flip_p needs; cache the images with --flip")
     return CachedPairs(
-        index, _latent_scaling(run, warn_if_different=True), run.conditioning, draws, _null_condition(run), sidecars
+        index,
+        _latent_scaling(run, warn_if_different=True),
+        run.conditioning,
+        draws,
+        _null_condition(run),
+        RamCache(index) if args.cache_in_ram else None,
+        masked=args.unmasked_weight is not None,
     )
 
 
@@ -456,10 +460,10 @@ def open_samples(run: Run) -> SampleImages | None:
 
 
 def open_validation(run: Run) -> Validation | None:
-    """Opens the validation: all timesteps, plain noise that training never draws, no dropout and no flips, and of
-    captions in variants always the first, which is the caption as written.
+    """Opens the validation: all timesteps, plain noise that training never draws, no dropout and no flips, the first
+    crop, all sizes, and of captions in variants the first, which is the caption as written.
 
-    No flag that only says how to train changes what is measured.
+    No flag that only says how to train changes what is measured, except the weights of the loss.
 
     Returns:
         None if there are no validation pairs.
@@ -467,8 +471,9 @@ def open_validation(run: Run) -> Validation | None:
     if run.held_out is None:
         return None
     args, index = run.args, run.held_out
-    draws = Draws(continuous=run.objective == "flow", noise_purpose=rng.VALIDATION, variants=False)
+    draws = Draws(continuous=run.objective == "flow", crop=False, noise_purpose=rng.VALIDATION, variants=False)
     sidecars = RamCache(index) if args.cache_in_ram else None
     scaling = _latent_scaling(run, warn_if_different=False)
-    pairs = CachedPairs(index, scaling, run.conditioning, draws, sidecars=sidecars)
+    masked = args.unmasked_weight is not None
+    pairs = CachedPairs(index, scaling, run.conditioning, draws, sidecars=sidecars, masked=masked)
     return Validation(run, pairs)

@@ -80,7 +80,8 @@ class Validation:
 
     def __init__(self, run, pairs):
         self.every_n_steps = run.plan.validation_steps
-        self.weighted = run.weighted  # the plain loss is then reported beside the weighted one
+        # The plain loss is then reported beside the one that is trained.
+        self.weighted = run.weighted or pairs.masked
         self.device = run.device
         self.world = run.world
         self._batches = FixedBatches(pairs.index.shape_ids, run.args.batch_size, run.world.rank, run.world.ranks)

@@ -114,6 +114,14 @@ def print_details(caches: Caches) -> None:
         say(*caches.coverage.table())
     if caches.num_upscaled:
         say(f"  {counted(caches.num_upscaled, 'image')} upscaled")
+    if caches.num_masked:
+        share = caches.mask_share / caches.num_masked
+        say(f"  {counted(caches.num_masked, 'image')} masked; on average {share:.1%} of them is trained in full")
+    if max(caches.crops, default=1) > 1:
+        say(
+            "  "
+            + ", ".join(f"{count:,} with {counted(crops, 'crop')}" for crops, count in sorted(caches.crops.items()))
+        )
     if caches.tokens:
         print_variants(caches)
         print_tokens(caches)

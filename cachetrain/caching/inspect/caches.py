@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from cachetrain.caching.buckets import Coverage, is_upscaled
 from cachetrain.caching.freshness import CORRUPT, FOREIGN, FRESH, MISSING, STALE
-from cachetrain.data.sidecar import RUN_KEYS, SUFFIXES, Header, caption_lengths, num_truncated
+from cachetrain.data.sidecar import RUN_KEYS, SUFFIXES, Header, caption_lengths, num_crops, num_truncated
 from cachetrain.data.variants import PLAIN, CaptionSettings
 from cachetrain.reading import json_object
 
@@ -26,6 +26,7 @@ SCRIPTS = IMAGE_SCRIPTS | TEXT_SCRIPTS
 
 # Defaults of those options of the cache scripts that take a value.
 _DEFAULTS = {"aspect_limit": 2.0, "clip_skip": 0, "max_length": 256, "dtype": "auto", "store_dtype": "bf16"}
+_DEFAULTS |= {"mask": None, "crops": 1}
 
 
 class Examples:
@@ -69,6 +70,8 @@ class Caches:
         tokens: Counter of captions by their number of tokens; each variant counts.
         num_variants: Counter of text sidecars by their number of variants.
         captions: Counter of text sidecars by the header field `captions`, which says how captions were made.
+        mask_share: sum over the `num_masked` images with a mask of its mean.
+        crops: Counter of images by their number of crops.
     """
 
     def __init__(self, suffix: str, kind: str | None, requested: bool):
@@ -85,6 +88,9 @@ class Caches:
         self.nulls = {}
         self.coverage = Coverage()
         self.num_upscaled = 0
+        self.num_masked = 0
+        self.mask_share = 0.0
+        self.crops = Counter()
         self.tokens = Counter()
         self.num_variants = Counter()
         self.captions = Counter()
@@ -133,6 +139,9 @@ class Caches:
         if "crop_box" in metadata:
             self.coverage.add(metadata)
             self.num_upscaled += is_upscaled(metadata)
+            self.num_masked += "mask_share" in metadata
+            self.mask_share += float(metadata.get("mask_share", 0))
+            self.crops[num_crops(header.shapes)] += 1
 
     def finish(self) -> None:
         """After the last sidecar: fresh ones that differ from the majority in encoder or settings become stale."""

@@ -14,6 +14,7 @@ from cachetrain.caching.messages import failure_line
 from cachetrain.data import walk
 from cachetrain.data.captions import Pair
 from cachetrain.data.many_files import PackedStrings, in_threads
+from cachetrain.data.masks import is_mask
 from cachetrain.data.sidecar import NULL_STEM, SUFFIXES, SidecarError, read_header
 from cachetrain.data.unused import Unused
 from cachetrain.data.variants import CaptionSettings
@@ -131,7 +132,7 @@ class Status:
             for folder in walk.walk_folders(root, visited, lambda name: True, self._fail):
                 self._discover(folder)
                 for name in folder.names:
-                    if not (walk.is_source(name) or name.endswith(self._suffixes)):
+                    if not (_is_source(name) or name.endswith(self._suffixes)):
                         self.unused.add_file(name)
                 yield from self._items_of_folder(root, folder)
 
@@ -156,7 +157,7 @@ class Status:
         """Finds suffixes that were not requested, from the headers of the first few files of each unknown suffix."""
         for name in folder.names:
             suffix = os.path.splitext(name)[1]
-            if not suffix or self._tried[suffix] >= _TRIES or suffix in self._caches or walk.is_source(name):
+            if not suffix or self._tried[suffix] >= _TRIES or suffix in self._caches or _is_source(name):
                 continue
             self._tried[suffix] += 1
             try:
@@ -185,8 +186,10 @@ class Status:
                 has_our_header = _mentions_format(item.path) if state == CORRUPT else state != FOREIGN
                 return Inspection(ORPHANED, header, num_bytes, has_our_header)
             if state is None:
-                is_text = header.metadata.get("kind", "").startswith("txt")
-                source = self._caption_source(item, header) if is_text else freshness.image_source(item.pair)
+                if header.metadata.get("kind", "").startswith("txt"):
+                    source = self._caption_source(item, header)
+                else:
+                    source = freshness.image_source(item.pair, freshness.has_mask_file(header.metadata))
                 state = freshness.source_state(header.metadata, source)
         except (OSError, ValueError) as error:
             return error
@@ -242,6 +245,11 @@ def delete_orphans(paths: Iterable[str], on_error: Callable[[str, str], None]) -
         except OSError as error:
             on_error(path, error.strerror)
     return num_deleted
+
+
+def _is_source(name):
+    """Whether something is made from a file of this name."""
+    return walk.is_source(name) or is_mask(name)
 
 
 def _mentions_format(path):

@@ -116,7 +116,7 @@ def configuration(
 def cache_fingerprint(index) -> str:
     """Returns a short hash of encoders, cache settings and number of pairs, followed by that number."""
     identity = repr((index.image_header.run_identity, index.text_header.run_identity, len(index)))
-    return f"{hashlib.sha256(identity.encode()).hexdigest()[:12]} ({counted(len(index), 'pair')})"
+    return f"{hashlib.sha256(identity.encode()).hexdigest()[:12]} ({counted(index.num_pairs, 'pair')})"
 
 
 def versions(device: torch.device) -> list[tuple[str, str]]:

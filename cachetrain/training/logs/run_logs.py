@@ -70,7 +70,8 @@ class Logs:
             self.groups,
             run.output_dir,
             gradient_clip=args.gradient_clip,
-            weighted=run.weighted,
+            weighted=run.weighted or pairs.masked,
+            masked=pairs.masked,
             flops_per_image=self._flops_per_image(unet) if 5 in self.groups else None,
         )
         self.diagnostics = Diagnostics(unet, args.diagnostic_steps, self.groups, world, run.device)

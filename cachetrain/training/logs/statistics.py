@@ -33,6 +33,7 @@ class Statistics:
         output_dir: of the run; the free space of its disk is logged.
         gradient_clip: largest global gradient norm; 0: off.
         weighted: whether the loss is another than the plain squared error; it is then logged beside that one.
+        masked: whether batches have masks; their mean is then logged.
         flops_per_image: of a forward and backward pass, or None.
 
     Attributes:
@@ -55,6 +56,7 @@ class Statistics:
         *,
         gradient_clip: float = 0.0,
         weighted: bool = False,
+        masked: bool = False,
         flops_per_image: int | None = None,
     ):
         self.objective = objective
@@ -71,6 +73,7 @@ class Statistics:
         self._rows = ["count", "raw", "loss"]
         self._rows += ["x0_mse", "log_snr"] if 6 in self.groups else []
         self._rows += ["std_ratio", "cosine"] if 7 in self.groups else []
+        self._rows += ["mask"] if masked else []
         self._epoch = np.zeros(6)  # sums of the current epoch, up to the last `read`; see `epoch_end`
         self._epoch_start_s = time.perf_counter()
         self._reset()
@@ -107,6 +110,8 @@ class Statistics:
             deviations = torch.linalg.vector_norm(both - both.mean(2, keepdim=True), dim=2)
             rows += [deviations[0] / deviations[1], F.cosine_similarity(prediction, target)]
             self._last_batch = batch  # a log step measures the latents and text of the last micro-batch
+        if "mask" in self._rows:
+            rows.append(batch["mask"].flatten(1).mean(1))
         cells = (batch["timesteps"] * (CELLS / 1000)).long().clamp_(max=CELLS - 1) + CELLS * batch["dropped"]
         rows = torch.where(counted, torch.stack(rows), 0.0)  # one NaN would spoil the sums
         self._table.index_add_(1, cells, rows)
@@ -197,6 +202,7 @@ class Statistics:
         by_bin = table.reshape(len(self._rows), 2, BINS, -1).sum((1, 3))
         if 1 in self.groups:
             tags |= self._training(host["steps"])
+            tags |= {"01_Training/mask_share": _mean(totals["mask"], totals["count"])} if "mask" in totals else {}
         if 2 in self.groups:
             tags |= self._components(by_bin, table.sum(2))
         tags |= self._epoch_summary(host, np.concatenate([table[:3].sum((1, 2)), host["steps"]]))
