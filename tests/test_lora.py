@@ -346,7 +346,7 @@ def test_older_layouts_of_diffusers_are_read_too(model_sd, tmp_path, capsys):
     old["text_encoder.x.lora_linear_layer.up.weight"] = torch.zeros(2, 2)
     save_file(old, tmp_path / "x.safetensors")
     adapter, base = adapters.read_adapter(tmp_path / "x.safetensors", fresh_unet(model_sd))
-    assert "1 tensors are not for the UNet (like text_encoder.x" in capsys.readouterr().err
+    assert "left out, because not for the UNet: 1 tensor (like text_encoder.x" in capsys.readouterr().err
     assert base is None and set(adapter.alphas.values()) == {2.0}  # without settings, alpha is the rank
     assert adapter.tensors.keys() == expected.keys()
 

@@ -115,7 +115,7 @@ def test_mask_files_are_no_images_and_bad_ones_are_named(cache, tmp_path, capsys
         "{}/b.mask.png: is 64x72, its image 72x64; expected the same aspect ratio",
         "{}/c.mask.png: has transparent pixels",
         "{}/d.mask.png: not an image in one of the formats",
-        "not used: 1 masks with a suffix in capitals (F.MASK.PNG), 1 masks without an image (gone.mask.png)\n",
+        "not used: 1 mask with a suffix in capitals (F.MASK.PNG), 1 mask without an image (gone.mask.png)\n",
     ):
         assert line.format(tmp_path) in output
     assert cache(tmp_path, "--overwrite") == 0

@@ -243,7 +243,7 @@ def test_a_pair_needs_all_sizes_and_flags_are_checked(two_sizes, shapes, model_t
         PairIndex([shapes], SIZES, TEXT)
     train(data, model_t5, tmp_path / "run", "--imgcache_suffix", *SIZES, "--max_steps", 1, "--batch_size", 2)
     output = "".join(capsys.readouterr())
-    assert "2 sidecars without a partner (.img_sdxl + .wide + .txt_t5cache) are not used" in output
+    assert "not used: 2 sidecars without a partner (.img_sdxl + .wide + .txt_t5cache)" in output
     assert "0.18 epochs of 11 samples, from 11 pairs; 4x8x8: 50.0%" in output
     assert options.parse_args("", REQUIRED).imgcache_suffix == T5[0]  # as in the settings of older runs
     for flags, error in (

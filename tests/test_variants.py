@@ -422,7 +422,7 @@ def test_tools_count_variants(cache, root, capsys):
     assert run_script(*argv) == 0
     out = capsys.readouterr().out
     assert "captions in variants: 2 with 1, 1 with 3, 1 with 5; 10 in all" in out
-    assert "1 further caption files, which --captions files of the text scripts uses" in out
+    assert "1 further caption file, for --captions files of the text scripts" in out
     made = "4 captions made with --captions files --shuffle_tags 4 --keep_tags 1 --tag_files .txt"
     assert made in out and "captions without an image" not in out
     (root / "b.long.txt").write_text("changed")

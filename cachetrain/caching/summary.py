@@ -34,7 +34,7 @@ class RunSummary:
     Attributes:
         unit: what is encoded: "image" or "caption".
         counts: number of sidecars by state ("fresh", "stale", ...), and of those "encoded", "failed", "masked",
-            "upscaled" and "with_variants"; number of captions "truncated", and of "variants" of those that have several.
+            "upscaled" and "with_variants"; number of captions "truncated", and of "variants" where there are several.
         unknown_words: UnknownWords of the captions encoded.
         leftovers: walk.Leftovers: sidecars without an image, and what this run does not use.
         times_s: "encoding", the whole loop; "waiting", the part of it in which the encoder had no data.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from cachetrain.checkpoints.info import checkpoint_info, is_base
 from cachetrain.checkpoints.kohya import PREFIX as KOHYA_PREFIX
 from cachetrain.checkpoints.kohya import from_kohya
-from cachetrain.log import describe, warn
+from cachetrain.log import counted, describe, warn
 from cachetrain.modeling import load, lora
 from cachetrain.modeling.files import component_files
 from cachetrain.reading import check_regular
@@ -157,7 +157,7 @@ def read_adapter(path: Path, unet: torch.nn.Module) -> tuple[lora.Adapter, dict 
     if not ours:
         raise ValueError(f"{path}: has no tensors of an adapter of a UNet")
     if left := tensors.keys() - ours.keys():
-        warn(f"{path}: {len(left)} tensors are not for the UNet (like {min(left)}) and are left out")
+        warn(f"{path}: left out, because not for the UNet: {counted(len(left), 'tensor')} (like {min(left)})")
     try:
         of_web_uis = all(key.startswith(KOHYA_PREFIX) for key in ours)
         adapter = from_kohya(ours, unet) if of_web_uis else _from_diffusers(ours, settings)

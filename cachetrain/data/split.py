@@ -75,8 +75,8 @@ def split_index(index: PairIndex, share: float) -> tuple[PairIndex, PairIndex]:
     if not 0 < validates.sum() < len(index):
         number = validates.sum() // index.sizes
         raise ValueError(
-            f"--val_split {share}: selects {number} of {counted(index.num_pairs, 'pair')}, expected some but not all; "
-            "use another share, more data, or --val_data_dir"
+            f"--val_split {share}: selects {number} of {counted(index.num_pairs, 'pair')}, expected some but not "
+            "all; use another share, more data, or --val_data_dir"
         )
     return index.subset(np.flatnonzero(~validates)), index.subset(np.flatnonzero(validates))
 

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from cachetrain.log import counted
+
 if TYPE_CHECKING:
     import torch
     from diffusers import UNet2DConditionModel
@@ -150,8 +152,8 @@ def load(unet: torch.nn.Module, path: Path) -> None:
     wrong += sorted(name for name in parameters.keys() & saved.keys() if parameters[name].shape != saved[name].shape)
     if wrong:
         raise ValueError(
-            f"{path}: is not the adapter of these settings: {len(wrong)} tensors are missing, left over or of "
-            f"another shape (like {wrong[0]}); restore --lora_rank and --lora_targets"
+            f"{path}: is not the adapter of these settings: missing, left over or of another shape: "
+            f"{counted(len(wrong), 'tensor')} (like {wrong[0]}); restore --lora_rank and --lora_targets"
         )
     with torch.no_grad():
         for name, parameter in parameters.items():

@@ -150,7 +150,8 @@ def print_variants(caches: Caches) -> None:
         total = sum(number * count for number, count in caches.num_variants.items())
         say(f"  captions in variants: {', '.join(counts)}; {total:,} in all")
     for text, count in caches.captions.most_common() if set(caches.captions) != {""} else ():
-        say(f"  {count:,} captions made {'with ' + shlex.join(captions_flags(text)) if text else 'of one file each'}")
+        made = f"with {shlex.join(captions_flags(text))}" if text else "of one file each"
+        say(f"  {counted(count, 'caption')} made {made}")
 
 
 def print_tokens(caches: Caches) -> None:
