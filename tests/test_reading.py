@@ -147,7 +147,8 @@ def test_names_are_printed_in_one_line_that_changes_nothing_else(name, text):
 NEVER_ONE = {
     "len(rows)", "format_percent(trained['all'])", "format_percent(held_out['all'])", "len(bad)", "state.st_size",
     "longest", "len(names)", "self.samples_per_epoch", "num_tokens", "len(self._first_sizes)", "values.size",
-    "_MAX_ROWS", "lengths[-1]", "pairs", "MAX_VARIANTS", "num_variants", "counts['with_variants']", "'text' if is_text else 'image'", "max(lengths)",
+    "_MAX_ROWS", "lengths[-1]", "pairs", "MAX_VARIANTS", "num_variants", "counts['with_variants']",
+    "'text' if is_text else 'image'", "max(lengths)",
 }  # fmt: skip
 
 
