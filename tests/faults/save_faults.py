@@ -38,7 +38,8 @@ class Run:
 
     def __init__(self, model, folder, keep_last=2):
         self.output_dir, self.ckpt_dir, self.model = folder / "run", folder / "web", model
-        args = {"save_on_epoch": False, "keep_last": keep_last, "save_every_minutes": None, "ckpt_dir": self.ckpt_dir}
+        args = {"save_on_epoch": False, "keep_last": keep_last, "save_every_minutes": None}
+        args |= {"ckpt_dir": self.ckpt_dir, "lora_rank": None}
         run = bare_run(args=args, output_dir=self.output_dir, plan=None, world=World(), model_dir=model,
                        noise_scheduler=make_scheduler("epsilon"))  # fmt: skip
         self.output_dir.mkdir(parents=True, exist_ok=True)
