@@ -43,7 +43,9 @@ def main(argv=None):
     with torch.device(device):
         unet = UNet2DConditionModel.from_config(config)
     moments = {number: {"exp_avg": p.detach().clone()} for number, p in enumerate(unet.parameters())}
-    settings = SimpleNamespace(save_on_epoch=False, keep_last=1, save_every_minutes=None, ckpt_dir=None)
+    settings = SimpleNamespace(
+        save_on_epoch=False, keep_last=1, save_every_minutes=None, ckpt_dir=None, lora_rank=None
+    )
     run = SimpleNamespace(
         args=settings,
         output_dir=args.work,

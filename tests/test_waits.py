@@ -236,7 +236,7 @@ def step(unet, tokens, size=(8, 8), masked=True, batch_size=2, precision="fp32")
     }
     (batch,) = on_device([pack(batch)], torch.device("cpu"))
     autocast = autocast_for(torch.device("cpu"), precision)
-    run = bare_run(objective="flow", alphas_cumprod=None, autocast=autocast, args={"use_snr": False})
+    run = bare_run(objective="flow", alphas_cumprod=None, autocast=autocast, args={"use_snr": False, "loss": None})
     loss = trainer.forward_pass(unet, batch, run, torch.float32).loss.mean()
     loss.backward()
     return loss.item()
