@@ -133,6 +133,7 @@ def test_a_batch_that_is_given_takes_the_place_of_the_preset(script, tmp_path):
     assert (args.batch_size, args.gradient_accum, args.gradient_checkpointing, args.precision) == (3, 1, False, None)
 
 
+@pytest.mark.slow
 def test_presets_fit_their_cards_and_take_the_same_samples_a_step(tmp_path):
     from cachetrain.training.memory import Setup
 
