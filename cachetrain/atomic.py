@@ -96,8 +96,11 @@ def staged_file(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def staged_directory(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
+def staged_directory(out: str | Path, overwrite: bool = False, holds: str | None = None) -> Iterator[Path]:
     """Yields a temporary directory beside `out`, which becomes `out` once the block ends; an exception removes it.
+
+    Args:
+        holds: only a directory that has this file, or is empty, is replaced; None: any.
 
     Raises:
         ValueError: `out` exists and may not be replaced.
@@ -107,6 +110,8 @@ def staged_directory(out: str | Path, overwrite: bool = False) -> Iterator[Path]
         raise ValueError(f"{out}: exists; choose another --out, or pass --overwrite")
     if out.exists() and (out.is_symlink() or not out.is_dir()):
         raise ValueError(f"{out}: is not a directory, and is not replaced; choose another --out")
+    if holds and out.is_dir() and any(out.iterdir()) and not (out / holds).is_file():
+        raise ValueError(f"{out}: has no {holds}, so it is not replaced; choose another --out")
     with _stage(out) as stage:
         yield stage
         _sync_tree(stage)

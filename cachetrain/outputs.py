@@ -62,7 +62,7 @@ sheet = Output("sheet", (".png",), _MARK.encode())
 grid = Output("sheet", (".png", ".jpg", ".jpeg", ".webp"), _MARK.encode())
 counts = Output("table of counts", (".csv",), b"folder,tag,count\r\n")
 scores = Output("list of scores", (".json",), b'{\n "trained": {')
-single_file = Output("single file", (".safetensors",), b'"zero_terminal_snr":"')
+single_file = Output("single file", (".safetensors",), b'"objective":"')  # of a model, or of an adapter
 
 
 def save_sheet(image: "Image", path: str | os.PathLike, **settings) -> None:

@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 
 try:
-    from cachetrain import cli
-    from cachetrain.log import info
+    from cachetrain import cli, outputs
+    from cachetrain.log import counted, info
 except ImportError as error:
     print(f"{error}: run `pip install -e .`, or ./quickstart.sh and `source .venv/bin/activate`", file=sys.stderr)
     sys.exit(2)
@@ -40,6 +40,15 @@ def adapter_and_weight(text: str) -> tuple[Path, float]:
     return Path(path), value
 
 
+def output(text: str) -> Path:
+    """A directory, or a file that outputs.single_file may write.
+
+    Raises:
+        argparse.ArgumentTypeError: it is a file of another kind.
+    """
+    return outputs.single_file(text) if text.endswith(".safetensors") else Path(text)
+
+
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     parser.add_argument(
@@ -55,7 +64,11 @@ def parse_args(argv=None):
         "--model", help="base model: directory or Hugging Face model id; default: the one that a checkpoint records"
     )
     parser.add_argument(
-        "--out", required=True, help="pipeline directory to write, or a file that ends in .safetensors, for web UIs"
+        "--out",
+        required=True,
+        type=output,
+        metavar="DIR|FILE",
+        help="pipeline directory to write, or a file that ends in .safetensors, for web UIs",
     )
     parser.add_argument(
         "--dtype", choices=("fp32", "bf16", "fp16"), help="dtype of the merged weights; default: as in the base model"
@@ -77,7 +90,8 @@ def main(argv=None):
     base = find_base(adapters, args.model)
     dtype = args.dtype and load.pick_dtype(args.dtype, "cpu")
     notes = write_merged(base, adapters, args.out, dtype, raw_weights=args.raw_weights, overwrite=args.overwrite)
-    info("\n".join([f"wrote {args.out}: {base} with {len(adapters)} adapters", *(f"note: {note}" for note in notes)]))
+    merged = f"{base} with {counted(len(adapters), 'adapter')}"
+    info("\n".join([f"wrote {args.out}: {merged}", *(f"note: {note}" for note in notes)]))
     return 0
 
 

@@ -330,7 +330,8 @@ def test_ckpt_dir_gets_the_averages_as_diffusers_reads_them(runs, kind):
 def test_export_single_file_writes_the_same_file(runs, tmp_path):
     _, run = runs["sd"]
     out = tmp_path / "sd-000002.safetensors"
-    assert run_script("models/export_single_file.py", "--model", run / "checkpoint-000002", "--out", out) == 0
+    for _ in range(2):  # over an earlier one, too
+        assert run_script("models/export_single_file.py", "--model", run / "checkpoint-000002", "--out", out) == 0
     contents = []
     for path in (out, run.parent / "web" / out.name):
         with safe_open(path, "pt") as file:
@@ -420,6 +421,22 @@ def test_merging_into_a_single_file_is_exporting_the_merged_pipeline(runs, tmp_p
     assert run_script("models/export_single_file.py", *flags) == 0
     ours, theirs = load_file(out), load_file(tmp_path / "exported.safetensors")
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    for path in (out, tmp_path / "merged"):
+        assert merge_script("--lora", checkpoint, "--out", path, "--overwrite") == 0
+
+
+def test_merging_replaces_nothing_of_another_kind(runs, tmp_path, capsys):
+    checkpoint = runs["sd"][1] / "checkpoint-000002"
+    (data := tmp_path / "data").mkdir()
+    (data / "a.txt").write_text("a red circle")
+    save_file({"latent": torch.zeros(4, 8, 8)}, data / "a.safetensors", {"format": "pt"})
+    before = {path.name: path.read_bytes() for path in data.iterdir()}
+    with pytest.raises(ValueError, match=r"data: has no unet/config\.json, so it is not replaced"):
+        merge_script("--lora", checkpoint, "--out", data, "--overwrite")
+    with pytest.raises(SystemExit):
+        merge_script("--lora", checkpoint, "--out", data / "a.safetensors", "--overwrite")
+    assert "exists, and is no single file that these tools wrote" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in data.iterdir()} == before
 
 
 def test_merged_weights_have_the_dtype_of_the_base_model(model_sd, runs, tmp_path):

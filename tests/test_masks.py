@@ -147,7 +147,7 @@ def test_masked_loss_is_that_of_a_plain_loop_and_the_raw_loss_that_of_an_unmaske
     flags = [*FLAGS, "--unmasked_weight", 0.25, "--use_snr", "--gradient_accum", 2]
     held_out = shutil.copytree(masked, tmp_path / "held_out")
     (first, second), weights = train(masked, model_t5, tmp_path / "run", *flags, "--val_data_dir", held_out)
-    assert "6 of the cached images have masks; the others are trained as a whole" in capsys.readouterr().out
+    assert ": 6 masks in the image caches; images without one are trained as a whole" in capsys.readouterr().out
     index = PairIndex([masked], *T5)
     scale = json.loads((model_t5 / "vae" / "config.json").read_text())["scaling_factor"]
     pairs = open_pairs(index, scale, flip_p=1.0)
@@ -175,7 +175,7 @@ def test_masked_loss_is_that_of_a_plain_loop_and_the_raw_loss_that_of_an_unmaske
     (unmasked, _), other = train(masked, model_t5, tmp_path / "plain", *plain)
     assert unmasked["01_Training/loss_raw"] == found[1] and "01_Training/mask_share" not in unmasked
     assert any(not torch.equal(weights[name], other[name]) for name in weights)
-    assert "6 of the cached images have masks, which are not used: pass --unmasked_weight" in capsys.readouterr().out
+    assert "6 masks in the image caches not used: pass --unmasked_weight" in capsys.readouterr().out
     assert second["val/loss"] < second["val/loss_raw"]
 
 

@@ -69,15 +69,22 @@ def base_of(checkpoint: Path, given: str | None = None) -> Path:
     Raises:
         ValueError: it is not there, or its UNet is another one.
     """
-    base = recorded_base(checkpoint)
-    try:
-        model_dir = load.resolve_model(given or base["model"], None if given else base["revision"])
-    except ValueError as error:
-        if given:
-            raise
-        raise ValueError(f"{checkpoint}: its base model is not there ({error}); pass it with --base") from None
+    model_dir = load.resolve_model(given) if given else resolve_base(checkpoint, "--base")
     check_base(checkpoint, model_dir)
     return model_dir
+
+
+def resolve_base(checkpoint: Path, flag: str) -> Path:
+    """Returns the directory of the base model that a checkpoint records; `flag`: the one that names another.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    base = recorded_base(checkpoint)
+    try:
+        return load.resolve_model(base["model"], base["revision"])
+    except ValueError as error:
+        raise ValueError(f"{checkpoint}: its base model is not there ({error}); pass it with {flag}") from None
 
 
 def check_base(checkpoint: Path, model_dir: Path) -> None:

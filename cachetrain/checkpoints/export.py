@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from cachetrain.atomic import staged_file
 from cachetrain.checkpoints import original_layout as layout
+from cachetrain.checkpoints.adapters import weights_of
 from cachetrain.checkpoints.info import checkpoint_info
 from cachetrain.diffusion.noise_schedulers import objective_of
 from cachetrain.modeling import load
@@ -50,15 +51,12 @@ def export_single_file(
         ValueError: the layout cannot represent the model.
     """
     import yaml
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
 
     model_dir, out = Path(model_dir), Path(out)
-    if out.suffix != ".safetensors":
-        raise ValueError(f"{out}: web UIs find files by their suffix; name it .safetensors")
+    check_suffix(out)
     notes, config = check_exportable(model_dir)
     config_file = out.with_suffix(".yaml")  # of this name, web UIs take it for the model's
-    weights = "unet" if raw_weights or not (model_dir / "unet_ema").is_dir() else "unet_ema"
+    weights = weights_of(model_dir, raw_weights)
     tensors = original_tensors(model_dir, weights)
     if dtype is not None:
         tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
@@ -71,14 +69,32 @@ def export_single_file(
     with ExitStack() as stages:  # the config comes last: it is never alone
         if config:
             stages.enter_context(staged_file(config_file)).write_text(yaml.safe_dump(config, sort_keys=False))
-        stage = stages.enter_context(staged_file(out))
-        try:
-            save_file(tensors | markers, stage, metadata | {"notes": "\n".join(notes)})
-        except SafetensorError as error:
-            raise OSError(f"{out}: {error}") from error
+        write_tensors(tensors | markers, out, metadata | {"notes": "\n".join(notes)})
     if not config:
         config_file.unlink(missing_ok=True)
     return notes
+
+
+def check_suffix(out: Path) -> None:
+    """Raises a ValueError if web UIs would not find a file of this name."""
+    if out.suffix != ".safetensors":
+        raise ValueError(f"{out}: web UIs find files by their suffix; name it .safetensors")
+
+
+def write_tensors(tensors: "dict[str, torch.Tensor]", out: Path, metadata: dict[str, str]) -> None:
+    """Writes a .safetensors file, which appears only when complete.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with staged_file(out) as stage:
+        try:
+            save_file(tensors, stage, metadata)
+        except SafetensorError as error:
+            raise OSError(f"{out}: {error}") from error
 
 
 def check_exportable(model_dir: Path, scheduler=None) -> tuple[list[str], dict | None]:

@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cachetrain.atomic import staged_file
 from cachetrain.checkpoints.adapters import BASE_KEY, adapter_file, read_adapter
-from cachetrain.checkpoints.export import objective_notes
+from cachetrain.checkpoints.export import check_suffix, objective_notes, write_tensors
 from cachetrain.checkpoints.info import checkpoint_info
 from cachetrain.checkpoints.kohya import names_of, to_kohya
 from cachetrain.diffusion.noise_schedulers import objective_of
@@ -57,12 +56,8 @@ def export_adapter(
     Raises:
         ValueError: the layout cannot represent the adapter.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     out = Path(out)
-    if out.suffix != ".safetensors":
-        raise ValueError(f"{out}: web UIs find files by their suffix; name it .safetensors")
+    check_suffix(out)
     notes = check_adapter_exportable(base, load.load_scheduler(checkpoint / "scheduler"))
     unet = load.empty_unet(load.component_dir(base, "unet"))
     file = adapter_file(checkpoint, raw_weights)
@@ -73,11 +68,7 @@ def export_adapter(
     metadata = _metadata(checkpoint, adapter, out.stem, load.pooled_width(unet.config) > 0)
     metadata |= {"weights": "unet" if file.parent == checkpoint else "unet_ema", "notes": "\n".join(notes)}
     out.parent.mkdir(parents=True, exist_ok=True)
-    with staged_file(out) as stage:
-        try:
-            save_file(tensors, stage, metadata)
-        except SafetensorError as error:
-            raise OSError(f"{out}: {error}") from error
+    write_tensors(tensors, out, metadata)
     return notes
 
 

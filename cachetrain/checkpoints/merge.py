@@ -15,6 +15,7 @@ from cachetrain.checkpoints.adapters import (
     is_adapter,
     read_adapter,
     recorded_base,
+    resolve_base,
 )
 from cachetrain.checkpoints.export import export_single_file
 from cachetrain.checkpoints.info import FILE, checkpoint_info, write_info
@@ -48,11 +49,7 @@ def find_base(adapters: Sequence[Weighted], given: str | None = None) -> Path:
     checkpoint = next((path for path, _ in adapters if is_adapter(path) and (path / FILE).exists()), None)
     if checkpoint is None:
         raise ValueError(f"{adapters[0].path}: does not record its base model; pass it with --model")
-    base = recorded_base(checkpoint)
-    try:
-        return load.resolve_model(base["model"], base["revision"])
-    except ValueError as error:
-        raise ValueError(f"{checkpoint}: its base model is not there ({error}); pass it with --model") from None
+    return resolve_base(checkpoint, "--model")
 
 
 def merged_unet(base: Path, adapters: Sequence[Weighted], raw_weights: bool = False) -> "torch.nn.Module":
@@ -130,7 +127,7 @@ def write_merged(
     unet.to(dtype or _stored_dtype(load.component_dir(base, "unet")))
     source = next((path for path, _ in adapters if (path / FILE).exists()), base)
     if out.suffix != ".safetensors":
-        with staged_directory(out, overwrite) as stage:
+        with staged_directory(out, overwrite, holds="unet/config.json") as stage:
             _write_pipeline(base, unet, source, stage, shutil.copyfile)
         return []
     with tempfile.TemporaryDirectory(prefix="cachetrain-") as directory:

@@ -104,10 +104,7 @@ def staged(target: Target) -> Iterator[Stage]:
     Raises:
         ValueError: `target.out` is a directory of something else, or exists and may not be replaced.
     """
-    out = Path(target.out)
-    if target.overwrite and out.is_dir() and any(out.iterdir()) and not (out / "model_index.json").is_file():
-        raise ValueError(f"{out}: has no model_index.json, so it is not replaced; choose another --out")
-    with staged_directory(target.out, target.overwrite) as path:
+    with staged_directory(target.out, target.overwrite, holds="model_index.json") as path:
         stage = Stage(path, {})
         try:
             yield stage

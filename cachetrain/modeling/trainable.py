@@ -128,9 +128,9 @@ def apply(unet: UNet2DConditionModel, args: Namespace, seed: int, resumed: bool 
         lora.add(
             unet,
             args.lora_rank,
-            args.lora_alpha or args.lora_rank,
-            args.lora_targets or "attention",
-            dropout=args.lora_dropout or 0.0,
+            args.lora_alpha,
+            args.lora_targets,
+            dropout=args.lora_dropout,
             dora=args.dora,
             seed=seed,
         )

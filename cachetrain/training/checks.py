@@ -15,7 +15,7 @@ from cachetrain.checkpoints.export import check_exportable
 from cachetrain.checkpoints.export_adapter import check_adapter_exportable
 from cachetrain.checkpoints.save import frozen_files
 from cachetrain.data.loader import is_worker_death, worker_death
-from cachetrain.log import describe, first_line, info, warn
+from cachetrain.log import counted, describe, first_line, info, warn
 from cachetrain.modeling import load, trainable
 from cachetrain.modeling.conditioning import cache_command, check_unet, text_kind
 from cachetrain.modeling.files import component_files
@@ -183,11 +183,11 @@ def _check_masks(run):
         )
     if not index.num_masked:
         return
-    masked = f"{index.num_masked:,} of the cached images have masks"
+    masked = counted(index.num_masked, "mask")
     if weight is None:
-        info(f"{masked}, which are not used: pass --unmasked_weight to train on what they leave in")
+        info(f"{masked} in the image caches not used: pass --unmasked_weight to train on what masks leave in")
     else:
-        info(f"--unmasked_weight {weight:g}: {masked}; the others are trained as a whole")
+        info(f"--unmasked_weight {weight:g}: {masked} in the image caches; images without one are trained as a whole")
     if weight is not None and run.held_out is not None and not run.held_out.num_masked:
         info("the validation images have no masks: val/loss counts all of each image")
 

@@ -80,7 +80,8 @@ class Run:
     @property
     def weighted(self) -> bool:
         """Whether what is trained is another loss than the squared error, which is then logged beside it."""
-        return bool(self.args.use_snr) or bool(self.args.loss)
+        args = self.args
+        return bool(args.use_snr or args.loss) or args.unmasked_weight is not None
 
     def learning_rate(self, step: int) -> float:
         """Returns the learning rate of optimizer step `step`, from 1."""

@@ -81,7 +81,7 @@ class Validation:
     def __init__(self, run, pairs):
         self.every_n_steps = run.plan.validation_steps
         # The plain loss is then reported beside the one that is trained.
-        self.weighted = run.weighted or pairs.masked
+        self.weighted = run.weighted
         self.device = run.device
         self.world = run.world
         self._batches = FixedBatches(pairs.index.shape_ids, run.args.batch_size, run.world.rank, run.world.ranks)

@@ -70,7 +70,7 @@ class Logs:
             self.groups,
             run.output_dir,
             gradient_clip=args.gradient_clip,
-            weighted=run.weighted or pairs.masked,
+            weighted=run.weighted,
             masked=pairs.masked,
             flops_per_image=self._flops_per_image(unet) if 5 in self.groups else None,
         )
