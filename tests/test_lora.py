@@ -352,6 +352,14 @@ def test_older_layouts_of_diffusers_are_read_too(model_sd, tmp_path, capsys):
     assert adapter.tensors.keys() == expected.keys()
 
 
+def test_a_damaged_alpha_is_named(runs, model_sd, tmp_path):
+    tensors = load_file(runs["sd"][1].parent / "web" / "sd-000002.safetensors")
+    key = next(key for key in tensors if key.endswith(".alpha"))
+    save_file(tensors | {key: torch.ones(2)}, path := tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=rf"{path}: {key} is of shape \[2\], expected one number; get it again"):
+        adapters.read_adapter(path, fresh_unet(model_sd))
+
+
 # Merging
 
 
@@ -504,7 +512,11 @@ def test_a_run_resumes_on_its_base_model_only_and_as_what_it_was(runs, shapes, m
     resume = [*more, "--val_split", 0.3, "--max_steps", 2, "--resume", run / "checkpoint-000001"]
     out = tmp_path / "resumed"
     assert "was trained on the UNet of" in refused(shapes, other, out, "--lora_rank", 3, *resume, suffixes=CLIP)
-    assert "lora_rank: 3 then, 4 now" in refused(shapes, runs["sd"][0], out, "--lora_rank", 4, *resume, suffixes=CLIP)
+    for rank, dora, line in ((4, [], "lora_rank: 3 then, 4 now"), (3, ["--dora"], "dora: False then, True now")):
+        for anyway in ([], ["--resume_anyway"]):  # which cannot help
+            flags = ["--lora_rank", rank, *dora, *resume, *anyway]
+            message = refused(shapes, runs["sd"][0], out, *flags, suffixes=CLIP)
+            assert f"holds another adapter: {line}; restore these settings" in message
     plain = ["--max_steps", 2, "--resume", run / "checkpoint-000001", "--resume_anyway"]
     assert "holds an adapter" in refused(shapes, runs["sd"][0], out, *plain, suffixes=CLIP)
 

@@ -30,6 +30,7 @@ from sdxl_fixtures import SDXL, copy_with, ids_of_training_script, load_pipeline
 from cachetrain.data.dataset import SampleKey
 from cachetrain.data.index import PairIndex
 from cachetrain.data.sidecar import read_sidecar, write_sidecar
+from cachetrain.modeling import conditioning
 
 STEPS = 5
 
@@ -116,6 +117,7 @@ def test_caches_of_another_model_are_refused_with_the_command_that_makes_the_rig
         for model, named in ((model_sdxl, model_sdxl), (bare / "sdxl", "MODEL")):
             message = refused(shapes, model, tmp_path / "run", suffixes=CLIP)
             assert f"cache/create_sdxl_text.py --model {named} --data_root {shapes}" in message
+            assert "and pass --txtcache_suffix .txt_sdxl" in message
         for model, named in ((model_sd, model_sd), (bare / "sd", "MODEL")):
             message = refused(shapes_sdxl, model, tmp_path / "run", suffixes=SDXL)
             assert f"cache/create_clipl.py --model {named} --data_root {shapes_sdxl}" in message
@@ -123,6 +125,10 @@ def test_caches_of_another_model_are_refused_with_the_command_that_makes_the_rig
         assert f"cache/create_t5cache_768.py --model {model_t5} --data_root {shapes_sdxl}" in message
         message = refused(shapes, model_sdxl, tmp_path / "run", suffixes=T5)
         assert f"cache/create_sdxl_text.py --model {model_sdxl} --data_root {shapes}" in message
+        message = refused(shapes_sdxl, bare / "sdxl", tmp_path / "run", "--sample_prompt", "a", suffixes=SDXL)
+        assert f"{bare / 'sdxl'}: a UNet without a VAE cannot draw samples" in message
+    command = conditioning.cache_command("sdxl", model_sdxl, "d", "txt_sdxl", ".txt_mine")
+    assert command == f"cache/create_sdxl_text.py --model {model_sdxl} --data_root d --cache_suffix .txt_mine"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from cache_fixtures import changed, picture, save_pictures, sidecars
 from diffusers import AutoencoderKL
-from helpers import T5, WIDE, open_pairs, run_script, train
+from helpers import T5, WIDE, open_pairs, refused, run_script, train
 from PIL import Image
 from runs import RESUME, Runs, content
 
@@ -43,6 +43,15 @@ def cropped(shapes, model_t5, tmp_path_factory):
     flags = ["--resolution", 64, "--crops", 3, "--flip", "--mask", "files", "--num_workers", 0]
     assert run_script("cache/create_img_sdxl.py", "--data_root", data, "--model", model_t5, *flags) == 0
     return data
+
+
+def test_sizes_of_which_one_has_no_masks_are_refused_with_masked_loss(cropped, model_t5, tmp_path):
+    data = shutil.copytree(cropped, tmp_path / "data")
+    flags = ["--resolution", 128, "--cache_suffix", ".img_128", "--num_workers", 0]
+    assert run_script("cache/create_img_sdxl.py", "--data_root", data, "--model", model_t5, *flags) == 0
+    flags = ["--imgcache_suffix", ".img_sdxl", ".img_128", "--unmasked_weight", 0]
+    message = refused(data, model_t5, tmp_path / "run", *flags, "--cond_dropout", 0)
+    assert f"{data}/0.img_sdxl with --mask files; {data}/0.img_128 without --mask; cache all sizes" in message
 
 
 @torch.no_grad()

@@ -78,6 +78,8 @@ def from_kohya(tensors: Mapping[str, torch.Tensor], unet: torch.nn.Module) -> Ad
             raise ValueError(f"{key} belongs to no layer of the UNet; pass the adapter's base model")
         module = modules[name]
         if part == "alpha":
+            if tensor.numel() != 1:
+                raise ValueError(f"{key} is of shape {list(tensor.shape)}, expected one number; get it again")
             alphas[module] = tensor.item()
         elif part == "dora_scale":
             conv = unet.get_submodule(module).weight.ndim > 2

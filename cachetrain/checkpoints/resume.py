@@ -92,6 +92,9 @@ class Resumed:
                 f"{self.path}: holds {'an adapter' if saved.get('lora_rank') else 'a UNet'}, and this run trains "
                 "something else; restore --lora_rank"
             )
+        shapes = [line for line in refused if line.partition(":")[0] in _OF_ADAPTER]
+        if shapes and saved.get("lora_rank"):
+            raise ValueError(f"{self.path}: holds another adapter: {'; '.join(shapes)}; restore these settings")
         if refused and not anyway:
             raise ValueError(
                 f"{self.path}: this would not be the run that was saved: {'; '.join(refused)}; restore these "
@@ -174,6 +177,7 @@ class Resumed:
 _OF_EACH_ELEMENT = {"exp_avg", "exp_avg_sq", "kahan_comp"}
 _NEVER_NEGATIVE = {"step", "exp_avg_sq"}
 # What another value of a setting means that is no flag (`Resumed.check`).
+_OF_ADAPTER = ("lora_rank", "lora_targets", "dora")  # decide which tensors an adapter has
 _MEANINGS = {"ranks": "rounding", "torch": "rounding"}
 
 

@@ -236,7 +236,7 @@ def compose_sdxl(unet: str | Path, vae: str | Path, clip_l: str | Path, clip_g: 
     Raises:
         ValueError: a part cannot be found, or the parts do not fit together.
     """
-    from cachetrain.modeling.text_encoders import SdxlTextEncoder
+    from cachetrain.modeling.text_encoders import SdxlTextEncoder, check_second_encoder
 
     unet_root = load.resolve_model(unet, subfolders=("unet",))
     unet_dir, vae_dir = load.component_dir(unet_root, "unet"), _resolve(vae, "vae")
@@ -248,11 +248,7 @@ def compose_sdxl(unet: str | Path, vae: str | Path, clip_l: str | Path, clip_g: 
     _check_kind(unet_dir, True, ("compose_sd.py", "compose_sdxl.py"))
     for name in ("text_encoder", "text_encoder_2"):
         _check_architecture(parts[name], "clip")
-    if read_config(parts["text_encoder_2"]).get("architectures") == ["CLIPTextModel"]:
-        raise ValueError(
-            f"{parts['text_encoder_2']}: this CLIPTextModel has no projection of its pooled output, as SDXL's second "
-            "text encoder has; pass bigG (text_encoder_2 of an SDXL pipeline) as --clip_g, and ViT-L as --clip_l"
-        )
+    check_second_encoder(parts["text_encoder_2"])
     vae_module, fresh = load.load_vae(vae_dir), _starts_fresh(unet_dir, target)
     with staged(target) as stage:
         for name, directory in parts.items():

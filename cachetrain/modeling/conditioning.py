@@ -139,23 +139,34 @@ def num_elements(kind: str, widths: Mapping[str, int], num_tokens: int, num_samp
     return num_tokens * widths[row.sequence] + num_samples * sum(widths[name] for name in row.vectors)
 
 
-def cache_command(family: str, model: str | Path, data_root: str) -> str:
+def cache_command(family: str, model: str | Path, data_root: str, kind: str, suffix: str) -> str:
     """Returns the command line that caches captions for a model of this family (load.text_family).
 
     A bare UNet cannot encode captions: the command then leaves the model open, and says so.
+
+    Args:
+        kind, suffix: of the text caches that do not fit: others of the kind take their place, others of another kind
+            get its usual suffix.
     """
-    script = next(row.script for row in KINDS.values() if row.encoder == family)
+    right, script = next((name, row.script) for name, row in KINDS.items() if row.encoder == family)
     bare = Path(model).is_dir() and not (Path(model) / "text_encoder").is_dir()
-    command = shlex.join([f"cache/{script}", "--model", "MODEL" if bare else str(model), "--data_root", data_root])
+    words = [f"cache/{script}", "--model", "MODEL" if bare else str(model), "--data_root", data_root]
+    if right == kind and suffix != f".{kind}":
+        words += ["--cache_suffix", suffix]
+    command = shlex.join(words)
+    if right != kind and suffix != f".{right}":
+        command += f", and pass --txtcache_suffix .{right}"
     return f"{command}, where MODEL has the text encoders that belong to this UNet" if bare else command
 
 
-def check_unet(kind: str, widths: Mapping[str, int], unet_config: Mapping, model: str | Path, data_root: str) -> None:
+def check_unet(
+    kind: str, widths: Mapping[str, int], unet_config: Mapping, model: str | Path, data_root: str, suffix: str
+) -> None:
     """Checks that a UNet with this config takes the tensors of these text caches.
 
     Args:
         widths: {name of a text tensor: width D}.
-        model, data_root: of the UNet and of the caches, for messages.
+        model, data_root, suffix: of the UNet and of the caches, for messages.
 
     Raises:
         ValueError: the UNet takes a pooled vector and time ids but the caches have no pooled vector, or vice versa; a
@@ -165,12 +176,12 @@ def check_unet(kind: str, widths: Mapping[str, int], unet_config: Mapping, model
     if row.vectors and not pooled:
         raise ValueError(
             f"{data_root}: captions of kind {kind} have a pooled vector, for SDXL, but the UNet of {model} takes "
-            f"none; run {cache_command('clip', model, data_root)}"
+            f"none; run {cache_command('clip', model, data_root, kind, suffix)}"
         )
     if pooled and row.encoder == "clip":
         raise ValueError(
             f"{data_root}: captions of kind {kind} have no pooled vector, but the UNet of {model} is SDXL's and "
-            f"takes one; run {cache_command('sdxl', model, data_root)}"
+            f"takes one; run {cache_command('sdxl', model, data_root, kind, suffix)}"
         )
     expected = {row.sequence: load.text_width(unet_config), **dict.fromkeys(row.vectors, pooled)}
     for name, width in expected.items():
@@ -178,7 +189,7 @@ def check_unet(kind: str, widths: Mapping[str, int], unet_config: Mapping, model
             what = "text embeddings" if name == row.sequence else "pooled text vectors"
             raise ValueError(
                 f"{data_root}: {what} have width {widths[name]}, the UNet expects {width}; cache "
-                f"the captions with this model: {cache_command(row.encoder, model, data_root)}"
+                f"the captions with this model: {cache_command(row.encoder, model, data_root, kind, suffix)}"
             )
 
 

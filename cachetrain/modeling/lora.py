@@ -153,7 +153,7 @@ def load(unet: torch.nn.Module, path: Path) -> None:
     if wrong:
         raise ValueError(
             f"{path}: is not the adapter of these settings: missing, left over or of another shape: "
-            f"{counted(len(wrong), 'tensor')} (like {wrong[0]}); restore --lora_rank and --lora_targets"
+            f"{counted(len(wrong), 'tensor')} (like {wrong[0]}); restore --lora_rank, --lora_targets and --dora"
         )
     with torch.no_grad():
         for name, parameter in parameters.items():

@@ -8,6 +8,7 @@ import torch
 from cachetrain.log import counted
 from cachetrain.modeling import load
 from cachetrain.modeling.conditioning import MAX_TOKENS, text_kind
+from cachetrain.modeling.files import read_config
 
 # Settings of a text cache that decide how captions are encoded, and what they can be.
 _SETTINGS = {
@@ -135,6 +136,7 @@ class SdxlTextEncoder:
         for directory in (first, second):
             if load.text_architecture(directory) != "clip":
                 raise ValueError(f"{directory}: is not CLIP; expected SDXL's two CLIP encoders")
+        check_second_encoder(second)
         self.encoders = [
             load.load_text_encoder(first, dtype).to(device),
             load.load_text_encoder(second, dtype, projected=True).to(device),
@@ -176,6 +178,15 @@ class SdxlTextEncoder:
             empty = torch.tensor([len(tokens) == 2 for tokens in ids])  # beginning and end only
             emb[empty], pooled[empty] = 0, 0
         return [{"emb": e, "pooled": p} for e, p in zip(emb, pooled, strict=True)]
+
+
+def check_second_encoder(directory: Path) -> None:
+    """Raises a ValueError if the config of SDXL's second text encoder is that of an encoder without a projection."""
+    if read_config(directory).get("architectures") == ["CLIPTextModel"]:
+        raise ValueError(
+            f"{directory}: this CLIPTextModel has no projection of its pooled output, as SDXL's second text encoder "
+            "has; ViT-L is the first (text_encoder, --clip_l), bigG the second (text_encoder_2, --clip_g)"
+        )
 
 
 def _tokenize(tokenizer, captions, max_length):

@@ -15,6 +15,7 @@ from cachetrain.checkpoints.export import check_exportable
 from cachetrain.checkpoints.export_adapter import check_adapter_exportable
 from cachetrain.checkpoints.save import frozen_files
 from cachetrain.data.loader import is_worker_death, worker_death
+from cachetrain.data.sidecar import settings_of
 from cachetrain.log import counted, describe, first_line, info, warn
 from cachetrain.modeling import load, trainable
 from cachetrain.modeling.conditioning import cache_command, check_unet, text_kind
@@ -41,7 +42,7 @@ def check_fit(index, config: dict, args: Namespace) -> None:
                 f"{where}: latents are {shape}, the UNet expects {config['in_channels']} channels; cache the images "
                 "with the VAE of this model"
             )
-    check_unet(index.text_kind, index.text_widths, config, args.model, where)
+    check_unet(index.text_kind, index.text_widths, config, args.model, where, index.text_suffix)
     if load.has_text_projection(config) and index.text_settings.get("raw") is False:
         raise ValueError(
             f"{where}: captions were cached with a projection, but the UNet has a projection itself; cache the "
@@ -83,7 +84,7 @@ def check_encoders(index, model_dir: Path) -> None:
             raise ValueError(
                 f"{encoder}: the text encoder is {architecture.upper()}, but the captions were cached with "
                 f"{expected.upper()}; pass the model that the captions were cached with, or run "
-                + cache_command(architecture, model_dir, index.directories[0])
+                + cache_command(architecture, model_dir, index.directories[0], index.text_kind, index.text_suffix)
             )
         if index.text_settings.get("raw") is False and not (model_dir / "projection").is_dir():
             raise ValueError(
@@ -95,7 +96,7 @@ def check_encoders(index, model_dir: Path) -> None:
             raise ValueError(
                 f"{model_dir}: its model_index.json and the text caches differ in force_zeros_for_empty_prompt, so "
                 "that pictures would be drawn with another null than the trained one; run "
-                + cache_command(architecture, model_dir, index.directories[0])
+                + cache_command(architecture, model_dir, index.directories[0], index.text_kind, index.text_suffix)
             )
         made_by = index.text_kind, index.text_settings
         if _made_with_others(index.text_header, index.text_settings, load.text_files(model_dir, *made_by)):
@@ -183,6 +184,8 @@ def _check_masks(run):
         )
     if not index.num_masked:
         return
+    if weight is not None:
+        _check_masks_of_sizes(index)
     masked = counted(index.num_masked, "mask")
     if weight is None:
         info(f"{masked} in the image caches not used: pass --unmasked_weight to train on what masks leave in")
@@ -190,6 +193,20 @@ def _check_masks(run):
         info(f"--unmasked_weight {weight:g}: {masked} in the image caches; images without one are trained as a whole")
     if weight is not None and run.held_out is not None and not run.held_out.num_masked:
         info("the validation images have no masks: val/loss counts all of each image")
+
+
+def _check_masks_of_sizes(index):
+    """Checks that the caches of an image are all made with masks, or all without."""
+    headers = list(index.image_headers.items())  # of each directory, that of each size
+    for start in range(0, len(headers), index.sizes):
+        of_directory = headers[start : start + index.sizes]
+        masks = {path: settings_of(path, header).get("mask") for path, header in of_directory}
+        if len(set(masks.values())) > 1:
+            made = (f"{path} {f'with --mask {mask}' if mask else 'without --mask'}" for path, mask in masks.items())
+            raise ValueError(
+                f"--unmasked_weight: what one size of an image leaves out would be trained at another: "
+                f"{'; '.join(made)}; cache all sizes with the same --mask"
+            )
 
 
 def _frozen_bytes(model_dir):

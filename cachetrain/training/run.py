@@ -176,6 +176,11 @@ def open_run(args: Namespace, world: World, saved_settings: dict | None = None) 
             f"--timestep_shift {args.timestep_shift:g}: is for flow matching, but the objective is "
             f"{objective_of(noise_scheduler)}; omit it, or pass --objective flow"
         )
+    if (args.sample_prompt or args.sample_prompts) and not (model_dir / "vae").is_dir():
+        raise ValueError(
+            f"{model_dir}: a UNet without a VAE cannot draw samples; pass a pipeline directory as --model, or omit "
+            "--sample_prompt and --sample_prompts"
+        )
     if args.precision is None:
         args.precision = _default_precision(world.device, (saved_settings or {}).get("precision"))
     dtype = torch.bfloat16 if args.precision.startswith("bf16") else torch.float32
