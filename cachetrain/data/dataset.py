@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from cachetrain.data import rng
 from cachetrain.data.index import PairIndex
-from cachetrain.data.sidecar import num_crops, numbered, of_crop, read_sidecar
+from cachetrain.data.sidecar import num_crops, numbered, of_crop, tensors_of
 from cachetrain.data.variants import draw_variant, sources_of
 from cachetrain.diffusion.objective import timestep_fraction
 from cachetrain.modeling.conditioning import Conditioning, num_variants
@@ -35,7 +35,7 @@ class SampleKey(NamedTuple):
 
 
 class Sidecars:
-    """Reads the sidecars of an index from disk; verifies their content, and that they still fit the run.
+    """Reads the sidecars of an index from files or shards; verifies their content, and that they still fit the run.
 
     All methods raise ValueError or OSError with the path for a sidecar that cannot be used.
     """
@@ -45,15 +45,13 @@ class Sidecars:
 
     def image(self, i: int) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """Returns (tensors by name, header metadata) of the image sidecar of pair `i`."""
-        tensors, header = read_sidecar(self.index.image_path(i))
-        self.index.check_image(i, header)
-        return tensors, header.metadata
+        data, header = self.index.image_sidecar(i)
+        return tensors_of(data, self.index.image_path, i), header.metadata
 
     def text(self, i: int) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """Returns (tensors by name, header metadata) of the text sidecar of pair `i`, with all of its variants."""
-        tensors, header = read_sidecar(self.index.text_path(i))
-        self.index.check_text(i, header)
-        return tensors, header.metadata
+        data, header = self.index.text_sidecar(i)
+        return tensors_of(data, self.index.text_path, i), header.metadata
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,17 @@ from tqdm import tqdm
 from cachetrain import cli
 from cachetrain.data.links import Links
 from cachetrain.data.many_files import PackedStrings, in_threads
-from cachetrain.data.sidecar import NULL_STEM, RUN_KEYS, SUFFIXES, Header, SidecarError, read_header, settings_of
+from cachetrain.data.shard_set import ShardSet, shard_folders
+from cachetrain.data.sidecar import (
+    NULL_STEM,
+    RUN_KEYS,
+    SUFFIXES,
+    Header,
+    SidecarError,
+    read_header,
+    read_verified,
+    settings_of,
+)
 from cachetrain.data.unused import MULTIPLY, is_numbered, repeats_in_name
 from cachetrain.data.variants import sources_of
 from cachetrain.data.walk import image_stems, is_image, walk_folders
@@ -33,7 +43,9 @@ _MULTIPLE = cli.Number(float, 0, cli.repeats.most)
 
 
 class PairIndex:
-    """The pairs under some directories and the contents of their headers, without a Python object per pair.
+    """The pairs in some directories and the contents of their headers, without a Python object per pair.
+
+    A directory is a folder of sidecars or a shard set.
 
     With several image suffixes, a pair has an image sidecar of each: it is as many samples, which follow each other.
     Else samples and pairs are the same. Methods take the number of a sample.
@@ -48,6 +60,7 @@ class PairIndex:
         caption_sources: list of the suffixes of the files that variants come from, as ".txt".
         text_widths: {name of a text tensor: width D}.
         repeats: float32 [N], how often each pair comes up in an epoch, on average.
+        item_bytes: size of an element of the text tensors.
         image_header, text_header: headers of the first pair.
         image_headers: {path of an image sidecar: its header}, of the first pair of each directory.
         num_masked: number of image sidecars with a mask.
@@ -72,7 +85,7 @@ class PairIndex:
         kohya_repeats: bool = False,
         every_size: bool = False,
     ):
-        """Walks `directories` and reads every header once; several ranks share the reading.
+        """Lists `directories` and reads every header once; several ranks share the reading.
 
         A folder that lies in several of the directories belongs to the first of them.
 
@@ -102,9 +115,9 @@ class PairIndex:
         self._stems = PackedStrings()
         self._starts = []  # for each directory, the place of its first pair in _stems
         self._positions = None  # in a subset, its samples in the whole index
-        folder_repeats = self._list_pairs(repeats or [1.0] * len(self.directories))
-        self.repeats = np.repeat(*(np.array(column) for column in zip(*folder_repeats, strict=True)))
-        self.repeats = self.repeats.astype(np.float32).repeat(self.sizes)
+        self._sets = {}  # number of a directory that is a shard set -> (ShardSet, list of Part)
+        of_pairs = self._list_pairs(repeats or [1.0] * len(self.directories))
+        self.repeats = np.concatenate(of_pairs).astype(np.float32).repeat(self.sizes)
         self._check_repeats()
         self._read_headers(world)
 
@@ -151,26 +164,35 @@ class PairIndex:
         """Latent shape (C, h, w) of pair `i`."""
         return self.shapes[self.shape_ids[i]]
 
-    def check_image(self, i: int, header: Header) -> None:
-        """Checks that the image sidecar of pair `i` has not been replaced by one that does not fit the run.
+    def image_sidecar(self, i: int) -> tuple[bytes, Header]:
+        """Returns the bytes of the image sidecar of sample `i` and its Header, verified.
 
         Raises:
-            SidecarError: shape, encoder or settings are no longer those of the run.
+            SidecarError: it is damaged, or no longer of the run's shape, encoder or settings.
+            OSError: it cannot be read.
         """
+        if packed := self._packed(i):
+            return packed[0].read(packed[1], self._place(i) % self.sizes)
         path = self.image_path(i)
+        data, header = read_verified(path)
         first = self.image_headers[self._first_like(i)]
         _check_unchanged(path, first.run_identity, header.run_identity)
         if (shape := _latent_shape(path, header)) != self.shape(i):
             raise SidecarError(f"{path}: replaced since the run started: the latent was {self.shape(i)}, is {shape}")
+        return data, header
 
-    def check_text(self, i: int, header: Header) -> None:
-        """Like `check_image`, for the text sidecar of pair `i`; its tokens and variants may have changed."""
+    def text_sidecar(self, i: int) -> tuple[bytes, Header]:
+        """Like `image_sidecar`, for the text sidecar of sample `i`; its tokens and variants may have changed."""
+        if (packed := self._packed(i)) and not self.one_text:
+            return packed[0].read(packed[1], self.sizes)
         path = self.text_path(i)
+        data, header = read_verified(path)
         _check_unchanged(path, self.text_header.run_identity, header.run_identity)
         if (widths := check_text(self.text_kind, path, header)[1]) != self.text_widths:
             raise SidecarError(
                 f"{path}: replaced since the run started: its widths were {self.text_widths}, are {widths}"
             )
+        return data, header
 
     def checksum(self) -> int:
         """Checksum of the list of pairs: names relative to data directories, order, sizes, repeats and encoders.
@@ -217,6 +239,9 @@ class PairIndex:
         return self._image_path_at(self._place(i))
 
     def text_path(self, i: int) -> str:
+        """Path of the text sidecar of sample `i`; for messages, as in a shard set it is no path."""
+        if (packed := self._packed(i)) and not self.one_text:
+            return packed[0].where(packed[1], self.sizes)
         return self.one_text or self.stem(i) + self.text_suffix
 
     def caption_stem(self, i: int) -> str:
@@ -241,14 +266,17 @@ class PairIndex:
             warn(f"{path} and {self.text_path(0)}: as only one has a header, one encoder may not have made both")
 
     def _list_pairs(self, repeats):
-        """Lists the pairs of all directories; returns (repeats, number of pairs) of each folder."""
-        folder_repeats, visited, directories = [], set(), []
+        """Lists the pairs of all directories; returns a list of arrays, the repeats of all pairs."""
+        of_pairs, visited, directories = [], set(), []
         for directory, number in zip(self.directories, repeats, strict=True):
             start, num_repeated = len(self._stems), self.links.num_repeated
-            for multiple, stems in self._folders(directory, visited):
-                for stem in stems:
-                    self._stems.append(stem)
-                folder_repeats.append((number * multiple, len(stems)))
+            if shard_folders(directory, self.image_suffixes[0]) and not self._was_listed(directory, visited):
+                of_pairs.append(number * self._list_set(directory, len(directories)))
+            else:
+                for multiple, stems in self._folders(directory, visited):
+                    for stem in stems:
+                        self._stems.append(stem)
+                    of_pairs.append(np.full(len(stems), number * multiple))
             if len(self._stems) > start:
                 self._starts.append(start)
                 directories.append(directory)
@@ -262,16 +290,47 @@ class PairIndex:
                 expected = " and ".join(f"*{suffix}" for suffix in suffixes)
                 raise ValueError(f"{directory}: no pairs of {expected}; run the cache scripts on it first")
         self.directories = directories
-        return folder_repeats
+        return of_pairs
+
+    def _was_listed(self, directory, visited):
+        real_path = os.path.realpath(directory)
+        self.links.num_repeated += real_path in visited
+        return real_path in visited or visited.add(real_path)
+
+    def _list_set(self, directory, number):
+        """Lists the pairs of a shard set, directory `number` of those with pairs; returns their repeats."""
+        shard_set = ShardSet(directory, (*self.image_suffixes, *([] if self.one_text else [self.text_suffix])))
+        root = os.fsencode(os.path.join(directory, ""))
+        columns = shard_set.read_indexes(self.sizes, lambda name: self._stems.append_bytes(root + name))
+        self.num_unpaired += shard_set.num_unpaired
+        self._sets[number] = shard_set, columns
+        return columns.repeats
+
+    def _packed(self, i):
+        """(ShardSet, number of the pair in it) of sample `i`; None if its sidecars are files."""
+        if not self._sets:
+            return None
+        directory = self._directory_of(i)
+        if directory not in self._sets:
+            return None
+        return self._sets[directory][0], self._place(i) // self.sizes - self._starts[directory]
 
     def _place(self, i):
         """The number of sample `i` in the whole index, of which this may be a subset."""
         return i if self._positions is None else int(self._positions[i])
 
     def _directory_of(self, i):
-        return bisect_right(self._starts, self._place(i) // self.sizes) - 1
+        return self._directory_at(self._place(i))
+
+    def _directory_at(self, place):
+        """Number of the directory of a sample of the whole index."""
+        return bisect_right(self._starts, place // self.sizes) - 1
 
     def _image_path_at(self, place):
+        directory = self._directory_at(place)
+        if directory in self._sets:
+            pair = place // self.sizes - self._starts[directory]
+            return self._sets[directory][0].where(pair, place % self.sizes)
         return self._stems[place // self.sizes] + self.image_suffixes[place % self.sizes]
 
     def _first_like(self, i):
@@ -340,51 +399,91 @@ class PairIndex:
         return sorted(paired)
 
     def _read_headers(self, world):
-        shapes = {}
         rank, ranks = (world.rank, world.ranks) if world else (0, 1)
         self.num_foreign = self.num_masked = 0
         self.shape_ids = np.zeros(len(self), np.uint16)
         self.image_bytes = np.zeros(len(self), np.uint32)
         self.tokens = np.zeros(len(self), np.uint16)
         self.all_tokens = np.zeros(len(self), np.uint32)
-        sources = set()
         (self.image_header, *_), self.text_header = self._headers(0)
         _, self.text_widths = check_text(self.text_kind, self.text_path(0), self.text_header)
+        self.item_bytes = self.text_header.item_bytes
         # Directories and sizes may differ in settings; within a directory all settings of a size must agree.
-        firsts = [self._image_path_at(place) for place in self.samples_of(np.array(self._starts))]
-        self.image_headers = {path: read_header(path) for path in firsts}
+        firsts = [int(place) for place in self.samples_of(np.array(self._starts))]
+        self.image_headers = {self.image_path(i): self._image_header(i) for i in firsts}
         for path, image in self.image_headers.items():
-            check_same_run(self.image_header, image, firsts[0], path, may_differ="settings")
-        pairs = in_threads(self._headers, range(rank, self.num_pairs, ranks))
-        total = len(range(rank, self.num_pairs, ranks))
-        for pair, (images, text) in tqdm(
-            pairs, desc="headers", total=total, unit="pair", disable=None if not rank else 1
-        ):
-            i = pair * self.sizes
-            for sample, image in enumerate(images, start=i):
-                path, first = self.image_path(sample), self._first_like(sample)
-                if image.run_identity != self.image_headers[first].run_identity:
-                    check_same_run(self.image_headers[first], image, first, path)
-                shape = _latent_shape(path, image)
-                self.shape_ids[sample] = shapes.setdefault(shape, len(shapes))
-                self.image_bytes[sample] = image.num_bytes
-                self.num_masked += "mask" in image.shapes
-            if text.run_identity != self.text_header.run_identity:
-                check_same_run(self.text_header, text, self.text_path(0), self.text_path(i))
-            lengths, widths = check_text(self.text_kind, self.text_path(i), text)
-            self.tokens[i : i + self.sizes], self.all_tokens[i : i + self.sizes] = max(lengths), sum(lengths)
-            if len(lengths) > 1:
-                sources.update(sources_of(self.text_path(i), text.metadata, len(lengths)))
-            if widths != self.text_widths:
-                raise ValueError(
-                    f"{self.text_path(i)}: has tensors of width {widths}, {self.text_path(0)} of "
-                    f"{self.text_widths}; encode both with the same model"
-                )
-            self.num_foreign += text.foreign or any(image.foreign for image in images)
+            check_same_run(self.image_header, image, self.image_path(0), path, may_differ="settings")
+        shapes, sources = {}, set()
+        ends = [*self._starts[1:], self.num_pairs]
+        spans = [range(start, end) for start, end in zip(self._starts, ends, strict=True)]
+        shares = [span[(rank - span.start) % ranks :: ranks] for span in spans]
+        num_files = sum(len(share) for number, share in enumerate(shares) if number not in self._sets)
+        with tqdm(desc="headers", total=num_files, unit="pair", disable=None if not rank else 1) as progress:
+            for number, share in enumerate(shares):
+                if number in self._sets:
+                    self._add_set(number, share, shapes, sources)
+                    continue
+                for pair, (images, text) in in_threads(self._headers, share):
+                    self._add_headers(pair, images, text, shapes, sources)
+                    progress.update()
         self.shapes = list(shapes)
         self.caption_sources = sorted(sources)
         if ranks > 1:
             self._merge(world)
+
+    def _add_headers(self, pair, images, text, shapes, sources):
+        """Checks the headers of a pair of sidecars, and adds what they say."""
+        i = pair * self.sizes
+        for sample, image in enumerate(images, start=i):
+            path, first = self.image_path(sample), self._first_like(sample)
+            if image.run_identity != self.image_headers[first].run_identity:
+                check_same_run(self.image_headers[first], image, first, path)
+            shape = _latent_shape(path, image)
+            self.shape_ids[sample] = shapes.setdefault(shape, len(shapes))
+            self.image_bytes[sample] = image.num_bytes
+            self.num_masked += "mask" in image.shapes
+        if text.run_identity != self.text_header.run_identity:
+            check_same_run(self.text_header, text, self.text_path(0), self.text_path(i))
+        lengths, widths = check_text(self.text_kind, self.text_path(i), text)
+        self.tokens[i : i + self.sizes], self.all_tokens[i : i + self.sizes] = max(lengths), sum(lengths)
+        if len(lengths) > 1:
+            sources.update(sources_of(self.text_path(i), text.metadata, len(lengths)))
+        self._check_widths(i, widths)
+        self.num_foreign += text.foreign or any(image.foreign for image in images)
+
+    def _add_set(self, number, share, shapes, sources):
+        """Checks what the indexes of a shard set say, and adds what they say of some of its pairs.
+
+        Args:
+            number: of the directory.
+            share: range of pairs.
+        """
+        start, columns = self._starts[number], self._sets[number][1]
+        pairs = np.arange(share.start, share.stop, share.step)
+        samples, of_set = self.samples_of(pairs), self.samples_of(pairs - start)
+        ids = np.array([shapes.setdefault(shape, len(shapes)) for shape in columns.shapes], np.uint16)
+        self.shape_ids[samples] = ids[columns.shape_ids[of_set]]
+        self.image_bytes[samples] = columns.image_bytes[of_set]
+        self.num_masked += int(columns.masked[of_set].sum())
+        sources.update(columns.sources)
+        if self.one_text:
+            lengths, widths = check_text(self.text_kind, self.one_text, self.text_header)
+            self.tokens[samples], self.all_tokens[samples] = max(lengths), sum(lengths)
+        else:
+            widths = columns.widths
+            self.tokens[samples] = columns.tokens[pairs - start].repeat(self.sizes)
+            self.all_tokens[samples] = columns.all_tokens[pairs - start].repeat(self.sizes)
+            first = start * self.sizes
+            check_same_run(self.text_header, self._headers(start)[1], self.text_path(0), self.text_path(first))
+        self._check_widths(start * self.sizes, widths)
+        self._sets[number] = self._sets[number][0], None  # frees the columns
+
+    def _check_widths(self, i, widths):
+        if widths != self.text_widths:
+            raise ValueError(
+                f"{self.text_path(i)}: has tensors of width {widths}, {self.text_path(0)} of {self.text_widths}; "
+                "encode both with the same model"
+            )
 
     def _merge(self, world):
         """Combines the headers read by all ranks; checks that all ranks list the same pairs."""
@@ -407,8 +506,15 @@ class PairIndex:
     def _headers(self, pair):
         """(list of headers of the image sidecars, header of the text sidecar) of a pair."""
         first = pair * self.sizes
-        images = [read_header(self.image_path(i)) for i in range(first, first + self.sizes)]
-        return images, self.text_header if self.one_text and pair else read_header(self.text_path(first))
+        images = [self._image_header(i) for i in range(first, first + self.sizes)]
+        if self.one_text and pair:
+            return images, self.text_header
+        packed = None if self.one_text else self._packed(first)
+        return images, packed[0].read(packed[1], self.sizes)[1] if packed else read_header(self.text_path(first))
+
+    def _image_header(self, i):
+        packed = self._packed(i)
+        return packed[0].read(packed[1], i % self.sizes)[1] if packed else read_header(self.image_path(i))
 
 
 def _latent_shape(path, header):
@@ -447,7 +553,8 @@ def _read_multiple(path):
 
 def null_caption_path(directories: Iterable[str | os.PathLike], text_suffix: str) -> Path | None:
     """Path of the first `_null_caption` sidecar found in the data directories; None if there is none."""
-    paths = (Path(directory) / (NULL_STEM + text_suffix) for directory in directories)
+    folders = ([directory, *shard_folders(directory, text_suffix)] for directory in directories)
+    paths = (Path(folder) / (NULL_STEM + text_suffix) for of_directory in folders for folder in of_directory)
     return next((path for path in paths if path.exists()), None)
 
 

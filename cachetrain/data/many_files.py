@@ -28,7 +28,11 @@ class PackedStrings:
         self._ends = array("Q")
 
     def append(self, string: str) -> None:
-        self._bytes += os.fsencode(string)
+        self.append_bytes(os.fsencode(string))
+
+    def append_bytes(self, string: bytes) -> None:
+        """Appends a string as `os.fsencode` gives it."""
+        self._bytes += string
         self._ends.append(len(self._bytes))
 
     def __len__(self) -> int:

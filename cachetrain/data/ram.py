@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from tqdm import tqdm
 
 from cachetrain.data.index import PairIndex
 from cachetrain.data.many_files import in_threads
-from cachetrain.data.sidecar import ITEM_BYTES, metadata_of, read_verified
+from cachetrain.data.sidecar import metadata_of
 from cachetrain.modeling.conditioning import num_elements
 
 _HEADER_BYTES = 2048  # about the size of a sidecar without its tensors
@@ -39,13 +40,13 @@ class RamCache:
         self._total = self._per_pair * index.num_pairs + self._one_text
         self._data = bytearray()
         self._ends = array("Q", [0])
-        paths = (path for pair in range(index.num_pairs) for path in self._paths(index, pair))
+        reads = (read for pair in range(index.num_pairs) for read in self._reads(index, pair))
         for _, (data, _) in tqdm(
-            in_threads(read_verified, paths), desc="into memory", total=self._total, unit="file", disable=None
+            in_threads(lambda read: read(), reads), desc="into memory", total=self._total, unit="file", disable=None
         ):
             self._append(data)
         if self._one_text:
-            self._append(read_verified(index.one_text)[0])
+            self._append(index.text_sidecar(0)[0])
 
     def image(self, i: int) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """Same as Sidecars.image."""
@@ -58,12 +59,12 @@ class RamCache:
         data = self._bytes(place)
         return load(data), metadata_of(data)
 
-    def _paths(self, index, pair):
-        """Yields the paths of a pair's sidecars."""
+    def _reads(self, index, pair):
+        """Yields functions that read a pair's sidecars."""
         samples = range(pair * index.sizes, (pair + 1) * index.sizes)
-        yield from map(index.image_path, samples)
+        yield from (partial(index.image_sidecar, i) for i in samples)
         if not self._one_text:
-            yield index.text_path(samples[0])
+            yield partial(index.text_sidecar, samples[0])
 
     def _append(self, data):
         self._data += data
@@ -78,7 +79,7 @@ def needed_bytes(index: PairIndex) -> int:
     images = int(index.image_bytes.sum(dtype=np.int64))
     num_tokens = int(index.all_tokens[:: index.sizes].sum(dtype=np.int64))
     text = num_elements(index.text_kind, index.text_widths, num_tokens, index.num_pairs)
-    text *= max(ITEM_BYTES.get(dtype, 4) for dtype in index.text_header.dtypes.values())
+    text *= index.item_bytes
     return images + (0 if index.one_text else text) + _HEADER_BYTES * (len(index) + index.num_pairs)
 
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from itertools import count
 from math import prod
 from pathlib import Path
@@ -51,6 +51,9 @@ _FORMS = {
     "mask_share": _DECIMAL,
 }
 
+# What parsing a malformed header raises.
+_MALFORMED = (AttributeError, KeyError, TypeError, ValueError, IndexError, RecursionError)
+
 # Placeholder in the header for a hash that is not computed yet.
 _NO_SHA256 = "0" * 64
 
@@ -83,6 +86,11 @@ class Header(NamedTuple):
     def num_bytes(self) -> int:
         """Size of the tensors."""
         return sum(prod(shape) * ITEM_BYTES.get(self.dtypes[name], 4) for name, shape in self.shapes.items())
+
+    @property
+    def item_bytes(self) -> int:
+        """Size of an element of the widest dtype."""
+        return max(ITEM_BYTES.get(dtype, 4) for dtype in self.dtypes.values())
 
     @property
     def run_identity(self) -> tuple[str, ...]:
@@ -124,16 +132,21 @@ def write_sidecar(path: str | Path, tensors: "dict[str, torch.Tensor]", metadata
             safetensors does not check, and `header_sha256` covers the rest, so that a header can be verified without
             reading the tensors.
     """
+    atomic_write(path, sidecar_bytes(tensors, metadata))
+
+
+def sidecar_bytes(tensors: "dict[str, torch.Tensor]", metadata: dict[str, str]) -> bytes:
+    """Returns the bytes of one sidecar, as `write_sidecar` writes them; the same content gives the same bytes."""
     from safetensors.torch import save
 
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     added = {"cachetrain_format": FORMAT, "sha256": _NO_SHA256, "header_sha256": _NO_SHA256}
-    data = save(tensors, metadata | added)
+    data = _in_order(save(tensors, metadata | added))
     start = _payload_start(data)
     payload = memoryview(data)[start:]
     header = data[:start].replace(_entry("sha256"), _entry("sha256", hashlib.sha256(payload).hexdigest()))
     header = header.replace(_entry("header_sha256"), _entry("header_sha256", hashlib.sha256(header).hexdigest()))
-    atomic_write(path, b"".join((header, payload)))
+    return b"".join((header, payload))
 
 
 def read_header(path: str | Path) -> Header:
@@ -162,14 +175,23 @@ def read_sidecar(path: str | Path) -> "tuple[dict[str, torch.Tensor], Header]":
         SidecarError: the file does not match its hashes, or cannot be parsed.
         OSError: the file cannot be opened.
     """
+    data, header = read_verified(path)
+    return tensors_of(data, str, path), header
+
+
+def tensors_of(data: bytes, where: Callable[..., str], *args: object) -> "dict[str, torch.Tensor]":
+    """Returns the tensors of a verified sidecar by name; where(*args) names it in the error message.
+
+    Raises:
+        SidecarError: they cannot be parsed.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    data, header = read_verified(path)
     try:
-        return load(data), header
+        return load(data)
     except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch lacks
-        raise SidecarError(f"{path}: {error}; run the cache script again") from error
+        raise SidecarError(f"{where(*args)}: {error}; run the cache script again") from error
 
 
 def read_verified(path: str | Path) -> tuple[bytes, Header]:
@@ -182,6 +204,18 @@ def read_verified(path: str | Path) -> tuple[bytes, Header]:
             f"{path}: tensors do not match their SHA-256; delete the file, or run the cache script with --full"
         )
     return data, header
+
+
+def header_of(data: bytes) -> Header:
+    """Returns the Header of a verified sidecar from the file's bytes.
+
+    Raises:
+        SidecarError: it is no safetensors file.
+    """
+    try:
+        return _header(json.loads(data[8 : _payload_start(data)]))
+    except _MALFORMED as error:
+        raise SidecarError("not a readable safetensors file") from error
 
 
 def metadata_of(data: bytes) -> dict[str, str]:
@@ -213,6 +247,16 @@ def _entry(key, digest=_NO_SHA256):
     return f'"{key}":"{digest}"'.encode()
 
 
+def _in_order(data):
+    """A safetensors file with its metadata sorted by name; safetensors writes them in random order."""
+    start = _payload_start(data)
+    table = json.loads(data[8:start])
+    table["__metadata__"] = dict(sorted(table["__metadata__"].items()))
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # safetensors aligns the tensors
+    return len(text).to_bytes(8, "little") + text + data[start:]
+
+
 def _payload_start(data):
     return 8 + int.from_bytes(data[:8], "little")
 
@@ -224,14 +268,10 @@ def _parse(path, data, size):
         if start > _MAX_HEADER:
             raise ValueError
         table = json.loads(data[8:start])
-        metadata = table.pop("__metadata__", {})
-        header = Header(
-            {name: str(value) for name, value in metadata.items()},
-            {name: tuple(map(_count, entry["shape"])) for name, entry in table.items()},
-            {name: str(entry["dtype"]) for name, entry in table.items()},
-        )
+        metadata = table.get("__metadata__", {})
+        header = _header(table)
         end = start + max((_count(entry["data_offsets"][1]) for entry in table.values()), default=0)
-    except (AttributeError, KeyError, TypeError, ValueError, IndexError, RecursionError) as error:
+    except _MALFORMED as error:
         raise SidecarError(f"{path}: not a readable safetensors file; run the cache script again") from error
     if end != size:
         raise SidecarError(
@@ -250,6 +290,16 @@ def _parse(path, data, size):
         raise SidecarError(f"{path}: the header does not match its SHA-256; run the cache script again")
     _check_fields(path, header.metadata)
     return header
+
+
+def _header(table):
+    """The Header of a parsed JSON header, from which its metadata are removed."""
+    metadata = table.pop("__metadata__", {})
+    return Header(
+        {name: str(value) for name, value in metadata.items()},
+        {name: tuple(map(_count, entry["shape"])) for name, entry in table.items()},
+        {name: str(entry["dtype"]) for name, entry in table.items()},
+    )
 
 
 def _count(value):

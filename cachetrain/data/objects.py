@@ -1,0 +1,74 @@
+"""Directories and object storage alike, by obstore: list what is there, and put what is not there yet."""
+
+import os
+from pathlib import Path
+
+
+def open_store(where: str | os.PathLike):
+    """Opens a directory, which is made if need be, or `s3://bucket/path`, `gs://bucket/path`, `az://container/path`.
+
+    Settings of object storage come from the environment, as AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL or
+    GOOGLE_SERVICE_ACCOUNT. Do not use it in a forked process: obstore hangs there.
+
+    Returns:
+        a store of obstore.
+
+    Raises:
+        ValueError: obstore is not installed, or the address cannot be used.
+    """
+    try:
+        from obstore.exceptions import BaseError
+        from obstore.store import LocalStore, from_url
+    except ImportError:
+        raise ValueError("shards need the package obstore: pip install -e '.[cloud]'") from None
+    try:
+        if is_url(where):
+            options = {"allow_http": True} if os.environ.get("AWS_ENDPOINT_URL", "").startswith("http:") else None
+            return from_url(str(where), client_options=options)
+        return LocalStore(Path(where).expanduser(), mkdir=True)
+    except BaseError as error:
+        raise ValueError(f"{where}: cannot be opened: {_first_line(error)}") from error
+
+
+def is_url(where: str | os.PathLike) -> bool:
+    return "://" in str(where)
+
+
+def names_in(store) -> list[str]:
+    """The names of all objects, sorted.
+
+    Raises:
+        OSError: they cannot be listed.
+    """
+    import obstore
+    from obstore.exceptions import BaseError
+
+    try:
+        return sorted(entry["path"] for page in obstore.list(store) for entry in page)
+    except BaseError as error:
+        raise OSError(f"{store}: cannot be listed: {_first_line(error)}") from error
+
+
+def put_new(store, name: str, data: bytes) -> bool:
+    """Writes an object whole, or not at all if there is one of this name.
+
+    Returns:
+        whether this call wrote it.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    import obstore
+    from obstore.exceptions import AlreadyExistsError, BaseError
+
+    try:
+        obstore.put(store, name, data, mode="create", use_multipart=False)
+        return True
+    except AlreadyExistsError:
+        return False
+    except (BaseError, OSError) as error:
+        raise OSError(f"{store}: {name} cannot be written: {_first_line(error)}") from error
+
+
+def _first_line(error):
+    return str(error).strip().partition("\n")[0]

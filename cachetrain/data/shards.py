@@ -1,0 +1,226 @@
+"""Shards: tars of many sidecars with an index in front, so that millions of pairs are thousands of files.
+
+A shard is an uncompressed tar. Its first member is the index, a safetensors file; the others are sidecars, byte for
+byte as they lie beside an image, so that `tar xf` gives them back and other programs for tars of samples read them.
+
+The index has of each row, int arrays [N] unless noted:
+    offset, length    of the sidecar in the tar, in bytes
+    sha256            uint8 [N, 32], of the whole sidecar
+    key               BLAKE2b of the row's name, which decides what --val_split holds out
+    names, name_ends  uint8 [bytes], the names one after the other, and where each ends
+    shape             place of the latent's shape in the field `shapes`
+    tokens            text length in tokens, of the longest variant of a caption; all_tokens: of all variants
+    num_bytes         of the tensors
+    masked            whether there is a mask
+    repeats           float32, how often the pair comes up in an epoch, on average
+Its fields say what all rows agree on: RUN_KEYS, shapes, widths, suffix.
+"""
+
+import hashlib
+import json
+import os
+import tarfile
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from cachetrain.data.sidecar import RUN_KEYS, Header, SidecarError, header_of
+from cachetrain.reading import named_errors, open_regular
+
+SHARD_FORMAT = "1"
+INDEX = "__index__/index.safetensors"
+
+_BLOCK, _MAX_INDEX = 512, 2**30
+_NO_SHA256 = "0" * 64
+
+
+class Row(NamedTuple):
+    """One sidecar to pack.
+
+    Attributes:
+        name: path of the pair without a suffix, relative to its data directory.
+        data: bytes of the sidecar.
+        shape: latent shape (C, h, w); () in a text sidecar.
+        tokens: number of tokens of each variant of the caption; () in an image sidecar.
+        sources: where the variants of the caption come from.
+    """
+
+    name: str
+    data: bytes
+    header: Header
+    shape: tuple[int, ...] = ()
+    tokens: tuple[int, ...] = ()
+    sources: tuple[str, ...] = ()
+    repeats: float = 1.0
+
+
+def name_key(name: str) -> int:
+    """The key of a name, uint64: its hash."""
+    return int.from_bytes(hashlib.blake2b(os.fsencode(name), digest_size=8).digest(), "big")
+
+
+def build_shard(rows: Sequence[Row], suffix: str, widths: dict[str, int]) -> bytes:
+    """Returns the bytes of a shard; the same rows give the same bytes.
+
+    Args:
+        suffix: of the sidecars, added to the names of the members.
+        widths: {name of a text tensor: width}; {} in shards of images.
+
+    Raises:
+        ValueError: rows differ in one of RUN_KEYS.
+    """
+    first = rows[0]
+    for row in rows:
+        for key, a, b in zip(RUN_KEYS, first.header.run_identity, row.header.run_identity, strict=True):
+            if a != b:
+                raise ValueError(f"{row.name}{suffix}: differs in {key} from {first.name}{suffix}")
+    shapes = list(dict.fromkeys(row.shape for row in rows))
+    heads = [_member_header(row.name + suffix, len(row.data)) for row in rows]
+    ends = np.cumsum([len(head) + _padded(len(row.data)) for head, row in zip(heads, rows, strict=True)])
+    starts = ends - [_padded(len(row.data)) for row in rows]
+    names = [os.fsencode(row.name) for row in rows]
+    arrays = {
+        "offset": starts.astype(np.uint64),
+        "length": np.array([len(row.data) for row in rows], np.uint32),
+        "sha256": _digests(hashlib.sha256(row.data).digest() for row in rows),
+        "key": np.array([name_key(row.name) for row in rows], np.uint64),
+        "names": np.frombuffer(b"".join(names), np.uint8),
+        "name_ends": np.cumsum([len(name) for name in names]).astype(np.uint32),
+        "shape": np.array([shapes.index(row.shape) for row in rows], np.uint16),
+        "tokens": np.array([max(row.tokens, default=0) for row in rows], np.uint16),
+        "all_tokens": np.array([sum(row.tokens) for row in rows], np.uint32),
+        "num_bytes": np.array([row.header.num_bytes for row in rows], np.uint32),
+        "masked": np.array(["mask" in row.header.shapes for row in rows], np.uint8),
+        "repeats": np.array([row.repeats for row in rows], np.float32),
+    }
+    fields = {
+        "shard_format": SHARD_FORMAT,
+        "suffix": suffix,
+        "shapes": shapes,
+        "widths": widths,
+        "item_bytes": max(first.header.item_bytes, *(row.header.item_bytes for row in rows)),
+        "sources": sorted({source for row in rows for source in row.sources}),
+        **dict(zip(RUN_KEYS, first.header.run_identity, strict=True)),
+    }
+    size = len(_index_bytes(arrays, fields))  # offsets do not change it
+    arrays["offset"] += np.uint64(_BLOCK + _padded(size))
+    parts = [_member_header(INDEX, size), _padded_bytes(_index_bytes(arrays, fields))]
+    for head, row in zip(heads, rows, strict=True):
+        parts += [head, _padded_bytes(row.data)]
+    return b"".join([*parts, bytes(2 * _BLOCK)])
+
+
+class Shard:
+    """A shard on disk, opened; rows are numbered from 0.
+
+    Attributes:
+        fields: dict, what all rows agree on.
+        arrays: {name: array}, of each row, as in the index.
+
+    Raises:
+        SidecarError: it is no shard, or its index is damaged.
+        OSError: it cannot be opened.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = os.fspath(path)
+        self._file = open_regular(path)
+        with named_errors(path):
+            head = os.pread(self._file.fileno(), _BLOCK, 0)
+            is_shard = head[: len(INDEX) + 1] == INDEX.encode() + b"\0"
+            size = int(head[124:135], 8) if is_shard else _MAX_INDEX + 1
+            if size > _MAX_INDEX:
+                raise SidecarError(f"{path}: is not a shard; pack the folder again")
+            data = os.pread(self._file.fileno(), size, _BLOCK)
+            self.arrays, self.fields = _parse_index(path, data)
+            end = int(self.arrays["offset"][-1]) + _padded(int(self.arrays["length"][-1])) + 2 * _BLOCK
+            if os.fstat(self._file.fileno()).st_size != end:
+                raise SidecarError(f"{path}: is truncated; copy or pack it again")
+
+    def __len__(self) -> int:
+        return len(self.arrays["offset"])
+
+    @property
+    def run_identity(self) -> tuple[str, ...]:
+        """The values of RUN_KEYS, on which all rows agree."""
+        return tuple(self.fields[key] for key in RUN_KEYS)
+
+    def names(self) -> list[bytes]:
+        """The names of all rows, as the file system encodes them."""
+        names, ends = self.arrays["names"].tobytes(), self.arrays["name_ends"].tolist()
+        return [names[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+    def where(self, row: int) -> str:
+        """`00012-5be2c0d1.tar#a.img_sdxl`, with the path of the shard."""
+        ends = self.arrays["name_ends"]
+        name = self.arrays["names"][ends[row - 1] if row else 0 : ends[row]].tobytes()
+        return f"{self.path}#{os.fsdecode(name)}{self.fields['suffix']}"
+
+    def read(self, row: int) -> bytes:
+        """The bytes of a sidecar, verified.
+
+        Raises:
+            SidecarError: they do not match the SHA-256 in the index.
+        """
+        with named_errors(self.path):
+            data = os.pread(self._file.fileno(), int(self.arrays["length"][row]), int(self.arrays["offset"][row]))
+        if hashlib.sha256(data).digest() != self.arrays["sha256"][row].tobytes():
+            raise SidecarError(
+                f"{self.where(row)}: row {row} does not match the SHA-256 in the shard's index; copy or pack the "
+                "shard again"
+            )
+        return data
+
+    def read_with_header(self, row: int) -> tuple[bytes, Header]:
+        """The bytes of a sidecar and its Header, verified; raises like `read`."""
+        data = self.read(row)
+        return data, header_of(data)
+
+
+def _index_bytes(arrays, fields):
+    from safetensors.numpy import save
+
+    # One JSON text: safetensors writes several fields in random order.
+    metadata = {"shard": json.dumps(fields | {"sha256": _NO_SHA256})}
+    data = save(arrays, metadata)
+    return data.replace(_NO_SHA256.encode(), hashlib.sha256(data).hexdigest().encode(), 1)
+
+
+def _parse_index(path, data):
+    """(arrays, fields) of the bytes of an index, verified."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    damaged = f"{path}: its index is damaged; copy or pack it again"
+    try:
+        arrays = load(data)
+        fields = json.loads(header_of(data).metadata["shard"])
+        digest = fields["sha256"]
+    except (SafetensorError, SidecarError, ValueError, KeyError, TypeError) as error:
+        raise SidecarError(damaged) from error
+    blank = data.replace(digest.encode(), _NO_SHA256.encode(), 1)
+    if hashlib.sha256(blank).hexdigest() != digest:
+        raise SidecarError(damaged)
+    if fields["shard_format"] != SHARD_FORMAT:
+        raise SidecarError(f"{path}: has format {fields['shard_format']}, this version reads {SHARD_FORMAT}")
+    return arrays, fields
+
+
+def _member_header(name, size):
+    """The block or blocks in front of a member; long names and other letters than ASCII take several."""
+    info = tarfile.TarInfo(name)
+    info.size = size
+    return info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+
+
+def _padded(size):
+    return -(-size // _BLOCK) * _BLOCK
+
+
+def _padded_bytes(data):
+    return data + bytes(_padded(len(data)) - len(data))
+
+
+def _digests(digests: Iterable[bytes]) -> np.ndarray:
+    return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
