@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from cachetrain.data import rng
 from cachetrain.data.index import PairIndex
-from cachetrain.data.sidecar import num_crops, numbered, of_crop, tensors_of
+from cachetrain.data.sidecar import num_crops, numbered, of_crop
 from cachetrain.data.variants import draw_variant, sources_of
 from cachetrain.diffusion.objective import timestep_fraction
 from cachetrain.modeling.conditioning import Conditioning, num_variants
@@ -45,13 +45,11 @@ class Sidecars:
 
     def image(self, i: int) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """Returns (tensors by name, header metadata) of the image sidecar of pair `i`."""
-        data, header = self.index.image_sidecar(i)
-        return tensors_of(data, self.index.image_path, i), header.metadata
+        return self.index.image_tensors(i)
 
     def text(self, i: int) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """Returns (tensors by name, header metadata) of the text sidecar of pair `i`, with all of its variants."""
-        data, header = self.index.text_sidecar(i)
-        return tensors_of(data, self.index.text_path, i), header.metadata
+        return self.index.text_tensors(i)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import copy
 import os
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,9 +25,11 @@ from cachetrain.data.sidecar import (
     SUFFIXES,
     Header,
     SidecarError,
+    metadata_of,
     read_header,
     read_verified,
     settings_of,
+    tensors_of,
 )
 from cachetrain.data.unused import MULTIPLY, is_numbered, repeats_in_name
 from cachetrain.data.variants import sources_of
@@ -37,6 +39,8 @@ from cachetrain.modeling.conditioning import check_tensor, check_text
 from cachetrain.reading import read_bytes
 
 if TYPE_CHECKING:
+    import torch
+
     from cachetrain.distributed import World
 
 _MULTIPLE = cli.Number(float, 0, cli.repeats.most)
@@ -164,8 +168,22 @@ class PairIndex:
         """Latent shape (C, h, w) of pair `i`."""
         return self.shapes[self.shape_ids[i]]
 
-    def image_sidecar(self, i: int) -> tuple[bytes, Header]:
-        """Returns the bytes of the image sidecar of sample `i` and its Header, verified.
+    def image_tensors(self, i: int) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
+        """Returns (tensors by name, header fields) of the image sidecar of sample `i`; raises like `image_sidecar`."""
+        if packed := self._packed(i):
+            return packed[0].tensors(packed[1], self._place(i) % self.sizes)
+        data = self.image_sidecar(i)
+        return tensors_of(data, self.image_path, i), metadata_of(data)
+
+    def text_tensors(self, i: int) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
+        """Like `image_tensors`, for the text sidecar of sample `i`, with all variants of the caption."""
+        if (packed := self._packed(i)) and not self.one_text:
+            return packed[0].tensors(packed[1], self.sizes)
+        data = self.text_sidecar(i)
+        return tensors_of(data, self.text_path, i), metadata_of(data)
+
+    def image_sidecar(self, i: int) -> bytes:
+        """Returns the bytes of the image sidecar of sample `i`, verified.
 
         Raises:
             SidecarError: it is damaged, or no longer of the run's shape, encoder or settings.
@@ -179,9 +197,9 @@ class PairIndex:
         _check_unchanged(path, first.run_identity, header.run_identity)
         if (shape := _latent_shape(path, header)) != self.shape(i):
             raise SidecarError(f"{path}: replaced since the run started: the latent was {self.shape(i)}, is {shape}")
-        return data, header
+        return data
 
-    def text_sidecar(self, i: int) -> tuple[bytes, Header]:
+    def text_sidecar(self, i: int) -> bytes:
         """Like `image_sidecar`, for the text sidecar of sample `i`; its tokens and variants may have changed."""
         if (packed := self._packed(i)) and not self.one_text:
             return packed[0].read(packed[1], self.sizes)
@@ -192,7 +210,7 @@ class PairIndex:
             raise SidecarError(
                 f"{path}: replaced since the run started: its widths were {self.text_widths}, are {widths}"
             )
-        return data, header
+        return data
 
     def checksum(self) -> int:
         """Checksum of the list of pairs: names relative to data directories, order, sizes, repeats and encoders.
@@ -510,11 +528,11 @@ class PairIndex:
         if self.one_text and pair:
             return images, self.text_header
         packed = None if self.one_text else self._packed(first)
-        return images, packed[0].read(packed[1], self.sizes)[1] if packed else read_header(self.text_path(first))
+        return images, packed[0].header(packed[1], self.sizes) if packed else read_header(self.text_path(first))
 
     def _image_header(self, i):
         packed = self._packed(i)
-        return packed[0].read(packed[1], i % self.sizes)[1] if packed else read_header(self.image_path(i))
+        return packed[0].header(packed[1], i % self.sizes) if packed else read_header(self.image_path(i))
 
 
 def _latent_shape(path, header):

@@ -41,12 +41,12 @@ class RamCache:
         self._data = bytearray()
         self._ends = array("Q", [0])
         reads = (read for pair in range(index.num_pairs) for read in self._reads(index, pair))
-        for _, (data, _) in tqdm(
+        for _, data in tqdm(
             in_threads(lambda read: read(), reads), desc="into memory", total=self._total, unit="file", disable=None
         ):
             self._append(data)
         if self._one_text:
-            self._append(index.text_sidecar(0)[0])
+            self._append(index.text_sidecar(0))
 
     def image(self, i: int) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """Same as Sidecars.image."""

@@ -14,14 +14,18 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from cachetrain.data.shards import Shard
-from cachetrain.data.sidecar import RUN_KEYS, Header, SidecarError
+from cachetrain.data.sidecar import RUN_KEYS, Header, SidecarError, header_of
+
+if TYPE_CHECKING:
+    import torch
 
 _SHARD = re.compile(r"(?P<number>[0-9]{5,})-[0-9a-f]{8}\.tar")
 _MAX_OPEN = 64  # shards that a process keeps open
@@ -75,7 +79,7 @@ class ShardSet:
         self._paths = [[of_half[number] for of_half in listed] for number in numbers]
         for of_half in listed:
             self.num_unpaired += sum(len(Shard(path)) for number, path in of_half.items() if number not in numbers)
-        self._ends = np.zeros(0, np.int64)  # of the pairs of each number
+        self._ends = []  # of the pairs of each number
         self._rows = {}  # place of a number whose rows do not match one by one -> the rows in each half
         self._open = OrderedDict()  # (place of a number, half) -> Shard
 
@@ -102,7 +106,7 @@ class ShardSet:
             ends.append(len(rows[0]))
             for name, array in _columns(halves, rows, sizes, codes).items():
                 columns.setdefault(name, []).append(array)
-        self._ends = np.cumsum(np.array(ends, np.int64))
+        self._ends = np.cumsum(np.array(ends, np.int64)).tolist()
         columns = {name: np.concatenate(arrays) for name, arrays in columns.items()}
         present, first = np.unique(columns["shape_ids"], return_index=True)
         present = present[np.argsort(first)]
@@ -118,10 +122,19 @@ class ShardSet:
             **columns,
         )
 
-    def read(self, pair: int, half: int) -> tuple[bytes, Header]:
-        """The bytes of a sidecar and its Header, verified; raises like Shard.read."""
+    def read(self, pair: int, half: int) -> bytes:
+        """The bytes of a sidecar, verified; raises like Shard.read."""
         shard, row = self._at(pair, half)
-        return shard.read_with_header(row)
+        return bytes(shard.read(row))
+
+    def header(self, pair: int, half: int) -> Header:
+        """The Header of a sidecar, verified; raises like Shard.read."""
+        return header_of(self.read(pair, half))
+
+    def tensors(self, pair: int, half: int) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
+        """As Shard.tensors."""
+        shard, row = self._at(pair, half)
+        return shard.tensors(row)
 
     def where(self, pair: int, half: int) -> str:
         """Where the sidecar is, for messages; see Shard.where."""
@@ -145,8 +158,8 @@ class ShardSet:
         return rows
 
     def _at(self, pair, half):
-        place = int(np.searchsorted(self._ends, pair, side="right"))
-        row = pair - (int(self._ends[place - 1]) if place else 0)
+        place = bisect_right(self._ends, pair)
+        row = pair - (self._ends[place - 1] if place else 0)
         if place in self._rows:
             row = int(self._rows[place][half][row])
         return self._shard(place, half), row

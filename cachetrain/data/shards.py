@@ -5,6 +5,8 @@ byte as they lie beside an image, so that `tar xf` gives them back and other pro
 
 The index has of each row, int arrays [N] unless noted:
     offset, length    of the sidecar in the tar, in bytes
+    start             of the tensors in the sidecar
+    layout            place in the field `layouts`: {tensor: [dtype, shape, begin, end]}
     sha256            uint8 [N, 32], of the whole sidecar
     key               BLAKE2b of the row's name, which decides what --val_split holds out
     names, name_ends  uint8 [bytes], the names one after the other, and where each ends
@@ -13,20 +15,26 @@ The index has of each row, int arrays [N] unless noted:
     num_bytes         of the tensors
     masked            whether there is a mask
     repeats           float32, how often the pair comes up in an epoch, on average
-Its fields say what all rows agree on: RUN_KEYS, shapes, widths, suffix.
+Its fields say what all rows agree on: RUN_KEYS, shapes, widths, suffix. Reading a row takes one read and one SHA-256;
+the sidecar's own header is parsed only if its fields are asked for.
 """
 
 import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from math import prod
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from cachetrain.data.sidecar import RUN_KEYS, Header, SidecarError, header_of
+from cachetrain.data.sidecar import RUN_KEYS, Header, SidecarError, header_of, layout_of, metadata_of, tensors_of
 from cachetrain.reading import named_errors, open_regular
+
+if TYPE_CHECKING:
+    import torch
 
 SHARD_FORMAT = "1"
 INDEX = "__index__/index.safetensors"
@@ -76,6 +84,9 @@ def build_shard(rows: Sequence[Row], suffix: str, widths: dict[str, int]) -> byt
             if a != b:
                 raise ValueError(f"{row.name}{suffix}: differs in {key} from {first.name}{suffix}")
     shapes = list(dict.fromkeys(row.shape for row in rows))
+    starts_and_layouts = [layout_of(row.data) for row in rows]
+    layouts = {}  # JSON of a layout -> its place
+    layout = [layouts.setdefault(json.dumps(one), len(layouts)) for _, one in starts_and_layouts]
     heads = [_member_header(row.name + suffix, len(row.data)) for row in rows]
     ends = np.cumsum([len(head) + _padded(len(row.data)) for head, row in zip(heads, rows, strict=True)])
     starts = ends - [_padded(len(row.data)) for row in rows]
@@ -83,7 +94,9 @@ def build_shard(rows: Sequence[Row], suffix: str, widths: dict[str, int]) -> byt
     arrays = {
         "offset": starts.astype(np.uint64),
         "length": np.array([len(row.data) for row in rows], np.uint32),
-        "sha256": _digests(hashlib.sha256(row.data).digest() for row in rows),
+        "start": np.array([start for start, _ in starts_and_layouts], np.uint32),
+        "layout": np.array(layout, np.uint16),
+        "sha256": _rows_of(hashlib.sha256(row.data).digest() for row in rows),
         "key": np.array([name_key(row.name) for row in rows], np.uint64),
         "names": np.frombuffer(b"".join(names), np.uint8),
         "name_ends": np.cumsum([len(name) for name in names]).astype(np.uint32),
@@ -98,6 +111,7 @@ def build_shard(rows: Sequence[Row], suffix: str, widths: dict[str, int]) -> byt
         "shard_format": SHARD_FORMAT,
         "suffix": suffix,
         "shapes": shapes,
+        "layouts": list(map(json.loads, layouts)),
         "widths": widths,
         "item_bytes": max(first.header.item_bytes, *(row.header.item_bytes for row in rows)),
         "sources": sorted({source for row in rows for source in row.sources}),
@@ -157,25 +171,76 @@ class Shard:
         name = self.arrays["names"][ends[row - 1] if row else 0 : ends[row]].tobytes()
         return f"{self.path}#{os.fsdecode(name)}{self.fields['suffix']}"
 
-    def read(self, row: int) -> bytes:
+    def read(self, row: int) -> bytearray:
         """The bytes of a sidecar, verified.
 
         Raises:
             SidecarError: they do not match the SHA-256 in the index.
         """
+        data = bytearray(self._lengths[row])
         with named_errors(self.path):
-            data = os.pread(self._file.fileno(), int(self.arrays["length"][row]), int(self.arrays["offset"][row]))
-        if hashlib.sha256(data).digest() != self.arrays["sha256"][row].tobytes():
+            os.preadv(self._file.fileno(), [data], self._offsets[row])
+        if hashlib.sha256(data).digest() != self._digests[32 * row : 32 * row + 32]:
             raise SidecarError(
                 f"{self.where(row)}: row {row} does not match the SHA-256 in the shard's index; copy or pack the "
                 "shard again"
             )
         return data
 
-    def read_with_header(self, row: int) -> tuple[bytes, Header]:
-        """The bytes of a sidecar and its Header, verified; raises like `read`."""
-        data = self.read(row)
-        return data, header_of(data)
+    def tensors(self, row: int) -> "tuple[dict[str, torch.Tensor], Mapping[str, str]]":
+        """Reads and verifies a sidecar; returns (tensors by name, header fields). Raises like `read`."""
+        import torch
+
+        dtypes = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+        data, tensors = self.read(row), {}
+        start, layout = self._starts[row], self.fields["layouts"][self._layouts[row]]
+        for name, (dtype, shape, begin, _) in layout.items():
+            if dtype not in dtypes:
+                return tensors_of(bytes(data), self.where, row), _Fields(data)
+            flat = torch.frombuffer(data, dtype=dtypes[dtype], count=prod(shape), offset=start + begin)
+            tensors[name] = flat.view(shape)
+        return tensors, _Fields(data)
+
+    # As lists and bytes: an element of an array takes longer than a whole read of the page cache.
+    @cached_property
+    def _offsets(self):
+        return self.arrays["offset"].tolist()
+
+    @cached_property
+    def _lengths(self):
+        return self.arrays["length"].tolist()
+
+    @cached_property
+    def _starts(self):
+        return self.arrays["start"].tolist()
+
+    @cached_property
+    def _layouts(self):
+        return self.arrays["layout"].tolist()
+
+    @cached_property
+    def _digests(self):
+        return self.arrays["sha256"].tobytes()
+
+
+class _Fields(Mapping):
+    """The header fields of a verified sidecar, parsed when they are first asked for."""
+
+    def __init__(self, data: bytes):
+        self._data = data
+
+    @cached_property
+    def _fields(self):
+        return metadata_of(self._data)
+
+    def __getitem__(self, name: str) -> str:
+        return self._fields[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._fields)
+
+    def __len__(self) -> int:
+        return len(self._fields)
 
 
 def _index_bytes(arrays, fields):
@@ -222,5 +287,5 @@ def _padded_bytes(data):
     return data + bytes(_padded(len(data)) - len(data))
 
 
-def _digests(digests: Iterable[bytes]) -> np.ndarray:
+def _rows_of(digests: Iterable[bytes]) -> np.ndarray:
     return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)

@@ -218,6 +218,14 @@ def header_of(data: bytes) -> Header:
         raise SidecarError("not a readable safetensors file") from error
 
 
+def layout_of(data: bytes) -> tuple[int, dict[str, tuple]]:
+    """Returns (where the tensors of a verified sidecar start, {name: (dtype, shape, begin, end)}) from its bytes."""
+    start = _payload_start(data)
+    table = json.loads(data[8:start])
+    table.pop("__metadata__", None)
+    return start, {name: (e["dtype"], e["shape"], *e["data_offsets"]) for name, e in table.items()}
+
+
 def metadata_of(data: bytes) -> dict[str, str]:
     """Returns the header fields of a verified sidecar from the file's bytes."""
     return json.loads(data[8 : _payload_start(data)]).get("__metadata__", {})
