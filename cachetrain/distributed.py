@@ -17,6 +17,7 @@ class World:
         rank: number of this process, from 0.
         ranks: number of processes.
         main: whether this is rank 0, the only rank that writes files.
+        first_of_machine: whether this is the first rank on its machine.
         device: torch.device of this rank.
         ddp: the DistributedDataParallel that `wrap` made, or None.
     """
@@ -34,6 +35,7 @@ class World:
         self.rank = int(os.environ.get("RANK", 0))
         self.ranks = int(os.environ.get("WORLD_SIZE", 1))
         self.main = self.rank == 0
+        self.first_of_machine = int(os.environ.get("LOCAL_RANK", self.rank)) == 0
         self.device = device or torch.device("cpu")
         self.ddp = None
         if self.ranks == 1:

@@ -1,9 +1,12 @@
 """Shard sets: what they hold, that training from them is training from the folder, and what is refused."""
 
+import json
 import pickle
 import re
 import shutil
+import sys
 import tarfile
+import urllib.request
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from helpers import T5, digest, refused, run_script, train
 from runs import content
 from sdxl_fixtures import SDXL
 
+from cachetrain.data import near, objects
 from cachetrain.data.dataset import Sidecars
 from cachetrain.data.index import PairIndex
 from cachetrain.data.ram import RamCache
@@ -49,6 +53,11 @@ def packed(folder):
     return pack(folder, folder.parent / "set")
 
 
+def files_of(root):
+    """{relative path: bytes} of the shards and null captions in a set."""
+    return {path.relative_to(root): path.read_bytes() for path in root.rglob("*.*") if path.name[0] != "."}
+
+
 def indexes(*directories, suffixes=T5, **options):
     return [PairIndex([str(directory)], *suffixes, **options) for directory in directories]
 
@@ -81,8 +90,8 @@ def test_tars_give_back_each_sidecar_byte_for_byte(folder, packed, tmp_path):
 
 def test_the_same_folder_gives_the_same_bytes_and_shards_that_are_there_are_kept(folder, packed, tmp_path, capsys):
     again = pack(folder, tmp_path / "set")
-    files = {path.relative_to(packed): path.read_bytes() for path in packed.rglob("*.*")}
-    assert files == {path.relative_to(again): path.read_bytes() for path in again.rglob("*.*")}
+    files = files_of(packed)
+    assert files == files_of(again)
     one = sorted(again.rglob("*.tar"))[1]
     one.unlink()
     times = {path: path.stat().st_mtime_ns for path in again.rglob("*.tar")}
@@ -97,9 +106,7 @@ def test_processes_share_the_packing(folder, packed, tmp_path, monkeypatch):
     for rank in range(3):
         monkeypatch.setenv("RANK", str(rank))
         pack(folder, tmp_path)
-    assert {path.relative_to(tmp_path) for path in tmp_path.rglob("*.*")} == {
-        path.relative_to(packed) for path in packed.rglob("*.*")
-    }
+    assert files_of(tmp_path) == files_of(packed)
 
 
 def test_an_index_of_the_set_is_that_of_the_folder(folder, packed):
@@ -306,6 +313,80 @@ def test_a_shard_deleted_while_training_costs_its_samples_and_is_named(packed, t
 
 
 def test_packing_needs_obstore_and_says_so(folder, tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "obstore.store", None)
+    monkeypatch.setitem(sys.modules, "obstore.store", None)
     with pytest.raises(ValueError, match=r"pip install -e '.\[cloud\]'"):
         pack(folder, tmp_path / "set")
+
+
+# Object storage
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """The address of an empty bucket of a fake S3, which the environment names."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    endpoint = "http://{}:{}".format(*server.get_host_and_port())
+    urllib.request.urlopen(urllib.request.Request(f"{endpoint}/bucket", method="PUT"))
+    names = {"AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (names | {"AWS_REGION": "us-east-1"}).items():
+            patch.setenv(name, value)
+        yield "s3://bucket"
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def remote(bucket, folder):
+    return pack(folder, f"{bucket}/set")
+
+
+def test_training_from_object_storage_is_that_from_the_folder(remote, folder, model_t5, tmp_path):
+    flags = [*RUN, "--max_steps", 3]
+    _, expected = train(folder, model_t5, tmp_path / "folder", *flags)
+    flags += ["--shard_cache", tmp_path / "near", "--num_workers", 2]
+    _, weights = train(f"{remote}:1.0", model_t5, tmp_path / "run", *flags)
+    assert digest(weights) == digest(expected)
+    settings = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert settings["train_data_dir"] == [remote]
+    message = "s3://bucket/set: training from object storage needs --shard_cache, a directory for its shards"
+    assert refused(remote, model_t5, tmp_path / "x") == message
+
+
+def test_a_copy_is_continued_and_what_is_no_longer_in_the_set_is_removed(remote, packed, tmp_path, monkeypatch):
+    near.fetch_set(remote, tmp_path, set(T5))
+    target = near.near_directory(remote, tmp_path)
+    assert files_of(target) == files_of(packed)
+    (one, *_) = target.rglob("*.tar")
+    one.write_bytes(b"cut off")
+    stale = one.with_name("00077-00000000.tar")
+    stale.touch()
+    copied = []
+    monkeypatch.setattr(near, "chunks_of", lambda store, name: copied.append(name) or objects.chunks_of(store, name))
+    near.fetch_set(remote, tmp_path, set(T5))
+    assert copied == [one.relative_to(target).as_posix()] and not stale.exists()
+    assert files_of(target) == files_of(packed)
+
+
+def test_faults_of_object_storage_and_disk_are_one_line(remote, bucket, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"s3://bucket/other: no shards of \.img_sdxl, \.txt_t5cache"):
+        near.fetch_set(f"{bucket}/other", tmp_path, set(T5))
+    with pytest.raises(OSError, match=r"cannot be listed: .*404"):
+        near.fetch_set("s3://nobucket/set", tmp_path, set(T5))
+    full = shutil.disk_usage(tmp_path)._replace(free=10)
+    monkeypatch.setattr(near.shutil, "disk_usage", lambda _: full)
+    with pytest.raises(OSError, match=r"--shard_cache .*: 9 files of s3://bucket/set need .*B, but 10\.0B are free"):
+        near.fetch_set(remote, tmp_path, set(T5))
+    monkeypatch.undo()
+    whole = objects.chunks_of
+
+    def broken(store, name):
+        yield from list(whole(store, name))[:-1]
+        raise OSError(f"{name} cannot be read: connection reset")
+
+    monkeypatch.setattr(near, "chunks_of", broken)
+    with pytest.raises(OSError, match="cannot be read: connection reset"):
+        near.fetch_set(remote, tmp_path / "near", set(T5))
+    assert not files_of(tmp_path / "near")

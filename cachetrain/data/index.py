@@ -169,7 +169,7 @@ class PairIndex:
         return self.shapes[self.shape_ids[i]]
 
     def image_tensors(self, i: int) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
-        """Returns (tensors by name, header fields) of the image sidecar of sample `i`; raises like `image_sidecar`."""
+        """Returns (tensors by name, header fields) of the image sidecar of sample `i`: see `image_sidecar`."""
         if packed := self._packed(i):
             return packed[0].tensors(packed[1], self._place(i) % self.sizes)
         data = self.image_sidecar(i)

@@ -1,6 +1,7 @@
 """Directories and object storage alike, by obstore: list what is there, and put what is not there yet."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -35,7 +36,12 @@ def is_url(where: str | os.PathLike) -> bool:
 
 
 def names_in(store) -> list[str]:
-    """The names of all objects, sorted.
+    """The names of all objects, sorted; raises like `sizes_in`."""
+    return sorted(sizes_in(store))
+
+
+def sizes_in(store) -> dict[str, int]:
+    """{name: size in bytes} of all objects.
 
     Raises:
         OSError: they cannot be listed.
@@ -44,9 +50,24 @@ def names_in(store) -> list[str]:
     from obstore.exceptions import BaseError
 
     try:
-        return sorted(entry["path"] for page in obstore.list(store) for entry in page)
+        return {entry["path"]: entry["size"] for page in obstore.list(store) for entry in page}
     except BaseError as error:
         raise OSError(f"{store}: cannot be listed: {_first_line(error)}") from error
+
+
+def chunks_of(store, name: str) -> Iterator[bytes]:
+    """Yields the bytes of an object in pieces.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    import obstore
+    from obstore.exceptions import BaseError
+
+    try:
+        yield from map(bytes, obstore.get(store, name).stream())
+    except (BaseError, OSError) as error:
+        raise OSError(f"{store}: {name} cannot be read: {_first_line(error)}") from error
 
 
 def put_new(store, name: str, data: bytes) -> bool:

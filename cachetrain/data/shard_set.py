@@ -214,6 +214,12 @@ def folder_name(suffix: str, run_identity: Sequence[str]) -> str:
     return f"{suffix[1:]}-{_short_hash(run_identity)}"
 
 
+def folder_suffix(folder: str) -> str | None:
+    """`.img_sdxl` of `img_sdxl-1f0c2a9e`; None if it is not the name of a folder of shards."""
+    match = re.fullmatch(r"([^/]+)-[0-9a-f]{8}", folder)
+    return f".{match[1]}" if match else None
+
+
 def shard_name(number: int, content: Sequence[str]) -> str:
     """`00012-5be2c0d1.tar`, with a hash of what says which content the shard has."""
     return f"{number:05d}-{_short_hash(content)}.tar"
@@ -238,8 +244,9 @@ def _entries(directory):
 
 
 def _is_folder_of(entry, suffix):
-    named = re.fullmatch(rf"{re.escape(suffix[1:])}-[0-9a-f]{{8}}", entry.name) is not None
-    return named and entry.is_dir() and any(shard_number(other.name) is not None for other in _entries(entry.path))
+    if folder_suffix(entry.name) != suffix or not entry.is_dir():
+        return False
+    return any(shard_number(other.name) is not None for other in _entries(entry.path))
 
 
 def _folder_of(directory, suffix):

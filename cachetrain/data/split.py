@@ -13,6 +13,8 @@ import numpy as np
 
 from cachetrain.data import rng
 from cachetrain.data.index import PairIndex, check_same_run
+from cachetrain.data.near import fetch_set, near_directory
+from cachetrain.data.objects import is_url
 from cachetrain.data.unused import MULTIPLY, repeats_in_name
 from cachetrain.log import counted, info, warn
 
@@ -24,7 +26,7 @@ def open_index(args: Namespace, world: World) -> tuple[PairIndex, PairIndex | No
     """Lists the pairs that the trainer's flags name; returns (training pairs, validation pairs or None)."""
     suffixes = args.imgcache_suffix, args.txtcache_suffix
     index = PairIndex(
-        args.train_data_dir,
+        [near(directory, args, world) for directory in args.train_data_dir],
         *suffixes,
         args.dir_weights,
         args.force_txtcache,
@@ -41,12 +43,39 @@ def open_index(args: Namespace, world: World) -> tuple[PairIndex, PairIndex | No
         return split_index(index, args.val_split)
     if not args.val_data_dir:
         return index, None
-    held_out = PairIndex(args.val_data_dir, *suffixes, one_text=args.force_txtcache, world=world)
+    directories = [near(directory, args, world) for directory in args.val_data_dir]
+    held_out = PairIndex(directories, *suffixes, one_text=args.force_txtcache, world=world)
     for path, header in held_out.image_headers.items():
         check_same_run(index.image_header, header, index.image_path(0), path, may_differ="settings")
     check_same_run(index.text_header, held_out.text_header, index.text_path(0), held_out.text_path(0))
     check_apart(index, held_out)
     return index, held_out
+
+
+def near(directory: str, args: Namespace, world: World) -> str:
+    """Returns the directory, or that of its copy in --shard_cache, once the first rank of this machine has made it.
+
+    Raises:
+        ValueError, OSError: of near.fetch_set; on all ranks.
+    """
+    if not is_url(directory):
+        return directory
+    if not args.shard_cache:
+        raise ValueError(f"{directory}: training from object storage needs --shard_cache, a directory for its shards")
+    failure = None
+    if world.first_of_machine:
+        images = args.imgcache_suffix
+        suffixes = {images} if isinstance(images, str) else set(images)
+        suffixes |= set() if args.force_txtcache else {args.txtcache_suffix}
+        try:
+            fetch_set(directory, args.shard_cache, suffixes)
+        except (ValueError, OSError) as error:
+            if world.ranks == 1:
+                raise
+            failure = error
+    if failure := next(filter(None, world.gather(failure)), None):  # the other ranks wait here
+        raise failure
+    return str(near_directory(directory, args.shard_cache))
 
 
 def split_positions(names: Iterable[str], share: float) -> np.ndarray:

@@ -72,7 +72,7 @@ def directory_and_repeats(text: str) -> tuple[str, float]:
         argparse.ArgumentTypeError: the number is out of range.
     """
     path, colon, repeats = text.rpartition(":")
-    if not colon or os.path.isdir(text):
+    if not colon or os.path.isdir(text) or repeats.startswith("//"):
         return text, 1.0
     try:
         float(repeats)
@@ -116,8 +116,12 @@ def _flag(group, *names, resume="same", **settings):
 def _data_flags(group):
     _flag(group, "--train_data_dir", nargs="+", required=True, type=directory_and_repeats, metavar="DIR[:REPEATS]",
           resume="free",  # the pairs in it are compared
-          help="directories with cached images and captions, subfolders included; each pair of DIR comes up REPEATS "
-               "times in an epoch, from 0.001 to 10000; default: once")
+          help="directories with cached images and captions, subfolders included, or shard sets of "
+               "cache/pack_shards.py, also at s3://, gs:// or az:// (see --shard_cache); each pair of DIR comes up "
+               "REPEATS times in an epoch, from 0.001 to 10000; default: once")
+    _flag(group, "--shard_cache", metavar="DIR", resume="free",
+          help="local directory into which shard sets at s3://, gs:// or az:// are copied before training, once for "
+               "each machine; needs room for the whole set")
     _flag(group, "--model", "--pretrained_model", required=True, resume="free",
           help="pipeline directory, checkpoint or Hugging Face model id whose UNet is trained; a bare UNet without "
                "VAE and text encoder trains too, but cannot draw samples")
