@@ -92,8 +92,15 @@ class _Half:
             sources = sources_of(path, header.metadata, len(lengths)) if len(lengths) > 1 else {}
         else:
             shape = self.index.shape(sample)
-        repeats = float(self.index.repeats[sample])
-        return Row(self._name(pair), data, header_of(data), shape, tuple(lengths), tuple(sources), repeats)
+        return Row(
+            name=self._name(pair),
+            data=data,
+            header=header_of(data),
+            shape=shape,
+            tokens=tuple(lengths),
+            sources=tuple(sources),
+            repeats=float(self.index.repeats[sample]),
+        )
 
     def _name(self, pair):
         return self.index.relative_name(pair * self.index.sizes)

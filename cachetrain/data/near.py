@@ -79,7 +79,7 @@ def _copy(store, name, path, size, stopped):
                     return 0
                 copied += file.write(chunk)
         if copied != size:
-            raise OSError(f"{store}: {name} has {copied:,} bytes, the listing says {size:,}; start again")
+            raise OSError(f"{store}: {name} has {counted(copied, 'byte')}, expected {size:,}; start again")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
