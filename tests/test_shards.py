@@ -390,3 +390,25 @@ def test_faults_of_object_storage_and_disk_are_one_line(remote, bucket, tmp_path
     with pytest.raises(OSError, match="cannot be read: connection reset"):
         near.fetch_set(remote, tmp_path / "near", set(T5))
     assert not files_of(tmp_path / "near")
+
+
+# Status
+
+
+def test_status_of_a_set_counts_rows_names_missing_ones_and_finds_flipped_bytes(folder, packed, tmp_path, capsys):
+    assert run_script("cache/cache_status.py", "--data_root", packed, "--verify") == 0
+    lines = capsys.readouterr().out
+    assert "4 shards, 24 rows" in lines and "latents: 18 of 4x8x8, 6 of 4x8x6" in lines
+    assert "null caption: there" in lines and lines.endswith(f"{packed}: 24 pairs in all halves\n")
+
+    def flip(data):
+        data[-1500] ^= 1
+
+    bad, path = damaged(packed, tmp_path / "set", flip)
+    next(bad.glob("txt_*/00000-*")).unlink()
+    assert run_script("cache/cache_status.py", "--data_root", bad) == 1
+    lines = capsys.readouterr().out
+    assert "rows in other folders only, like 00008: 7" in lines and "17 pairs in all halves" in lines
+    assert run_script("cache/cache_status.py", "--data_root", bad, "--verify") == 1
+    done = capsys.readouterr()
+    assert "damaged: 1, named above" in done.out and f"{path}#" in done.err

@@ -74,7 +74,7 @@ class ShardSet:
         self.suffixes = tuple(suffixes)
         self.num_unpaired = 0
         self._folders = [_folder_of(directory, suffix) for suffix in suffixes]
-        listed = [_numbered_shards(folder) for folder in self._folders]
+        listed = [numbered_shards(folder) for folder in self._folders]
         numbers = sorted(set.intersection(*map(set, listed)))
         self._paths = [[of_half[number] for of_half in listed] for number in numbers]
         for of_half in listed:
@@ -204,9 +204,19 @@ def _check_alike(firsts, others):
                 raise SidecarError(f"{other.path}: differs in {key} from {first.path}; pack the folder again")
 
 
+def folders_of(directory: str | os.PathLike) -> dict[str, list[str]]:
+    """{suffix: the folders of its shards} of a directory; {} if it is no shard set."""
+    found = {}
+    for entry in _entries(directory):
+        suffix = folder_suffix(entry.name)
+        if suffix and _is_folder_of(entry, suffix):
+            found.setdefault(suffix, []).append(entry.path)
+    return found
+
+
 def shard_folders(directory: str | os.PathLike, suffix: str) -> list[str]:
-    """The folders of a directory that hold shards of sidecars of this suffix; [] if it is no shard set."""
-    return [entry.path for entry in _entries(directory) if _is_folder_of(entry, suffix)]
+    """The folders of a directory that hold shards of sidecars of this suffix."""
+    return folders_of(directory).get(suffix, [])
 
 
 def folder_name(suffix: str, run_identity: Sequence[str]) -> str:
@@ -260,8 +270,12 @@ def _folder_of(directory, suffix):
     return folders[0]
 
 
-def _numbered_shards(folder):
-    """{number: path of its shard}."""
+def numbered_shards(folder: str) -> dict[int, str]:
+    """{number: path of its shard} of a folder.
+
+    Raises:
+        ValueError: a number has two.
+    """
     paths = {}
     for entry in _entries(folder):
         if (number := shard_number(entry.name)) is not None:

@@ -4,7 +4,8 @@
 
 A sidecar is fresh; stale: its image or caption has changed, or most others have another encoder or other settings;
 corrupt; foreign: it has no header that could tell; missing; or orphaned: its image is gone. Tensors are read only
-with --verify. --prune lists orphaned sidecars and deletes them once confirmed.
+with --verify. --prune lists orphaned sidecars and deletes them once confirmed. Of a shard set, it shows
+rows, sizes and encoders of each half, and the rows that a half lacks.
 
 The exit code is 0 if everything is fresh and complete, 1 if something is stale, corrupt, missing, orphaned, mixed or
 cannot be read, 2 on any other error. A suffix without any sidecars counts as missing only if --cache_suffix names it.
@@ -32,8 +33,10 @@ from cachetrain.caching.inspect.caches import (
     captions_flags,
     settings_flags,
 )
+from cachetrain.caching.inspect.shard_status import report_set
 from cachetrain.caching.inspect.status import Status, delete_orphans
 from cachetrain.caching.messages import print_line, say
+from cachetrain.data.shard_set import folders_of
 from cachetrain.log import counted
 
 _COLUMNS = (FRESH, STALE, CORRUPT, FOREIGN, MISSING, ORPHANED)
@@ -62,6 +65,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    sets = [root for root in args.data_root if folders_of(root)]
+    if sets:
+        return report_sets(args, sets)
     status = Status(args.data_root, args.cache_suffix or (), args.verify)
     if not status.num_images and not any(caches.counts.total() for caches in status.caches):
         raise ValueError(f"no images and no sidecars under {', '.join(args.data_root)}")
@@ -77,6 +83,14 @@ def main(argv: list[str] | None = None) -> int:
     if args.prune:
         num_orphans -= prune(status, args.yes)
     return 0 if status.complete and not num_orphans else 1
+
+
+def report_sets(args: Namespace, sets: list[str]) -> int:
+    """Prints the state of shard sets; returns the exit code."""
+    if len(sets) < len(args.data_root) or args.prune or args.cache_suffix:
+        raise ValueError(f"{sets[0]}: is a shard set; ask for folders, --prune and --cache_suffix without it")
+    complete = [report_set(root, args.verify) for root in sets]
+    return 0 if all(complete) else 1
 
 
 def print_table(status: Status) -> None:
