@@ -6,11 +6,12 @@
 All runs have the same data, steps and settings: those of the quickstart, except that epsilon uses Min-SNR. A picture
 counts as right if background, color, shape, place and size are all right. Half of the prompts ask for a pair of
 shape and color that was held out of training. Finished runs are skipped when the script is started again. There are
-18 runs; each takes six minutes on one CPU core.
+18 runs; each takes six minutes on one CPU core. The CPU time of training is printed, to compare --optimizer.
 """
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from itertools import product
@@ -23,6 +24,7 @@ TINY = REPO / "models" / "tiny"
 FLAVOURS, PRECISIONS = ("t5", "sd"), ("fp32", "bf16", "bf16_pure")
 # Gamma of Min-SNR; 0: off. Epsilon's plain loss gives little weight to high noise, which determines the background.
 OBJECTIVES = {"epsilon": 5, "v_prediction": 0, "flow": 0}
+BETAS = {"adamw": (0.9, 0.99), "muon": (0.95, 0.99)}
 
 
 def parse_args(argv=None):
@@ -32,6 +34,7 @@ def parse_args(argv=None):
     parser.add_argument("--num_images", type=cli.positive_int, default=6000, help="training images")
     for name, choices in (("flavours", FLAVOURS), ("objectives", OBJECTIVES), ("precisions", PRECISIONS)):
         parser.add_argument(f"--{name}", nargs="+", choices=choices, default=list(choices), help="run only these")
+    parser.add_argument("--optimizer", choices=BETAS, default="adamw", help="of all runs")
     return parser.parse_args(argv)
 
 
@@ -66,14 +69,15 @@ def prepare(args):
 def score(args, flavour, objective, precision):
     """Trains, samples and scores one combination, unless done; returns the JSON of score_shapes.py."""
     gamma = OBJECTIVES[objective]
-    out = args.work / f"{flavour}-{objective}-{precision}-g{gamma}-s{args.steps}"
+    out = args.work / f"{flavour}-{objective}-{precision}-g{gamma}-s{args.steps}-{args.optimizer}"
     result = out / "score.json"
     if result.exists():
         return json.loads(result.read_text())
     subprocess.run(["rm", "-rf", out], check=True)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     script(
         f"train_{flavour}.sh",
-        *["--betas", 0.9, 0.99, "--warmup_steps", 100, "--lr_decay_steps", args.steps],
+        *["--betas", *BETAS[args.optimizer], "--warmup_steps", 100, "--lr_decay_steps", args.steps],
         MODEL=args.work / f"model_{flavour}",
         DATADIR=args.work / "data",
         OUTPUT=out,
@@ -81,7 +85,7 @@ def score(args, flavour, objective, precision):
         IMGCACHE=".img_sdxl",
         BATCH=16,
         STEPS=args.steps,
-        OPTIMIZER="adamw",
+        OPTIMIZER=args.optimizer,
         LR=2e-3,
         SCHED="cosine",
         GAMMA=gamma,
@@ -90,6 +94,8 @@ def score(args, flavour, objective, precision):
         OBJECTIVE=objective,
         PRECISION=precision,
     )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(f"trained in {after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime:.0f} CPU-s", flush=True)
     sampling = ["--model", out / f"checkpoint-{args.steps:06d}", "--prompts", args.work / "prompts.txt"]
     sampling += ["--out", out / "drawn", "--cfgs", 3, "--batch_size", 60]
     script("sample.py", *sampling)
