@@ -60,6 +60,30 @@ def check_vae(vae, sizes: Iterable[tuple[int, int]]) -> None:
             )
 
 
+def scaling_fields(vae) -> dict[str, str]:
+    """The header fields scaling_factor and shift_factor of a VAE, from its config.
+
+    Raises:
+        ValueError: its config does not say how training scales its latents, or its batch norm does it.
+    """
+    name, factor = type(vae).__name__, getattr(vae.config, "scaling_factor", None)
+    if not factor and getattr(vae, "bn", None) is not None:
+        raise ValueError(
+            f"{name}: its batch norm scales latents channel by channel, which a sidecar cannot record; pass another "
+            "VAE"
+        )
+    if not factor:
+        raise ValueError(
+            f"{name}: its config has no scaling_factor, so that what training multiplies latents by is not known. "
+            "Write it into the config.json; if nobody knows it, write 1.0, measure it with "
+            "cache/calculate_vae_scaling.py, and pass it as --vae_scaling_factor in training"
+        )
+    return {
+        "scaling_factor": repr(float(factor)),
+        "shift_factor": repr(float(getattr(vae.config, "shift_factor", None) or 0.0)),
+    }
+
+
 def to_model_range(pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """uint8 [B, H, W, 3] -> `dtype` [B, 3, H, W] in [-1, 1], on the same device."""
     # Contiguous: with channels last, float32 GroupNorm on a CPU is up to 200 times less exact.

@@ -67,12 +67,13 @@ def _settings(args):
 def _encode(args, pairs, vae_dir, fields, summary):
     sizes = bucket_sizes(args.width, args.aspect_limit) if args.bucket else [(args.width, args.height)]
     batches = _start_decoding(args, pairs, sizes)  # first: workers decode while the model loads
+    from cachetrain.caching.encoders import scaling_fields
+
     vae, dtype = _load_vae(args, vae_dir, sizes)
     fields = {
         **fields,
         "compute_dtype": str(dtype).removeprefix("torch."),
-        "scaling_factor": repr(float(getattr(vae.config, "scaling_factor", None) or 1.0)),
-        "shift_factor": repr(float(getattr(vae.config, "shift_factor", None) or 0.0)),
+        **scaling_fields(vae),
     }
     progress = tqdm(total=len(pairs), desc=fields["kind"], unit="image", disable=None if ranks.rank() == 0 else True)
     with progress, Writer(summary, progress) as writer:
