@@ -63,6 +63,26 @@ def prepare(args):
     (args.work / "prepared").touch()
 
 
+def train(args, flavour, out, *flags, **environment):
+    """Trains with the settings of the quickstart; `environment` are variables of the shell script."""
+    settings = {
+        "MODEL": args.work / f"model_{flavour}",
+        "DATADIR": args.work / "data",
+        "OUTPUT": out,
+        "LOGDIR": args.work / "logs",
+        "IMGCACHE": ".img_sdxl",
+        "BATCH": 16,
+        "STEPS": args.steps,
+        "OPTIMIZER": "adamw",
+        "LR": 2e-3,
+        "SCHED": "cosine",
+        "DROPOUT": 0.1,
+        "EMA": 0.99,
+    }
+    fixed = ["--betas", 0.9, 0.99, "--warmup_steps", 100, "--lr_decay_steps", args.steps]
+    script(f"train_{flavour}.sh", *fixed, *flags, **settings | environment)
+
+
 def score(args, flavour, objective, precision):
     """Trains, samples and scores one combination, unless done; returns the JSON of score_shapes.py."""
     gamma = OBJECTIVES[objective]
@@ -71,25 +91,8 @@ def score(args, flavour, objective, precision):
     if result.exists():
         return json.loads(result.read_text())
     subprocess.run(["rm", "-rf", out], check=True)
-    script(
-        f"train_{flavour}.sh",
-        *["--betas", 0.9, 0.99, "--warmup_steps", 100, "--lr_decay_steps", args.steps],
-        MODEL=args.work / f"model_{flavour}",
-        DATADIR=args.work / "data",
-        OUTPUT=out,
-        LOGDIR=args.work / "logs",
-        IMGCACHE=".img_sdxl",
-        BATCH=16,
-        STEPS=args.steps,
-        OPTIMIZER="adamw",
-        LR=2e-3,
-        SCHED="cosine",
-        GAMMA=gamma,
-        DROPOUT=0.1,
-        EMA=0.99,
-        OBJECTIVE=objective,
-        PRECISION=precision,
-    )
+    settings = {"OBJECTIVE": objective, "GAMMA": gamma, "PRECISION": precision}
+    train(args, flavour, out, **settings)
     sampling = ["--model", out / f"checkpoint-{args.steps:06d}", "--prompts", args.work / "prompts.txt"]
     sampling += ["--out", out / "drawn", "--cfgs", 3, "--batch_size", 60]
     script("sample.py", *sampling)
