@@ -243,6 +243,39 @@ def test_each_kind_of_bad_caption_is_found(tmp_path, capsys):
     assert "tokens:" in capsys.readouterr().out
 
 
+def test_tools_cover_all_caption_files_when_asked(root, tmp_path, capsys):
+    texts = {
+        "a.txt": "fox, red",
+        "a.caption": "fox, snow",
+        "a.LONG.txt": "a fox, it seems, in the snow",
+        "c.x.txt": "fox, red",
+    }
+    for name, text in texts.items():
+        (root / name).write_text(f"{text}\n")
+    table, before = tmp_path / "tags.csv", files(root)
+
+    def run(script, *flags):
+        code = run_script(f"dataset_scripts/{script}.py", "--data_root", root, *flags)
+        return code, capsys.readouterr().out.splitlines()
+
+    counting, editing = ("--csv", table), ("--no_backup", "--rename", "fox", "cat")
+    assert run("count_tags", *counting)[1][0] == "all folders: 3 captions, 4 tags"
+    assert run("count_tags", *counting, "--captions", "files")[1][-1] == "5 captions, 0 failed"
+    assert ["all folders", "fox", "3"] in list(csv.reader(table.open()))
+
+    code, lines = run("check_captions", "--captions", "files", "--max_length", 5)
+    assert code == 1 and lines[-1] == "5 captions read, 4 findings of 4 kinds"
+    assert {"too long: 1", "repeated: 1"} <= set(lines) and "mixed styles" not in "".join(lines)
+    assert f"  {root / 'a.LONG.txt'}  {texts['a.LONG.txt']}  7 words" in lines
+
+    assert run("edit_tags", *editing, "--captions", "files", "--dry_run")[0] == 0 and files(root) == before
+    assert run("edit_tags", *editing, "--captions", "files")[0] == 0
+    changed = {name: text for name, text in texts.items() if name != "a.LONG.txt"}
+    assert files(root) == before | {
+        name: f"{text}\n".replace("fox", "cat").encode() for name, text in changed.items()
+    }
+
+
 def test_resized_copies_are_upright_never_enlarged_and_keep_captions_and_alpha(tmp_path, capsys):
     root, out = tmp_path / "data", tmp_path / "out"
     exif = Image.Exif()
