@@ -167,6 +167,8 @@ def test_each_kind_of_bad_image_is_found_and_moved_with_its_caption(tmp_path, ca
     (root / "copy.long.txt").write_text("another caption")
     photograph(root / "similar.jpg", quality=60)
     Image.open(root / "a.jpg").resize((300, 300)).save(root / "a smaller one.png")
+    with Image.open(root / "a.jpg") as image:
+        Image.merge("RGB", image.split()[::-1]).save(root / "other colors.png")
     picture(root / "wide.png", size=(1200, 300))
     picture(root / "small.png", size=(10, 10), color="blue")
     (root / "x" / "shifted.jpg").unlink()
@@ -178,6 +180,7 @@ def test_each_kind_of_bad_image_is_found_and_moved_with_its_caption(tmp_path, ca
     for name in ("unreadable", "truncated", "wrong-extension", "too-small", "extreme-aspect", "duplicate"):
         assert f"{name}: 1" in lines
     assert "  a smaller one.png  of a.jpg" in lines and "  copy.jpg  of a.jpg" in lines
+    assert "  similar.jpg  of a.jpg" in lines and "  other colors.png  of a.jpg" not in lines
     assert "  a.jpg  of a smaller one.png" not in lines  # the largest and sharpest is kept, not the first
     assert run_script(*command, "--findings", "duplicate", "--move_to", target) == 1
     assert files(target) == {"copy.jpg": data, "copy.txt": b"caption", "copy.long.txt": b"another caption"}
