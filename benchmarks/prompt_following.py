@@ -66,6 +66,29 @@ def prepare(args):
     (args.work / "prepared").touch()
 
 
+def train(args, flavour, out, *flags, **environment):
+    """Trains with the settings of the quickstart; `environment` are variables of the shell script."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    settings = {
+        "MODEL": args.work / f"model_{flavour}",
+        "DATADIR": args.work / "data",
+        "OUTPUT": out,
+        "LOGDIR": args.work / "logs",
+        "IMGCACHE": ".img_sdxl",
+        "BATCH": 16,
+        "STEPS": args.steps,
+        "OPTIMIZER": "adamw",
+        "LR": 2e-3,
+        "SCHED": "cosine",
+        "DROPOUT": 0.1,
+        "EMA": 0.99,
+    }
+    fixed = ["--betas", 0.9, 0.99, "--warmup_steps", 100, "--lr_decay_steps", args.steps]
+    script(f"train_{flavour}.sh", *fixed, *flags, **settings | environment)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(f"trained in {after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime:.0f} CPU-s", flush=True)
+
+
 def score(args, flavour, objective, precision):
     """Trains, samples and scores one combination, unless done; returns the JSON of score_shapes.py."""
     gamma = OBJECTIVES[objective]
@@ -74,28 +97,8 @@ def score(args, flavour, objective, precision):
     if result.exists():
         return json.loads(result.read_text())
     subprocess.run(["rm", "-rf", out], check=True)
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    script(
-        f"train_{flavour}.sh",
-        *["--betas", *BETAS[args.optimizer], "--warmup_steps", 100, "--lr_decay_steps", args.steps],
-        MODEL=args.work / f"model_{flavour}",
-        DATADIR=args.work / "data",
-        OUTPUT=out,
-        LOGDIR=args.work / "logs",
-        IMGCACHE=".img_sdxl",
-        BATCH=16,
-        STEPS=args.steps,
-        OPTIMIZER=args.optimizer,
-        LR=2e-3,
-        SCHED="cosine",
-        GAMMA=gamma,
-        DROPOUT=0.1,
-        EMA=0.99,
-        OBJECTIVE=objective,
-        PRECISION=precision,
-    )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    print(f"trained in {after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime:.0f} CPU-s", flush=True)
+    settings = {"OBJECTIVE": objective, "GAMMA": gamma, "PRECISION": precision, "OPTIMIZER": args.optimizer}
+    train(args, flavour, out, "--betas", *BETAS[args.optimizer], **settings)
     sampling = ["--model", out / f"checkpoint-{args.steps:06d}", "--prompts", args.work / "prompts.txt"]
     sampling += ["--out", out / "drawn", "--cfgs", 3, "--batch_size", 60]
     script("sample.py", *sampling)

@@ -14,7 +14,7 @@ try:
     from tqdm import tqdm
 
     from cachetrain import cli, outputs
-    from cachetrain.curation.captions import is_tags, read_all
+    from cachetrain.curation.captions import add_captions_option, is_tags, read_all
     from cachetrain.curation.page import MAX_ITEMS, Item, Section, write_page
     from cachetrain.log import counted, printable
 except ImportError as error:
@@ -28,6 +28,7 @@ BINS = 12
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     parser.add_argument("--data_root", required=True, metavar="DIR", help="folder of images, with all subfolders")
+    add_captions_option(parser)
     parser.add_argument("--tokenizer", metavar="DIR", help="pipeline or tokenizer directory; measures in its tokens")
     parser.add_argument("--min_length", type=cli.count, default=2, metavar="N", help="shorter ones are very short")
     parser.add_argument(
@@ -43,27 +44,27 @@ def main(argv=None):
     length_of, unit = (
         (token_counter(args.tokenizer), "token") if args.tokenizer else (lambda t: len(t.split()), "word")
     )
-    found, unreadable, lengths, first_of, styles = defaultdict(list), [], Counter(), {}, Counter()
-    for pair, text in tqdm(read_all(args.data_root, unreadable), unit="caption", disable=None):
+    found, unreadable, lengths, first_of = defaultdict(list), [], Counter(), {}
+    styles = defaultdict(Counter)  # suffix of caption files -> style -> number
+    for pair, text in tqdm(read_all(args.data_root, unreadable, args.captions), unit="caption", disable=None):
         length = length_of(text)
         lengths[length] += 1
-        first = first_of.setdefault(hash(text), pair.image)
-        styles["tags" if is_tags(text) else "sentences"] += 1
+        path = pair.caption_file if args.captions and pair.caption_file else pair.image
+        first = first_of.setdefault(hash(text), path)
+        suffix = path[len(os.path.splitext(pair.image)[0]) :].lower() if args.captions else ""
+        styles[suffix]["tags" if is_tags(text) else "sentences"] += 1
         for name, holds in (
             ("file name as caption", pair.caption_file is None),
             ("empty", not text),
             ("very short", text and length < args.min_length),
             ("too long", length > args.max_length),
-            ("repeated", text and first != pair.image),
+            ("repeated", text and first != path),
         ):
             if holds:
-                found[name].append((pair.image, text, counted(length, unit)))
+                found[name].append((path, text, counted(length, unit)))
     found["not readable"] = [(line, "", "") for line in unreadable]
     total = lengths.total()
-    if min(styles["tags"], styles["sentences"]) > MIXED_SHARE * total:
-        found["mixed styles"] = [
-            (f"{counted(count, 'caption')} as {style}", "", "") for style, count in styles.items()
-        ]
+    found["mixed styles"] = [(line, "", "") for line in mixed_styles(styles)]
     found = {name: entries for name, entries in found.items() if entries}
     print_table(found, lengths, unit, args)
     if args.html:
@@ -71,6 +72,16 @@ def main(argv=None):
     num_findings = counted(sum(map(len, found.values())), "finding")
     print(f"{counted(total, 'caption')} read, {num_findings} of {counted(len(found), 'kind')}")
     return 1 if found else 0
+
+
+def mixed_styles(styles):
+    """Lines about caption files of a suffix that are of both styles; `styles`: {suffix: {style: number}}."""
+    return [
+        f"{counted(number, 'caption')} as {style}{suffix and f' in *{suffix}'}"
+        for suffix, counts in styles.items()
+        if min(counts["tags"], counts["sentences"]) > MIXED_SHARE * counts.total()
+        for style, number in counts.items()
+    ]
 
 
 def token_counter(directory):

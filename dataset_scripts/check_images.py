@@ -4,9 +4,9 @@
     dataset_scripts/check_images.py --data_root /data --html images.html
     dataset_scripts/check_images.py --data_root /data --findings duplicate near-duplicate --move_to /data_duplicates
 
-Near duplicates have perceptual hashes (imagehash's phash) that differ in few of their 64 bits. Of duplicates,
---move_to keeps the first, of near duplicates the largest and sharpest. The most blurred and most grainy images are
-listed, whatever they are like: look at them.
+Near duplicates have about the same colors, and perceptual hashes (imagehash's phash) that differ in few of their 64
+bits. Of duplicates, --move_to keeps the first, of near duplicates the largest and sharpest. The most blurred and most
+grainy images are listed, whatever they are like: look at them.
 The exit code is 1 if there are findings, 2 on any error.
 """
 

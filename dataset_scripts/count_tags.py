@@ -17,7 +17,7 @@ try:
 
     from cachetrain import cli, outputs
     from cachetrain.atomic import atomic_write
-    from cachetrain.curation.captions import read_all
+    from cachetrain.curation.captions import add_captions_option, read_all
     from cachetrain.curation.messages import print_failures
     from cachetrain.curation.page import Item, Section, write_page
     from cachetrain.curation.tags import count_tags
@@ -30,6 +30,7 @@ except ImportError as error:
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     parser.add_argument("--data_root", required=True, metavar="DIR", help="folder of images, with all subfolders")
+    add_captions_option(parser)
     parser.add_argument("--tag_separator", default=",", metavar="TEXT", help="what stands between two tags")
     parser.add_argument("--words", action="store_true", help="count words instead of tags, in lower case")
     parser.add_argument("--per_folder", action="store_true", help="count each folder for itself")
@@ -48,7 +49,7 @@ def main(argv=None):
     args = parse_args(argv)
     failures, counts, num_captions = [], defaultdict(Counter), Counter()
     separator = None if args.words else args.tag_separator
-    for pair, text in tqdm(read_all(args.data_root, failures), unit="caption", disable=None):
+    for pair, text in tqdm(read_all(args.data_root, failures, args.captions), unit="caption", disable=None):
         folder = os.path.relpath(os.path.dirname(pair.image), args.data_root) if args.per_folder else "all folders"
         counts[folder].update(count_tags(text, separator))
         num_captions[folder] += 1

@@ -16,7 +16,7 @@ try:
 
     from cachetrain import cli
     from cachetrain.atomic import atomic_write
-    from cachetrain.curation.captions import read_all
+    from cachetrain.curation.captions import add_captions_option, read_all
     from cachetrain.curation.messages import print_failures
     from cachetrain.curation.tags import TagEdit
     from cachetrain.log import describe, printable
@@ -29,6 +29,7 @@ except ImportError as error:
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     parser.add_argument("--data_root", required=True, metavar="DIR", help="folder of images, with all subfolders")
+    add_captions_option(parser)
     parser.add_argument("--remove", nargs="+", default=[], metavar="TAG", help="tags to remove")
     parser.add_argument(
         "--rename", nargs=2, action="append", default=[], metavar=("OLD", "NEW"), help="rename a tag; can be repeated"
@@ -57,7 +58,7 @@ def main(argv=None):
     fields = {name: getattr(args, name) for name in ("remove", "rename", "dedup", "sort", "first", "last", "regex")}
     edit = TagEdit(**fields, separator=args.tag_separator).function()
     counts, failures = Counter(), []
-    for pair, text in tqdm(read_all(args.data_root, failures), unit="caption", disable=None):
+    for pair, text in tqdm(read_all(args.data_root, failures, args.captions), unit="caption", disable=None):
         new = edit(text)
         if pair.caption_file is None:
             counts["in file names, not edited"] += 1

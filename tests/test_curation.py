@@ -167,6 +167,8 @@ def test_each_kind_of_bad_image_is_found_and_moved_with_its_caption(tmp_path, ca
     (root / "copy.long.txt").write_text("another caption")
     photograph(root / "similar.jpg", quality=60)
     Image.open(root / "a.jpg").resize((300, 300)).save(root / "a smaller one.png")
+    with Image.open(root / "a.jpg") as image:
+        Image.merge("RGB", image.split()[::-1]).save(root / "other colors.png")
     picture(root / "wide.png", size=(1200, 300))
     picture(root / "small.png", size=(10, 10), color="blue")
     (root / "x" / "shifted.jpg").unlink()
@@ -178,6 +180,7 @@ def test_each_kind_of_bad_image_is_found_and_moved_with_its_caption(tmp_path, ca
     for name in ("unreadable", "truncated", "wrong-extension", "too-small", "extreme-aspect", "duplicate"):
         assert f"{name}: 1" in lines
     assert "  a smaller one.png  of a.jpg" in lines and "  copy.jpg  of a.jpg" in lines
+    assert "  similar.jpg  of a.jpg" in lines and "  other colors.png  of a.jpg" not in lines
     assert "  a.jpg  of a smaller one.png" not in lines  # the largest and sharpest is kept, not the first
     assert run_script(*command, "--findings", "duplicate", "--move_to", target) == 1
     assert files(target) == {"copy.jpg": data, "copy.txt": b"caption", "copy.long.txt": b"another caption"}
@@ -241,6 +244,39 @@ def test_each_kind_of_bad_caption_is_found(tmp_path, capsys):
     tokens = ["--tokenizer", "models/tiny/t5", "--max_length", 99999, "--min_length", 0]
     assert run_script("dataset_scripts/check_captions.py", "--data_root", tmp_path, *tokens) == 1
     assert "tokens:" in capsys.readouterr().out
+
+
+def test_tools_cover_all_caption_files_when_asked(root, tmp_path, capsys):
+    texts = {
+        "a.txt": "fox, red",
+        "a.caption": "fox, snow",
+        "a.LONG.txt": "a fox, it seems, in the snow",
+        "c.x.txt": "fox, red",
+    }
+    for name, text in texts.items():
+        (root / name).write_text(f"{text}\n")
+    table, before = tmp_path / "tags.csv", files(root)
+
+    def run(script, *flags):
+        code = run_script(f"dataset_scripts/{script}.py", "--data_root", root, *flags)
+        return code, capsys.readouterr().out.splitlines()
+
+    counting, editing = ("--csv", table), ("--no_backup", "--rename", "fox", "cat")
+    assert run("count_tags", *counting)[1][0] == "all folders: 3 captions, 4 tags"
+    assert run("count_tags", *counting, "--captions", "files")[1][-1] == "5 captions, 0 failed"
+    assert ["all folders", "fox", "3"] in list(csv.reader(table.open()))
+
+    code, lines = run("check_captions", "--captions", "files", "--max_length", 5)
+    assert code == 1 and lines[-1] == "5 captions read, 4 findings of 4 kinds"
+    assert {"too long: 1", "repeated: 1"} <= set(lines) and "mixed styles" not in "".join(lines)
+    assert f"  {root / 'a.LONG.txt'}  {texts['a.LONG.txt']}  7 words" in lines
+
+    assert run("edit_tags", *editing, "--captions", "files", "--dry_run")[0] == 0 and files(root) == before
+    assert run("edit_tags", *editing, "--captions", "files")[0] == 0
+    changed = {name: text for name, text in texts.items() if name != "a.LONG.txt"}
+    assert files(root) == before | {
+        name: f"{text}\n".replace("fox", "cat").encode() for name, text in changed.items()
+    }
 
 
 def test_resized_copies_are_upright_never_enlarged_and_keep_captions_and_alpha(tmp_path, capsys):

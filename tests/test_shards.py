@@ -292,6 +292,21 @@ def test_a_shard_of_other_sidecars_in_the_folder_of_a_set_is_refused(folder, pac
     assert f"{mine}: differs in encoder from" in refused(target, model_t5, tmp_path / "run")
 
 
+def test_a_set_inside_a_folder_and_half_a_set_are_refused(folder, packed, model_t5, tmp_path):
+    outer = shutil.copytree(folder, tmp_path / "folder")
+    shutil.copytree(packed, outer / "set")
+    for directory, where in ((outer, outer / "set"), (next(packed.glob("img_*")), packed)):
+        assert f"is part of the shard set {where}" in refused(directory, model_t5, tmp_path / "run")
+
+
+def test_sets_that_cannot_be_made_are_named(folder, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=f"{tmp_path}/file: cannot be opened: File exists"):
+        pack(folder, tmp_path / "file")
+    with pytest.raises(ValueError, match="no directory given"):
+        pack(folder, "")
+
+
 def test_sidecars_without_a_header_are_not_packed(shapes, tmp_path):
     from helpers import without_headers
 

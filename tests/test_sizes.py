@@ -19,13 +19,14 @@ from cachetrain.data import rng
 from cachetrain.data.batching import BatchSampler
 from cachetrain.data.dataset import SampleKey
 from cachetrain.data.index import PairIndex
+from cachetrain.data.loader import make_loader, unpack
 from cachetrain.data.ram import RamCache, needed_bytes
 from cachetrain.data.sidecar import read_header, read_sidecar
 from cachetrain.modeling.conditioning import Conditioning
 from cachetrain.training import options
 
 SIZES = (".img_sdxl", ".wide")
-TEXT = ".txt_t5cache"
+TEXT, ORDERS = ".txt_t5cache", ".orders"
 REQUIRED = ["--model", "x", "--output_dir", "x", "--train_data_dir", "x"]
 
 
@@ -153,7 +154,23 @@ def two_sizes(shapes, model_t5, tmp_path_factory):
         shutil.copy2(path, data)
     argv = ["--data_root", data, "--model", model_t5, *WIDE, "--cache_suffix", SIZES[1]]
     assert run_script("cache/create_img_sdxl.py", *argv) == 0
+    argv = ["--data_root", data, "--model", model_t5, "--shuffle_tags", 3, "--tag_separator", " "]
+    assert run_script("cache/create_t5cache_768.py", *argv, "--cache_suffix", ORDERS) == 0
     return data
+
+
+def loaded(index, ranks, num_workers):
+    """Bytes of latents, noise and text of the samples of each step, sorted, as the loaders of all ranks give them."""
+    steps = [[] for _ in range(6)]
+    for rank in range(ranks):
+        sampler = BatchSampler(index, 4 // ranks, 3, len(steps), rank=rank, ranks=ranks)
+        loader = make_loader(open_pairs(index, seed=3), sampler, num_workers, pin_memory=False)
+        for step, batch in zip(steps, map(unpack, loader), strict=True):
+            hidden, mask = batch["conditioning"].values()
+            texts = [tokens[real] for tokens, real in zip(hidden, mask, strict=True)]  # ranks pad to other lengths
+            rows = zip(batch["latents"], batch["noise"], texts, strict=True)
+            step += [b"".join(tensor.numpy().tobytes() for tensor in row) for row in rows]
+    return [sorted(step) for step in steps]
 
 
 def visits(index, epochs, batch_size=4):
@@ -198,7 +215,7 @@ def test_with_all_sizes_an_epoch_visits_each_and_repeats_count_for_both(two_size
     assert part.image_path(3).endswith("00007.wide") and part.samples_per_epoch == 8
 
 
-def test_ranks_and_resumed_runs_enter_the_same_sequence(two_sizes):
+def test_ranks_workers_and_resumed_runs_enter_the_same_sequence_of_sizes_and_variants(two_sizes):
     index = PairIndex([two_sizes], SIZES, TEXT)
     whole = visits(index, 10)
     parts = [list(BatchSampler(index, 2, 3, len(whole), rank=rank, ranks=2)) for rank in range(2)]
@@ -206,6 +223,10 @@ def test_ranks_and_resumed_runs_enter_the_same_sequence(two_sizes):
         assert sorted(batch) == sorted(first + second)
     for skipped in (1, 7, 20):
         assert list(BatchSampler(index, 4, 3, len(whole), first=skipped)) == whole[skipped:]
+    varied = PairIndex([two_sizes], SIZES, ORDERS)
+    expected = loaded(varied, 1, 0)
+    assert loaded(varied, 2, 0) == loaded(varied, 1, 2) == loaded(varied, 2, 2) == expected
+    assert expected != loaded(index, 1, 0)  # of the captions as written
 
 
 def test_two_ranks_list_the_same_samples_as_one(two_sizes):

@@ -7,15 +7,18 @@ from argparse import Namespace
 from collections import defaultdict
 
 import numpy as np
+from PIL import Image
 
 from cachetrain.curation.page import MAX_ITEMS, Item, Section, write_page
 from cachetrain.curation.pictures import look_at, near_groups, thumbnail_of
 from cachetrain.data.captions import Pair
 from cachetrain.data.masks import mask_file
 
+_SAME_COLORS = 16  # of 255: mean difference of two images of 4 x 4 pixels, above which they are no near duplicates
+
 
 class Findings:
-    """Adds images one by one. Memory per image: its path, hashes and measurements, no pixels.
+    """Adds images one by one. Memory per image: its path, hashes and measurements, and no more than 16 pixels.
 
     Args:
         args: of check_images.py: data_root, findings, min_side, max_aspect, distance, top.
@@ -28,6 +31,7 @@ class Findings:
         self._found = defaultdict(list)  # finding -> list of (index of the image, remark)
         self._sha256, self._phash, self._ranks = [], [], []
         self._quality = {}  # index -> (number of pixels, sharpness)
+        self._colors = {}  # index -> uint8 [4, 4, 3]
 
     def add(self, pair: Pair) -> None:
         picture = look_at(pair.image, self.args.min_side, self.args.max_aspect)
@@ -39,6 +43,7 @@ class Findings:
             self._sha256.append((picture.sha256, index))
         if picture.phash is not None:
             self._phash.append((picture.phash, index))
+            self._colors[index] = np.array(picture.small.resize((4, 4), Image.Resampling.BOX))
             self._quality[index] = picture.size[0] * picture.size[1], picture.sharpness
             self._ranks.append((picture.sharpness, picture.grain, index))
 
@@ -53,7 +58,8 @@ class Findings:
         hashes = [(phash, index) for phash, index in self._phash if index not in again]
         for group in near_groups(np.array([phash for phash, _ in hashes], np.uint64), self.args.distance):
             indices = [hashes[place][1] for place in group]
-            self._add_group("near-duplicate", sorted(indices, key=self._quality.get, reverse=True))
+            for alike in self._of_same_colors(sorted(indices, key=self._quality.get, reverse=True)):
+                self._add_group("near-duplicate", alike)
 
     def lists(self) -> dict[str, list[tuple[str, str]]]:
         """Finding -> list of (path, remark), those asked for; then the ranks."""
@@ -91,6 +97,14 @@ class Findings:
                 yield os.path.join(self.args.data_root, first), "kept"
             yield image, remark
 
+    def _of_same_colors(self, group):
+        """Yields the parts of a group with about the colors of their first image; hashes are of gray levels."""
+        while group:
+            differences = [self._colors[index].astype(int) - self._colors[group[0]] for index in group]
+            same = [np.abs(difference).mean() <= _SAME_COLORS for difference in differences]
+            yield [index for index, one in zip(group, same, strict=True) if one]
+            group = [index for index, one in zip(group, same, strict=True) if not one]
+
     def _add_group(self, name, group):
         """All but the first of a group are findings, each with the first one's name."""
         first = os.path.relpath(self._pairs[group[0]].image, self.args.data_root)
@@ -99,7 +113,7 @@ class Findings:
 
 _NOTES = {
     "duplicate": "Equal files, each group after the first of it",
-    "near-duplicate": "Images that look alike, each group after its largest and sharpest",
+    "near-duplicate": "Images of the same shapes and colors, each group after its largest and sharpest",
     "rank: most blurred": "The smallest variance of the Laplacian; flat drawings are here, too",
     "rank: most grainy": "The largest estimate of noise; fine textures are here, too",
 }

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from cachetrain import cli
 from cachetrain.data.links import Links
 from cachetrain.data.many_files import PackedStrings, in_threads
-from cachetrain.data.shard_set import ShardSet, shard_folders
+from cachetrain.data.shard_set import ShardSet, folder_suffix, shard_folders
 from cachetrain.data.sidecar import (
     NULL_STEM,
     RUN_KEYS,
@@ -384,6 +384,7 @@ class PairIndex:
 
         for found in walk_folders(directory, visited, keep, _warn_of_skipped_folder):
             folder, names, _ = found
+            self._check_no_shards(folder, directory)
             multiple = multiples.get(os.path.dirname(folder), 1.0)
             if MULTIPLY in names:
                 multiple = _read_multiple(os.path.join(folder, MULTIPLY))
@@ -407,6 +408,15 @@ class PairIndex:
             self.num_without_image += num_without_image
         else:
             self.num_alone += num_without_image
+
+    def _check_no_shards(self, folder, directory):
+        """Refuses a folder of shards inside a directory that is listed for its sidecars."""
+        shard_set, name = os.path.split(os.path.abspath(folder))
+        if (suffix := folder_suffix(name)) and shard_folders(shard_set, suffix):
+            raise ValueError(
+                f"{folder}: is part of the shard set {shard_set}, which is not read as part of {directory}; give the "
+                "set as a directory of its own, or move it elsewhere"
+            )
 
     def _paired(self, names):
         """The sorted stems that have all sidecars."""

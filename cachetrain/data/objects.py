@@ -26,8 +26,10 @@ def open_store(where: str | os.PathLike):
         if is_url(where):
             options = {"allow_http": True} if os.environ.get("AWS_ENDPOINT_URL", "").startswith("http:") else None
             return from_url(str(where), client_options=options)
+        if not str(where):
+            raise ValueError("no directory given for the shard set")
         return LocalStore(Path(where).expanduser(), mkdir=True)
-    except BaseError as error:
+    except (BaseError, OSError) as error:
         raise ValueError(f"{where}: cannot be opened: {_first_line(error)}") from error
 
 
