@@ -40,13 +40,52 @@ def names_in(store) -> list[str]:
     Raises:
         OSError: they cannot be listed.
     """
+    return sorted(entry["path"] for entry in entries_in(store))
+
+
+def entries_in(store) -> list[dict]:
+    """All objects: dicts of path, size, last_modified and e_tag; raises like `names_in`."""
     import obstore
     from obstore.exceptions import BaseError
 
     try:
-        return sorted(entry["path"] for page in obstore.list(store) for entry in page)
+        return [entry for page in obstore.list(store) for entry in page]
     except BaseError as error:
         raise OSError(f"{store}: cannot be listed: {_first_line(error)}") from error
+
+
+def exists(store, name: str) -> bool:
+    """Whether there is an object of this name.
+
+    Raises:
+        OSError: the store does not answer.
+    """
+    import obstore
+    from obstore.exceptions import BaseError, NotFoundError
+
+    try:
+        obstore.head(store, name)
+        return True
+    except (NotFoundError, FileNotFoundError):
+        return False
+    except BaseError as error:
+        raise OSError(f"{store}: {name} cannot be looked up: {_first_line(error)}") from error
+
+
+def read(store, name: str) -> tuple[bytes, dict]:
+    """The bytes of an object, and its entry as of `entries_in`.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    import obstore
+    from obstore.exceptions import BaseError
+
+    try:
+        result = obstore.get(store, name)
+        return bytes(result.bytes()), result.meta
+    except (BaseError, OSError) as error:
+        raise OSError(f"{store}: {name} cannot be read: {_first_line(error)}") from error
 
 
 def put_new(store, name: str, data: bytes) -> bool:
