@@ -1,4 +1,4 @@
-"""Reads tars of samples as img2dataset and webdataset write them: `00012.tar` with `a.jpg`, `a.txt` and `a.json` each.
+"""Reads tars of samples as img2dataset and webdataset write them: 00012.tar with `a.jpg`, `a.txt` and `a.json` each.
 
 The members of a sample share their name up to the first dot of its last part. A tar is read whole, so that what
 happens to it later changes nothing: a tar that cannot be read fails as a whole, and none of its rows is left out.
@@ -150,7 +150,7 @@ class OpenTar:
         if path.lower().endswith(_JSON):
             text = json_object(path, text).get("caption")
             if not isinstance(text, str):
-                raise ValueError(f"{path}: has no text under \"caption\"")
+                raise ValueError(f'{path}: has no text under "caption"')
         # Not the member's time: the same sample in another tar gives the same sidecar.
         return captions_of(pair, [Caption(text.strip(), str(len(data)), "0")], settings)
 

@@ -137,7 +137,9 @@ def read_captions(pair: Pair, settings: CaptionSettings = PLAIN) -> Captions:
         ValueError: a caption is not UTF-8 text, or there are more than MAX_VARIANTS.
     """
     settings = settings_of_pair(pair, settings)
-    return captions_of(pair, [read_caption(Pair(pair.image, path)) for path in caption_files(pair, settings)], settings)
+    return captions_of(
+        pair, [read_caption(Pair(pair.image, path)) for path in caption_files(pair, settings)], settings
+    )
 
 
 def captions_of(pair: Pair, read: Sequence[Caption], settings: CaptionSettings) -> Captions:
