@@ -109,8 +109,20 @@ def test_processes_make_the_same_bytes_in_any_number_and_one_makes_what_others_l
     monkeypatch.setenv("WORLD_SIZE", "3")
     for rank in ranks:
         monkeypatch.setenv("RANK", str(rank))
-        assert make(model_t5, tars, tmp_path) == [0, 0]
+        workers = ("--num_workers", 2 if len(ranks) == 1 else 0)
+        assert run_script(*command("img", model_t5, tars, tmp_path, *workers)) == 0
+        assert run_script(*command("txt", model_t5, tars, tmp_path)) == 0
     assert files(tmp_path) == files(made)
+
+
+def test_addresses_of_stores_are_read_and_written_like_directories(tars, made, model_t5, tmp_path):
+    out = tmp_path / "set"
+    out.mkdir()
+    assert make(model_t5, f"file://{tars}", f"file://{out}") == [0, 0]
+    assert sorted(files(out).values()) == sorted(files(made).values())  # under names with the ETags of the tars
+    before = files(out)
+    assert make(model_t5, f"file://{tars}/", f"file://{out}") == [0, 0]
+    assert files(out) == before
 
 
 def test_processes_start_with_their_own_tars_and_go_on_with_different_others(monkeypatch):

@@ -59,6 +59,7 @@ class ShardRun:
         self.suffix = args.cache_suffix
         self.folder = folder_name(args.cache_suffix, [fields.get(key, "") for key in RUN_KEYS])
         self.summary = summary
+        self.show_coverage = getattr(args, "bucket", False)
 
     def make(self, encode: Encode) -> int:
         """Makes the shards that are missing; returns the exit code: 1 if a sample or a tar failed.
@@ -75,7 +76,7 @@ class ShardRun:
                     num_written += data is not None and put_new(self.store, names[tar], data)
         say(f"{self.out}/{self.folder}: {counted(num_written, 'shard')} of {counted(len(names), 'tar')} written")
         self._warn_of_others(there, set(names.values()))
-        return self.summary.finish_alone()
+        return self.summary.finish_alone(self.show_coverage)
 
     def put_null_caption(self, encode: Callable[[Writer], None]) -> None:
         """Makes the sidecar of the null caption, unless it is there; encode(writer) submits its row."""

@@ -179,9 +179,9 @@ class RunSummary:
                 self._print(show_coverage)
         return 1 if self.counts["failed"] else 0
 
-    def finish_alone(self) -> int:
+    def finish_alone(self, show_coverage: bool = False) -> int:
         """Prints failures and summary of this process, which waits for no other; returns its exit code."""
-        self._print(show_coverage=False)
+        self._print(show_coverage)
         return 1 if self.counts["failed"] else 0
 
     def _listed(self, write, *parts):

@@ -113,7 +113,7 @@ class OpenTar:
 
     def __init__(self, where: str, data: bytes):
         self.where = where
-        self._data = memoryview(data)
+        self._data = data
         self._members = {}  # path -> (offset, size)
         samples = {}  # name -> {suffix: path}
         for name, *place in _members(where, data):
@@ -132,7 +132,7 @@ class OpenTar:
     def read(self, path: str) -> bytes:
         """The bytes of a member."""
         offset, size = self._members[path]
-        return bytes(self._data[offset : offset + size])
+        return self._data[offset : offset + size]
 
     def captions(self, pair: Pair, settings: CaptionSettings) -> Captions:
         """The captions of a sample.
