@@ -174,7 +174,13 @@ def clip_length(args: argparse.Namespace) -> dict[str, int]:
 
 def _cache_parser(doc, kind, model, batch_size):
     parser = cli.parser(doc)
-    add_data_root_argument(parser)
+    add_data_root_argument(parser, " or, with --out, a directory or s3:// address of tars")
+    parser.add_argument(
+        "--out",
+        metavar="DIR|URL",
+        help="write a shard set instead of sidecars: a directory, or s3://, gs:// or az:// with a bucket and a path; "
+        "--data_root then holds tars as img2dataset writes them, 00000.tar and so on",
+    )
     add_model_arguments(parser, "pipeline", batch_size, model)
     parser.add_argument(
         "--cache_suffix",
@@ -192,13 +198,14 @@ def _cache_parser(doc, kind, model, batch_size):
     return parser
 
 
-def add_data_root_argument(parser: argparse.ArgumentParser) -> None:
+def add_data_root_argument(parser: argparse.ArgumentParser, more: str = "") -> None:
+    """Adds --data_root; `more` follows what the help says it is."""
     parser.add_argument(
         "--data_root",
         action="append",
         required=True,
         metavar="DIR",
-        help="folder of images, searched with all sub-folders; can be given several times",
+        help=f"folder of images, searched with all sub-folders{more}; can be given several times",
     )
 
 

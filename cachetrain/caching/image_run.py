@@ -14,6 +14,7 @@ from cachetrain import cli
 from cachetrain.caching import images, ranks, selection
 from cachetrain.caching.buckets import bucket_sizes
 from cachetrain.caching.freshness import image_source
+from cachetrain.caching.shard_run import ShardRun, check_out_args
 from cachetrain.caching.summary import RunSummary
 from cachetrain.caching.writer import Row, Writer
 from cachetrain.data.sidecar import numbered, sidecar_path
@@ -42,6 +43,8 @@ def cache_images(args: Namespace, kind: str) -> int:
         "settings": json.dumps(_settings(args), sort_keys=True),
     }
     summary = RunSummary(kind, args.data_root, args.cache_suffix, args.mask)
+    if args.out:
+        return _cache_tars(args, model_dir if args.custom else vae_dir, fields, summary)
     source_of = partial(image_source, masked=args.mask == "files")
     pairs = selection.select(selection.find_pairs(args, summary), source_of, fields, args, summary)
     if pairs:
@@ -65,27 +68,63 @@ def _settings(args):
 
 
 def _encode(args, pairs, vae_dir, fields, summary):
-    sizes = bucket_sizes(args.width, args.aspect_limit) if args.bucket else [(args.width, args.height)]
-    batches = _start_decoding(args, pairs, sizes)  # first: workers decode while the model loads
-    from cachetrain.caching.encoders import scaling_fields
-
-    vae, dtype = _load_vae(args, vae_dir, sizes)
-    fields = {
-        **fields,
-        "compute_dtype": str(dtype).removeprefix("torch."),
-        **scaling_fields(vae),
-    }
+    sizes = _sizes(args)
+    # First: workers decode while the model loads.
+    batches = _start_decoding(args, images.ImageFiles(pairs, sizes, args.crops, args.mask))
+    encoder = _Encoder(args, vae_dir, sizes, fields)
     progress = tqdm(total=len(pairs), desc=fields["kind"], unit="image", disable=None if ranks.rank() == 0 else True)
     with progress, Writer(summary, progress) as writer:
-        for pixels, decoded, failures in summary.time_waiting(_of_one_size(batches, args.batch_size), progress):
+        encoder.write(batches, writer)
+
+
+def _cache_tars(args, vae_dir, fields, summary):
+    """Makes the image half of a shard set; returns the exit code."""
+    sizes = _sizes(args)
+    check_out_args(args)
+    encoder = _Encoder(args, vae_dir, sizes, fields)  # whose scaling is part of the name of the half
+
+    def encode(tar, writer):
+        encoder.write(_start_decoding(args, images.ImagesInTar(tar, sizes, args.crops, args.mask)), writer)
+
+    return ShardRun(args, encoder.fields, summary).make(encode)
+
+
+def _sizes(args):
+    """The sizes (width, height) of which each image takes the nearest."""
+    return bucket_sizes(args.width, args.aspect_limit) if args.bucket else [(args.width, args.height)]
+
+
+class _Encoder:
+    """A VAE, loaded.
+
+    Attributes:
+        fields: of the headers of all sidecars.
+    """
+
+    def __init__(self, args, vae_dir, sizes, fields):
+        from cachetrain.caching.encoders import scaling_fields
+
+        self.args = args
+        self.vae_dir = vae_dir
+        self.vae, self.dtype = _load_vae(args, vae_dir, sizes)
+        self.fields = {
+            **fields,
+            "compute_dtype": str(self.dtype).removeprefix("torch."),
+            **scaling_fields(self.vae),
+        }
+
+    def write(self, batches, writer):
+        """Encodes collated batches, submits their rows, and reports images that failed."""
+        summary, progress = writer.summary, writer.progress
+        for pixels, decoded, failures in summary.time_waiting(_of_one_size(batches, self.args.batch_size), progress):
             for path, reason in failures:
                 summary.fail(path, reason)
                 progress.update()
             if decoded:
                 summary.check_sizes(decoded)
-                with load.named(vae_dir):
-                    latents = _latents(vae, pixels.to(vae.device), dtype, args)
-                writer.submit(_rows(latents, decoded, fields, args.cache_suffix))
+                with load.named(self.vae_dir):
+                    latents = _latents(self.vae, pixels.to(self.vae.device), self.dtype, self.args)
+                writer.submit(_rows(latents, decoded, self.fields, self.args.cache_suffix))
 
 
 def _load_vae(args, vae_dir, sizes):
@@ -102,15 +141,15 @@ def _load_vae(args, vae_dir, sizes):
     return vae.to(device), dtype
 
 
-def _start_decoding(args, pairs, sizes):
-    """Starts the worker processes and returns an iterator over their collated batches."""
+def _start_decoding(args, files):
+    """Starts the processes that decode these ImageFiles, and returns an iterator over their collated batches."""
     from torch.utils.data import DataLoader
 
     from cachetrain.data.loader import batches_of
 
-    num_workers = min(args.num_workers, -(-len(pairs) // args.batch_size))
+    num_workers = min(args.num_workers, -(-len(files) // args.batch_size))
     loader = DataLoader(
-        images.ImageFiles(pairs, sizes, args.crops, args.mask),
+        files,
         batch_size=args.batch_size,
         num_workers=num_workers,
         collate_fn=images.collate,

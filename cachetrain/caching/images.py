@@ -23,6 +23,7 @@ from cachetrain.caching.pixels import (
     to_rgb,
     upright,
 )
+from cachetrain.caching.tars import OpenTar
 from cachetrain.data.masks import mask_file
 from cachetrain.data.sidecar import numbered
 from cachetrain.data.walk import MAX_IMAGE, Pairs
@@ -79,12 +80,27 @@ class ImageFiles:
     def __getitem__(self, index: int) -> Decoded | tuple[str, str]:
         path = self.pairs[index].image
         try:
-            return decode_file(path, self.sizes, self.crops, self.mask)
+            return self.decode(path)
         except UnidentifiedImageError:
             return path, NOT_AN_IMAGE
         # Pillow's plugins raise almost anything on malformed input, and one bad image must not stop the run.
         except Exception as error:
             return path, getattr(error, "strerror", None) or describe(error)
+
+    def decode(self, path: str) -> Decoded:
+        return decode_file(path, self.sizes, self.crops, self.mask)
+
+
+class ImagesInTar(ImageFiles):
+    """The same of the pairs in a tar."""
+
+    def __init__(self, tar: OpenTar, sizes: list[tuple[int, int]], crops: int = 1, mask: str | None = None):
+        super().__init__(tar.pairs, sizes, crops, mask)
+        self.tar = tar
+
+    def decode(self, path: str) -> Decoded:
+        # Not the member's time: the same image in another tar gives the same sidecar.
+        return decode_bytes(path, self.tar.read(path), 0, self.sizes, self.crops, self.mask)
 
 
 def decode_file(path: str, sizes: list[tuple[int, int]], crops: int = 1, mask: str | None = None) -> Decoded:
@@ -100,14 +116,21 @@ def decode_file(path: str, sizes: list[tuple[int, int]], crops: int = 1, mask: s
         OSError, ValueError and whatever Pillow raises on malformed input.
     """
     data, stat = read_with_stat(path, MAX_IMAGE)
+    return decode_bytes(path, data, stat.st_mtime_ns, sizes, crops, mask)
+
+
+def decode_bytes(
+    path: str, data: bytes, mtime_ns: int, sizes: list[tuple[int, int]], crops: int = 1, mask: str | None = None
+) -> Decoded:
+    """Decodes the bytes of a file like `decode_file`; `path` names it, and beside it are mask files."""
     sha256 = hashlib.sha256(data).hexdigest()
     boxes_of = partial(crop_boxes, number=crops, seed=int(sha256[:16], 16))
     channels = (to_rgb, to_alpha) if mask == "alpha" else (to_rgb,)
     pixels, original_size, boxes = _decode_leniently(_decode, data, sizes, boxes_of, channels)
     height, width = pixels.shape[1:3]
     fields = {
-        "source_size": str(stat.st_size),
-        "source_mtime_ns": str(stat.st_mtime_ns),
+        "source_size": str(len(data)),
+        "source_mtime_ns": str(mtime_ns),
         "source_sha256": sha256,
         "width": str(width),
         "height": str(height),

@@ -57,6 +57,24 @@ def pack(args: Namespace) -> int:
     return 0
 
 
+def shard_row(name: str, path: str, data: bytes, text_kind: str | None) -> tuple[Row, dict[str, int]]:
+    """Returns (the row of a verified sidecar, {name of a text tensor: width}).
+
+    Args:
+        path: names the sidecar in messages.
+        text_kind: of a text sidecar; None: it is one of an image.
+
+    Raises:
+        ValueError: of `check_text`.
+    """
+    header = header_of(data)
+    if text_kind is None:
+        return Row(name, data, header, shape=header.shapes["latent"]), {}
+    lengths, widths = check_text(text_kind, path, header)
+    sources = sources_of(path, header.metadata, len(lengths)) if len(lengths) > 1 else {}
+    return Row(name, data, header, tokens=tuple(lengths), sources=tuple(sources)), widths
+
+
 class _Half:
     """The image sidecars of one suffix of an index, or its text sidecars.
 
@@ -85,22 +103,9 @@ class _Half:
 
     def _row(self, pair):
         sample, path = pair * self.index.sizes + (self.size or 0), self._path(pair)
-        data, header = read_verified(path)
-        shape, lengths, sources = (), [], {}
-        if self.size is None:
-            lengths, _ = check_text(self.index.text_kind, path, header)
-            sources = sources_of(path, header.metadata, len(lengths)) if len(lengths) > 1 else {}
-        else:
-            shape = self.index.shape(sample)
-        return Row(
-            name=self._name(pair),
-            data=data,
-            header=header_of(data),
-            shape=shape,
-            tokens=tuple(lengths),
-            sources=tuple(sources),
-            repeats=float(self.index.repeats[sample]),
-        )
+        data, _ = read_verified(path)
+        row, _ = shard_row(self._name(pair), path, data, self.index.text_kind if self.size is None else None)
+        return row._replace(repeats=float(self.index.repeats[sample]))
 
     def _name(self, pair):
         return self.index.relative_name(pair * self.index.sizes)

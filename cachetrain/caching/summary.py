@@ -179,6 +179,11 @@ class RunSummary:
                 self._print(show_coverage)
         return 1 if self.counts["failed"] else 0
 
+    def finish_alone(self, show_coverage: bool = False) -> int:
+        """Prints failures and summary of this process, which waits for no other; returns its exit code."""
+        self._print(show_coverage)
+        return 1 if self.counts["failed"] else 0
+
     def _listed(self, write, *parts):
         """Writes the list of upscaled images or a part of it. All sidecars are made: an error is only a warning."""
         try:
@@ -197,7 +202,7 @@ class RunSummary:
             say(*self.coverage.table())
         say(self.line())
         self.unknown_words.report()
-        if self.mask and not self.counts["masked"]:
+        if self.mask and not self.counts["masked"] and self.counts["encoded"] + self.counts[FRESH]:
             where = "has a .mask.png beside it" if self.mask == "files" else "is transparent"
             warn(f"--mask {self.mask}: no image {where}, so that nothing is masked")
         if self.counts["upscaled"] and self.upscaled.target.exists():

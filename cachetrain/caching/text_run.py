@@ -3,7 +3,7 @@
 import json
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import chain, pairwise
 
 import numpy as np
@@ -13,6 +13,7 @@ from cachetrain.caching import ranks, selection
 from cachetrain.caching.arguments import caption_settings
 from cachetrain.caching.assembly import Assembly, Embedded, Texts
 from cachetrain.caching.freshness import caption_source
+from cachetrain.caching.shard_run import ShardRun, check_out_args
 from cachetrain.caching.summary import RunSummary
 from cachetrain.caching.unknown_words import unknown_test
 from cachetrain.caching.writer import Row, Writer
@@ -67,17 +68,19 @@ def cache_captions(args: Namespace, kind: str, settings: dict) -> int:
         "settings": json.dumps(settings | dtypes, sort_keys=True),
     }
     summary = RunSummary(kind, args.data_root, args.cache_suffix)
+    make_encoder = (
+        partial(_custom_encoder, model_dir)
+        if custom
+        else partial(_batch_encoder, model_dir, settings, kind, args.batch_size)
+    )
+    if args.out:
+        return _cache_tars(args, of_captions, make_encoder, fields, summary)
     nulls = map(null_pair, dict.fromkeys(args.data_root))
     candidates = chain(nulls, selection.find_pairs(args, summary, "files" in of_captions.captions))
     source_of = partial(caption_source, settings=of_captions)
     pairs = selection.select(candidates, source_of, fields, args, summary)
     summary.leftovers.unused.warn_of_file_names()
     if pairs:
-        make_encoder = (
-            partial(_custom_encoder, model_dir)
-            if custom
-            else partial(_batch_encoder, model_dir, settings, kind, args.batch_size)
-        )
         with summary.time_encoding():
             _encode(args, pairs, of_captions, make_encoder, fields, summary)
     return summary.finish()
@@ -109,32 +112,68 @@ def _encode(args, pairs, of_captions, make_encoder, fields, summary):
 
     Args:
         of_captions: CaptionSettings.
-        make_encoder: function of (device, dtype) that returns a function: captions -> batches, lists of Embedded;
-            and the tokenizer.
+        make_encoder: as of `_Encoder`.
     """
-    import torch
-
-    device = load.pick_device(args.device)
-    dtype = load.pick_dtype(args.dtype, device)
-    encode, tokenizer = make_encoder(device, dtype)
-    is_unknown = unknown_test(tokenizer)
-    fields = {**fields, "compute_dtype": str(dtype).removeprefix("torch.")}
-    store_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.store_dtype]
+    encoder, read = _Encoder(args, make_encoder, fields), partial(read_captions, settings=of_captions)
     progress = tqdm(
         total=len(pairs), desc=fields["kind"], unit=summary.unit, disable=None if ranks.rank() == 0 else True
     )
     with progress, Writer(summary, progress) as writer:
-        windows = (_by_captions(window, of_captions, summary, progress) for window in _windows(pairs, of_captions))
+        windows = (_by_captions(window, read, summary, progress) for window in _windows(pairs, of_captions))
         for images_of in summary.time_waiting(windows, progress):
-            assembly = Assembly(images_of, _CHUNK * args.batch_size)
-            for captions, complete in assembly.chunks():
-                writer.submit(_rows(complete, images_of, fields, store_dtype, args.cache_suffix))
-                for batch in encode(captions) if captions else ():
-                    for item in batch:
-                        caption = captions[item.index]
-                        summary.unknown_words.add(caption, assembly.num_images.pop(caption, 0), is_unknown)
-                    complete = assembly.add(captions, batch)
-                    writer.submit(_rows(complete, images_of, fields, store_dtype, args.cache_suffix))
+            encoder.write(images_of, writer)
+
+
+def _cache_tars(args, of_captions, make_encoder, fields, summary):
+    """Makes the text half of a shard set, and the null caption in it; returns the exit code."""
+    check_out_args(args)
+    run, encoder = ShardRun(args, fields, summary), cache(partial(_Encoder, args, make_encoder, fields))
+
+    def encode(tar, writer):
+        read = partial(tar.captions, settings=of_captions)
+        encoder().write(_by_captions(tar.pairs, read, summary, writer.progress), writer)
+
+    def encode_null(writer):
+        pair = null_pair("")
+        captions = read_captions(pair)
+        encoder().write({captions.texts: [(pair, captions)]}, writer)
+
+    run.put_null_caption(encode_null)
+    return run.make(encode)
+
+
+class _Encoder:
+    """A text encoder, loaded.
+
+    Args:
+        make_encoder: function of (device, dtype) that returns a function: captions -> batches, lists of Embedded;
+            and the tokenizer.
+    """
+
+    def __init__(self, args, make_encoder, fields):
+        import torch
+
+        device = load.pick_device(args.device)
+        dtype = load.pick_dtype(args.dtype, device)
+        self.encode, tokenizer = make_encoder(device, dtype)
+        self.is_unknown = unknown_test(tokenizer)
+        self.fields = {**fields, "compute_dtype": str(dtype).removeprefix("torch.")}
+        self.store_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.store_dtype]
+        self.chunk_size = _CHUNK * args.batch_size
+        self.suffix = args.cache_suffix
+
+    def write(self, images_of, writer):
+        """Encodes the captions of images, as of `_by_captions`, and submits their rows."""
+        assembly = Assembly(images_of, self.chunk_size)
+        for captions, complete in assembly.chunks():
+            writer.submit(_rows(complete, images_of, self.fields, self.store_dtype, self.suffix))
+            for batch in self.encode(captions) if captions else ():
+                for item in batch:
+                    caption = captions[item.index]
+                    count = assembly.num_images.pop(caption, 0)
+                    writer.summary.unknown_words.add(caption, count, self.is_unknown)
+                complete = assembly.add(captions, batch)
+                writer.submit(_rows(complete, images_of, self.fields, self.store_dtype, self.suffix))
 
 
 def _windows(pairs, of_captions):
@@ -158,12 +197,12 @@ def _captions_key(pair, of_captions):
         return 0  # reported when its window is read
 
 
-def _by_captions(pairs, of_captions, summary, progress) -> dict[Texts, list]:
-    """Returns captions -> list of (Pair, Captions); captions that cannot be read are reported."""
+def _by_captions(pairs, read, summary, progress) -> dict[Texts, list]:
+    """Returns captions -> list of (Pair, Captions); captions that read(pair) cannot read are reported."""
     images_of = {}
     for pair in pairs:
         try:
-            captions = read_captions(pair, of_captions)
+            captions = read(pair)
         except (OSError, ValueError) as error:
             summary.fail(pair.caption_file or pair.image, error)
             progress.update()

@@ -39,9 +39,13 @@ class Writer:
         self.max_pending = 2 * num_threads
         self.pending = deque()
 
+    def write(self, row: Row) -> None:
+        """Writes one row; called on the threads."""
+        write_sidecar(row.target, row.tensors, row.metadata)
+
     def submit(self, rows: Iterable[Row]) -> None:
         """Queues rows, which are consumed on a thread; waits while too many batches are queued."""
-        batch = _Batch(rows)
+        batch = _Batch(rows, self.write)
         self.pending.append(batch)  # first: a signal between the two must not lose its account
         self.pool.submit(batch.write)
         while len(self.pending) > self.max_pending:
@@ -101,8 +105,9 @@ class _Batch:
         error: the exception that ends the run, or None.
     """
 
-    def __init__(self, rows):
+    def __init__(self, rows, write_row):
         self._rows = rows
+        self._write_row = write_row
         self._unclaimed = threading.Lock()
         self.done = threading.Event()
         self.written, self.failures, self.error = deque(), deque(), None
@@ -124,7 +129,7 @@ class _Batch:
                 self.failures.append((row.source, reason))
                 continue
             try:
-                write_sidecar(row.target, row.tensors, row.metadata)
+                self._write_row(row)
             except OSError as error:
                 if error.errno in (ENOSPC, EDQUOT, EROFS):
                     raise  # every other file would fail too

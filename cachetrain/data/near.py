@@ -11,7 +11,7 @@ from threading import Event
 from tqdm import tqdm
 
 from cachetrain.atomic import is_abandoned, locked_directory, temporary_path
-from cachetrain.data.objects import chunks_of, open_store, sizes_in
+from cachetrain.data.objects import chunks_of, entries_in, open_store
 from cachetrain.data.shard_set import folder_suffix, shard_number
 from cachetrain.data.sidecar import NULL_STEM
 from cachetrain.log import counted
@@ -39,7 +39,7 @@ def fetch_set(url: str, shard_cache: str | os.PathLike, suffixes: Set[str]) -> N
         OSError: the set cannot be read, another process copies into the directory, or the disk has no room.
     """
     store, target = open_store(url), near_directory(url, shard_cache)
-    sizes = {name: size for name, size in sizes_in(store).items() if _is_part(name, suffixes)}
+    sizes = {one["path"]: one["size"] for one in entries_in(store) if _is_part(one["path"], suffixes)}
     if not any(shard_number(name.rpartition("/")[2]) is not None for name in sizes):
         raise ValueError(
             f"{url}: no shards of {', '.join(sorted(suffixes))}; pack a folder with cache/pack_shards.py"

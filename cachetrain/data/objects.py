@@ -38,21 +38,21 @@ def is_url(where: str | os.PathLike) -> bool:
 
 
 def names_in(store) -> list[str]:
-    """The names of all objects, sorted; raises like `sizes_in`."""
-    return sorted(sizes_in(store))
-
-
-def sizes_in(store) -> dict[str, int]:
-    """{name: size in bytes} of all objects.
+    """The names of all objects, sorted.
 
     Raises:
         OSError: they cannot be listed.
     """
+    return sorted(entry["path"] for entry in entries_in(store))
+
+
+def entries_in(store) -> list[dict]:
+    """All objects: dicts of path, size, last_modified and e_tag; raises like `names_in`."""
     import obstore
     from obstore.exceptions import BaseError
 
     try:
-        return {entry["path"]: entry["size"] for page in obstore.list(store) for entry in page}
+        return [entry for page in obstore.list(store) for entry in page]
     except BaseError as error:
         raise OSError(f"{store}: cannot be listed: {_first_line(error)}") from error
 
@@ -68,6 +68,40 @@ def chunks_of(store, name: str) -> Iterator[bytes]:
 
     try:
         yield from map(bytes, obstore.get(store, name).stream())
+    except (BaseError, OSError) as error:
+        raise OSError(f"{store}: {name} cannot be read: {_first_line(error)}") from error
+
+
+def exists(store, name: str) -> bool:
+    """Whether there is an object of this name.
+
+    Raises:
+        OSError: the store does not answer.
+    """
+    import obstore
+    from obstore.exceptions import BaseError, NotFoundError
+
+    try:
+        obstore.head(store, name)
+        return True
+    except (NotFoundError, FileNotFoundError):
+        return False
+    except BaseError as error:
+        raise OSError(f"{store}: {name} cannot be looked up: {_first_line(error)}") from error
+
+
+def read(store, name: str) -> tuple[bytes, dict]:
+    """The bytes of an object, and its entry as of `entries_in`.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    import obstore
+    from obstore.exceptions import BaseError
+
+    try:
+        result = obstore.get(store, name)
+        return bytes(result.bytes()), result.meta
     except (BaseError, OSError) as error:
         raise OSError(f"{store}: {name} cannot be read: {_first_line(error)}") from error
 

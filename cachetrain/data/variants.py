@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from cachetrain.data.captions import Pair, all_caption_files, caption_file, read_caption
+from cachetrain.data.captions import Caption, Pair, all_caption_files, caption_file, read_caption
 from cachetrain.data.sidecar import NULL_STEM, SidecarError
 from cachetrain.reading import json_object
 
@@ -137,8 +137,18 @@ def read_captions(pair: Pair, settings: CaptionSettings = PLAIN) -> Captions:
         ValueError: a caption is not UTF-8 text, or there are more than MAX_VARIANTS.
     """
     settings = settings_of_pair(pair, settings)
+    return captions_of(
+        pair, [read_caption(Pair(pair.image, path)) for path in caption_files(pair, settings)], settings
+    )
+
+
+def captions_of(pair: Pair, read: Sequence[Caption], settings: CaptionSettings) -> Captions:
+    """Makes the variants of captions that have been read, one of each of `caption_files`.
+
+    Raises:
+        ValueError: there are more than MAX_VARIANTS.
+    """
     files = caption_files(pair, settings)
-    read = [read_caption(Pair(pair.image, path)) for path in files]
     written = {}  # source -> captions
     for path, caption in zip(files, read, strict=True):
         lines = re.split("[\r\n]+", caption.text) if "lines" in settings.captions else [caption.text]
