@@ -118,6 +118,11 @@ class ShardSet:
             **columns,
         )
 
+    @property
+    def ends(self) -> np.ndarray:
+        """int64 array, where the pairs of each shard end."""
+        return self._ends
+
     def read(self, pair: int, half: int) -> tuple[bytes, Header]:
         """The bytes of a sidecar and its Header, verified; raises like Shard.read."""
         shard, row = self._at(pair, half)

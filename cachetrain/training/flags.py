@@ -25,6 +25,7 @@ GROUPS = tuple(range(1, 16))  # of the logs
 MEANINGS = ("same", "rounding", "free", "silent")
 
 _PIXELS = cli.Number(int, 0, 65536)
+_WINDOW = cli.Number(int, 0, 65536)
 _TIMESTEP = cli.Number(int, 0, 1000)
 _GAMMA = cli.Number(float, 0.01, 1000)
 _RATE = cli.Number(float, 0, 10, exclude=(0,))
@@ -153,6 +154,10 @@ def _data_flags(group):
                "height and width of all images, in pixels")
     _flag(group, "--cache_in_ram", action="store_true", resume="free",
           help="read all caches into memory before training, for slow disks; each rank keeps its own copy")
+    _flag(group, "--shuffle_window", type=_WINDOW, default=0, metavar="W",
+          help="for sets of shards that do not fit into memory: an epoch shuffles 32 x W shards at a time, or as many "
+               "times 2048 pairs of a folder, so that only these need to stay in the page cache; the higher, the better "
+               "mixed; 4: common; default: 0, all pairs at once")
     _flag(group, "--num_workers", type=cli.workers, default=min(8, max(0, _CORES - 1)), metavar="N", resume="free",
           help="processes that load data, for each rank; 0: load between the steps. Does not change the result")
     _flag(group, "--overfit", type=cli.positive_int, metavar="N", resume="silent",
