@@ -1,11 +1,12 @@
 """In which order an epoch visits the samples: any order, or one that reads from few shards at a time.
 
-Both are pure functions of the seed and the list of pairs; they know neither ranks nor workers. An order is a sequence of
-chunks without end, each a part of one epoch or a whole one.
+Both are pure functions of the seed and the list of pairs; they know neither ranks nor workers. An order is a sequence
+of chunks without end, each a part of one epoch or a whole one.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -77,7 +78,7 @@ def table_of(index: PairIndex) -> Table:
     drawn = index.choices > 1 or bool((index.repeats != np.floor(index.repeats)).any())
     counts = [
         np.bincount(index.shape_ids[start:end], None if drawn else index.repeats[start:end], len(index.shapes))
-        for start, end in zip(index.blocks, index.blocks[1:], strict=False)
+        for start, end in pairwise(index.blocks)
     ]
     histogram = np.array(counts).astype(np.int64)
     return Table(index.blocks, histogram, index.shape_ids, index.repeats, index.choices, drawn)
@@ -87,8 +88,8 @@ class WindowOrder:
     """A chunk is a round, in which each lane visits the samples of `window` blocks, in an order of its own.
 
     For each epoch the blocks are permuted and dealt to LANES lanes. In a round, the visits of the lanes are spread
-    evenly over its length, so that up to LANES x window blocks are read from at a time. A sample comes up as often as in
-    EpochOrder, all of its visits of an epoch in one round.
+    evenly over its length, so that up to LANES x window blocks are read from at a time. A pair comes up as often as
+    in EpochOrder; all of its visits of an epoch are in one round.
     """
 
     def __init__(self, table: Table, seed: int, window: int):
@@ -179,7 +180,7 @@ class WindowOrder:
         return np.add.reduceat(counts[self._blocks(epoch)], np.arange(0, len(counts), self._span), 0)
 
     def _last_visits(self, chunk, numbers):
-        """{shape id: list of SampleKey}, the last visits to samples of each shape before a chunk, `numbers` of each."""
+        """{shape id: list of SampleKey}, the last visits before a chunk, so many of each shape as `numbers` says."""
         found, missing = {}, numbers.copy()
         while missing.any():
             chunk -= 1

@@ -155,9 +155,9 @@ def _data_flags(group):
     _flag(group, "--cache_in_ram", action="store_true", resume="free",
           help="read all caches into memory before training, for slow disks; each rank keeps its own copy")
     _flag(group, "--shuffle_window", type=_WINDOW, default=0, metavar="W",
-          help="for sets of shards that do not fit into memory: an epoch shuffles 32 x W shards at a time, or as many "
-               "times 2048 pairs of a folder, so that only these need to stay in the page cache; the higher, the better "
-               "mixed; 4: common; default: 0, all pairs at once")
+          help="for shard sets larger than memory: shuffle 32 x W shards at a time, so that only these need to be in "
+               "the page cache; a larger W mixes better. 2048 pairs of a folder count as a shard; default: 0, the "
+               "whole epoch at once")
     _flag(group, "--num_workers", type=cli.workers, default=min(8, max(0, _CORES - 1)), metavar="N", resume="free",
           help="processes that load data, for each rank; 0: load between the steps. Does not change the result")
     _flag(group, "--overfit", type=cli.positive_int, metavar="N", resume="silent",
