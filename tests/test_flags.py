@@ -42,7 +42,7 @@ ZERO = {
         "--num_workers", "--offset_noise", "--timestep_range", "--cond_dropout", "--flip_p", "--unmasked_weight",
         "--unfreeze_up_blocks", "--unfreeze_down_blocks", "--time_ids", "--warmup_steps", "--min_lr_rate", "--betas",
         "--weight_decay", "--gradient_clip", "--ema_decay", "--seed", "--save_start", "--sample_cfgs", "--val_split",
-        "--lora_dropout",
+        "--lora_dropout", "--shuffle_window",
     },
 }  # fmt: skip
 SIGNED = ("--logit_mean",)  # may be 0 or below
@@ -233,7 +233,7 @@ def test_every_flag_has_a_meaning_for_a_resume():
     }  # fmt: skip
     # Whatever the values of tensors depend on, and nothing else compares.
     assert {name for name in kinds["same"] if not name.startswith(("reinit_", "unfreeze_"))} == {
-        "sizes", "unmasked_weight",
+        "sizes", "unmasked_weight", "shuffle_window",
         "imgcache_suffix", "txtcache_suffix", "force_txtcache", "vae_scaling_factor", "text_scaling_factor",
         "caption_weights", "time_ids", "use_snr", "noise_gamma", "loss", "huber_c", "offset_noise",
         "timestep_sampling", "logit_mean", "logit_std", "timestep_shift", "timestep_range", "cond_dropout", "flip_p",

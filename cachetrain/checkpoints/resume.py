@@ -202,7 +202,12 @@ def settings_of(args, plan, index, scheduler, world) -> dict:
         "peak rate, warm-up and decay steps": [plan.peak_lr, plan.warmup_steps, decay_steps],
         "noise schedule": f"{objective_of(scheduler)} ({checksum})",
         "pairs": f"{index.num_pairs:,} ({index.checksum():08x})",
+        "shuffle_window": args.shuffle_window and f"{args.shuffle_window}, {_blocks(index)}",
     }
+
+
+def _blocks(index):
+    return f"{counted(len(index.blocks) - 1, 'block')} ({zlib.crc32(index.blocks.tobytes()):08x})"
 
 
 def run_state(step: int, visits: int, settings: dict, *, unet, optimizer, scaler, statistics, validation) -> dict:

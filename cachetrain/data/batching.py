@@ -11,6 +11,7 @@ import torch
 from cachetrain.data import rng
 from cachetrain.data.dataset import SampleKey
 from cachetrain.data.index import PairIndex
+from cachetrain.data.order import EpochOrder, WindowOrder, table_of
 from cachetrain.diffusion.objective import stratified
 from cachetrain.modeling.conditioning import Conditioning
 
@@ -18,8 +19,8 @@ from cachetrain.modeling.conditioning import Conditioning
 class BatchSampler:
     """Yields batches of SampleKey; each rank gets its share of every batch.
 
-    In an epoch every sample comes up as often as its `repeats` value says, in an order shuffled anew for each epoch;
-    of several sizes of an image, one of them.
+    In an epoch every sample comes up as often as its `repeats` value says, in an order shuffled anew for each epoch
+    (data/order.py); of several sizes of an image, one of them.
     All samples of a batch have the same latent shape, on all ranks; samples that do not fill a batch are carried over
     to the next epoch, never dropped.
 
@@ -31,6 +32,7 @@ class BatchSampler:
         strata: number of batches per optimizer step, over which timesteps are stratified; 0: not stratified.
         rank, ranks: number of this rank, and number of ranks.
         first: number of the first batch to yield; above 0 in a resumed run.
+        window: blocks of a lane that are mixed at a time, in WindowOrder; 0: all samples are, in EpochOrder.
 
     Attributes:
         waiting: {shape id: number of samples whose batch is not full yet}, at the end of the sequence.
@@ -48,6 +50,7 @@ class BatchSampler:
         rank: int = 0,
         ranks: int = 1,
         first: int = 0,
+        window: int = 0,
     ):
         self.index = index
         self.batch_size = batch_size
@@ -57,6 +60,7 @@ class BatchSampler:
         self.rank = rank
         self.ranks = ranks
         self.first = first
+        self.order = WindowOrder(table_of(index), seed, window) if window else EpochOrder(index, seed)
         self.waiting = {}
         self.trained = np.zeros(len(index), bool)
 
@@ -64,38 +68,40 @@ class BatchSampler:
         return self.num_batches - self.first
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        num_made, filling = 0, {}
-        for epoch in count():
-            samples, repeats = rng.epoch_order(self.seed, epoch, self.index.repeats, self.index.choices)
+        entry = self.order.entry(self.first, self.batch_size * self.ranks)
+        num_made, filling, self.trained = entry.made, entry.waiting, self.order.trained(entry)
+        for number in count(entry.chunk):
+            epoch, samples, repeats = self.order.chunk(number)
             if num_made < self.first:
                 skipped, used = self._skip(epoch, samples, repeats, filling, self.first - num_made)
                 num_made, samples, repeats = num_made + skipped, samples[used:], repeats[used:]
-            for sample, repeat in zip(samples, repeats, strict=True):
-                bucket = filling.setdefault(self.index.shape_ids[sample], [])
-                bucket.append(SampleKey(epoch, int(sample), int(repeat)))
+            shape_ids = self.index.shape_ids[samples].tolist()
+            for sample, repeat, shape in zip(samples.tolist(), repeats.tolist(), shape_ids, strict=True):
+                bucket = filling.setdefault(shape, [])
+                bucket.append(SampleKey(epoch, sample, repeat))
                 if len(bucket) < self.batch_size * self.ranks:
                     continue
-                batch = filling.pop(self.index.shape_ids[sample])
+                batch = filling.pop(shape)
                 self.trained[[key.sample for key in batch]] = True
                 num_made += 1
                 if num_made == self.num_batches:
-                    self.waiting = {int(shape): len(bucket) for shape, bucket in filling.items()}
+                    self.waiting = {shape: len(bucket) for shape, bucket in filling.items()}
                 yield self._stratified(batch, num_made - 1)[self.rank :: self.ranks]
                 if num_made == self.num_batches:
                     return
 
     def _skip(self, epoch, samples, repeats, filling, num_to_skip):
-        """Skips up to `num_to_skip` batches of an epoch without building them.
+        """Skips up to `num_to_skip` batches of a chunk without building them.
 
         Args:
-            samples, repeats: int64 [M], the epoch in order, from rng.epoch_order.
+            epoch, samples, repeats: the chunk.
             filling: {shape id: list of SampleKey} of batches that are not full yet; updated.
 
         Returns:
-            (number of batches skipped, number of samples of the epoch that were consumed).
+            (number of batches skipped, number of samples of the chunk that were consumed).
         """
         size, shape_ids = self.batch_size * self.ranks, self.index.shape_ids[samples]
-        positions_of_shape = {shape: np.flatnonzero(shape_ids == shape) for shape in np.unique(shape_ids)}
+        positions_of_shape = {shape: np.flatnonzero(shape_ids == shape) for shape in np.unique(shape_ids).tolist()}
         ends = [
             positions[size - 1 - len(filling.get(shape, [])) :: size]
             for shape, positions in positions_of_shape.items()

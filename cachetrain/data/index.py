@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
     from cachetrain.distributed import World
 
+FOLDER_BLOCK = 2048  # as many pairs as a shard has by default
+
 _MULTIPLE = cli.Number(float, 0, cli.repeats.most)
 
 
@@ -64,6 +66,8 @@ class PairIndex:
         caption_sources: list of the suffixes of the files that variants come from, as ".txt".
         text_widths: {name of a text tensor: width D}.
         repeats: float32 [N], how often each pair comes up in an epoch, on average.
+        blocks: int64 array, the first sample of each block, and N. A block is what is read from one shard, or of a
+            folder of sidecars FOLDER_BLOCK pairs in a row.
         item_bytes: size of an element of the text tensors.
         image_header, text_header: headers of the first pair.
         image_headers: {path of an image sidecar: its header}, of the first pair of each directory.
@@ -122,6 +126,7 @@ class PairIndex:
         self._sets = {}  # number of a directory that is a shard set -> (ShardSet, list of Part)
         of_pairs = self._list_pairs(repeats or [1.0] * len(self.directories))
         self.repeats = np.concatenate(of_pairs).astype(np.float32).repeat(self.sizes)
+        self.blocks = self._list_blocks()
         self._check_repeats()
         self._read_headers(world)
 
@@ -153,6 +158,8 @@ class PairIndex:
         part._positions = np.asarray(positions) if self._positions is None else self._positions[positions]
         for name in ("shape_ids", "image_bytes", "tokens", "all_tokens", "repeats"):
             setattr(part, name, getattr(self, name)[positions])
+        block = np.searchsorted(self.blocks, positions, side="right")
+        part.blocks = np.concatenate([[0], 1 + np.flatnonzero(np.diff(block)), [len(positions)]])
         part._check_repeats()
         return part
 
@@ -323,6 +330,13 @@ class PairIndex:
         self.num_unpaired += shard_set.num_unpaired
         self._sets[number] = shard_set, columns
         return columns.repeats
+
+    def _list_blocks(self):
+        ends = [[0]]
+        for number, (start, end) in enumerate(zip(self._starts, [*self._starts[1:], self.num_pairs], strict=True)):
+            of_folder = np.arange(start + FOLDER_BLOCK, end, FOLDER_BLOCK)
+            ends += [start + self._sets[number][0].ends if number in self._sets else of_folder, [end]]
+        return np.unique(np.concatenate(ends)) * self.sizes
 
     def _packed(self, i):
         """(ShardSet, number of the pair in it) of sample `i`; None if its sidecars are files."""

@@ -45,12 +45,27 @@ def epoch_order(seed: int, epoch: int, repeats: np.ndarray, choices: int = 1) ->
 
 def _visits(seed, epoch, repeats):
     """Returns (order, samples, repeats), int64 [M] each; `order` is the permutation of the other two."""
-    if (repeats == 1).all():
-        samples = np.arange(len(repeats))
-        return permutation(seed, epoch, len(repeats)), samples, np.zeros_like(samples)
-    floor = np.floor(repeats)
-    drawn = generator(seed, epoch, 0, REPEATS).random(len(repeats), dtype=np.float32)
-    counts = (floor + (drawn < repeats - floor)).astype(np.int64)
-    samples = np.repeat(np.arange(len(repeats)), counts)
-    numbers = np.arange(len(samples)) - np.repeat(np.cumsum(counts) - counts, counts)
+    samples, numbers = visits(seed, epoch, repeats)
     return permutation(seed, epoch, len(samples)), samples, numbers
+
+
+def visits(seed: int, epoch: int, repeats: np.ndarray, start: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the visits of an epoch to some pairs in a row, or to all of them, sorted.
+
+    Args:
+        repeats: float32 [N], how often each of them comes up in an epoch, on average.
+        start: number of the first of them.
+
+    Returns:
+        (pairs, repeats), int64 [M] each: the pair, numbered from `start`, and how often it has come up, from 0.
+    """
+    pairs = np.arange(start, start + len(repeats))
+    if (repeats == 1).all():
+        return pairs, np.zeros_like(pairs)
+    generator_of_all = generator(seed, epoch, 0, REPEATS)
+    generator_of_all.bit_generator.advance(start // 8)  # each count of Philox gives eight float32
+    drawn = generator_of_all.random(start % 8 + len(repeats), dtype=np.float32)[start % 8 :]
+    floor = np.floor(repeats)
+    counts = (floor + (drawn < repeats - floor)).astype(np.int64)
+    pairs = np.repeat(pairs, counts)
+    return pairs, np.arange(len(pairs)) - np.repeat(np.cumsum(counts) - counts, counts)

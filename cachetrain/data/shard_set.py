@@ -122,6 +122,11 @@ class ShardSet:
             **columns,
         )
 
+    @property
+    def ends(self) -> np.ndarray:
+        """int64 array, where the pairs of each number end."""
+        return np.array(self._ends, np.int64)
+
     def read(self, pair: int, half: int) -> bytes:
         """The bytes of a sidecar, verified; raises like Shard.read."""
         shard, row = self._at(pair, half)

@@ -25,6 +25,7 @@ GROUPS = tuple(range(1, 16))  # of the logs
 MEANINGS = ("same", "rounding", "free", "silent")
 
 _PIXELS = cli.Number(int, 0, 65536)
+_WINDOW = cli.Number(int, 0, 65536)
 _TIMESTEP = cli.Number(int, 0, 1000)
 _GAMMA = cli.Number(float, 0.01, 1000)
 _RATE = cli.Number(float, 0, 10, exclude=(0,))
@@ -157,6 +158,10 @@ def _data_flags(group):
                "height and width of all images, in pixels")
     _flag(group, "--cache_in_ram", action="store_true", resume="free",
           help="read all caches into memory before training, for slow disks; each rank keeps its own copy")
+    _flag(group, "--shuffle_window", type=_WINDOW, default=0, metavar="W",
+          help="for shard sets larger than memory: shuffle 32 x W shards at a time, so that only these need to be in "
+               "the page cache; a larger W mixes better. 2048 pairs of a folder count as a shard; default: 0, the "
+               "whole epoch at once")
     _flag(group, "--num_workers", type=cli.workers, default=min(8, max(0, _CORES - 1)), metavar="N", resume="free",
           help="processes that load data, for each rank; 0: load between the steps. Does not change the result")
     _flag(group, "--overfit", type=cli.positive_int, metavar="N", resume="silent",

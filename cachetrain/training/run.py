@@ -438,6 +438,7 @@ def open_loader(run: Run, pairs: CachedPairs, start_step: int = 0, num_seen: int
         rank=world.rank,
         ranks=world.ranks,
         first=first,
+        window=args.shuffle_window,
     )
     # With --compile, texts are padded to the longest: each other length would compile another graph.
     multiple = -(-int(run.index.tokens.max()) // 8) * 8 if args.compile else 8
