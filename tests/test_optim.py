@@ -121,40 +121,6 @@ def test_optimizer_follows_its_paper(name, dtype):
         torch.testing.assert_close(p.detach().double(), expected, **TOLERANCES[dtype])
 
 
-def test_muon_is_torchs_on_matrices_and_on_convolutions_as_matrices_and_adamw_on_vectors():
-    """Layouts differ in the order of columns, and bfloat16 in the iteration then rounds otherwise."""
-    parameters = [*parameters_of(torch.float32), torch.nn.Parameter(torch.randn(6, 4, 3, 3))]
-    matrices = [torch.nn.Parameter(p.detach().flatten(1).clone()) for p in parameters if p.ndim > 1]
-    vector = torch.nn.Parameter(parameters[1].detach().clone())
-    lr = 1e-3
-    muon = torch.optim.Muon(matrices, lr=lr, momentum=0.95, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-    adamw = torch.optim.AdamW([vector], lr=lr, betas=(0.95, 0.99), weight_decay=0.1)
-    optimizer = optimizer_of("muon", parameters, weight_decay=0.1, lr=lr)
-    for step in range(5):
-        gradients = gradients_of(parameters, step)
-        for p, gradient in zip(parameters, gradients, strict=True):
-            p.grad = gradient
-        for p, gradient in zip(matrices, [g for g in gradients if g.ndim > 1], strict=True):
-            p.grad = gradient.flatten(1)
-        vector.grad = gradients[1]
-        for one in (optimizer, muon, adamw):
-            one.step()
-    expected = iter(matrices)
-    for p in parameters:
-        reference = vector if p.ndim < 2 else next(expected)
-        size = lr * 0.2 * max(reference.shape) ** 0.5  # of an element's update
-        torch.testing.assert_close(p.detach().reshape(reference.shape), reference.detach(), rtol=0, atol=0.05 * size)
-    assert parameters[2].is_contiguous(memory_format=torch.channels_last)
-
-
-def test_muon_makes_updates_whose_singular_values_are_about_1():
-    p = torch.nn.Parameter(torch.zeros(8, 4, 3, 3).to(memory_format=torch.channels_last))
-    p.grad = torch.randn_like(p)
-    optimizer_of("muon", [p], weight_decay=0, lr=1.0).step()
-    values = torch.linalg.svdvals(p.detach().flatten(1)) / (0.2 * 36**0.5)
-    assert 0.6 < values.min() and values.max() < 1.3
-
-
 @pytest.mark.parametrize("name", ALL)
 def test_weight_decay_is_decoupled(name):
     """A step with weight decay ends lr x weight_decay x weight below one without, whatever the gradient."""

@@ -109,7 +109,7 @@ SETTINGS = [
     *(f"--optimizer {name} --precision {precision}" for name in ("adamw", "lion", "stableadamw")
       for precision in ("fp32", "bf16_pure")), "--optimizer lion --precision bf16",
     "--optimizer prodigy --lr 1 --betas 0.9 0.5", "--optimizer prodigy --lr 1 --precision bf16", ADAMW8,
-    "--optimizer muon", "--precision fp16",
+    "--precision fp16",
     "--cpu_offload", "--cpu_offload --optimizer stableadamw --precision bf16_pure", "--gradient_checkpointing",
     "--gradient_clip 0.01", "--scheduler cosine --warmup_steps 3",
     "--val_split 0.3 --val_steps 1", "--use_snr --objective v_prediction",

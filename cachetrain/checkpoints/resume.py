@@ -122,7 +122,7 @@ class Resumed:
         elif self.state["trained"] != trained_names(unet):
             warn("the checkpoint trained other parameters: the optimizer starts from scratch")
         else:
-            missing = _missing_fields(self.state["optimizer"], optimizer.implementation, trained)
+            missing = _missing_fields(self.state["optimizer"], optimizer.implementation)
             self._need(missing, "its optimizer")
             self._check_optimizer(optimizer.implementation.group_fields, trained)
             _restore_optimizer(optimizer, self.state["optimizer"], trained)
@@ -243,18 +243,12 @@ def _kind_of_optimizer(settings):
     return settings.get("optimizer"), settings.get("precision") == "bf16_pure", bool(settings.get("gradient_release"))
 
 
-def _missing_fields(saved, implementation, trained):
+def _missing_fields(saved, implementation):
     """The fields that an optimizer keeps once it has stepped and that its saved state_dict has not."""
     (group,) = saved["param_groups"]
     # With --gradient_release all are of a parameter.
     fields = implementation.state_fields | implementation.group_fields
-    of_vectors = fields | implementation.vector_fields
-    return set().union(
-        *(
-            (fields if trained[number].ndim > 1 else of_vectors) - values.keys() - group.keys()
-            for number, values in saved["state"].items()
-        )
-    )
+    return set().union(*(fields - values.keys() - group.keys() for values in saved["state"].values()))
 
 
 def _is_state(key, value, shape):

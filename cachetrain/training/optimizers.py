@@ -14,7 +14,6 @@ class Implementation(NamedTuple):
         constructor: dotted name of the class, which takes (groups of parameters, lr, betas, **options).
         options: further arguments.
         state_fields: what it keeps of each parameter once it has stepped; a checkpoint must have it.
-        vector_fields: what it keeps besides of parameters of one dimension.
         group_fields: what it keeps in its group of parameters; all else there is settings, which are a resumed run's
             own.
         skips_on_device: it leaves everything as it was where its `found_inf` is 1, as torch's fused optimizers do;
@@ -26,7 +25,6 @@ class Implementation(NamedTuple):
     state_fields: frozenset[str]
     group_fields: frozenset[str] = frozenset()
     skips_on_device: bool = False
-    vector_fields: frozenset[str] = frozenset()
 
 
 class Optimizer(NamedTuple):
@@ -70,9 +68,6 @@ _PRODIGY = Implementation(
     _MOMENTS | {"step", "s", "p0"},
     frozenset({"d", "d_max", "d_numerator", "d_denom", "d_hat", "k"}),
 )
-_MUON = Implementation(
-    "cachetrain.training.muon.Muon", {"eps": EPS}, frozenset({"step", "exp_avg"}), vector_fields=_MOMENTS
-)
 _ADAMW8 = Implementation("bitsandbytes.optim.AdamW8bit", {"eps": EPS}, frozenset({"step", "state1", "state2"}))
 
 
@@ -93,7 +88,6 @@ OPTIMIZERS = {
     "adamw":       Optimizer(_TORCH_ADAMW, _ADAMW_BF16, 2,       (0.9, 0.999)),
     "lion":        Optimizer(*_LION,                    1,       (0.9, 0.99)),
     "stableadamw": Optimizer(*_STABLE,                  2,       (0.9, 0.99)),
-    "muon":        Optimizer(_MUON,        None,        1,       (0.95, 0.99), fsdp=False),
     "adamw8":      Optimizer(_ADAMW8,      None,        0.5,     (0.9, 0.999), "bitsandbytes", fsdp=False),
     "prodigy":     Optimizer(_PRODIGY,     None,        4,       (0.9, 0.999), "prodigyopt", fsdp=False,
                              finds_rate=True),
