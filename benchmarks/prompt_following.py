@@ -6,11 +6,13 @@
 All runs have the same data, steps and settings: those of the quickstart, except that epsilon uses Min-SNR. A picture
 counts as right if background, color, shape, place and size are all right. Half of the prompts ask for a pair of
 shape and color that was held out of training. Finished runs are skipped when the script is started again. There are
-18 runs; each takes six minutes on one CPU core.
+18 runs; each takes six minutes on one CPU core. --optimizer, --lr and --seed run the same with others; the CPU time of
+each training is printed, so that --steps can make it equal.
 """
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from itertools import product
@@ -30,6 +32,9 @@ def parse_args(argv=None):
     parser.add_argument("--work", required=True, type=Path, help="directory for data, models and runs; not deleted")
     parser.add_argument("--steps", type=cli.positive_int, default=3200, help="optimizer steps of each run")
     parser.add_argument("--num_images", type=cli.positive_int, default=6000, help="training images")
+    parser.add_argument("--optimizer", default="adamw", help="value of the trainer's --optimizer")
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--seed", type=int, default=0, help="of the training")
     for name, choices in (("flavours", FLAVOURS), ("objectives", OBJECTIVES), ("precisions", PRECISIONS)):
         parser.add_argument(f"--{name}", nargs="+", choices=choices, default=list(choices), help="run only these")
     return parser.parse_args(argv)
@@ -63,17 +68,28 @@ def prepare(args):
     (args.work / "prepared").touch()
 
 
+def cpu_seconds():
+    """CPU time of the scripts run so far."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def score(args, flavour, objective, precision):
     """Trains, samples and scores one combination, unless done; returns the JSON of score_shapes.py."""
     gamma = OBJECTIVES[objective]
-    out = args.work / f"{flavour}-{objective}-{precision}-g{gamma}-s{args.steps}"
+    name = f"{flavour}-{objective}-{precision}-g{gamma}-s{args.steps}"
+    if (args.optimizer, args.lr, args.seed) != ("adamw", 2e-3, 0):
+        name += f"-{args.optimizer}-lr{args.lr:g}-seed{args.seed}"
+    out = args.work / name
     result = out / "score.json"
     if result.exists():
         return json.loads(result.read_text())
     subprocess.run(["rm", "-rf", out], check=True)
+    betas = ["--betas", 0.9, 0.99] if args.optimizer == "adamw" else []
+    before = cpu_seconds()
     script(
         f"train_{flavour}.sh",
-        *["--betas", 0.9, 0.99, "--warmup_steps", 100, "--lr_decay_steps", args.steps],
+        *[*betas, "--warmup_steps", 100, "--lr_decay_steps", args.steps, "--seed", args.seed],
         MODEL=args.work / f"model_{flavour}",
         DATADIR=args.work / "data",
         OUTPUT=out,
@@ -81,8 +97,8 @@ def score(args, flavour, objective, precision):
         IMGCACHE=".img_sdxl",
         BATCH=16,
         STEPS=args.steps,
-        OPTIMIZER="adamw",
-        LR=2e-3,
+        OPTIMIZER=args.optimizer,
+        LR=args.lr,
         SCHED="cosine",
         GAMMA=gamma,
         DROPOUT=0.1,
@@ -90,6 +106,7 @@ def score(args, flavour, objective, precision):
         OBJECTIVE=objective,
         PRECISION=precision,
     )
+    print(f"{out.name}: {cpu_seconds() - before:.0f} s of CPU time", flush=True)
     sampling = ["--model", out / f"checkpoint-{args.steps:06d}", "--prompts", args.work / "prompts.txt"]
     sampling += ["--out", out / "drawn", "--cfgs", 3, "--batch_size", 60]
     script("sample.py", *sampling)

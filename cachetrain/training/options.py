@@ -101,10 +101,10 @@ def _release_conflicts(args):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         yield "--gradient_release works on one GPU only: several average their gradients before a step; omit it"
     implementation = OPTIMIZERS[args.optimizer].for_weights(args.precision == "bf16_pure")
-    if implementation is not None and not implementation.constructor.startswith("optimi."):
+    if implementation is not None and not implementation.releases:
         yield (
             f"--gradient_release cannot be combined with --optimizer {args.optimizer} unless the weights are "
-            "bfloat16; use --precision bf16_pure, or --optimizer lion or stableadamw"
+            "bfloat16; use --precision bf16_pure, or --optimizer lion, stableadamw or muon"
         )
     given = {
         "--gradient_clip: the norm of all gradients is not known before the first is used": args.gradient_clip,
