@@ -6,8 +6,10 @@
 All runs have the same data, steps and settings: those of the quickstart, except that epsilon uses Min-SNR. A picture
 counts as right if background, color, shape, place and size are all right. Half of the prompts ask for a pair of
 shape and color that was held out of training. Finished runs are skipped when the script is started again. There are
-18 runs; each takes six minutes on one CPU core. --optimizer, --lr and --seed run the same with others; the CPU time of
-each training is printed, so that --steps can make it equal.
+18 runs; each takes six minutes on one CPU core.
+
+To compare optimizers: --optimizer, --lr and --seed; the CPU time of each training is printed, and --steps makes it
+equal.
 """
 
 import json

@@ -100,10 +100,10 @@ OPTIMIZERS = {
     "adamw":       Optimizer(_TORCH_ADAMW, _ADAMW_BF16, 2,       (0.9, 0.999)),
     "lion":        Optimizer(*_LION,                    1,       (0.9, 0.99)),
     "stableadamw": Optimizer(*_STABLE,                  2,       (0.9, 0.99)),
+    "muon":        Optimizer(*_MUON,                    1,       (0.95, 0.999), fsdp=False),
     "adamw8":      Optimizer(_ADAMW8,      None,        0.5,     (0.9, 0.999), "bitsandbytes", fsdp=False),
     "prodigy":     Optimizer(_PRODIGY,     None,        4,       (0.9, 0.999), "prodigyopt", fsdp=False,
                              finds_rate=True),
-    "muon":        Optimizer(*_MUON,                    1,       (0.95, 0.999), fsdp=False),
 }  # fmt: skip
 KAHAN_OPTIMIZERS = tuple(name for name, optimizer in OPTIMIZERS.items() if optimizer.bfloat16)
 

@@ -91,7 +91,7 @@ def _fsdp_conflicts(args):
         "--cpu_offload": args.cpu_offload,
         "--compile": args.compile,
         "--precision fp16": args.precision == "fp16",
-        f"--optimizer {args.optimizer}": not OPTIMIZERS[args.optimizer].fsdp,
+        f"--optimizer {args.optimizer}, which needs whole weights": not OPTIMIZERS[args.optimizer].fsdp,
     }
     for flag in (flag for flag, is_given in given.items() if is_given):
         yield f"--fsdp cannot be combined with {flag}"
