@@ -173,6 +173,7 @@ OPTIMIZERS = [("adamw", "bf16"), ("adamw", "bf16_pure"), ("lion", "fp32"), ("sta
 MORE = [
     ("lion", "bf16_pure"),
     ("stableadamw", "fp32"),
+    ("muon", "bf16_pure"),
     ("adamw", "bf16_pure", "--cpu_offload"),
     ("adamw", "fp32", "--gradient_clip", 0),
 ]

@@ -17,6 +17,7 @@ from cachetrain.training.optimizers import KAHAN_OPTIMIZERS, OPTIMIZERS, check_o
 RATES = {"prodigy": 1.0}
 # Per dtype, of weights near 1: float32 to rounding; bfloat16 with a Kahan sum to half its last bit (2^-9).
 TOLERANCES = {torch.float32: {"rtol": 1e-5, "atol": 1e-6}, torch.bfloat16: {"rtol": 2**-8, "atol": 2**-9}}
+MUON_TOLERANCE = {"rtol": 0, "atol": 2e-4}  # it orthogonalizes in bfloat16: 5% of how far the weights go
 # bitsandbytes is large and, once installed, loaded by diffusers: its cases are slow ones, for which one installs it.
 ADAMW8 = (
     pytest.mark.slow,
@@ -65,7 +66,8 @@ def assert_equal(parameters, others):
 
 
 class Paper:
-    """AdamW (Loshchilov & Hutter 2019), Lion (Chen et al. 2023) and StableAdamW (Wortsman et al. 2023), float64."""
+    """AdamW (Loshchilov & Hutter 2019), Lion (Chen et al. 2023), StableAdamW (Wortsman et al. 2023) and Muon (Jordan
+    et al. 2024, with the rate of Liu et al. 2025), in float64."""
 
     def __init__(self, name, parameters, lr, betas, weight_decay, eps=1e-8):
         self.name, self.lr, self.betas, self.weight_decay, self.eps = name, lr, betas, weight_decay, eps
@@ -101,6 +103,18 @@ class Paper:
         lr = self.lr / max(1.0, rms.item())
         return w - lr * (self.first[i] / (self.second[i].sqrt() + self.eps) + self.weight_decay * w)
 
+    def muon(self, i, g):
+        if g.ndim == 1:
+            return self.adamw(i, g)
+        b1, w = self.betas[0], self.weights[i]
+        self.first[i] = b1 * self.first[i] + (1 - b1) * g
+        x = (b1 * self.first[i] + (1 - b1) * g).flatten(1)
+        x /= x.norm()
+        for _ in range(5):
+            x = 3.4445 * x - 4.7750 * (x @ x.T @ x) + 2.0315 * (x @ x.T @ x @ x.T @ x)
+        rate = 0.2 * max(x.shape) ** 0.5
+        return w - self.lr * (rate * x.view(w.shape) + self.weight_decay * w)
+
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("name", KAHAN_OPTIMIZERS)
@@ -117,8 +131,41 @@ def test_optimizer_follows_its_paper(name, dtype):
         for p, g in zip(parameters, gradients, strict=True):
             p.grad = g.clone()
         optimizer.step()
+    tolerance = MUON_TOLERANCE if name == "muon" and dtype == torch.float32 else TOLERANCES[dtype]
     for p, expected in zip(parameters, paper.weights, strict=True):
-        torch.testing.assert_close(p.detach().double(), expected, **TOLERANCES[dtype])
+        torch.testing.assert_close(p.detach().double(), expected, **tolerance)
+
+
+NAMES = ["mid_block.to_q.weight", "mid_block.to_q.bias", "mid_block.conv1.weight", "conv_in.weight",
+         "time_embedding.linear_1.weight", "conv_in_of_a_block.weight", "down.lora_magnitude_vector"]  # fmt: skip
+SHAPES = [(8, 12), (8,), (6, 3, 3, 3), (6, 4, 3, 3), (8, 4), (5, 4, 1, 1), (1, 8, 1, 1)]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_muon_equals_torchs_muon_and_adamw(layout):
+    """Bit for bit; torch's Muon is given a convolution as the matrix that lies in memory."""
+    generator = torch.Generator().manual_seed(0)
+    parameters = [torch.randn(shape, generator=generator) for shape in SHAPES]
+    parameters = [torch.nn.Parameter(t.to(memory_format=layout) if t.ndim == 4 else t) for t in parameters]
+    matrices = [0, 2, 5]
+    order = (0, 2, 3, 1) if layout == torch.channels_last else (0, 1, 2, 3)
+    as_matrix = [p.permute(order).flatten(1) if p.ndim == 4 else p for p in parameters]
+    copies = [torch.nn.Parameter(m.detach().clone() if i in matrices else parameters[i].detach().clone())
+              for i, m in enumerate(as_matrix)]  # fmt: skip
+    optimizer = make_optimizer("muon", parameters, 1e-2, (0.95, 0.999), 0.1, names=NAMES)
+    options = {"lr": 1e-2, "weight_decay": 0.1}
+    muon = torch.optim.Muon([copies[i] for i in matrices], adjust_lr_fn="match_rms_adamw", **options)
+    others = [copies[i] for i in range(len(copies)) if i not in matrices]
+    adamw = torch.optim.AdamW(others, betas=(0.95, 0.999), fused=True, **options)
+    for step in range(5):
+        for i, gradient in enumerate(gradients_of(parameters, step)):
+            parameters[i].grad = gradient
+            copies[i].grad = gradient.permute(order).flatten(1) if i in matrices and gradient.ndim == 4 else gradient
+        for one in (optimizer, muon, adamw):
+            one.step()
+    for i, parameter in enumerate(parameters):
+        matrix = parameter.permute(order).flatten(1) if i in matrices and parameter.ndim == 4 else parameter
+        assert torch.equal(matrix, copies[i]), NAMES[i]
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -165,9 +212,10 @@ def test_kahan_sum_keeps_bf16_on_the_float32_path(name):
         dtype = torch.float32 if kind == "float32" else torch.bfloat16
         parameters = [torch.nn.Parameter(p.to(dtype, copy=True)) for p in start]
         optimizer = make_optimizer(name, parameters, 5e-4, (0.9, 0.99), 0.0)  # an 8th of bfloat16's step below 1
-        if kind == "plain":
-            optimizer.param_groups[0]["kahan_sum"] = False
-        run(optimizer, parameters, range(200))
+        for step in range(200):
+            run(optimizer, parameters, [step])
+            if kind == "plain":
+                torch._foreach_zero_([optimizer.state[p]["kahan_comp"] for p in parameters])
         ends[kind] = torch.cat([p.detach().float().flatten() for p in parameters])
     moved = (ends["float32"] - torch.cat([p.float().flatten() for p in start])).abs().mean()
     assert torch.equal(ends["plain"], torch.cat([p.float().flatten() for p in start]))
@@ -309,7 +357,9 @@ def test_table_says_what_an_optimizer_keeps(name, dtype):
     optimizer = optimizer_of(name, parameters)
     run(optimizer, parameters, range(2))
     group = optimizer.param_groups[0]
-    assert all(optimizer.implementation.state_fields <= state.keys() for state in optimizer.state.values())
+    for parameter, state in optimizer.state.items():
+        matrix_fields = optimizer.implementation.matrix_fields if parameter.ndim > 1 else None
+        assert (matrix_fields or optimizer.implementation.state_fields) <= state.keys()
     assert optimizer.implementation.group_fields <= group.keys()
     fresh = optimizer_of(name, parameters_of(dtype)).param_groups[0]
     changed = {key for key in group.keys() - {"params", "lr"} if group[key] != fresh.get(key)}

@@ -106,7 +106,7 @@ def two_sizes(shapes, model_t5, tmp_path_factory):
 
 ADAMW8 = pytest.param("--optimizer adamw8", marks=pytest.mark.slow)
 SETTINGS = [
-    *(f"--optimizer {name} --precision {precision}" for name in ("adamw", "lion", "stableadamw")
+    *(f"--optimizer {name} --precision {precision}" for name in ("adamw", "lion", "stableadamw", "muon")
       for precision in ("fp32", "bf16_pure")), "--optimizer lion --precision bf16",
     "--optimizer prodigy --lr 1 --betas 0.9 0.5", "--optimizer prodigy --lr 1 --precision bf16", ADAMW8,
     "--precision fp16",
@@ -115,6 +115,7 @@ SETTINGS = [
     "--val_split 0.3 --val_steps 1", "--use_snr --objective v_prediction",
     "--timestep_sampling stratified --gradient_accum 2 --batch_size 4",
     "--lora_rank 2 --lora_dropout 0.3 --dora --precision bf16",
+    "--lora_rank 2 --optimizer muon",
     "--unfreeze_attn2", "--reinit_crossattn", "--reinit_out --targetted_training", "TWO SIZES",
 ]  # fmt: skip
 

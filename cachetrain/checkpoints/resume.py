@@ -174,7 +174,7 @@ class Resumed:
 
 
 # Fields of an optimizer's state that have the shape of their parameter, and those that are never negative.
-_OF_EACH_ELEMENT = {"exp_avg", "exp_avg_sq", "kahan_comp"}
+_OF_EACH_ELEMENT = {"exp_avg", "exp_avg_sq", "momentum_buffer", "kahan_comp"}
 _NEVER_NEGATIVE = {"step", "exp_avg_sq"}
 # What another value of a setting means that is no flag (`Resumed.check`).
 _OF_ADAPTER = ("lora_rank", "lora_targets", "dora")  # decide which tensors an adapter has
@@ -246,9 +246,14 @@ def _kind_of_optimizer(settings):
 def _missing_fields(saved, implementation):
     """The fields that an optimizer keeps once it has stepped and that its saved state_dict has not."""
     (group,) = saved["param_groups"]
-    # With --gradient_release all are of a parameter.
-    fields = implementation.state_fields | implementation.group_fields
-    return set().union(*(fields - values.keys() - group.keys() for values in saved["state"].values()))
+    kinds = [implementation.state_fields, implementation.matrix_fields or implementation.state_fields]
+    missing = set()
+    for values in saved["state"].values():
+        # With --gradient_release all are of a parameter.
+        missing |= min(
+            ((kind | implementation.group_fields) - values.keys() - group.keys() for kind in kinds), key=len
+        )
+    return missing
 
 
 def _is_state(key, value, shape):

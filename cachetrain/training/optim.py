@@ -18,6 +18,7 @@ def make_optimizer(
     weight_decay: float,
     cpu_offload: bool = False,
     gradient_release: bool = False,
+    names: list[str] | None = None,
 ) -> torch.optim.Optimizer:
     """Makes the optimizer of the trained parameters.
 
@@ -36,6 +37,7 @@ def make_optimizer(
         weight_decay: decoupled.
         cpu_offload: keep the optimizer's state in CPU memory (CpuOffload).
         gradient_release: step in the backward pass (release.GradientRelease).
+        names: of the parameters, by which muon finds first and last layers; None: there are none.
 
     Returns:
         the optimizer, or a GradientRelease; its attribute `implementation` is an optimizers.Implementation.
@@ -47,7 +49,7 @@ def make_optimizer(
     assert len({p.dtype for p in parameters}) == 1, "one dtype for all trained parameters"
     bf16 = parameters[0].dtype == torch.bfloat16
     check_optimizer(name, lr, betas, bf16)
-    make = partial(_make, name, lr=lr, betas=betas, weight_decay=weight_decay, bf16=bf16)
+    make = partial(_make, name, lr=lr, betas=betas, weight_decay=weight_decay, bf16=bf16, names=names)
     if gradient_release:
         from cachetrain.training.release import GradientRelease
 
@@ -55,13 +57,15 @@ def make_optimizer(
     return CpuOffload(parameters, make) if cpu_offload else make(parameters)
 
 
-def _make(name, parameters, lr, betas, weight_decay, bf16, **more_options):
+def _make(name, parameters, lr, betas, weight_decay, bf16, names, **more_options):
     implementation = OPTIMIZERS[name].for_weights(bf16)
     module, _, class_name = implementation.constructor.rpartition(".")
     options = dict(implementation.options) | more_options
     # optimi's StableAdamW uses Triton kernels if Triton is installed, even for tensors that the kernels cannot read.
     if module == "optimi" and not all(p.is_cuda and type(p) is torch.nn.Parameter for p in parameters):
         options["triton"] = False
+    if implementation.matrix_fields is not None:
+        options["names"] = names
     # Set per group because Prodigy's constructor prints a line if it gets a weight decay itself.
     groups = [{"params": parameters, "weight_decay": 0.0 if bf16 else weight_decay}]
     optimizer = getattr(_import(module, OPTIMIZERS[name].package), class_name)(groups, lr=lr, betas=betas, **options)

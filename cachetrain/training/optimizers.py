@@ -18,6 +18,9 @@ class Implementation(NamedTuple):
             own.
         skips_on_device: it leaves everything as it was where its `found_inf` is 1, as torch's fused optimizers do;
             without it the host must wait for the device once a step, to decide whether to step at all.
+        releases: its step takes one parameter at a time, for --gradient_release.
+        matrix_fields: what it keeps of a matrix, if that is not `state_fields`; it is then given the names of the
+            parameters.
     """
 
     constructor: str
@@ -25,6 +28,8 @@ class Implementation(NamedTuple):
     state_fields: frozenset[str]
     group_fields: frozenset[str] = frozenset()
     skips_on_device: bool = False
+    releases: bool = False
+    matrix_fields: frozenset[str] | None = None
 
 
 class Optimizer(NamedTuple):
@@ -76,18 +81,26 @@ def _optimi(name, options, fields, group_fields, bf16_weights):
     if bf16_weights:
         fields = fields | {"kahan_comp"}
         group_fields |= {"kahan_sum", "pending_decay"}  # the second is ours: training/optim.py
-    return Implementation(f"optimi.{name}", options, fields, frozenset(group_fields))
+    return Implementation(f"optimi.{name}", options, fields, frozenset(group_fields), releases=True)
+
+
+def _muon(kept, group_fields):
+    fields, matrix_fields = _MOMENTS | {"step"} | kept, frozenset({"momentum_buffer"}) | kept
+    more = {"releases": True, "matrix_fields": matrix_fields}
+    return Implementation("cachetrain.training.muon.Muon", {"eps": EPS}, fields, frozenset(group_fields), **more)
 
 
 _ADAMW_BF16 = _optimi("AdamW", {"eps": EPS}, _MOMENTS, {"step"}, True)
 _LION = [_optimi("Lion", {}, frozenset({"exp_avg"}), set(), bf16_weights) for bf16_weights in (False, True)]
 _STABLE = [_optimi("StableAdamW", {"eps": EPS}, _MOMENTS, {"step"}, bf16_weights) for bf16_weights in (False, True)]
+_MUON = [_muon(frozenset(), ()), _muon(frozenset({"kahan_comp"}), ("pending_decay",))]
 
 OPTIMIZERS = {
     #                        float32       bfloat16     tensors  betas
     "adamw":       Optimizer(_TORCH_ADAMW, _ADAMW_BF16, 2,       (0.9, 0.999)),
     "lion":        Optimizer(*_LION,                    1,       (0.9, 0.99)),
     "stableadamw": Optimizer(*_STABLE,                  2,       (0.9, 0.99)),
+    "muon":        Optimizer(*_MUON,                    1,       (0.95, 0.999), fsdp=False),
     "adamw8":      Optimizer(_ADAMW8,      None,        0.5,     (0.9, 0.999), "bitsandbytes", fsdp=False),
     "prodigy":     Optimizer(_PRODIGY,     None,        4,       (0.9, 0.999), "prodigyopt", fsdp=False,
                              finds_rate=True),

@@ -91,7 +91,7 @@ def _fsdp_conflicts(args):
         "--cpu_offload": args.cpu_offload,
         "--compile": args.compile,
         "--precision fp16": args.precision == "fp16",
-        f"--optimizer {args.optimizer}": not OPTIMIZERS[args.optimizer].fsdp,
+        f"--optimizer {args.optimizer}, which needs whole weights": not OPTIMIZERS[args.optimizer].fsdp,
     }
     for flag in (flag for flag, is_given in given.items() if is_given):
         yield f"--fsdp cannot be combined with {flag}"
@@ -101,10 +101,10 @@ def _release_conflicts(args):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         yield "--gradient_release works on one GPU only: several average their gradients before a step; omit it"
     implementation = OPTIMIZERS[args.optimizer].for_weights(args.precision == "bf16_pure")
-    if implementation is not None and not implementation.constructor.startswith("optimi."):
+    if implementation is not None and not implementation.releases:
         yield (
             f"--gradient_release cannot be combined with --optimizer {args.optimizer} unless the weights are "
-            "bfloat16; use --precision bf16_pure, or --optimizer lion or stableadamw"
+            "bfloat16; use --precision bf16_pure, or --optimizer lion, stableadamw or muon"
         )
     given = {
         "--gradient_clip: the norm of all gradients is not known before the first is used": args.gradient_clip,

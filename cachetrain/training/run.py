@@ -240,7 +240,8 @@ def open_train_state(run: Run, resumed):
     args = run.args
     unet, trained_table = open_unet(run, resumed.path)
     model = wrap(unet, run.world, args.fsdp)
-    trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    named = {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
+    trained = list(named.values())
     optimizer = make_optimizer(
         args.optimizer,
         trained,
@@ -249,6 +250,7 @@ def open_train_state(run: Run, resumed):
         args.weight_decay,
         cpu_offload=args.cpu_offload,
         gradient_release=args.gradient_release,
+        names=list(named),
     )
     ema = None
     if args.ema_decay:
