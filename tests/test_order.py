@@ -227,7 +227,6 @@ def test_batch_40000_of_100_million_samples_is_entered_within_3_seconds_and_300_
     visits, trained = window_order.chunk(entry.chunk), window_order.trained(entry)
     (_, peak), cpu_s = tracemalloc.get_traced_memory(), time.process_time() - started_s
     tracemalloc.stop()
-    print(f"{cpu_s:.2f} CPU-s, {peak / 1e6:.0f} MB")
     assert cpu_s < 3 and peak < 300e6
     num_waiting = sum(map(len, entry.waiting.values()))
     assert entry.made <= 40000 < entry.made + len(visits[1]) / 2048 + 9
