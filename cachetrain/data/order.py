@@ -123,15 +123,15 @@ class WindowOrder:
         starts, (epoch, round_) = self._table.starts, divmod(entry.chunk, self._rounds)
         epochs = np.full(len(starts) - 1, epoch)  # that have visited each block
         epochs[self._blocks(epoch)[: round_ * self._span]] += 1
-        waiting = np.sort([key.sample for keys in entry.waiting.values() for key in keys])
-        ends_waiting = np.searchsorted(waiting, starts)
-        trained = np.zeros(starts[-1], bool)
-        for block in np.flatnonzero(epochs):
-            times = self._times(block, epochs[block])
-            if ends_waiting[block] < ends_waiting[block + 1]:
-                of_block = waiting[ends_waiting[block] : ends_waiting[block + 1]] - starts[block]
-                times = times - np.bincount(of_block, minlength=starts[block + 1] - starts[block])
-            trained[starts[block] : starts[block + 1]] = times > 0
+        trained = np.repeat(epochs > 0, np.diff(starts))
+        np.logical_and(trained, self._table.repeats, out=trained)
+        waiting = np.sort(np.array([key.sample for keys in entry.waiting.values() for key in keys], np.int64))
+        of_waiting = np.unique(np.searchsorted(starts, waiting, side="right") - 1)
+        for block in np.flatnonzero(epochs) if self._table.drawn else of_waiting:
+            start, end = starts[block : block + 2]
+            of_block = waiting[slice(*np.searchsorted(waiting, (start, end)))] - start
+            num_waiting = np.bincount(of_block, minlength=end - start)
+            trained[start:end] = self._times(block, epochs[block]) > num_waiting
         return trained
 
     def _blocks(self, epoch):
