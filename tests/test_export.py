@@ -284,7 +284,6 @@ def test_t5_export_holds_unet_and_vae_and_says_so(trained, parts, tmp_path):
         ("unet", {"attention_head_dim": [4, 8, 8, 8]}, "heads"),
         ("unet", {"num_class_embeds": 3}, "class_embedding"),
         ("vae", {"use_quant_conv": False}, "quant_conv"),
-        ("vae", {"shift_factor": 0.1}, "shifted"),
         ("text_encoder", {"hidden_act": "gelu"}, "OpenCLIP"),
     ],
 )

@@ -17,7 +17,8 @@ from cachetrain.caching.freshness import image_source
 from cachetrain.caching.summary import RunSummary
 from cachetrain.caching.writer import Row, Writer
 from cachetrain.data.sidecar import numbered, sidecar_path
-from cachetrain.modeling import load
+from cachetrain.log import warn
+from cachetrain.modeling import load, normalisation
 from cachetrain.modeling.files import component_files
 
 
@@ -41,6 +42,8 @@ def cache_images(args: Namespace, kind: str) -> int:
         ),
         "settings": json.dumps(_settings(args), sort_keys=True),
     }
+    if args.norm:
+        fields |= normalisation.of_file(args.norm, fields["encoder"]).header_fields()
     summary = RunSummary(kind, args.data_root, args.cache_suffix, args.mask)
     source_of = partial(image_source, masked=args.mask == "files")
     pairs = selection.select(selection.find_pairs(args, summary), source_of, fields, args, summary)
@@ -71,9 +74,9 @@ def _encode(args, pairs, vae_dir, fields, summary):
     fields = {
         **fields,
         "compute_dtype": str(dtype).removeprefix("torch."),
-        "scaling_factor": repr(float(getattr(vae.config, "scaling_factor", None) or 1.0)),
-        "shift_factor": repr(float(getattr(vae.config, "shift_factor", None) or 0.0)),
+        **({} if args.norm else _scaling_fields(vae)),
     }
+    scaling = normalisation.of_header(fields, args.norm or vae_dir)
     progress = tqdm(total=len(pairs), desc=fields["kind"], unit="image", disable=None if ranks.rank() == 0 else True)
     with progress, Writer(summary, progress) as writer:
         for pixels, decoded, failures in summary.time_waiting(_of_one_size(batches, args.batch_size), progress):
@@ -84,7 +87,20 @@ def _encode(args, pairs, vae_dir, fields, summary):
                 summary.check_sizes(decoded)
                 with load.named(vae_dir):
                     latents = _latents(vae, pixels.to(vae.device), dtype, args)
+                if scaling:
+                    scaling.check_channels(latents["latent"].shape[1], args.norm or vae_dir)
                 writer.submit(_rows(latents, decoded, fields, args.cache_suffix))
+
+
+def _scaling_fields(vae):
+    """Header fields of the VAE's LatentScaling; without one, training needs it from the user."""
+    if scaling := normalisation.of_vae(vae):
+        return scaling.header_fields()
+    warn(
+        f"{type(vae).__name__}: its config says neither scaling_factor nor latents_std, without which nothing can be "
+        f"trained on its latents; when they are cached, {normalisation.HOW_TO_SAY}"
+    )
+    return {}
 
 
 def _load_vae(args, vae_dir, sizes):

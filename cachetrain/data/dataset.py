@@ -16,6 +16,7 @@ from cachetrain.data.sidecar import num_crops, numbered, of_crop, read_sidecar
 from cachetrain.data.variants import draw_variant, sources_of
 from cachetrain.diffusion.objective import timestep_fraction
 from cachetrain.modeling.conditioning import Conditioning, num_variants
+from cachetrain.modeling.normalisation import LatentScaling
 
 
 class SampleKey(NamedTuple):
@@ -54,17 +55,6 @@ class Sidecars:
         tensors, header = read_sidecar(self.index.text_path(i))
         self.index.check_text(i, header)
         return tensors, header.metadata
-
-
-@dataclass(frozen=True)
-class LatentScaling:
-    """Scales the VAE's latents for the UNet: (latents - shift_factor) * scaling_factor, in float32."""
-
-    scaling_factor: float
-    shift_factor: float = 0.0
-
-    def __call__(self, latents: torch.Tensor) -> torch.Tensor:
-        return (latents.float() - self.shift_factor) * self.scaling_factor
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from cachetrain.diffusion.noise_schedulers import make_scheduler
 from cachetrain.log import counted
 from cachetrain.modeling import load
 from cachetrain.modeling.files import component_files, has_weights, read_config
+from cachetrain.modeling.vae import latent_channels
 from cachetrain.reading import read_text
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def save_unet(
         ValueError: latent channels or text widths differ from the UNet's.
     """
     config = read_config(unet_dir)
-    channels = vae.config.latent_channels
+    channels = latent_channels(vae)
     if config["in_channels"] != channels:
         raise ValueError(
             f"{unet_dir}: this UNet expects {config['in_channels']} latent channels, the VAE has {channels}; "

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,11 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cachetrain import cli
 from cachetrain.log import describe, first_line
-from cachetrain.modeling import lora
+from cachetrain.modeling import lora, normalisation
 from cachetrain.modeling.digests import sha256_of
 from cachetrain.modeling.files import CONFIG, component_files, only_files, read_config, read_json
+from cachetrain.modeling.vae import REFUSED
 from cachetrain.reading import read_text
 
 if TYPE_CHECKING:
@@ -208,13 +207,12 @@ def load_vae(directory: str | Path, dtype: torch.dtype | None = None) -> ModelMi
     import diffusers
 
     config = read_config(directory)
-    for key, is_right in (("scaling_factor", cli.scaling_factor.holds), ("shift_factor", math.isfinite)):
-        value = config.get(key)
-        if value is not None and not (type(value) in (int, float) and is_right(value)):
-            raise ValueError(f"{directory}: {CONFIG} has {key} {value!r:.40}, expected a number; get the file again")
+    normalisation.check_config(config, f"{directory}: {CONFIG}")
     name = str(config.get("_class_name"))
     cls = getattr(diffusers, name, None)
-    if not (name.startswith(("Autoencoder", "AsymmetricAutoencoder")) and isinstance(cls, type)):
+    if name in REFUSED:
+        raise ValueError(f"{directory}: {name} {REFUSED[name]}")
+    if not (name.startswith(("Autoencoder", "AsymmetricAutoencoder", "VQModel")) and isinstance(cls, type)):
         raise ValueError(f"{directory}: {name} is not a diffusers autoencoder; pass a VAE, or a pipeline with one")
     return _load_diffusers(cls, directory, "vae", dtype)
 

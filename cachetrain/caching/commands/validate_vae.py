@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         values.append(comparison.psnr)
         if len(shown) < _MAX_ROWS:
             shown.append(comparison)
-    vae = f"{type(decoder.vae).__name__} of {args.model}, {decoder.vae.config.latent_channels} channels"
+    vae = f"{type(decoder.vae).__name__} of {args.model}, {latent_channels(decoder.vae)} channels"
     say(f"{previews.psnr_summary(values)} at {side}x{side}, {vae}")
     if args.out and shown:
         outputs.save_sheet(previews.comparison_sheet(shown, max_side=side), args.out, model=args.model)
