@@ -46,11 +46,13 @@ def check_vae(vae, sizes: Iterable[tuple[int, int]]) -> None:
         sizes: (width, height) of the images.
 
     Raises:
-        ValueError: a video autoencoder; a size that its reduction does not divide.
+        ValueError: an autoencoder of videos or sounds; a size that its reduction does not divide.
     """
     name = type(vae).__name__
     if not takes_frames(vae) and any(parameter.ndim == 5 for parameter in vae.parameters()):
         raise ValueError(f"{name}: encodes video, not images; pass an image VAE")
+    if not any(parameter.ndim == 4 for parameter in vae.parameters()) and not takes_frames(vae):
+        raise ValueError(f"{name}: does not encode images; pass an image VAE")
     reduction = vae_reduction(vae)
     for width, height in sizes:
         if width % reduction or height % reduction:

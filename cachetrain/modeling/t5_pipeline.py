@@ -133,13 +133,14 @@ def decode_raw(vae, latents: torch.Tensor) -> torch.Tensor:
 
 def takes_frames(vae) -> bool:
     """Whether an autoencoder for images takes them as videos of one frame, [B, 3, 1, H, W]."""
-    return type(vae).__name__ in ("AutoencoderKLQwenImage", "AutoencoderKLQwenImage21", "AutoencoderKLWan")
+    return type(vae).__name__ in ("AutoencoderKLQwenImage", "AutoencoderKLWan")
 
 
 def vae_reduction(vae) -> int:
     """Returns the VAE's downsampling factor; same as cachetrain.modeling.vae, which cannot be imported here."""
-    if getattr(vae, "spatial_compression_ratio", None):
-        return vae.spatial_compression_ratio
+    for owner in (vae.config, vae):
+        if ratio := getattr(owner, "spatial_compression_ratio", None):
+            return ratio
     keys = ("down_block_out_channels", "encoder_block_out_channels", "block_out_channels", "ch_mult")
     return next(2 ** (len(vae.config[key]) - 1) for key in keys if vae.config.get(key))
 

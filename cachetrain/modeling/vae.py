@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 # Autoencoders whose images or latents are not what this project can cache, with the reason.
 REFUSED = {
     "AutoencoderRAE": "resizes all images to one size, and takes and gives pixels from 0 to 1",
+    "AutoencoderKLQwenImage21": "takes images with an alpha channel, which are cached without one",
+    "AutoencoderKLHunyuanImageRefiner": "takes videos of several frames, made by another model",
     "ConsistencyDecoderVAE": "decodes by sampling a diffusion model; pass the AutoencoderKL that it was made for",
 }
 
@@ -38,8 +40,9 @@ def vae_reduction(vae: ModelMixin) -> int:
         ValueError: neither the class nor the config contains the factor.
     """
     # AutoencoderDC and most newer classes.
-    if getattr(vae, "spatial_compression_ratio", None):
-        return vae.spatial_compression_ratio
+    for owner in (vae.config, vae):
+        if ratio := getattr(owner, "spatial_compression_ratio", None):
+            return ratio
     # All encoder blocks but one halve the sides. AsymmetricAutoencoderKL and AutoencoderTiny have separate config
     # keys for the encoder's blocks; their `block_out_channels` describe the decoder. AutoencoderTiny's
     # `spatial_scale_factor` is computed from the number of color channels, so it is right only for four blocks.

@@ -16,6 +16,7 @@ from cachetrain.caching import arguments
 from cachetrain.caching.inspect import previews
 from cachetrain.caching.messages import say
 from cachetrain.data import many_files, walk
+from cachetrain.modeling.vae import latent_channels
 
 _MAX_ROWS = 16
 
