@@ -11,7 +11,6 @@ from helpers import refused, run_script, train
 from safetensors import safe_open
 
 from cachetrain.caching.encoders import check_vae, encode_posterior
-from cachetrain.checkpoints.export import export_single_file
 from cachetrain.data.sidecar import read_sidecar
 from cachetrain.modeling import load, normalisation, t5_pipeline
 from cachetrain.modeling.normalisation import LatentScaling
@@ -237,18 +236,19 @@ def test_measured_numbers_of_each_channel_reach_header_training_checkpoint_and_e
     call, seen = LatentScaling.__call__, set()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LatentScaling, "__call__", lambda self, latents: seen.add(self) or call(self, latents))
-        train(data, model, tmp_path / "run", "--max_steps", 1, "--batch_size", 2, "--sample_prompt", "x", **clip)
+        flags = ["--max_steps", 1, "--batch_size", 2, "--sample_prompt", "x", "--ckpt_dir", tmp_path / "files"]
+        train(data, model, tmp_path / "run", *flags, **clip)
     assert seen == {scaling}
     checkpoint = tmp_path / "run" / "checkpoint-000001"
     info = json.loads((checkpoint / "cachetrain.json").read_text())
     assert normalisation.of_values(info["latents"], "x") == scaling
     assert list((tmp_path / "run").rglob("*.png"))  # drawn, though the VAE says nothing
-    notes = export_single_file(checkpoint, tmp_path / "x.safetensors")
-    assert any("scaled channel by channel" in note for note in notes)
-    with safe_open(tmp_path / "x.safetensors", "pt") as file:
-        assert normalisation.of_header(file.metadata(), "x") == scaling
-    yaml = (tmp_path / "x.yaml").read_text()
-    assert f"scale_factor: {scaling.mean_factor}" in yaml
+    assert "--ckpt_dir: the VAE's latents are scaled channel by channel" in "".join(capsys.readouterr())
+    (exported,) = (tmp_path / "files").glob("*.safetensors")
+    with safe_open(exported, "pt") as file:
+        assert normalisation.of_header(file.metadata(), exported) == scaling
+        assert "scaled channel by channel" in file.metadata()["notes"]
+    assert f"scale_factor: {scaling.mean_factor}" in exported.with_suffix(".yaml").read_text()
 
 
 @torch.no_grad()

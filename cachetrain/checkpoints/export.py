@@ -97,12 +97,15 @@ def write_tensors(tensors: "dict[str, torch.Tensor]", out: Path, metadata: dict[
             raise OSError(f"{out}: {error}") from error
 
 
-def check_exportable(model_dir: Path, scheduler=None) -> tuple[list[str], dict | None]:
+def check_exportable(
+    model_dir: Path, scheduler=None, scaling: normalisation.LatentScaling | None = None
+) -> tuple[list[str], dict | None]:
     """Checks that the layout can represent a model. Reads only configs, so that it can be called before training.
 
     Args:
         model_dir: pipeline directory; its UNet need not have weights.
         scheduler: diffusers scheduler of the objective to be trained; None: that of the directory.
+        scaling: of the latents to be trained on; None: `latent_scaling` of the directory.
 
     Returns:
         (notes for users of the exported file,
@@ -120,7 +123,8 @@ def check_exportable(model_dir: Path, scheduler=None) -> tuple[list[str], dict |
         raise ValueError(
             f"{model_dir}: the original Stable Diffusion layout cannot represent this model: {'; '.join(problems)}"
         )
-    scaling = latent_scaling(model_dir)  # refuses a VAE that is incomplete; the UNet's weights may not be there yet
+    load.load_vae(Path(model_dir) / "vae")  # refuses one that is incomplete; the UNet's weights may not be there yet
+    scaling = scaling or latent_scaling(model_dir)
     for name in texts if family != "t5" else ():
         load.load_text_encoder(Path(model_dir) / name, projected=name == "text_encoder_2")
     layout.unet_names(_shapes_of(UNet2DConditionModel, unet), unet)
@@ -148,8 +152,9 @@ def latent_scaling(model_dir: Path) -> normalisation.LatentScaling:
     Raises:
         ValueError: the VAE does not say; or of `load.load_vae`.
     """
-    vae, info = load.load_vae(Path(model_dir) / "vae"), checkpoint_info(model_dir)
-    scaling = normalisation.of_values(info["latents"], model_dir) if "latents" in info else normalisation.of_vae(vae)
+    if "latents" in (info := checkpoint_info(model_dir)):
+        return normalisation.of_values(info["latents"], model_dir)
+    scaling = normalisation.of_vae(load.load_vae(Path(model_dir) / "vae"))
     if scaling is None:
         raise ValueError(
             f"{model_dir}: its VAE does not say how its latents are scaled; export a checkpoint of a run"

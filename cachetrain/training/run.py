@@ -93,10 +93,34 @@ class Run:
             num_cycles=args.num_cycles or 0.5,
         )
 
+    def latent_scaling(self, warn_if_different: bool = False) -> LatentScaling:
+        """Returns that of --vae_scaling_factor, or of the caches; `warn_if_different`: warn if the two differ.
+
+        Raises:
+            ValueError: neither the flag nor the caches have one, or it is for another number of channels.
+        """
+        index, factor = self.index, self.args.vae_scaling_factor
+        scaling = normalisation.of_header(index.image_header.metadata, index.image_path(0))
+        if not factor and not scaling:
+            raise ValueError(
+                f"the image caches do not record the scaling_factor of their VAE; {normalisation.HOW_TO_SAY}"
+            )
+        if scaling:
+            scaling.check_channels(index.shapes[0][0], index.image_path(0))
+        if not factor:
+            return scaling
+        if scaling and warn_if_different and not scaling.has_factor(factor):
+            cached = scaling.header_fields()["scaling_factor"]
+            warn(
+                f"--vae_scaling_factor {factor}: the VAE that made the caches has {cached:.40}, with which other "
+                "programs decode the checkpoints; omit the flag to train with that"
+            )
+        return LatentScaling(factor, scaling.shift_factor if scaling else 0.0)
+
     def data_info(self) -> dict:
         """Returns the content of cachetrain.json in the run's checkpoints, except the step."""
         info = {"objective": self.objective, **data_info(self.index, self.args.text_scaling_factor)}
-        info["latents"] = _latent_scaling(self).as_json()
+        info["latents"] = self.latent_scaling().as_json()
         if self.args.lora_rank:
             info["base"] = base_info(self.model_dir, self.args.model, self.args.revision)
         return info
@@ -344,7 +368,7 @@ def open_pairs(run: Run) -> CachedPairs:
             raise ValueError(f"{path}: has no latent_flip, which --flip_p needs; cache the images with --flip")
     return CachedPairs(
         index,
-        _latent_scaling(run, warn_if_different=True),
+        run.latent_scaling(warn_if_different=True),
         run.conditioning,
         draws,
         _null_condition(run),
@@ -367,27 +391,6 @@ def _caption_weights(args, index):
             "--caption_weights: no caption has variants; cache the captions with --captions files, or omit the flag"
         )
     return weights
-
-
-def _latent_scaling(run, warn_if_different=False):
-    """LatentScaling of --vae_scaling_factor, or of the caches; `warn_if_different`: warn if the two differ."""
-    index, factor = run.index, run.args.vae_scaling_factor
-    scaling = normalisation.of_header(index.image_header.metadata, index.image_path(0))
-    if not factor and not scaling:
-        raise ValueError(
-            f"the image caches do not record the scaling_factor of their VAE; {normalisation.HOW_TO_SAY}"
-        )
-    if scaling:
-        scaling.check_channels(index.shapes[0][0], index.image_path(0))
-    if not factor:
-        return scaling
-    if scaling and warn_if_different and not scaling.has_factor(factor):
-        cached = scaling.header_fields()["scaling_factor"]
-        warn(
-            f"--vae_scaling_factor {factor}: the VAE that made the caches has {cached:.40}, with which other "
-            "programs decode the checkpoints; omit the flag to train with that"
-        )
-    return LatentScaling(factor, scaling.shift_factor if scaling else 0.0)
 
 
 def _null_condition(run):
@@ -469,7 +472,7 @@ def open_validation(run: Run) -> Validation | None:
     args, index = run.args, run.held_out
     draws = Draws(continuous=run.objective == "flow", crop=False, noise_purpose=rng.VALIDATION, variants=False)
     sidecars = RamCache(index) if args.cache_in_ram else None
-    scaling = _latent_scaling(run)
+    scaling = run.latent_scaling()
     masked = args.unmasked_weight is not None
     pairs = CachedPairs(index, scaling, run.conditioning, draws, sidecars=sidecars, masked=masked)
     return Validation(run, pairs)
