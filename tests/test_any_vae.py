@@ -156,6 +156,17 @@ def test_the_map_is_that_of_diffusers_pipelines():
     torch.testing.assert_close(latents * column[1] / 0.5 + column[0], raw)
 
 
+@torch.no_grad()
+def test_statistics_of_patches_give_each_channel_unit_variance_though_positions_differ():
+    raw = torch.randn(8, 4, 16, 16)
+    raw[:, :, ::2] = 3 * raw[:, :, ::2] + torch.tensor([1.0, -2.0, 0.0, 5.0]).view(4, 1, 1)
+    vae = diffusers.AutoencoderKLFlux2(**KL)
+    with_statistics(vae, "batch norm", raw)
+    latents = normalisation.of_vae(vae)(raw)
+    torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(4), atol=1e-4, rtol=0)
+    torch.testing.assert_close(latents.std((0, 2, 3), correction=0), torch.ones(4), atol=1e-4, rtol=0)
+
+
 # Files and headers
 
 
