@@ -280,6 +280,13 @@ def add_compose_arguments(parser):
         help="take only the config of --unet and give it new weights, to train from scratch",
     )
     parser.add_argument("--vae", required=True, help="where the VAE comes from")
+    parser.add_argument(
+        "--channels",
+        choices=("repeat", "zero", "fresh"),
+        help="give the UNet the VAE's number of latent channels. repeat: copies of the old channels, divided by "
+        "their number; zero: the old channels, and zeros for further ones; fresh: new weights for conv_in and "
+        "conv_out; default: refuse a VAE with another number",
+    )
     parser.add_argument("--out", required=True, help="pipeline directory to write")
     parser.add_argument(
         "--objective",

@@ -62,6 +62,7 @@ sheet = Output("sheet", (".png",), _MARK.encode())
 grid = Output("sheet", (".png", ".jpg", ".jpeg", ".webp"), _MARK.encode())
 counts = Output("table of counts", (".csv",), b"folder,tag,count\r\n")
 scores = Output("list of scores", (".json",), b'{\n "trained": {')
+norm = Output("file of --norm", (".json",), b'{\n "scaling_factor": ')
 single_file = Output("single file", (".safetensors",), b'"objective":"')  # of a model, or of an adapter
 
 

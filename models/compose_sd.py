@@ -28,7 +28,7 @@ def main(argv=None):
     args = parse_args(argv)
     from cachetrain.modeling.compose import Target, compose_sd
 
-    target = Target(args.out, args.objective, args.fresh_unet, args.seed, args.overwrite)
+    target = Target(args.out, args.objective, args.fresh_unet, args.seed, args.overwrite, args.channels)
     compose_sd(args.unet, args.vae, args.clip, target)
     info(f"wrote {args.out}")
     return 0

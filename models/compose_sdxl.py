@@ -33,7 +33,7 @@ def main(argv=None):
     args = parse_args(argv)
     from cachetrain.modeling.compose import Target, compose_sdxl
 
-    target = Target(args.out, args.objective, args.fresh_unet, args.seed, args.overwrite)
+    target = Target(args.out, args.objective, args.fresh_unet, args.seed, args.overwrite, args.channels)
     compose_sdxl(args.unet, args.vae, args.clip_l, args.clip_g, target)
     info(f"wrote {args.out}")
     return 0

@@ -18,7 +18,8 @@ from cachetrain.checkpoints import original_layout
 from cachetrain.checkpoints.export import check_exportable, export_single_file
 from cachetrain.checkpoints.original_layout import text_names, unet_names, vae_names, vae_shape
 from cachetrain.diffusion.noise_schedulers import make_scheduler
-from cachetrain.modeling.compose import ProjectionOptions, Target, compose_sd, compose_t5
+from cachetrain.modeling.compose import Target, compose_sd, compose_t5
+from cachetrain.modeling.projections import ProjectionOptions
 
 torch.set_num_threads(1)
 SD15_UNET = {
@@ -284,7 +285,6 @@ def test_t5_export_holds_unet_and_vae_and_says_so(trained, parts, tmp_path):
         ("unet", {"attention_head_dim": [4, 8, 8, 8]}, "heads"),
         ("unet", {"num_class_embeds": 3}, "class_embedding"),
         ("vae", {"use_quant_conv": False}, "quant_conv"),
-        ("vae", {"shift_factor": 0.1}, "shifted"),
         ("text_encoder", {"hidden_act": "gelu"}, "OpenCLIP"),
     ],
 )

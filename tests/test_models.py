@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from helpers import TINY, WEIGHTS, render, run_script, weights_of
 from PIL import Image
 from transformers import T5EncoderModel, T5Tokenizer
 
+from cachetrain.caching.selection import model_fields
 from cachetrain.diffusion.noise_schedulers import make_scheduler, sampler_for
 from cachetrain.modeling import digests, load
 from cachetrain.modeling.files import component_files
@@ -302,6 +304,41 @@ def test_what_looks_like_a_path_is_never_asked_of_the_hub(path, monkeypatch, tmp
     (tmp_path / "here").mkdir() if path != "here" else (tmp_path / "here").touch()
     with pytest.raises(ValueError, match=f"{path}: no such directory; "):
         load.resolve_model(path)
+
+
+def test_a_subfolder_after_a_colon_names_a_component(model_t5, model_sd, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    assert load.resolve_model(f"{model_t5}:vae") == (model_t5 / "vae").resolve()
+    (tmp_path / "a:b").mkdir()
+    assert load.resolve_model(tmp_path / "a:b") == tmp_path / "a:b"  # a directory of the whole name comes first
+    for wrong in ("nothing", "", "../t5", "/etc"):
+        with pytest.raises(ValueError, match="no such directory"):
+            load.resolve_model(f"{model_t5}:{wrong}")
+    parts = {"unet": f"{model_t5}:unet", "vae": f"{model_t5}:vae", "clip": f"{model_sd}:text_encoder"}
+    assert compose("clip", tmp_path / "new", **parts) == 0  # the tokenizer lies beside the text encoder
+    for name in ("vae", "tokenizer"):
+        assert load.fingerprint(component_files(tmp_path / "new" / name, name)) == load.fingerprint(
+            component_files(model_sd / name, name)
+        )
+    fetched = []
+
+    def snapshot_download(model, revision, allow_patterns, **_):
+        fetched.append((model, allow_patterns))
+        return str(model_sd)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert load.resolve_model("owner/name:text_encoder") == model_sd / "text_encoder"
+    model, patterns = fetched[0]
+    assert model == "owner/name"
+    assert {pattern.partition("/")[0] for pattern in patterns} == {"text_encoder", "tokenizer"}
+
+
+def test_headers_name_a_component_by_its_path_or_its_model_and_commit(model_t5, tmp_path):
+    local = model_fields(SimpleNamespace(model=f"{model_t5}:vae"), model_t5 / "vae")
+    assert local == {"model": str(model_t5 / "vae"), "revision": ""}
+    fetched = model_fields(SimpleNamespace(model="owner/name:vae"), tmp_path / "commit" / "vae")
+    assert fetched == {"model": "owner/name:vae", "revision": "commit"}
 
 
 def raw_embeddings(model_dir, prompts):

@@ -5,10 +5,9 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
-from diffusers import AsymmetricAutoencoderKL, AutoencoderDC, AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny
+from diffusers import AsymmetricAutoencoderKL, AutoencoderDC, AutoencoderKL, AutoencoderTiny
 from helpers import TINY
 
-from cachetrain.caching.encoders import scaling_fields
 from cachetrain.diffusion.noise_schedulers import make_scheduler, sampler_for
 from cachetrain.modeling import load, t5_pipeline
 from cachetrain.modeling.conditioning import Conditioning
@@ -84,24 +83,6 @@ def test_vae_reduction_is_that_of_an_encoded_image(name):
     latent = latent if isinstance(latent, torch.Tensor) else latent.mean
     assert tuple(latent.shape[2:]) == (64 // reduction, 128 // reduction)
     assert vae_reduction(vae) == reduction == t5_pipeline.vae_reduction(vae)
-
-
-def test_vae_that_does_not_say_how_its_latents_are_scaled_is_refused_and_never_gets_a_factor_of_1():
-    flux2 = AutoencoderKLFlux2(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        latent_channels=4,
-        mid_block_add_attention=False,
-    )
-    with pytest.raises(ValueError, match="AutoencoderKLFlux2: its batch norm scales latents channel by channel"):
-        scaling_fields(flux2)
-    silent = Namespace(config=Namespace(scaling_factor=None))
-    with pytest.raises(ValueError, match=r"Namespace: its config has no scaling_factor.*--vae_scaling_factor"):
-        scaling_fields(silent)
-    assert scaling_fields(kl(2)) == {"scaling_factor": "0.18215", "shift_factor": "0.0"}
-    assert scaling_fields(tiny(2)) == {"scaling_factor": "1.0", "shift_factor": "0.0"}  # its config says 1.0
 
 
 def test_vae_whose_reduction_is_unknown_is_refused_by_name():

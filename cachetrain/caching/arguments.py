@@ -24,6 +24,30 @@ def image_parser(doc: str, kind: str, model: str) -> argparse.ArgumentParser:
         action="store_true",
         help="load the VAE with the pipeline code in the model's repository; this RUNS that code",
     )
+    _add_size_arguments(parser)
+    parser.add_argument(
+        "--mask",
+        choices=("files", "alpha"),
+        help="also store a mask for --unmasked_weight of training, white where the image counts: a.mask.png beside "
+        "a.jpg, or its alpha channel",
+    )
+    parser.add_argument("--store_posterior", action="store_true", help="also store the posterior's log-variance")
+    parser.add_argument(
+        "--norm",
+        metavar="FILE",
+        help="JSON file of cache/calculate_vae_scaling.py --out: scaling_factor and shift_factor of the latents, in "
+        "place of what the VAE says; sidecars that exist only get it in their headers",
+    )
+    parser.add_argument(
+        "--num_workers",
+        type=cli.workers,
+        default=max(1, min(8, cli.cores_of_this_rank() - 1)),
+        help="processes that decode images; 0: decode in the main process",
+    )
+    return parser
+
+
+def _add_size_arguments(parser):
     size = parser.add_argument_group("size at which images are encoded (resized to cover it, then center-cropped)")
     size.add_argument(
         "--resolution",
@@ -56,20 +80,6 @@ def image_parser(doc: str, kind: str, model: str) -> argparse.ArgumentParser:
         help="encode the centered crop and N - 1 at random places, of which each visit of training draws one; an "
         "image with the aspect ratio of its size has one",
     )
-    parser.add_argument(
-        "--mask",
-        choices=("files", "alpha"),
-        help="also store a mask for --unmasked_weight of training, white where the image counts: a.mask.png beside "
-        "a.jpg, or its alpha channel",
-    )
-    parser.add_argument("--store_posterior", action="store_true", help="also store the posterior's log-variance")
-    parser.add_argument(
-        "--num_workers",
-        type=cli.workers,
-        default=max(1, min(8, cli.cores_of_this_rank() - 1)),
-        help="processes that decode images; 0: decode in the main process",
-    )
-    return parser
 
 
 def check_image_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:

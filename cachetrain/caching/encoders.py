@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import torch
 import torch.nn.functional as F
 
+from cachetrain.modeling.t5_pipeline import takes_frames
 from cachetrain.modeling.vae import vae_reduction
 
 FLOAT16_MAX = torch.finfo(torch.float16).max
@@ -23,6 +24,9 @@ def encode_posterior(vae, images: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
         (mean, logvar), each [B, C, h, w] in the same dtype and on the same device; h, w: H, W over the VAE's
         reduction. logvar is None for a deterministic autoencoder.
     """
+    if takes_frames(vae):
+        posterior = vae.encode(images[:, :, None]).latent_dist
+        return posterior.mean[:, :, 0], posterior.logvar[:, :, 0]
     output = vae.encode(images)
     if hasattr(output, "latent_dist"):
         return output.latent_dist.mean, output.latent_dist.logvar
@@ -36,52 +40,25 @@ def encode_images(vae, images: torch.Tensor) -> torch.Tensor:
 
 
 def check_vae(vae, sizes: Iterable[tuple[int, int]]) -> None:
-    """Refuses a VAE that cannot encode these images, or whose latents training would scale wrongly.
+    """Refuses a VAE that cannot encode these images.
 
     Args:
         sizes: (width, height) of the images.
 
     Raises:
-        ValueError: a video autoencoder; latents scaled channel by channel; a size that its reduction does not divide.
+        ValueError: an autoencoder of videos or sounds; a size that its reduction does not divide.
     """
     name = type(vae).__name__
-    if any(parameter.ndim == 5 for parameter in vae.parameters()):
+    if not takes_frames(vae) and any(parameter.ndim == 5 for parameter in vae.parameters()):
         raise ValueError(f"{name}: encodes video, not images; pass an image VAE")
-    if getattr(vae.config, "latents_mean", None) is not None or getattr(vae.config, "latents_std", None) is not None:
-        raise ValueError(
-            f"{name}: its config scales each latent channel separately (latents_mean, latents_std), but a sidecar "
-            "stores one scaling_factor and one shift_factor; pass a VAE without latents_mean and latents_std"
-        )
+    if not any(parameter.ndim == 4 for parameter in vae.parameters()) and not takes_frames(vae):
+        raise ValueError(f"{name}: does not encode images; pass an image VAE")
     reduction = vae_reduction(vae)
     for width, height in sizes:
         if width % reduction or height % reduction:
             raise ValueError(
                 f"{width}x{height}: {name} reduces {reduction}-fold; give sides in multiples of {reduction}"
             )
-
-
-def scaling_fields(vae) -> dict[str, str]:
-    """The header fields scaling_factor and shift_factor of a VAE, from its config.
-
-    Raises:
-        ValueError: its config does not say how training scales its latents, or its batch norm does it.
-    """
-    name, factor = type(vae).__name__, getattr(vae.config, "scaling_factor", None)
-    if not factor and getattr(vae, "bn", None) is not None:
-        raise ValueError(
-            f"{name}: its batch norm scales latents channel by channel, which a sidecar cannot record; pass another "
-            "VAE"
-        )
-    if not factor:
-        raise ValueError(
-            f"{name}: its config has no scaling_factor, so that what training multiplies latents by is not known. "
-            "Write it into the config.json; if nobody knows it, write 1.0, measure it with "
-            "cache/calculate_vae_scaling.py, and pass it as --vae_scaling_factor in training"
-        )
-    return {
-        "scaling_factor": repr(float(factor)),
-        "shift_factor": repr(float(getattr(vae.config, "shift_factor", None) or 0.0)),
-    }
 
 
 def to_model_range(pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

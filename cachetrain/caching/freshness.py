@@ -12,6 +12,7 @@ from cachetrain.data.captions import Pair
 from cachetrain.data.masks import mask_file
 from cachetrain.data.sidecar import Header, SidecarError, read_header, read_sidecar, write_sidecar
 from cachetrain.data.walk import MAX_IMAGE
+from cachetrain.modeling import normalisation
 from cachetrain.reading import open_regular, read_bytes
 
 FRESH, MISSING, STALE, CORRUPT, FOREIGN = "fresh", "missing", "stale", "corrupt", "foreign"
@@ -21,6 +22,9 @@ TOUCHED = "touched"
 
 # A sidecar is stale when its header differs from the run in one of these.
 COMPARED_FIELDS = ("kind", "encoder", "settings")
+
+# Where a run says these (--norm), they are written to the headers of sidecars that are fresh otherwise.
+UPDATED_FIELDS = normalisation.FIELDS
 
 
 class Source(NamedTuple):
@@ -109,8 +113,9 @@ def sidecar_state(
         state = STALE
     if state is None:
         state = source_state(header.metadata, source, full)
-    if state == TOUCHED:
-        state = _store_new_state(path, source)
+    updates = {key: wanted[key] for key in UPDATED_FIELDS if key in wanted}
+    if state == TOUCHED or (state == FRESH and any(header.metadata.get(key) != updates[key] for key in updates)):
+        state = _store_new_state(path, source, updates)
     return state, header.metadata
 
 
@@ -150,12 +155,12 @@ def _file_source_state(metadata, prefix, source, full):
     return FRESH if unchanged else TOUCHED
 
 
-def _store_new_state(path, source):
+def _store_new_state(path, source, updates):
     try:
         tensors, header = read_sidecar(path)
     except SidecarError:
         return CORRUPT
-    new = {"captions": source.captions}
+    new = {"captions": source.captions, **updates}
     for prefix, part in source.files.items():
         if part.size is not None:
             new |= {f"{prefix}_size": part.size, f"{prefix}_mtime_ns": part.mtime_ns}

@@ -18,7 +18,8 @@ from cachetrain.caching.shard_run import ShardRun, check_out_args
 from cachetrain.caching.summary import RunSummary
 from cachetrain.caching.writer import Row, Writer
 from cachetrain.data.sidecar import numbered, sidecar_path
-from cachetrain.modeling import load
+from cachetrain.log import warn
+from cachetrain.modeling import load, normalisation
 from cachetrain.modeling.files import component_files
 
 
@@ -42,6 +43,8 @@ def cache_images(args: Namespace, kind: str) -> int:
         ),
         "settings": json.dumps(_settings(args), sort_keys=True),
     }
+    if args.norm:
+        fields |= normalisation.of_file(args.norm, fields["encoder"]).header_fields()
     summary = RunSummary(kind, args.data_root, args.cache_suffix, args.mask)
     if args.out:
         return _cache_tars(args, model_dir if args.custom else vae_dir, fields, summary)
@@ -102,16 +105,15 @@ class _Encoder:
     """
 
     def __init__(self, args, vae_dir, sizes, fields):
-        from cachetrain.caching.encoders import scaling_fields
-
         self.args = args
         self.vae_dir = vae_dir
         self.vae, self.dtype = _load_vae(args, vae_dir, sizes)
         self.fields = {
             **fields,
             "compute_dtype": str(self.dtype).removeprefix("torch."),
-            **scaling_fields(self.vae),
+            **({} if args.norm else _scaling_fields(self.vae)),
         }
+        self.scaling = normalisation.of_header(self.fields, args.norm or vae_dir)
 
     def write(self, batches, writer):
         """Encodes collated batches, submits their rows, and reports images that failed."""
@@ -124,7 +126,20 @@ class _Encoder:
                 summary.check_sizes(decoded)
                 with load.named(self.vae_dir):
                     latents = _latents(self.vae, pixels.to(self.vae.device), self.dtype, self.args)
+                if self.scaling:
+                    self.scaling.check_channels(latents["latent"].shape[1], self.args.norm or self.vae_dir)
                 writer.submit(_rows(latents, decoded, self.fields, self.args.cache_suffix))
+
+
+def _scaling_fields(vae):
+    """Header fields of the VAE's LatentScaling; without one, training needs it from the user."""
+    if scaling := normalisation.of_vae(vae):
+        return scaling.header_fields()
+    warn(
+        f"{type(vae).__name__}: its config says neither scaling_factor nor latents_std, without which nothing can be "
+        f"trained on its latents; when they are cached, {normalisation.HOW_TO_SAY}"
+    )
+    return {}
 
 
 def _load_vae(args, vae_dir, sizes):

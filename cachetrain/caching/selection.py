@@ -5,7 +5,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from errno import ENAMETOOLONG
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
@@ -17,6 +17,7 @@ from cachetrain.data.captions import Pair
 from cachetrain.data.many_files import in_threads
 from cachetrain.data.sidecar import sidecar_path
 from cachetrain.data.walk import Pairs, find_images
+from cachetrain.modeling.names import is_local, split_subfolder
 
 
 def find_pairs(args: Namespace, summary: RunSummary, all_captions: bool = False) -> Iterator[Pair]:
@@ -88,6 +89,7 @@ def select(
 
 def model_fields(args: Namespace, model_dir: Path) -> dict[str, str]:
     """Header fields that name the model: an absolute path, or a Hugging Face model id and the commit fetched."""
-    if os.path.isdir(os.path.expanduser(args.model)):
+    if is_local(args.model):
         return {"model": str(model_dir), "revision": ""}
-    return {"model": args.model, "revision": model_dir.name}
+    depth = len(PurePosixPath(split_subfolder(args.model)[1]).parts)
+    return {"model": args.model, "revision": (model_dir, *model_dir.parents)[depth].name}

@@ -18,6 +18,7 @@ from cachetrain.checkpoints.kohya import from_kohya
 from cachetrain.log import counted, describe, warn
 from cachetrain.modeling import load, lora
 from cachetrain.modeling.files import component_files
+from cachetrain.modeling.names import is_local
 from cachetrain.reading import check_regular
 
 if TYPE_CHECKING:
@@ -41,10 +42,9 @@ def base_info(model_dir: Path, model: str, revision: str | None) -> dict:
         dict: "model" (an absolute path, or a Hugging Face model id), "revision", and "fingerprints", a SHA-256 of
         each component.
     """
-    local = Path(model).expanduser().is_dir()
     names = [name for name in _COMPONENTS if name == "unet" or (model_dir / name).is_dir()]
     fingerprints = {name: _fingerprint(model_dir, name) for name in names}
-    return {"model": str(model_dir) if local else model, "revision": revision, "fingerprints": fingerprints}
+    return {"model": str(model_dir) if is_local(model) else model, "revision": revision, "fingerprints": fingerprints}
 
 
 def _fingerprint(model_dir, name):

@@ -10,7 +10,7 @@ from cachetrain.checkpoints import original_layout as layout
 from cachetrain.checkpoints.adapters import weights_of
 from cachetrain.checkpoints.info import checkpoint_info
 from cachetrain.diffusion.noise_schedulers import objective_of
-from cachetrain.modeling import load
+from cachetrain.modeling import load, normalisation
 from cachetrain.modeling.files import CONFIG, read_config, weight_files
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ _UNET_FIELDS = {
 }  # fmt: skip
 _VAE_FIELDS = {
     "sample_size", "in_channels", "out_channels", "down_block_types", "up_block_types", "block_out_channels",
-    "layers_per_block", "latent_channels", "scaling_factor", "shift_factor", "force_upcast",
-    "mid_block_add_attention",
+    "layers_per_block", "latent_channels", "scaling_factor", "shift_factor", "latents_mean", "latents_std",
+    "force_upcast", "mid_block_add_attention",
 }  # fmt: skip
 
 
@@ -97,12 +97,15 @@ def write_tensors(tensors: "dict[str, torch.Tensor]", out: Path, metadata: dict[
             raise OSError(f"{out}: {error}") from error
 
 
-def check_exportable(model_dir: Path, scheduler=None) -> tuple[list[str], dict | None]:
+def check_exportable(
+    model_dir: Path, scheduler=None, scaling: normalisation.LatentScaling | None = None
+) -> tuple[list[str], dict | None]:
     """Checks that the layout can represent a model. Reads only configs, so that it can be called before training.
 
     Args:
         model_dir: pipeline directory; its UNet need not have weights.
         scheduler: diffusers scheduler of the objective to be trained; None: that of the directory.
+        scaling: of the latents to be trained on; None: `latent_scaling` of the directory.
 
     Returns:
         (notes for users of the exported file,
@@ -121,6 +124,7 @@ def check_exportable(model_dir: Path, scheduler=None) -> tuple[list[str], dict |
             f"{model_dir}: the original Stable Diffusion layout cannot represent this model: {'; '.join(problems)}"
         )
     load.load_vae(Path(model_dir) / "vae")  # refuses one that is incomplete; the UNet's weights may not be there yet
+    scaling = scaling or latent_scaling(model_dir)
     for name in texts if family != "t5" else ():
         load.load_text_encoder(Path(model_dir) / name, projected=name == "text_encoder_2")
     layout.unet_names(_shapes_of(UNet2DConditionModel, unet), unet)
@@ -137,8 +141,25 @@ def check_exportable(model_dir: Path, scheduler=None) -> tuple[list[str], dict |
     is_sdxl = load.pooled_width(unet) > 0
     notes += objective_notes(objective, scheduler, is_sdxl)
     notes += _setting_notes(unet, vae, is_sdxl)
+    notes += _scaling_notes(scaling, is_sdxl)
     needs_config = family == "clip" and objective != "flow"
-    return notes, layout.original_config(unet, vae, scheduler) if needs_config else None
+    return notes, layout.original_config(unet, vae, scheduler, scaling.mean_factor) if needs_config else None
+
+
+def latent_scaling(model_dir: Path) -> normalisation.LatentScaling:
+    """Returns the LatentScaling that a checkpoint was trained with; of another model, that of its VAE.
+
+    Raises:
+        ValueError: the VAE does not say; or of `load.load_vae`.
+    """
+    if "latents" in (info := checkpoint_info(model_dir)):
+        return normalisation.of_values(info["latents"], model_dir)
+    scaling = normalisation.of_vae(load.load_vae(Path(model_dir) / "vae"))
+    if scaling is None:
+        raise ValueError(
+            f"{model_dir}: its VAE does not say how its latents are scaled; export a checkpoint of a run"
+        )
+    return scaling
 
 
 def original_tensors(model_dir: Path, weights: str = "unet") -> "dict[str, torch.Tensor]":
@@ -213,8 +234,6 @@ def _vae_problems(config):
         problems.append("the VAE has blocks that Stable Diffusion does not have")
     if not (config["use_quant_conv"] and config["use_post_quant_conv"]):
         problems.append("the VAE has no quant_conv, which the layout requires")
-    if config["shift_factor"] or config["latents_mean"]:
-        problems.append("the VAE's latents are shifted, which the layout cannot express")
     return problems + _width_problems("VAE", config["block_out_channels"])
 
 
@@ -282,14 +301,21 @@ def _setting_notes(unet, vae, is_sdxl):
             f"web UIs do not use these settings: {', '.join(unusual)}; only diffusers loads the file correctly, with "
             "config= of the pipeline directory"
         )
-    original = SDXL_SCALING_FACTOR if is_sdxl else ORIGINAL_SCALING_FACTOR
-    if vae["scaling_factor"] != original:
-        without = "" if is_sdxl else " that do not read the .yaml"
-        notes.append(
-            f"the VAE's scaling_factor is {vae['scaling_factor']}: web UIs{without} use {original} and draw wrong "
-            "images"
-        )
     return notes
+
+
+def _scaling_notes(scaling, is_sdxl):
+    """Returns notes on what web UIs do not know of the LatentScaling, a list of str."""
+    original = SDXL_SCALING_FACTOR if is_sdxl else ORIGINAL_SCALING_FACTOR
+    if not scaling.is_number:
+        what = "shifted" if type(scaling.scaling_factor) is float else "scaled channel by channel"
+        return [f"the VAE's latents are {what}, which web UIs cannot do: they draw wrong images; use sample.py"]
+    if scaling.scaling_factor == original:
+        return []
+    without = "" if is_sdxl else " that do not read the .yaml"
+    return [
+        f"the VAE's scaling_factor is {scaling.scaling_factor}: web UIs{without} use {original} and draw wrong images"
+    ]
 
 
 def _metadata(model_dir, weights, title):
@@ -316,6 +342,7 @@ def _metadata(model_dir, weights, title):
         "objective": objective,
         "zero_terminal_snr": str(zero_snr).lower(),
         "weights": weights,
+        **latent_scaling(model_dir).header_fields(),
     }
     if clip_skip := info["text"]["settings"].get("clip_skip"):
         metadata["modelspec.encoder_layer"] = str(clip_skip)

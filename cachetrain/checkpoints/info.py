@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from cachetrain import cli
-from cachetrain.modeling import load
+from cachetrain.modeling import load, normalisation
 from cachetrain.modeling.conditioning import KINDS
 from cachetrain.reading import read_json
 
@@ -39,8 +39,8 @@ def checkpoint_info(model_dir: Path) -> dict:
     """Reads cachetrain.json. For a model without one, returns the defaults of its text encoder and step 0.
 
     Returns:
-        dict: "text" and "latent_size" (None: unknown) as in `data_info`; "step"; "objective", only of checkpoints;
-        "base", only of adapters, as of adapters.base_info.
+        dict: "text" and "latent_size" (None: unknown) as in `data_info`; "step"; "objective" and "latents"
+        (LatentScaling.as_json), only of checkpoints; "base", only of adapters, as of adapters.base_info.
 
     Raises:
         ValueError: it is not what training writes.
@@ -69,6 +69,8 @@ def _check(path, info):
         isinstance(size, list) and len(size) == 2 and all(_is_count(side) and 0 < side <= _MAX_SIDE for side in size)
     ):
         wrong.append("latent_size")
+    if "latents" in info and not _is_scaling(info["latents"]):
+        wrong.append("latents")
     if "base" in info and not is_base(info["base"]):
         wrong.append("base")
     if wrong:
@@ -77,6 +79,13 @@ def _check(path, info):
 
 def _is_factor(value):
     return type(value) in (int, float) and cli.scaling_factor.holds(value)
+
+
+def _is_scaling(value):
+    try:
+        return isinstance(value, dict) and bool(normalisation.of_values(value, FILE))
+    except ValueError:
+        return False
 
 
 def _is_count(value):

@@ -118,12 +118,13 @@ def _open_clip_name(key, mapping):
     return f"transformer.{key}"
 
 
-def original_config(unet: dict, vae: dict, scheduler) -> dict:
+def original_config(unet: dict, vae: dict, scheduler, scale_factor: float) -> dict:
     """Returns the config of the original repository (as v1-inference.yaml).
 
     Args:
         unet, vae: complete diffusers configs.
         scheduler: diffusers scheduler.
+        scale_factor: of the latents.
     """
     width, size, heads = unet["block_out_channels"], vae["block_out_channels"], unet["attention_head_dim"]
     if not isinstance(heads, int) and len(set(heads)) == 1:
@@ -152,7 +153,7 @@ def original_config(unet: dict, vae: dict, scheduler) -> dict:
         "timesteps": scheduler.config.num_train_timesteps, "num_timesteps_cond": 1, "log_every_t": 200,
         "first_stage_key": "jpg", "cond_stage_key": "txt", "image_size": unet["sample_size"],
         "channels": unet["in_channels"], "cond_stage_trainable": False, "conditioning_key": "crossattn",
-        "scale_factor": vae["scaling_factor"], "use_ema": False,
+        "scale_factor": scale_factor, "use_ema": False,
         "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": unet_config},
         "first_stage_config": {
             "target": "ldm.models.autoencoder.AutoencoderKL",

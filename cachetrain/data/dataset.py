@@ -16,6 +16,7 @@ from cachetrain.data.sidecar import num_crops, numbered, of_crop
 from cachetrain.data.variants import draw_variant, sources_of
 from cachetrain.diffusion.objective import timestep_fraction
 from cachetrain.modeling.conditioning import Conditioning, num_variants
+from cachetrain.modeling.normalisation import LatentScaling
 
 
 class SampleKey(NamedTuple):
@@ -50,17 +51,6 @@ class Sidecars:
     def text(self, i: int) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """Returns (tensors by name, header metadata) of the text sidecar of pair `i`, with all of its variants."""
         return self.index.text_tensors(i)
-
-
-@dataclass(frozen=True)
-class LatentScaling:
-    """Scales the VAE's latents for the UNet: (latents - shift_factor) * scaling_factor, in float32."""
-
-    scaling_factor: float
-    shift_factor: float = 0.0
-
-    def __call__(self, latents: torch.Tensor) -> torch.Tensor:
-        return (latents.float() - self.shift_factor) * self.scaling_factor
 
 
 @dataclass(frozen=True)

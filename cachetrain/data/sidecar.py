@@ -45,8 +45,8 @@ _MAX_HEADER, _MAX_FILE = 2**20, 2**30
 _WHOLE, _DECIMAL = "[0-9]{1,18}", r"[0-9]{1,18}(\.[0-9]{1,30})?(e[+-]?[0-9]{1,3})?"
 _FORMS = {
     **dict.fromkeys(("width", "height", "original_width", "original_height", "num_tokens"), _WHOLE),
-    "scaling_factor": _DECIMAL,
-    "shift_factor": f"-?{_DECIMAL}",
+    "scaling_factor": f"{_DECIMAL}(,{_DECIMAL})*",  # one number, or one for each channel
+    "shift_factor": f"-?{_DECIMAL}(,-?{_DECIMAL})*",
     "crop_box": ",".join([_DECIMAL] * 4),
     "mask_share": _DECIMAL,
 }

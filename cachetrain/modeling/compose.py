@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,30 +14,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from cachetrain.atomic import staged_directory
 from cachetrain.diffusion.noise_schedulers import make_scheduler
-from cachetrain.log import counted
 from cachetrain.modeling import load
+from cachetrain.modeling.channels import change_channels
 from cachetrain.modeling.files import component_files, has_weights, read_config
+from cachetrain.modeling.projections import ProjectionOptions, make_projection, projection_into_unet, save_projection
+from cachetrain.modeling.vae import latent_channels
 from cachetrain.reading import read_text
 
 if TYPE_CHECKING:
-    import torch
     from diffusers import AutoencoderKL
 
-    from cachetrain.modeling.t5_projection import T5Projection
-
 HERE = Path(__file__).parent
-
-# For scaling a projection when the user gives no captions; any plain English will do.
-PLAIN_CAPTIONS = (
-    "",
-    "a photo of a cat",
-    "a man riding a bicycle through a crowded street at night",
-    "an oil painting of mountains above a lake, with a small wooden boat in the foreground",
-    "two red apples on a white plate next to a glass of water",
-    "portrait of an old woman laughing, black and white, shallow depth of field",
-    "a small green triangle on the left on a yellow background",
-    "aerial view of a city by the sea",
-)
 
 
 @dataclass(frozen=True)
@@ -51,6 +38,8 @@ class Target:
             "_weights": "fresh", like that of models/tiny/unet, does not need this.
         seed: seed of all new weights.
         overwrite: replace `out` if it is a pipeline directory.
+        channels: how to give the UNet the VAE's number of latent channels, see channels.change_channels; None: refuse
+            a VAE with another number.
     """
 
     out: str | Path
@@ -58,22 +47,7 @@ class Target:
     fresh_unet: bool = False
     seed: int = 0
     overwrite: bool = False
-
-
-@dataclass(frozen=True)
-class ProjectionOptions:
-    """How to make the projection from T5's width to the UNet's.
-
-    Attributes:
-        captions: captions to fit the projection to by PCA; None: a random orthogonal projection.
-        trained: make the projection a layer of the UNet, which trains with it, instead of a frozen component.
-        dtype, device: for running T5; dtype None: float32.
-    """
-
-    captions: Sequence[str] | None = None
-    trained: bool = False
-    dtype: torch.dtype | None = None
-    device: torch.device | str = "cpu"
+    channels: str | None = None
 
 
 class Stage(NamedTuple):
@@ -116,16 +90,10 @@ def staged(target: Target) -> Iterator[Stage]:
 
 
 def save_unet(
-    stage: Stage,
-    unet_dir: Path,
-    vae: AutoencoderKL,
-    text_width: int,
-    *,
-    pooled_width: int = 0,
-    fresh: bool,
-    seed: int,
+    stage: Stage, unet_dir: Path, vae: AutoencoderKL, text_width: int, target: Target, pooled_width: int = 0
 ) -> None:
-    """Copies the UNet, or saves a freshly initialized one; checks that VAE and text encoder fit the UNet.
+    """Copies the UNet, or saves a freshly initialized one, or one with other channels; checks that VAE and text
+    encoder fit the UNet.
 
     Args:
         pooled_width: of the pooled text vector beside the embeddings, for SDXL's UNet; 0: none.
@@ -134,11 +102,12 @@ def save_unet(
         ValueError: latent channels or text widths differ from the UNet's.
     """
     config = read_config(unet_dir)
-    channels = vae.config.latent_channels
-    if config["in_channels"] != channels:
+    channels = latent_channels(vae)
+    other_channels = config["in_channels"] != channels
+    if other_channels and not target.channels:
         raise ValueError(
             f"{unet_dir}: this UNet expects {config['in_channels']} latent channels, the VAE has {channels}; "
-            "pass another --vae or --unet"
+            "pass another --vae or --unet, or --channels to change the UNet"
         )
     if text_width != load.text_width(config):
         raise ValueError(
@@ -150,8 +119,14 @@ def save_unet(
             f"{unet_dir}: this UNet expects a pooled text vector of width {load.pooled_width(config)}, the text "
             f"encoders give {pooled_width}; pass another --clip_g or --unet"
         )
-    if fresh:
-        load.fresh_unet(config, seed).save_pretrained(stage.path / "unet")
+    if _starts_fresh(unet_dir, target):
+        config |= {"in_channels": channels, "out_channels": channels} if other_channels else {}
+        load.fresh_unet(config, target.seed).save_pretrained(stage.path / "unet")
+    elif other_channels:
+        unet = load.load_unet(unet_dir)
+        with load.named(unet_dir):
+            change_channels(unet, channels, target.channels, target.seed)
+        unet.save_pretrained(stage.path / "unet")
     else:
         stage.copy(unet_dir, "unet")
         load.load_unet(stage.path / "unet")  # refuses files that are damaged or do not fit the config
@@ -200,8 +175,7 @@ def compose_sd(unet: str | Path, vae: str | Path, clip: str | Path, target: Targ
     vae_module = load.load_vae(vae_dir)
     width = load.load_text_encoder(encoder_dir).config.hidden_size
     with staged(target) as stage:
-        fresh = _starts_fresh(unet_dir, target)
-        save_unet(stage, unet_dir, vae_module, width, fresh=fresh, seed=target.seed)
+        save_unet(stage, unet_dir, vae_module, width, target)
         stage.copy(vae_dir, "vae")
         stage.copy(encoder_dir, "text_encoder")
         stage.copy(load.component_dir(clip_root, "tokenizer"), "tokenizer")
@@ -249,14 +223,14 @@ def compose_sdxl(unet: str | Path, vae: str | Path, clip_l: str | Path, clip_g: 
     for name in ("text_encoder", "text_encoder_2"):
         _check_architecture(parts[name], "clip")
     check_second_encoder(parts["text_encoder_2"])
-    vae_module, fresh = load.load_vae(vae_dir), _starts_fresh(unet_dir, target)
+    vae_module = load.load_vae(vae_dir)
     with staged(target) as stage:
         for name, directory in parts.items():
             stage.copy(directory, name, name.removesuffix("_2"))
         text = SdxlTextEncoder(stage.path)  # refuses encoders and tokenizers that are not SDXL's
         widths = [encoder.config.hidden_size for encoder in text.encoders]
         pooled = text.encoders[1].config.projection_dim
-        save_unet(stage, unet_dir, vae_module, sum(widths), pooled_width=pooled, fresh=fresh, seed=target.seed)
+        save_unet(stage, unet_dir, vae_module, sum(widths), target, pooled)
         stage.copy(vae_dir, "vae")
         scheduler = make_scheduler(target.objective)
         scheduler.save_pretrained(stage.path / "scheduler")
@@ -316,7 +290,7 @@ def compose_t5(
     in_unet = has_projection or options.trained
     with staged(target) as stage:
         t5_width = read_config(encoder_dir).get("d_model") if has_projection else width
-        save_unet(stage, unet_dir, vae_module, t5_width, pooled_width=pooled, fresh=fresh, seed=target.seed)
+        save_unet(stage, unet_dir, vae_module, t5_width, target, pooled)
         stage.copy(vae_dir, "vae")
         stage.copy(encoder_dir, "text_encoder")
         stage.copy(load.component_dir(t5_root, "tokenizer"), "tokenizer")
@@ -352,73 +326,9 @@ def compose_t5_of(args: Namespace, sdxl: bool) -> None:
         if not captions:
             raise ValueError(f"{args.fit_captions}: contains no captions; add some, or omit --fit_captions")
     device = load.pick_device(args.device)
-    target = Target(args.out, args.objective, args.fresh_unet, args.seed, args.overwrite)
+    target = Target(args.out, args.objective, args.fresh_unet, args.seed, args.overwrite, args.channels)
     projection = ProjectionOptions(captions, args.train_projection, load.pick_dtype(args.dtype, device), device)
     compose_t5(args.unet, args.vae, args.t5, target, projection, sdxl=sdxl)
-
-
-def save_projection(stage: Path, projection: T5Projection) -> None:
-    """Saves a projection as the frozen component projection/, with the code that diffusers needs to load it."""
-    projection.save_pretrained(stage / "projection")
-    shutil.copyfile(HERE / "t5_projection.py", stage / "projection" / "t5_projection.py")
-
-
-def projection_into_unet(stage: Path, projection: T5Projection) -> None:
-    """Makes a projection the encoder_hid_proj layer of the UNet in unet/; all other weights are unchanged."""
-    scale, linear = projection.config.scaling_factor, projection.linear
-    linear.load_state_dict({name: scale * tensor for name, tensor in linear.state_dict().items()})
-    unet = load.load_unet(stage / "unet")
-    unet.encoder_hid_proj = linear
-    unet.register_to_config(encoder_hid_dim=linear.in_features, encoder_hid_dim_type="text_proj")
-    shutil.rmtree(stage / "unet")  # the old weights may be in files that save_pretrained does not replace
-    unet.save_pretrained(stage / "unet")
-
-
-def make_projection(model_dir: Path, width: int, seed: int, options: ProjectionOptions) -> T5Projection:
-    """Makes the projection for a model directory that has text_encoder/ and tokenizer/.
-
-    With captions: the `width` leading principal components of their hidden states, centered. Without: a random
-    orthogonal map (orthonormal rows), which preserves distances as well as `width` dimensions can. Both are scaled to
-    unit standard deviation over the captions (PLAIN_CAPTIONS if none are given).
-
-    Args:
-        width: the UNet's cross_attention_dim.
-        seed: seed of the random orthogonal map.
-
-    Raises:
-        ValueError: T5's hidden states are narrower than `width`, or the captions have too few tokens to fit to.
-    """
-    import torch
-
-    from cachetrain.modeling.t5_projection import T5Projection
-    from cachetrain.modeling.text_encoders import TextEncoder
-
-    encoder = TextEncoder(model_dir, options.device, options.dtype or torch.float32, raw=True)
-    captions = options.captions or PLAIN_CAPTIONS
-    hidden = torch.cat([encoder.encode_ids(encoder.tokenize([caption])[0])[0].float() for caption in captions])
-    features = hidden.shape[1]
-    if features < width:
-        raise ValueError(
-            f"T5's hidden states have width {features}, expected at least the UNet's {width}; use a larger T5"
-        )
-    if options.captions and len(hidden) <= width:
-        raise ValueError(
-            f"{counted(len(options.captions), 'caption')} with {counted(len(hidden), 'token')}: too few to fit a "
-            f"projection to width {width}; use captions with more tokens than that, or omit --fit_captions"
-        )
-    projection = T5Projection(features, width)
-    bias = torch.zeros(width)
-    if options.captions:
-        mean = hidden.mean(0)
-        values, vectors = torch.linalg.eigh(torch.cov(hidden.T, correction=0))
-        weight = vectors[:, values.argsort(descending=True)[:width]].T
-        bias = -weight @ mean
-    else:
-        weight = torch.empty(width, features)
-        torch.nn.init.orthogonal_(weight, generator=torch.Generator().manual_seed(seed))
-    projection.linear.load_state_dict({"weight": weight.contiguous(), "bias": bias})
-    projection.register_to_config(scaling_factor=1 / (hidden @ weight.T + bias).std().item())
-    return projection.eval().requires_grad_(False)
 
 
 def _resolve(model, component):

@@ -21,7 +21,7 @@ CONFIG = "config.json"
 _HERE = Path(__file__).parent
 _PROJECTION_CODE = _HERE / "t5_projection.py"
 _PIPELINE_CODE = {"StableDiffusionT5Pipeline": _HERE / "t5_pipeline.py"}
-_TOKENIZER = (
+TOKENIZER = (
     "added_tokens.json",
     "merges.txt",
     "special_tokens_map.json",
@@ -31,7 +31,7 @@ _TOKENIZER = (
     "vocab.json",
 )
 # Components without weights.
-_DATA = {"tokenizer": _TOKENIZER, "tokenizer_2": _TOKENIZER, "feature_extractor": ("preprocessor_config.json",)}
+_DATA = {"tokenizer": TOKENIZER, "tokenizer_2": TOKENIZER, "feature_extractor": ("preprocessor_config.json",)}
 _INDEX = ".index.json"
 # Config entries that make transformers or diffusers fetch code, run code of other packages, change the weights, or
 # read other files than those of `component_files`.

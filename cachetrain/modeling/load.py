@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,11 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cachetrain import cli
 from cachetrain.log import describe, first_line
-from cachetrain.modeling import lora
+from cachetrain.modeling import lora, normalisation
 from cachetrain.modeling.digests import sha256_of
-from cachetrain.modeling.files import CONFIG, component_files, only_files, read_config, read_json
+from cachetrain.modeling.files import CONFIG, TOKENIZER, component_files, only_files, read_config, read_json
+from cachetrain.modeling.names import download_patterns, split_subfolder, tokenizer_beside
+from cachetrain.modeling.vae import REFUSED
 from cachetrain.reading import read_text
 
 if TYPE_CHECKING:
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from cachetrain.modeling.t5_projection import T5Projection
-
-WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
-CONFIG_PATTERNS = ("*.json", "*.txt", "*.model")
 
 _MAX_TIMESTEPS = 10**5  # of a noise schedule, whose length takes memory
 
@@ -80,7 +77,7 @@ def resolve_model(
     """Returns the local directory of `model`; configs and safetensors of a Hugging Face model id are downloaded.
 
     Args:
-        model: directory or Hugging Face model id.
+        model: directory or Hugging Face model id, of a component followed by `:subfolder`.
         revision: branch, tag or commit of a Hugging Face model id.
         subfolders: components to download; () downloads all. Pickles are never downloaded.
         code: also download Python files (without running them); only if the user passed `--custom`.
@@ -88,20 +85,19 @@ def resolve_model(
     Raises:
         ValueError: `model` is neither a directory nor a model id that can be downloaded.
     """
+    model, subfolder = split_subfolder(model)
     path = Path(model).expanduser()
     if path.is_dir():
-        return path.resolve()
-    owner, slash, name = str(model).partition("/")
+        if not (path / subfolder).is_dir():
+            raise ValueError(f"{path / subfolder}: no such directory; pass a folder of {path} after the colon")
+        return (path / subfolder).resolve()
+    owner, slash, name = model.partition("/")
     if not (slash and name) or "/" in name or owner.startswith((".", "~")) or _is_local_folder(owner):
         raise ValueError(f"{model}: no such directory{_where_it_comes_from(path)}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    kinds = [*WEIGHT_PATTERNS, *CONFIG_PATTERNS, *(["*.py"] if code else [])]
-    patterns = [f"{folder}/{kind}" for folder in subfolders or ("*",) for kind in kinds]
-    # The files of a bare component are at the root of the repository. Pipelines keep single-file copies of all
-    # weights there, under other names, which must not be downloaded.
-    patterns += ["model*.safetensors*", "diffusion_pytorch_model*.safetensors*", *kinds[len(WEIGHT_PATTERNS) :]]
+    patterns = download_patterns(subfolder, subfolders, code)
     try:
         # Variants (fp16, non_ema) are never read.
         snapshot = snapshot_download(
@@ -111,7 +107,9 @@ def resolve_model(
         raise ValueError(
             f"{model}: no such directory, and downloading from the Hugging Face Hub failed: {error}"
         ) from error
-    return Path(snapshot)
+    if not (Path(snapshot) / subfolder).is_dir():
+        raise ValueError(f"{model}: has no folder {subfolder!r} with safetensors or configs; pass another one")
+    return Path(snapshot) / subfolder
 
 
 def _is_local_folder(name):
@@ -128,12 +126,18 @@ def _where_it_comes_from(path):
 def component_dir(model_dir: str | Path, name: str) -> Path:
     """Returns the directory of a component: `model_dir/name` in a pipeline, or `model_dir` for a bare component.
 
+    The tokenizer of a bare text encoder may also be in the folder beside it, as in a pipeline.
+
     Raises:
         ValueError: there is no such component.
     """
     model_dir = Path(model_dir)
     if (model_dir / name).is_dir():
         return model_dir / name
+    if name.startswith("tokenizer") and not any((model_dir / file).exists() for file in TOKENIZER):
+        beside = model_dir.with_name(tokenizer_beside(model_dir.name))
+        if beside != model_dir and beside.is_dir():
+            return beside
     if not (model_dir / "model_index.json").exists() and any(model_dir.glob("*config.json")):
         return model_dir
     if (model_dir / lora.FILE).exists():
@@ -208,13 +212,12 @@ def load_vae(directory: str | Path, dtype: torch.dtype | None = None) -> ModelMi
     import diffusers
 
     config = read_config(directory)
-    for key, is_right in (("scaling_factor", cli.scaling_factor.holds), ("shift_factor", math.isfinite)):
-        value = config.get(key)
-        if value is not None and not (type(value) in (int, float) and is_right(value)):
-            raise ValueError(f"{directory}: {CONFIG} has {key} {value!r:.40}, expected a number; get the file again")
+    normalisation.check_config(config, f"{directory}: {CONFIG}")
     name = str(config.get("_class_name"))
     cls = getattr(diffusers, name, None)
-    if not (name.startswith(("Autoencoder", "AsymmetricAutoencoder")) and isinstance(cls, type)):
+    if name in REFUSED:
+        raise ValueError(f"{directory}: {name} {REFUSED[name]}")
+    if not (name.startswith(("Autoencoder", "AsymmetricAutoencoder", "VQModel")) and isinstance(cls, type)):
         raise ValueError(f"{directory}: {name} is not a diffusers autoencoder; pass a VAE, or a pipeline with one")
     return _load_diffusers(cls, directory, "vae", dtype)
 

@@ -85,19 +85,63 @@ def denoise(
     return latents
 
 
+def latent_statistics(vae) -> tuple | None:
+    """Returns (scale, shift) of the map from a VAE's latents to those of the UNet, (latents - shift) * scale.
+
+    Each is a number, or a list of one for each channel. None: neither config nor batch norm says anything.
+    """
+    config, norm = vae.config, getattr(vae, "bn", None)
+    scale = config.get("scaling_factor")
+    if config.get("latents_mean") is not None:
+        return [(scale or 1.0) / std for std in config.latents_std], list(config.latents_mean)
+    if isinstance(norm, torch.nn.BatchNorm2d):
+        # AutoencoderKLFlux2: statistics of each channel at each position of a patch, the channel outermost. Those of
+        # a channel, at all positions together, are what unpacked latents need.
+        mean, variance = norm.running_mean.double(), norm.running_var.double()
+        if bool((mean == 0).all() and (variance == 1).all()):  # never measured
+            return None
+        mean, variance = (values.reshape(config.latent_channels, -1) for values in (mean, variance))
+        variance = variance.mean(1) + mean.var(1, correction=0) + norm.eps
+        return variance.rsqrt().tolist(), mean.mean(1).tolist()
+    return None if scale is None else (scale, config.get("shift_factor") or 0.0)
+
+
 @torch.no_grad()
 def decode_latents(vae, latents: torch.Tensor) -> torch.Tensor:
-    """Decodes latents [B, C, h, w] (scaling_factor applied) to float32 images [B, 3, H, W] in [-1, 1]."""
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    latents = latents / vae.config.scaling_factor + shift
-    return vae.decode(latents.to(vae.dtype), return_dict=False)[0].float().clamp(-1, 1)
+    """Decodes latents as the UNet sees them, [B, C, h, w], to float32 images [B, 3, H, W] in [-1, 1].
+
+    Raises:
+        ValueError: the VAE does not say how its latents are normalised for the UNet.
+    """
+    statistics = latent_statistics(vae)
+    if statistics is None:
+        raise ValueError(f"{type(vae).__name__}: its config does not say how latents are normalised for the UNet")
+    scale, shift = (
+        latents.new_tensor(value)[:, None, None] if isinstance(value, list | tuple) else value for value in statistics
+    )
+    return decode_raw(vae, latents / scale + shift)
+
+
+@torch.no_grad()
+def decode_raw(vae, latents: torch.Tensor) -> torch.Tensor:
+    """Decodes latents as the VAE gave them, [B, C, h, w], to float32 images [B, 3, H, W] in [-1, 1]."""
+    latents = latents.to(vae.dtype)
+    if takes_frames(vae):
+        return vae.decode(latents[:, :, None], return_dict=False)[0][:, :, 0].float().clamp(-1, 1)
+    return vae.decode(latents, return_dict=False)[0].float().clamp(-1, 1)
+
+
+def takes_frames(vae) -> bool:
+    """Whether an autoencoder for images takes them as videos of one frame, [B, 3, 1, H, W]."""
+    return type(vae).__name__ in ("AutoencoderKLQwenImage", "AutoencoderKLWan")
 
 
 def vae_reduction(vae) -> int:
     """Returns the VAE's downsampling factor; same as cachetrain.modeling.vae, which cannot be imported here."""
-    if getattr(vae, "spatial_compression_ratio", None):
-        return vae.spatial_compression_ratio
-    keys = ("down_block_out_channels", "encoder_block_out_channels", "block_out_channels")
+    for owner in (vae.config, vae):
+        if ratio := getattr(owner, "spatial_compression_ratio", None):
+            return ratio
+    keys = ("down_block_out_channels", "encoder_block_out_channels", "block_out_channels", "ch_mult")
     return next(2 ** (len(vae.config[key]) - 1) for key in keys if vae.config.get(key))
 
 

@@ -11,7 +11,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from cachetrain import cli
 from cachetrain.modeling.conditioning import Conditioning, moved, predict, rows
-from cachetrain.modeling.t5_pipeline import decode_latents, denoise
+from cachetrain.modeling.normalisation import LatentScaling
+from cachetrain.modeling.t5_pipeline import decode_latents, decode_raw, denoise
 
 
 class Drawing(NamedTuple):
@@ -34,7 +35,12 @@ class Drawing(NamedTuple):
 
 
 class Renderer(NamedTuple):
-    """The models and settings used for drawing; `sampler` is a diffusers scheduler."""
+    """The models and settings used for drawing.
+
+    Attributes:
+        sampler: a diffusers scheduler.
+        scaling: of the latents that the UNet was trained on; None: that of the VAE.
+    """
 
     unet: torch.nn.Module
     vae: torch.nn.Module
@@ -42,6 +48,7 @@ class Renderer(NamedTuple):
     conditioning: Conditioning
     num_inference_steps: int
     batch_size: int
+    scaling: LatentScaling | None = None
 
     def draw(self, drawings: Sequence[Drawing], cfgs: Sequence[float]) -> Iterator[tuple[int, float, Image.Image]]:
         """Draws pictures of any sizes; a batch holds up to `batch_size` pictures of the same size.
@@ -87,14 +94,15 @@ class Renderer(NamedTuple):
             generators,
         )
         # One at a time, because decoding takes much memory.
-        return [decode_image(self.vae, latent) for latent in latents.to(self.vae.device).split(1)]
+        return [decode_image(self.vae, latent, self.scaling) for latent in latents.to(self.vae.device).split(1)]
 
 
-def decode_image(vae: torch.nn.Module, latents: torch.Tensor) -> Image.Image:
-    """Decodes latents [1, C, h, w] (scaling_factor applied) to a picture."""
+def decode_image(vae: torch.nn.Module, latents: torch.Tensor, scaling: LatentScaling | None = None) -> Image.Image:
+    """Decodes latents [1, C, h, w], as the UNet sees them, to a picture; `scaling`: as in `Renderer`."""
     # Without the caller's autocast, because the SDXL VAE overflows in float16.
     with torch.autocast(latents.device.type, enabled=False):
-        pixels = decode_latents(vae, latents)[0].mul(127.5).add(127.5).round().to(torch.uint8)
+        images = decode_raw(vae, scaling.inverse(latents)) if scaling else decode_latents(vae, latents)
+        pixels = images[0].mul(127.5).add(127.5).round().to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 

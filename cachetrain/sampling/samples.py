@@ -22,6 +22,7 @@ from cachetrain.log import describe, warn
 from cachetrain.modeling import load
 from cachetrain.modeling.conditioning import Conditioning
 from cachetrain.modeling.files import read_config
+from cachetrain.modeling.normalisation import of_values
 from cachetrain.modeling.text_encoders import encode_like_cache
 from cachetrain.modeling.vae import vae_reduction
 from cachetrain.sampling.prompts import PromptFile, Prompts, Sample, caption_of, prompts_of, sample_seed, sample_size
@@ -45,7 +46,7 @@ class SampleImages:
         source: path of a prompt file, or a list of prompts.
         defaults: settings from the flags; a .json prompt file overrides them.
         noise_scheduler: the model's noise scheduler.
-        info: dict with "text" and "latent_size", as returned by `checkpoint_info`.
+        info: dict with "text", "latent_size" and perhaps "latents", as returned by `checkpoint_info`.
         device: device to draw on.
         dtype: dtype of the text encoder; default: bf16 on CUDA, fp32 elsewhere.
         open_index: function that returns the PairIndex of the training data, for samples that use its captions; None:
@@ -77,6 +78,7 @@ class SampleImages:
         self.noise_scheduler = noise_scheduler
         self.text = info["text"]
         self.latent_size = info["latent_size"]
+        self.scaling = of_values(info["latents"], model_dir) if "latents" in info else None
         self.device = device
         self.open_index = open_index
         self.negative_prompt = negative_prompt
@@ -248,9 +250,8 @@ class SampleImages:
     ) -> Iterator[tuple[int, float, Image.Image]]:
         """Yields (position in `drawings`, cfg, image). UNet and VAE are used on the devices where they are."""
         cfgs, batch_size = self.prompts.cfgs, self.prompts.batch_size or _BATCH_SIZE
-        renderer = Renderer(
-            unet, self.vae, self.sampler, self.conditioning, self.prompts.num_inference_steps, batch_size
-        )
+        steps = self.prompts.num_inference_steps
+        renderer = Renderer(unet, self.vae, self.sampler, self.conditioning, steps, batch_size, scaling=self.scaling)
         # Eager, because a compiled UNet would be recompiled for each batch size and picture size.
         with torch.compiler.set_stance("force_eager"), autocast(), load.named(self.model_dir):
             yield from tqdm(

@@ -241,7 +241,7 @@ def check_model(run) -> list[str]:
         if run.args.lora_rank:
             of_file = check_adapter_exportable(run.model_dir, run.noise_scheduler)
         else:
-            of_file = check_exportable(run.model_dir, run.noise_scheduler)[0]
+            of_file = check_exportable(run.model_dir, run.noise_scheduler, run.latent_scaling())[0]
         notes += [f"--ckpt_dir: {note}" for note in of_file]
     return notes
 

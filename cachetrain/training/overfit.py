@@ -64,7 +64,7 @@ def _write_sheet(run, pairs, forward, unet):
         result, latents = forward(unet, batch), batch["latents"]
         noisy = result.alpha * latents + result.sigma * batch["noise"]
         clean = denoised(run.objective, noisy, result.prediction.float(), result.alpha, result.sigma)
-        images += [decode_image(vae, part) for part in (latents, noisy, clean)]
+        images += [decode_image(vae, part, pairs.scaling) for part in (latents, noisy, clean)]
         name, timestep = Path(run.index.stem(i)).name, int(batch["timesteps"])
         labels += [name, f"with the noise of timestep {timestep}", "what the UNet makes of it"]
     path = run.output_dir / SHEET

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,13 +11,12 @@ from typing import NamedTuple
 
 import torch
 
-from cachetrain import cli
 from cachetrain.checkpoints.adapters import base_info
 from cachetrain.checkpoints.info import data_info
 from cachetrain.checkpoints.resume import run_state
 from cachetrain.data import rng
 from cachetrain.data.batching import BatchSampler
-from cachetrain.data.dataset import CachedPairs, Draws, LatentScaling
+from cachetrain.data.dataset import CachedPairs, Draws
 from cachetrain.data.index import PairIndex, null_caption_path
 from cachetrain.data.loader import make_loader
 from cachetrain.data.ram import RamCache
@@ -28,9 +26,10 @@ from cachetrain.diffusion.noise_schedulers import make_scheduler, objective_of
 from cachetrain.diffusion.objective import noise_schedule
 from cachetrain.distributed import World, gradient_sync, wrap
 from cachetrain.log import counted, info, warn
-from cachetrain.modeling import load, lora, trainable
+from cachetrain.modeling import load, lora, normalisation, trainable
 from cachetrain.modeling.conditioning import Conditioning
 from cachetrain.modeling.files import read_config
+from cachetrain.modeling.normalisation import LatentScaling
 from cachetrain.modeling.precision import autocast_for, cast_weights
 from cachetrain.sampling.prompts import Prompts
 from cachetrain.sampling.samples import SampleImages
@@ -39,8 +38,6 @@ from cachetrain.training.lr_schedule import lr_factor
 from cachetrain.training.optim import loss_scaler, make_optimizer
 from cachetrain.training.plan import Plan, make_plan, planned_coverage
 from cachetrain.training.validation import Validation
-
-_SHIFT = cli.Number(float, -1000, 1000)
 
 
 @dataclass(frozen=True)
@@ -96,9 +93,34 @@ class Run:
             num_cycles=args.num_cycles or 0.5,
         )
 
+    def latent_scaling(self, warn_if_different: bool = False) -> LatentScaling:
+        """Returns that of --vae_scaling_factor, or of the caches; `warn_if_different`: warn if the two differ.
+
+        Raises:
+            ValueError: neither the flag nor the caches have one, or it is for another number of channels.
+        """
+        index, factor = self.index, self.args.vae_scaling_factor
+        scaling = normalisation.of_header(index.image_header.metadata, index.image_path(0))
+        if not factor and not scaling:
+            raise ValueError(
+                f"the image caches do not record the scaling_factor of their VAE; {normalisation.HOW_TO_SAY}"
+            )
+        if scaling:
+            scaling.check_channels(index.shapes[0][0], index.image_path(0))
+        if not factor:
+            return scaling
+        if scaling and warn_if_different and not scaling.has_factor(factor):
+            cached = scaling.header_fields()["scaling_factor"]
+            warn(
+                f"--vae_scaling_factor {factor}: the VAE that made the caches has {cached:.40}, with which other "
+                "programs decode the checkpoints; omit the flag to train with that"
+            )
+        return LatentScaling(factor, scaling.shift_factor if scaling else 0.0)
+
     def data_info(self) -> dict:
         """Returns the content of cachetrain.json in the run's checkpoints, except the step."""
         info = {"objective": self.objective, **data_info(self.index, self.args.text_scaling_factor)}
+        info["latents"] = self.latent_scaling().as_json()
         if self.args.lora_rank:
             info["base"] = base_info(self.model_dir, self.args.model, self.args.revision)
         return info
@@ -348,7 +370,7 @@ def open_pairs(run: Run) -> CachedPairs:
             raise ValueError(f"{path}: has no latent_flip, which --flip_p needs; cache the images with --flip")
     return CachedPairs(
         index,
-        _latent_scaling(run, warn_if_different=True),
+        run.latent_scaling(warn_if_different=True),
         run.conditioning,
         draws,
         _null_condition(run),
@@ -371,35 +393,6 @@ def _caption_weights(args, index):
             "--caption_weights: no caption has variants; cache the captions with --captions files, or omit the flag"
         )
     return weights
-
-
-def _latent_scaling(run, warn_if_different):
-    """LatentScaling of --vae_scaling_factor, or of the caches' VAE; `warn_if_different`: warn if the two differ."""
-    cached_factor = _of_caches(run.index, "scaling_factor", cli.scaling_factor)
-    factor = run.args.vae_scaling_factor or cached_factor
-    if warn_if_different and cached_factor and not math.isclose(factor, cached_factor, rel_tol=0.01):
-        warn(
-            f"--vae_scaling_factor {factor}: the VAE that made the caches has {cached_factor}, with which samples "
-            f"and checkpoints are decoded; omit the flag to train with {cached_factor}"
-        )
-    if not factor:
-        raise ValueError("the image caches do not record the scaling_factor of their VAE; pass --vae_scaling_factor")
-    return LatentScaling(factor, _of_caches(run.index, "shift_factor", _SHIFT))
-
-
-def _of_caches(index, name, number):
-    """A number in the headers of the image caches, where other programs may have written anything; 0: none."""
-    text = index.image_header.metadata.get(name) or "0"
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if value and not number.holds(value):
-        raise ValueError(
-            f"{index.image_path(0)}: its header says {name} {text!r:.40}, expected {number.expected}; cache the "
-            "images again"
-        )
-    return value
 
 
 def _null_condition(run):
@@ -482,7 +475,7 @@ def open_validation(run: Run) -> Validation | None:
     args, index = run.args, run.held_out
     draws = Draws(continuous=run.objective == "flow", crop=False, noise_purpose=rng.VALIDATION, variants=False)
     sidecars = RamCache(index) if args.cache_in_ram else None
-    scaling = _latent_scaling(run, warn_if_different=False)
+    scaling = run.latent_scaling()
     masked = args.unmasked_weight is not None
     pairs = CachedPairs(index, scaling, run.conditioning, draws, sidecars=sidecars, masked=masked)
     return Validation(run, pairs)

@@ -16,6 +16,7 @@ from cachetrain.caching import arguments
 from cachetrain.caching.inspect import previews
 from cachetrain.caching.messages import say
 from cachetrain.data import many_files, walk
+from cachetrain.modeling.vae import latent_channels
 
 _MAX_ROWS = 16
 
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         values.append(comparison.psnr)
         if len(shown) < _MAX_ROWS:
             shown.append(comparison)
-    vae = f"{type(decoder.vae).__name__} of {args.model}, {decoder.vae.config.latent_channels} channels"
+    vae = f"{type(decoder.vae).__name__} of {args.model}, {latent_channels(decoder.vae)} channels"
     say(f"{previews.psnr_summary(values)} at {side}x{side}, {vae}")
     if args.out and shown:
         outputs.save_sheet(previews.comparison_sheet(shown, max_side=side), args.out, model=args.model)

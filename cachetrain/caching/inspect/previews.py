@@ -19,6 +19,7 @@ from cachetrain.data.walk import MAX_IMAGE, walk_folders
 from cachetrain.log import counted
 from cachetrain.modeling import load
 from cachetrain.modeling.files import component_files
+from cachetrain.modeling.vae import latent_channels
 from cachetrain.reading import read_bytes
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ class Decoder:
         if name not in tensors:
             hint = "; run the image cache script with --flip" if name == "latent_flip" and "latent" in tensors else ""
             raise ValueError(f"has no {name}, only {', '.join(tensors) or 'nothing'}{hint}")
-        shape, channels = tuple(tensors[name].shape), self.vae.config.latent_channels
+        shape, channels = tuple(tensors[name].shape), latent_channels(self.vae)
         if len(shape) != 3 or shape[0] != channels or 0 in shape or not tensors[name].is_floating_point():
             raise ValueError(
                 f"its {name} is {list(shape)}, {tensors[name].dtype}, "
@@ -158,16 +159,18 @@ class Decoder:
     def _decode(self, group):
         import torch
 
+        from cachetrain.modeling.t5_pipeline import decode_raw
+
         if not group:
             return
         batch = torch.stack([latent.tensor.float() for latent in group])
         try:
             with torch.no_grad():
-                sample = self.vae.decode(batch.to(self.vae.device, self.dtype)).sample.float()
+                sample = decode_raw(self.vae, batch.to(self.vae.device))
         except torch.OutOfMemoryError as error:
             raise OSError(f"out of device memory; run again with a smaller --batch_size ({error})") from error
         finite = sample.isfinite().flatten(1).all(1).tolist()
-        pixels = sample.clamp(-1, 1).mul(127.5).add(127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        pixels = sample.mul(127.5).add(127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         for latent, picture, is_finite in zip(group, pixels, finite, strict=True):
             if is_finite:
                 yield latent, picture
