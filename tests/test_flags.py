@@ -210,6 +210,7 @@ def test_constant_rate_takes_a_warm_up_of_zero_only(capsys):
         ("--timestep_range 500 500", "--timestep_range: expected FIRST below END, got 500 500"),
         ("--optimizer prodigy --lr 1 --scale_lr", "--scale_lr cannot be combined with --optimizer prodigy"),
         ("--fsdp --optimizer adamw8", "--fsdp cannot be combined with --optimizer adamw8"),
+        ("--optimizer adafactor --betas 0.9 0.99", "--betas does nothing with --optimizer adafactor"),
         ("--fsdp --optimizer muon", "--fsdp cannot be combined with --optimizer muon, which needs whole weights"),
         ("--fsdp --precision fp16", "--fsdp cannot be combined with --precision fp16"),
         ("--fsdp --cpu_offload", "--fsdp cannot be combined with --cpu_offload"),

@@ -74,6 +74,7 @@ def only_a_dora(unet):
         ({}, all_of_it),
         ({"keeps_gradients": True, "optimizer": "lion"}, all_of_it),
         ({"optimizer": "muon"}, all_of_it),
+        ({"optimizer": "adafactor"}, all_of_it),
         ({"checkpointing": True}, all_of_it),
         ({"precision": "bf16_pure"}, all_of_it),
         ({"precision": "bf16_pure", "releases_gradients": True, "checkpointing": True}, all_of_it),

@@ -18,7 +18,10 @@ from cachetrain.training.optim import loss_scaler, make_optimizer
 from cachetrain.training.release import GradientRelease
 
 BF16, FP32 = torch.bfloat16, torch.float32
-CASES = [("adamw", BF16), *((name, dtype) for name in ("lion", "stableadamw", "muon") for dtype in (BF16, FP32))]
+CASES = [
+    ("adamw", BF16),
+    *((name, dtype) for name in ("lion", "stableadamw", "muon", "adafactor") for dtype in (BF16, FP32)),
+]
 RELEASE = ["--gradient_release", "--precision", "bf16_pure"]
 
 

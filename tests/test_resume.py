@@ -106,7 +106,7 @@ def two_sizes(shapes, model_t5, tmp_path_factory):
 
 ADAMW8 = pytest.param("--optimizer adamw8", marks=pytest.mark.slow)
 SETTINGS = [
-    *(f"--optimizer {name} --precision {precision}" for name in ("adamw", "lion", "stableadamw", "muon")
+    *(f"--optimizer {name} --precision {precision}" for name in ("adamw", "lion", "stableadamw", "muon", "adafactor")
       for precision in ("fp32", "bf16_pure")), "--optimizer lion --precision bf16",
     "--optimizer prodigy --lr 1 --betas 0.9 0.5", "--optimizer prodigy --lr 1 --precision bf16", ADAMW8,
     "--precision fp16",

@@ -174,8 +174,8 @@ class Resumed:
 
 
 # Fields of an optimizer's state that have the shape of their parameter, and those that are never negative.
-_OF_EACH_ELEMENT = {"exp_avg", "exp_avg_sq", "momentum_buffer", "kahan_comp"}
-_NEVER_NEGATIVE = {"step", "exp_avg_sq"}
+_OF_EACH_ELEMENT = {"exp_avg", "exp_avg_sq", "momentum_buffer", "kahan_comp", "variance"}
+_NEVER_NEGATIVE = {"step", "exp_avg_sq", "variance", "row_var", "col_var"}
 # What another value of a setting means that is no flag (`Resumed.check`).
 _OF_ADAPTER = ("lora_rank", "lora_targets", "dora")  # decide which tensors an adapter has
 _MEANINGS = {"ranks": "rounding", "torch": "rounding"}
@@ -249,10 +249,10 @@ def _missing_fields(saved, implementation):
     kinds = [implementation.state_fields, implementation.matrix_fields or implementation.state_fields]
     missing = set()
     for values in saved["state"].values():
-        # With --gradient_release all are of a parameter.
-        missing |= min(
-            ((kind | implementation.group_fields) - values.keys() - group.keys() for kind in kinds), key=len
-        )
+        # A parameter is of the kind of which it has the most. With --gradient_release all fields are of a parameter.
+        distances = [(len(kind - values.keys()), -len(kind & values.keys())) for kind in kinds]
+        kind = kinds[distances.index(min(distances))]
+        missing |= (kind | implementation.group_fields) - values.keys() - group.keys()
     return missing
 
 
@@ -260,6 +260,9 @@ def _is_state(key, value, shape):
     """Whether a value can be that of a field of an optimizer's state for a parameter of this shape."""
     if not isinstance(value, torch.Tensor):
         return key not in _OF_EACH_ELEMENT and type(value) in (int, float) and math.isfinite(value)
+    sums = {"row_var": math.prod(shape[:1]), "col_var": math.prod(shape[1:])}  # of adafactor
+    if key in sums and value.numel() != sums[key]:
+        return False
     if (key in _OF_EACH_ELEMENT and value.shape != shape) or (key == "step" and value.numel() != 1):
         return False
     least = float("-inf") if key not in _NEVER_NEGATIVE else 0

@@ -247,11 +247,12 @@ def _optimization_flags(group):
     _flag(group, "--optimizer", type=spellings.optimizer, choices=OPTIMIZERS, default="adamw",
           help="adamw: torch's, fused; lion: half of its state; stableadamw: AdamW that takes smaller steps after a "
                "jump of the gradients; muon: orthogonalizes the updates of matrices and convolutions, with half of "
-               "adamw's state; adamw8: state in 8 bits, pip install bitsandbytes; prodigy: finds the learning rate "
-               "itself, pip install prodigyopt")
+               "adamw's state; adafactor: almost no state, learning rate relative to the weights; adamw8: state in 8 "
+               "bits, pip install bitsandbytes; prodigy: finds the learning rate itself, pip install prodigyopt")
     _flag(group, "--betas", type=_BELOW_1, nargs=2, metavar=("BETA1", "BETA2"),
           help="decay of the optimizer's running averages, of gradients and of their squares; default: 0.9 0.999, or "
-               "0.9 0.99 for lion, stableadamw and bf16_pure; of muon, the first is 0.95")
+               "0.9 0.99 for lion, stableadamw and bf16_pure; of muon, the first is 0.95; adafactor "
+               "has none")
     _flag(group, "--weight_decay", type=_DECAY, default=0.01, metavar="X",
           help="decoupled weight decay: a weight loses X x learning rate of itself in each step")
     _flag(group, "--gradient_clip", "--clip_grad_norm", type=cli.not_negative, metavar="NORM",
@@ -277,8 +278,8 @@ def _speed_flags(group):
           help="compute activations again in the backward pass: less memory, a third more computation")
     _flag(group, "--gradient_release", action="store_true",
           help="update each weight and free its gradient during the backward pass: saves the gradients' memory, but "
-               "they can be neither clipped nor accumulated; with --precision bf16_pure, or lion, stableadamw and "
-               "muon")
+               "they can be neither clipped nor accumulated; with --precision bf16_pure, or lion, stableadamw, muon "
+               "and adafactor")
     _flag(group, "--cpu_offload", action="store_true", resume="rounding",
           help="keep the optimizer's state and the EMA in CPU memory: less GPU memory, slower steps")
     _flag(group, "--compile", action="store_true", resume="rounding",

@@ -64,7 +64,7 @@ def _make(name, parameters, lr, betas, weight_decay, bf16, names, **more_options
     # optimi's StableAdamW uses Triton kernels if Triton is installed, even for tensors that the kernels cannot read.
     if module == "optimi" and not all(p.is_cuda and type(p) is torch.nn.Parameter for p in parameters):
         options["triton"] = False
-    if implementation.matrix_fields is not None:
+    if implementation.takes_names:
         options["names"] = names
     # Set per group because Prodigy's constructor prints a line if it gets a weight decay itself.
     groups = [{"params": parameters, "weight_decay": 0.0 if bf16 else weight_decay}]

@@ -19,8 +19,8 @@ class Implementation(NamedTuple):
         skips_on_device: it leaves everything as it was where its `found_inf` is 1, as torch's fused optimizers do;
             without it the host must wait for the device once a step, to decide whether to step at all.
         releases: its step takes one parameter at a time, for --gradient_release.
-        matrix_fields: what it keeps of a matrix, if that is not `state_fields`; it is then given the names of the
-            parameters.
+        matrix_fields: what it keeps of a matrix, if that is not `state_fields`.
+        takes_names: it is given the names of the parameters.
     """
 
     constructor: str
@@ -30,6 +30,7 @@ class Implementation(NamedTuple):
     skips_on_device: bool = False
     releases: bool = False
     matrix_fields: frozenset[str] | None = None
+    takes_names: bool = False
 
 
 class Optimizer(NamedTuple):
@@ -84,16 +85,24 @@ def _optimi(name, options, fields, group_fields, bf16_weights):
     return Implementation(f"optimi.{name}", options, fields, frozenset(group_fields), releases=True)
 
 
-def _muon(kept, group_fields):
-    fields, matrix_fields = _MOMENTS | {"step"} | kept, frozenset({"momentum_buffer"}) | kept
-    more = {"releases": True, "matrix_fields": matrix_fields}
-    return Implementation("cachetrain.training.muon.Muon", {"eps": EPS}, fields, frozenset(group_fields), **more)
+def _by_matrix(name, options, fields, matrix_fields, bf16_weights, **more):
+    kept, group_fields = ({"kahan_comp"}, {"pending_decay"}) if bf16_weights else (set(), set())
+    more |= {"releases": True, "matrix_fields": frozenset(matrix_fields | kept)}
+    constructor = f"cachetrain.training.matrix_optimizers.{name}"
+    return Implementation(constructor, options, frozenset(fields | kept), frozenset(group_fields), **more)
 
 
 _ADAMW_BF16 = _optimi("AdamW", {"eps": EPS}, _MOMENTS, {"step"}, True)
 _LION = [_optimi("Lion", {}, frozenset({"exp_avg"}), set(), bf16_weights) for bf16_weights in (False, True)]
 _STABLE = [_optimi("StableAdamW", {"eps": EPS}, _MOMENTS, {"step"}, bf16_weights) for bf16_weights in (False, True)]
-_MUON = [_muon(frozenset(), ()), _muon(frozenset({"kahan_comp"}), ("pending_decay",))]
+_MUON = [
+    _by_matrix("Muon", {"eps": EPS}, _MOMENTS | {"step"}, {"momentum_buffer"}, bf16_weights, takes_names=True)
+    for bf16_weights in (False, True)
+]
+_ADAFACTOR = [
+    _by_matrix("Adafactor", {}, {"variance", "step"}, {"row_var", "col_var", "step"}, bf16_weights)
+    for bf16_weights in (False, True)
+]
 
 OPTIMIZERS = {
     #                        float32       bfloat16     tensors  betas
@@ -101,6 +110,7 @@ OPTIMIZERS = {
     "lion":        Optimizer(*_LION,                    1,       (0.9, 0.99)),
     "stableadamw": Optimizer(*_STABLE,                  2,       (0.9, 0.99)),
     "muon":        Optimizer(*_MUON,                    1,       (0.95, 0.999), fsdp=False),
+    "adafactor":   Optimizer(*_ADAFACTOR,               0,       (0.0, 0.0), fsdp=False),
     "adamw8":      Optimizer(_ADAMW8,      None,        0.5,     (0.9, 0.999), "bitsandbytes", fsdp=False),
     "prodigy":     Optimizer(_PRODIGY,     None,        4,       (0.9, 0.999), "prodigyopt", fsdp=False,
                              finds_rate=True),

@@ -80,6 +80,8 @@ def _rate_conflicts(args):
         yield "--min_lr_rate needs --scheduler cosine_with_min_lr or linear_with_min_lr"
     if not args.scheduler.startswith("cosine") and args.num_cycles is not None:
         yield "--num_cycles needs --scheduler cosine or cosine_with_min_lr"
+    if args.betas and args.optimizer == "adafactor":
+        yield "--betas does nothing with --optimizer adafactor"
     if args.scale_lr and OPTIMIZERS[args.optimizer].finds_rate:
         yield f"--scale_lr cannot be combined with --optimizer {args.optimizer}, which finds the rate itself"
 
@@ -104,7 +106,7 @@ def _release_conflicts(args):
     if implementation is not None and not implementation.releases:
         yield (
             f"--gradient_release cannot be combined with --optimizer {args.optimizer} unless the weights are "
-            "bfloat16; use --precision bf16_pure, or --optimizer lion, stableadamw or muon"
+            "bfloat16; use --precision bf16_pure, or --optimizer lion, stableadamw, muon or adafactor"
         )
     given = {
         "--gradient_clip: the norm of all gradients is not known before the first is used": args.gradient_clip,

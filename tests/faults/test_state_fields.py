@@ -97,7 +97,7 @@ def anew(state):
 
 # With these betas its rate grows from the third step on.
 PRODIGY, BF16 = "--optimizer prodigy --lr 1 --betas 0.9 0.5", "--precision bf16_pure"
-MUON = f"{BF16} --optimizer muon"
+MUON, ADAFACTOR = f"{BF16} --optimizer muon", "--optimizer adafactor --lr 1e-2"
 FIELDS = [
     ("", "visits", lambda state: state.update(visits=0)),
     ("", "optimizer", anew),
@@ -106,6 +106,7 @@ FIELDS = [
     *((f"{BF16} --optimizer lion", key, freshened(key)) for key in ("exp_avg", "kahan_comp", "pending_decay")),
     *(("--optimizer stableadamw", key, freshened(key)) for key in ("exp_avg", "exp_avg_sq", "step")),
     *((MUON, key, freshened(key)) for key in ("momentum_buffer", "exp_avg", "exp_avg_sq", "step", "kahan_comp")),
+    *((ADAFACTOR, key, freshened(key)) for key in ("row_var", "col_var", "variance", "step")),
     *((PRODIGY, key, freshened(key)) for key in ("exp_avg", "exp_avg_sq", "s", "p0", "k", "d_numerator")),
     (PRODIGY, "d", freshened("d", 2e-6)),
     ("--precision fp16", "scaler", lambda state: state["scaler"].update(scale=2**-9)),
