@@ -35,6 +35,7 @@ def parse_args(argv=None):
     for name, choices in (("flavours", FLAVOURS), ("objectives", OBJECTIVES), ("precisions", PRECISIONS)):
         parser.add_argument(f"--{name}", nargs="+", choices=choices, default=list(choices), help="run only these")
     parser.add_argument("--optimizer", choices=BETAS, default="adamw", help="of all runs")
+    parser.add_argument("--seed", type=cli.seed, default=0, help="of the trainings")
     return parser.parse_args(argv)
 
 
@@ -92,13 +93,13 @@ def train(args, flavour, out, *flags, **environment):
 def score(args, flavour, objective, precision):
     """Trains, samples and scores one combination, unless done; returns the JSON of score_shapes.py."""
     gamma = OBJECTIVES[objective]
-    out = args.work / f"{flavour}-{objective}-{precision}-g{gamma}-s{args.steps}-{args.optimizer}"
+    out = args.work / f"{flavour}-{objective}-{precision}-g{gamma}-s{args.steps}-{args.optimizer}-{args.seed}"
     result = out / "score.json"
     if result.exists():
         return json.loads(result.read_text())
     subprocess.run(["rm", "-rf", out], check=True)
     settings = {"OBJECTIVE": objective, "GAMMA": gamma, "PRECISION": precision, "OPTIMIZER": args.optimizer}
-    train(args, flavour, out, "--betas", *BETAS[args.optimizer], **settings)
+    train(args, flavour, out, "--betas", *BETAS[args.optimizer], "--seed", args.seed, **settings)
     sampling = ["--model", out / f"checkpoint-{args.steps:06d}", "--prompts", args.work / "prompts.txt"]
     sampling += ["--out", out / "drawn", "--cfgs", 3, "--batch_size", 60]
     script("sample.py", *sampling)

@@ -13,7 +13,6 @@ from tqdm import tqdm
 
 from cachetrain.caching import ranks
 from cachetrain.caching.messages import say
-from cachetrain.caching.packing import shard_row
 from cachetrain.caching.summary import RunSummary
 from cachetrain.caching.tars import InputTar, InputTars, OpenTar
 from cachetrain.caching.writer import Writer
@@ -89,6 +88,8 @@ class ShardRun:
 
     def _shard(self, tar: InputTar, encode):
         """The bytes of the shard of a tar; None if it cannot be read, or all of its samples fail."""
+        from cachetrain.caching.packing import shard_row  # imports torch
+
         try:
             opened = self.inputs.open(tar)
         except (OSError, ValueError) as error:
