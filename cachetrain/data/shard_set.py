@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
 
 _SHARD = re.compile(r"(?P<number>[0-9]{5,})-[0-9a-f]{8}\.tar")
-_MAX_OPEN = 64  # shards that a process keeps open
+_MAX_OPEN = 128  # shards that a process keeps open
 
 
 class Columns(NamedTuple):
@@ -81,7 +81,8 @@ class ShardSet:
             self.num_unpaired += sum(len(Shard(path)) for number, path in of_half.items() if number not in numbers)
         self._ends = []  # of the pairs of each number
         self._rows = {}  # place of a number whose rows do not match one by one -> the rows in each half
-        self._open = OrderedDict()  # (place of a number, half) -> Shard
+        self._shards = {}  # (place of a number, half) -> Shard
+        self._open = OrderedDict()  # those whose files are open, the last used ones at the end
 
     def read_indexes(self, sizes: int, add_name: Callable[[bytes], None]) -> Columns:
         """Reads all indexes; before that, no pair can be read.
@@ -171,15 +172,17 @@ class ShardSet:
 
     def _shard(self, place, half):
         key = place, half
-        if key not in self._open:
-            self._open[key] = Shard(self._paths[place][half])
-            if len(self._open) > _MAX_OPEN:
-                self._open.popitem(last=False)
+        if key not in self._shards:
+            self._shards[key] = Shard(self._paths[place][half], verify_index=False)  # read_indexes has done it
+        shard = self._shards[key]
+        self._open[key] = shard
         self._open.move_to_end(key)
-        return self._open[key]
+        if len(self._open) > _MAX_OPEN:
+            self._open.popitem(last=False)[1].close()
+        return shard
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_open": OrderedDict()}  # files are opened anew in another process
+        return self.__dict__ | {"_shards": {}, "_open": OrderedDict()}  # files are opened anew in another process
 
 
 def _columns(halves, rows, sizes, codes):

@@ -21,6 +21,7 @@ the sidecar's own header is parsed only if its fields are asked for.
 
 import hashlib
 import json
+import mmap
 import os
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -41,6 +42,7 @@ INDEX = "__index__/index.safetensors"
 
 _BLOCK, _MAX_INDEX = 512, 2**30
 _NO_SHA256 = "0" * 64
+_DTYPES = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "U64": np.uint64, "F32": np.float32}
 
 
 class Row(NamedTuple):
@@ -132,12 +134,16 @@ class Shard:
         fields: dict, what all rows agree on.
         arrays: {name: array}, of each row, as in the index.
 
+    Args:
+        verify_index: False for a shard whose index has been verified before; a wrong row does not pass unnoticed even
+            so.
+
     Raises:
         SidecarError: it is no shard, or its index is damaged.
         OSError: it cannot be opened.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, verify_index: bool = True):
         self.path = os.fspath(path)
         self._file = open_regular(path)
         with named_errors(path):
@@ -146,11 +152,21 @@ class Shard:
             size = int(head[124:135], 8) if is_shard else _MAX_INDEX + 1
             if size > _MAX_INDEX:
                 raise SidecarError(f"{path}: is not a shard; pack the folder again")
-            data = os.pread(self._file.fileno(), size, _BLOCK)
-            self.arrays, self.fields = _parse_index(path, data)
-            end = int(self.arrays["offset"][-1]) + _padded(int(self.arrays["length"][-1])) + 2 * _BLOCK
-            if os.fstat(self._file.fileno()).st_size != end:
-                raise SidecarError(f"{path}: is truncated; copy or pack it again")
+            file_size = os.fstat(self._file.fileno()).st_size
+            if file_size < _BLOCK + size:
+                raise SidecarError(f"{path}: its index is damaged; copy or pack it again")
+            # Mapped, so that the indexes of thousands of shards stay in the page cache, once for all processes.
+            data = memoryview(mmap.mmap(self._file.fileno(), _BLOCK + size, access=mmap.ACCESS_READ))[_BLOCK:]
+        self.arrays, self.fields = _parse_index(path, data, verify_index)
+        end = int(self.arrays["offset"][-1]) + _padded(int(self.arrays["length"][-1])) + 2 * _BLOCK
+        if file_size != end:
+            raise SidecarError(f"{path}: is truncated; copy or pack it again")
+
+    def close(self) -> None:
+        """Closes the file; reading opens it again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     def __len__(self) -> int:
         return len(self.arrays["offset"])
@@ -177,10 +193,12 @@ class Shard:
         Raises:
             SidecarError: they do not match the SHA-256 in the index.
         """
-        data = bytearray(self._lengths[row])
+        data = bytearray(self.arrays["length"].item(row))
+        if self._file is None:
+            self._file = open_regular(self.path)
         with named_errors(self.path):
-            os.preadv(self._file.fileno(), [data], self._offsets[row])
-        if hashlib.sha256(data).digest() != self._digests[32 * row : 32 * row + 32]:
+            os.preadv(self._file.fileno(), [data], self.arrays["offset"].item(row))
+        if hashlib.sha256(data).digest() != self.arrays["sha256"][row].tobytes():
             raise SidecarError(
                 f"{self.where(row)}: row {row} does not match the SHA-256 in the shard's index; copy or pack the "
                 "shard again"
@@ -193,34 +211,13 @@ class Shard:
 
         dtypes = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
         data, tensors = self.read(row), {}
-        start, layout = self._starts[row], self.fields["layouts"][self._layouts[row]]
+        start, layout = self.arrays["start"].item(row), self.fields["layouts"][self.arrays["layout"].item(row)]
         for name, (dtype, shape, begin, _) in layout.items():
             if dtype not in dtypes:
                 return tensors_of(bytes(data), self.where, row), _Fields(data)
             flat = torch.frombuffer(data, dtype=dtypes[dtype], count=prod(shape), offset=start + begin)
             tensors[name] = flat.view(shape)
         return tensors, _Fields(data)
-
-    # As lists and bytes: an element of an array takes longer than a whole read of the page cache.
-    @cached_property
-    def _offsets(self):
-        return self.arrays["offset"].tolist()
-
-    @cached_property
-    def _lengths(self):
-        return self.arrays["length"].tolist()
-
-    @cached_property
-    def _starts(self):
-        return self.arrays["start"].tolist()
-
-    @cached_property
-    def _layouts(self):
-        return self.arrays["layout"].tolist()
-
-    @cached_property
-    def _digests(self):
-        return self.arrays["sha256"].tobytes()
 
 
 class _Fields(Mapping):
@@ -252,21 +249,23 @@ def _index_bytes(arrays, fields):
     return data.replace(_NO_SHA256.encode(), hashlib.sha256(data).hexdigest().encode(), 1)
 
 
-def _parse_index(path, data):
-    """(arrays, fields) of the bytes of an index, verified."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
-    damaged = f"{path}: its index is damaged; copy or pack it again"
+def _parse_index(path, data, verify):
+    """(arrays, fields) of the bytes of an index; arrays are views. `verify`: compare it with its SHA-256."""
     try:
-        arrays = load(data)
+        start, layout = layout_of(data)
+        arrays = {
+            name: np.frombuffer(data, _DTYPES[dtype], prod(shape), start + begin).reshape(shape)
+            for name, (dtype, shape, begin, _) in layout.items()
+        }
         fields = json.loads(header_of(data).metadata["shard"])
-        digest = fields["sha256"]
-    except (SafetensorError, SidecarError, ValueError, KeyError, TypeError) as error:
-        raise SidecarError(damaged) from error
-    blank = data.replace(digest.encode(), _NO_SHA256.encode(), 1)
-    if hashlib.sha256(blank).hexdigest() != digest:
-        raise SidecarError(damaged)
+        digest = fields["sha256"].encode()
+        if (
+            verify
+            and hashlib.sha256(bytes(data).replace(digest, _NO_SHA256.encode(), 1)).hexdigest() != fields["sha256"]
+        ):
+            raise ValueError
+    except (SidecarError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SidecarError(f"{path}: its index is damaged; copy or pack it again") from error
     if fields["shard_format"] != SHARD_FORMAT:
         raise SidecarError(f"{path}: has format {fields['shard_format']}, this version reads {SHARD_FORMAT}")
     return arrays, fields

@@ -213,7 +213,7 @@ def header_of(data: bytes) -> Header:
         SidecarError: it is no safetensors file.
     """
     try:
-        return _header(json.loads(data[8 : _payload_start(data)]))
+        return _header(json.loads(bytes(data[8 : _payload_start(data)])))
     except _MALFORMED as error:
         raise SidecarError("not a readable safetensors file") from error
 
@@ -221,7 +221,7 @@ def header_of(data: bytes) -> Header:
 def layout_of(data: bytes) -> tuple[int, dict[str, tuple]]:
     """Returns (where the tensors of a verified sidecar start, {name: (dtype, shape, begin, end)}) from its bytes."""
     start = _payload_start(data)
-    table = json.loads(data[8:start])
+    table = json.loads(bytes(data[8:start]))
     table.pop("__metadata__", None)
     return start, {name: (e["dtype"], e["shape"], *e["data_offsets"]) for name, e in table.items()}
 
