@@ -89,7 +89,7 @@ def score(args, variants, seed):
     originals = {reordered(caption, order): (order, caption) for order in ORDERS for caption in captions}
     right = {order: [] for order in ORDERS}
     for path in sorted((out / "drawn").rglob("*.png")):
-        with Image.open(path) as image:
+        with Image.open(path, formats=["PNG"]) as image:
             order, caption = originals[image.info["prompt"]]
             right[order].append(judge(path, image, caption).followed)
     scores = {kind: percent([flag for order in orders for flag in right[order]]) for kind, orders in KINDS.items()}
