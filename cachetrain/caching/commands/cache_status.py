@@ -27,6 +27,7 @@ from tqdm import tqdm
 from cachetrain import cli
 from cachetrain.caching import arguments
 from cachetrain.caching.freshness import CORRUPT, FOREIGN, FRESH, MISSING, STALE
+from cachetrain.caching.inspect import set_prune
 from cachetrain.caching.inspect.caches import (
     IMAGE_SCRIPTS,
     ORPHANED,
@@ -37,7 +38,6 @@ from cachetrain.caching.inspect.caches import (
     captions_flags,
     settings_flags,
 )
-from cachetrain.caching.inspect import set_prune
 from cachetrain.caching.inspect.shard_status import SetReport
 from cachetrain.caching.inspect.status import Status, delete_orphans
 from cachetrain.caching.messages import print_line, say

@@ -162,10 +162,8 @@ class SetReport:
                 report.add_missing(number, others, indexes.get(report))
         if len(readable) == len(self.halves):
             keys = readable[0].arrays["key"]
-            for other in readable[1:]:
-                keys = (
-                    keys if np.array_equal(keys, other.arrays["key"]) else np.intersect1d(keys, other.arrays["key"])
-                )
+            for other in (index.arrays["key"] for index in readable[1:]):
+                keys = keys if np.array_equal(keys, other) else np.intersect1d(keys, other)
             self.num_pairs += len(keys)
 
     def _verify_null(self, report):
