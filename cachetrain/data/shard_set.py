@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from cachetrain.data.shards import Shard
+from cachetrain.data.shards import Shard, ShardIndex
 from cachetrain.data.sidecar import RUN_KEYS, Header, SidecarError, header_of
 
 if TYPE_CHECKING:
@@ -99,7 +99,8 @@ class ShardSet:
         for place, paths in enumerate(self._paths):
             halves = [Shard(path) for path in paths]
             firsts = firsts or halves
-            _check_alike(firsts, halves)
+            for first, shard in zip(firsts, halves, strict=True):
+                check_alike(first, shard)
             rows = self._match(place, halves)
             names = halves[0].names()
             for row in rows[0].tolist():
@@ -205,11 +206,15 @@ def _columns(halves, rows, sizes, codes):
     }
 
 
-def _check_alike(firsts, others):
-    for first, other in zip(firsts, others, strict=True):
-        for key in (*RUN_KEYS, "suffix", "widths"):
-            if first.fields[key] != other.fields[key]:
-                raise SidecarError(f"{other.path}: differs in {key} from {first.path}; pack the folder again")
+def check_alike(first: ShardIndex, other: ShardIndex) -> None:
+    """Checks that two shards of one folder hold sidecars of one run.
+
+    Raises:
+        SidecarError: they do not.
+    """
+    for key in (*RUN_KEYS, "suffix", "widths"):
+        if first.fields[key] != other.fields[key]:
+            raise SidecarError(f"{other.path}: differs in {key} from {first.path}; pack the folder again")
 
 
 def folders_of(directory: str | os.PathLike) -> dict[str, list[str]]:

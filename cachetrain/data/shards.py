@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 SHARD_FORMAT = "1"
 INDEX = "__index__/index.safetensors"
+INDEX_START = 512  # where the index begins: behind its tar header
 
 _BLOCK, _MAX_INDEX = 512, 2**30
 _NO_SHA256 = "0" * 64
@@ -127,46 +128,46 @@ def build_shard(rows: Sequence[Row], suffix: str, widths: dict[str, int]) -> byt
     return b"".join([*parts, bytes(2 * _BLOCK)])
 
 
-class Shard:
-    """A shard on disk, opened; rows are numbered from 0.
+def index_size(path: str | os.PathLike, head: bytes) -> int:
+    """Bytes of the index, which follows the first INDEX_START bytes of a shard.
+
+    Args:
+        path: names the shard in messages.
+        head: those first bytes.
+
+    Raises:
+        SidecarError: it is no shard.
+    """
+    digits = head[124:135]
+    is_shard = head[: len(INDEX) + 1] == INDEX.encode() + b"\0" and digits.isdigit() and not set(digits) & set(b"89")
+    if not is_shard or int(digits, 8) > _MAX_INDEX:
+        raise SidecarError(f"{path}: is not a shard; pack the folder again")
+    return int(digits, 8)
+
+
+class ShardIndex:
+    """The index of a shard, wherever that is; rows are numbered from 0.
 
     Attributes:
+        path: path or address of the shard.
         fields: dict, what all rows agree on.
         arrays: {name: array}, of each row, as in the index.
 
     Args:
-        verify_index: False for a shard whose index has been verified before; a wrong row does not pass unnoticed even
-            so.
+        data: bytes of the index; the arrays are views of them.
+        shard_size: bytes of the shard.
+        verify: False for an index that has been verified before; a wrong row does not pass unnoticed even so.
 
     Raises:
-        SidecarError: it is no shard, or its index is damaged.
-        OSError: it cannot be opened.
+        SidecarError: it is damaged, or the shard is truncated.
     """
 
-    def __init__(self, path: str | os.PathLike, verify_index: bool = True):
+    def __init__(self, path: str | os.PathLike, data: bytes | memoryview, shard_size: int, verify: bool = True):
         self.path = os.fspath(path)
-        self._file = open_regular(path)
-        with named_errors(path):
-            head = os.pread(self._file.fileno(), _BLOCK, 0)
-            is_shard = head[: len(INDEX) + 1] == INDEX.encode() + b"\0"
-            size = int(head[124:135], 8) if is_shard else _MAX_INDEX + 1
-            if size > _MAX_INDEX:
-                raise SidecarError(f"{path}: is not a shard; pack the folder again")
-            file_size = os.fstat(self._file.fileno()).st_size
-            if file_size < _BLOCK + size:
-                raise SidecarError(f"{path}: its index is damaged; copy or pack it again")
-            # Mapped, so that the indexes of thousands of shards stay in the page cache, once for all processes.
-            data = memoryview(mmap.mmap(self._file.fileno(), _BLOCK + size, access=mmap.ACCESS_READ))[_BLOCK:]
-        self.arrays, self.fields = _parse_index(path, data, verify_index)
+        self.arrays, self.fields = _parse_index(path, data, verify)
         end = int(self.arrays["offset"][-1]) + _padded(int(self.arrays["length"][-1])) + 2 * _BLOCK
-        if file_size != end:
+        if shard_size != end:
             raise SidecarError(f"{path}: is truncated; copy or pack it again")
-
-    def close(self) -> None:
-        """Closes the file; reading opens it again."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
 
     def __len__(self) -> int:
         return len(self.arrays["offset"])
@@ -181,11 +182,55 @@ class Shard:
         names, ends = self.arrays["names"].tobytes(), self.arrays["name_ends"].tolist()
         return [names[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
+    def name(self, row: int) -> str:
+        """The name of a row."""
+        ends = self.arrays["name_ends"]
+        return os.fsdecode(self.arrays["names"][ends[row - 1] if row else 0 : ends[row]].tobytes())
+
     def where(self, row: int) -> str:
         """`00012-5be2c0d1.tar#a.img_sdxl`, with the path of the shard."""
-        ends = self.arrays["name_ends"]
-        name = self.arrays["names"][ends[row - 1] if row else 0 : ends[row]].tobytes()
-        return f"{self.path}#{os.fsdecode(name)}{self.fields['suffix']}"
+        return f"{self.path}#{self.name(row)}{self.fields['suffix']}"
+
+    def check(self, row: int, sha256: bytes) -> None:
+        """Compares the SHA-256 of a sidecar with that in the index.
+
+        Raises:
+            SidecarError: it is another.
+        """
+        if sha256 != self.arrays["sha256"][row].tobytes():
+            raise SidecarError(
+                f"{self.where(row)}: row {row} does not match the SHA-256 in the shard's index; copy or pack the "
+                "shard again"
+            )
+
+
+class Shard(ShardIndex):
+    """A shard on disk, opened.
+
+    Args:
+        verify_index: as `verify` of ShardIndex.
+
+    Raises:
+        SidecarError: it is no shard, or its index is damaged.
+        OSError: it cannot be opened.
+    """
+
+    def __init__(self, path: str | os.PathLike, verify_index: bool = True):
+        self._file = open_regular(path)
+        with named_errors(path):
+            size = index_size(path, os.pread(self._file.fileno(), INDEX_START, 0))
+            file_size = os.fstat(self._file.fileno()).st_size
+            if file_size < INDEX_START + size:
+                raise SidecarError(f"{path}: its index is damaged; copy or pack it again")
+            # Mapped, so that the indexes of thousands of shards stay in the page cache, once for all processes.
+            mapped = mmap.mmap(self._file.fileno(), INDEX_START + size, access=mmap.ACCESS_READ)
+        super().__init__(path, memoryview(mapped)[INDEX_START:], file_size, verify_index)
+
+    def close(self) -> None:
+        """Closes the file; reading opens it again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     def read(self, row: int) -> bytearray:
         """The bytes of a sidecar, verified.
@@ -198,11 +243,7 @@ class Shard:
             self._file = open_regular(self.path)
         with named_errors(self.path):
             os.preadv(self._file.fileno(), [data], self.arrays["offset"].item(row))
-        if hashlib.sha256(data).digest() != self.arrays["sha256"][row].tobytes():
-            raise SidecarError(
-                f"{self.where(row)}: row {row} does not match the SHA-256 in the shard's index; copy or pack the "
-                "shard again"
-            )
+        self.check(row, hashlib.sha256(data).digest())
         return data
 
     def tensors(self, row: int) -> "tuple[dict[str, torch.Tensor], Mapping[str, str]]":
