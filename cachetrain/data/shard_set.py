@@ -192,10 +192,12 @@ class ShardSet:
         place, row = self._place_of(pair, 0)
         return self._shard(place, 0).name(row)
 
-    def of_rows(self, name: str, pairs: np.ndarray, half: int) -> np.ndarray:
-        """What an array of the indexes says of some pairs, for `shape` the places in `shapes` of each shard's fields.
+    def of_rows(self, name: str, pairs: np.ndarray, half: int) -> Iterator[tuple[np.ndarray, np.ndarray, Shard]]:
+        """Yields (places in `pairs`, their values in an array of the index, the shard) for each shard of a half.
 
-        Yields (places in `pairs`, values, the shard).
+        Args:
+            name: of the array.
+            pairs: int array.
         """
         places = np.searchsorted(self._ends, pairs, side="right")
         for place in np.unique(places).tolist():
