@@ -12,13 +12,14 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from cachetrain.data.shard_set import ShardSet
-from cachetrain.data.shards import NOT_SEALED, sealed, unsealed
+from cachetrain.data.shards import NOT_SEALED, Shard, sealed, unsealed
 from cachetrain.data.sidecar import Header, SidecarError, header_of, layout_of
 
 FORMAT = "1"
@@ -112,23 +113,27 @@ def is_freeze(path: str | os.PathLike) -> bool:
     return bool(_NAME.fullmatch(os.path.basename(str(path))))
 
 
-def freeze_of(shard_set: ShardSet) -> Freeze:
+def freeze_of(shard_set: ShardSet, first_row: Callable[[Shard], bytes] = lambda shard: shard.read(0)) -> Freeze:
     """Lists the shards of a set, and reads their indexes.
+
+    Args:
+        first_row: gives the verified bytes of the first sidecar of a shard.
 
     Raises:
         SidecarError: a shard is damaged, or not of the set.
     """
     num_sizes = len(shard_set.suffixes) - 1
-    shapes, headers, ids_of, sources, columns = {}, None, [], set(), {}
+    shapes, headers, ids_of, sources, item_bytes, columns = {}, None, [], set(), 0, {}
     for halves, rows in tqdm(
         shard_set.matched(), total=len(shard_set.names), desc="indexes", unit="shard", disable=None
     ):
-        headers = headers or [_header_text(shard) for shard in halves]
+        headers = headers or [_header_text(first_row(shard)) for shard in halves]
         ids_of.append(_shape_ids(halves[:num_sizes], rows, shapes))
         for name, value in _of_number(halves, rows, num_sizes).items():
             columns.setdefault(name, []).append(value)
         sources.update(halves[-1].fields["sources"])
-        text = halves[-1].fields
+        item_bytes = max(item_bytes, halves[-1].fields["item_bytes"])
+        widths = halves[-1].fields["widths"]
     names = [[name.rpartition("/") for name in of_number] for of_number in shard_set.names]
     columns |= {
         "numbers": [int(of_number[0][2].partition("-")[0]) for of_number in names],
@@ -143,8 +148,8 @@ def freeze_of(shard_set: ShardSet) -> Freeze:
         "suffixes": list(shard_set.suffixes),
         "folders": [folder for folder, _, _ in names[0]],
         "shapes": list(shapes),
-        "widths": text["widths"],
-        "item_bytes": text["item_bytes"],
+        "widths": widths,
+        "item_bytes": item_bytes,
         "sources": sorted(sources),
         "headers": headers,
     }
@@ -177,9 +182,8 @@ def read_freeze(where: str | os.PathLike, data: bytes) -> Freeze:
     return freeze
 
 
-def _header_text(shard):
-    """The JSON text of the header of a shard's first row."""
-    data = shard.read(0)
+def _header_text(data):
+    """The JSON text of the header of a sidecar."""
     return bytes(data[8 : layout_of(data)[0]]).decode()
 
 
