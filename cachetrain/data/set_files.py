@@ -109,10 +109,10 @@ class Bucket:
         return f"{self.where}/{name}"
 
     def read(self, name: str, start: int, end: int) -> bytes:
-        return objects.read_range(self._store, name, start, end)
+        return objects.read_range(self._store, name, start, end - start)
 
     def chunks(self, name: str) -> Iterator[bytes]:
-        return objects.chunks_of(self._store, name)
+        return objects.pieces_of(self._store, name)[1]
 
     def delete(self, names: Sequence[str]) -> Iterator[int]:
         for first in range(0, len(names), _MAX_DELETED):

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cachetrain.data import rng
-from cachetrain.data.index import PairIndex, check_same_run
+from cachetrain.data.headers import check_same_run
+from cachetrain.data.index import PairIndex
 from cachetrain.data.near import fetch_set, near_directory
 from cachetrain.data.objects import is_url
 from cachetrain.data.unused import MULTIPLY, repeats_in_name
