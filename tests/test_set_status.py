@@ -10,6 +10,8 @@ from helpers import T5, fake_s3, run_script
 
 from cachetrain.caching.inspect import set_state
 from cachetrain.data import objects, set_files, shards
+from cachetrain.data.freeze import freeze_bytes, freeze_of
+from cachetrain.data.shard_set import ShardSet
 from cachetrain.data.shards import Shard
 from cachetrain.data.sidecar import read_sidecar, write_sidecar
 
@@ -234,3 +236,53 @@ def test_prune_of_object_storage(two_runs, bucket, monkeypatch):
 def test_status_of_an_address_without_shards_is_one_line(bucket):
     with pytest.raises(ValueError, match="s3://bucket/nothing: holds no shards"):
         status(f"{bucket}/nothing")
+
+
+# ---- freeze files ----
+
+
+def test_freeze_writes_once_what_freeze_of_finds_in_the_directory(packed, bucket, tmp_path, capsys):
+    target = shutil.copytree(packed, tmp_path / "set")
+    address = copied(packed, f"{bucket}/frozen")
+    expected = freeze_of(ShardSet(str(packed), T5))
+    capsys.readouterr()
+    for root in (target, address):
+        for state in ("written", "there already"):
+            assert status(root, "--freeze") == 0
+            lists = f"{state}, 24 pairs in 4 shards each of .img_sdxl and .txt_t5cache"
+            assert capsys.readouterr().out.splitlines()[-1] == f"{root}/{expected.file_name}: {lists}"
+    data = freeze_bytes(expected)
+    assert (target / expected.file_name).read_bytes() == data
+    assert objects.read(objects.open_store(address), expected.file_name)[0] == data
+
+
+def test_status_names_shards_of_a_freeze_that_are_gone_and_prune_keeps_those_it_lists(two_runs, tmp_path, capsys):
+    target, newer, old = two_runs
+    earlier = shutil.move(newer, tmp_path / "newer")
+    next(path for path in old if path.name == "00002-00000000.tar").unlink()
+    assert status(target, "--freeze") == 0
+    shutil.move(earlier, newer)
+    (freeze,) = target.glob("freeze-*")
+    capsys.readouterr()
+    before = files_of(target)
+    assert status(target, "--prune", "--yes") == 1 and files_of(target) == before
+    assert f"kept by --prune, since {freeze.name} lists it" in capsys.readouterr().out
+    (gone, *_) = sorted(path for path in old if path.exists() and path.suffix == ".tar")
+    gone.unlink()
+    assert status(target) == 1
+    assert f"1 shard of it gone, like {gone.relative_to(target)}" in capsys.readouterr().out
+    change(freeze, [-1])
+    assert status(target) == 1
+    assert f"{freeze}: is no freeze file, or damaged" in capsys.readouterr().err
+
+
+def test_freeze_refuses_a_set_with_two_runs_and_an_unclear_choice(two_runs, shapes, packed):
+    target, _, _ = two_runs
+    with pytest.raises(ValueError, match="hold another content under one number"):
+        status(target, "--freeze")
+    with pytest.raises(ValueError, match=r"has no \*\.txt_sdxl, only \*\.img_sdxl and \*\.txt_t5cache"):
+        status(packed, "--freeze", "--cache_suffix", ".txt_sdxl")
+    with pytest.raises(ValueError, match=r"expected image sidecars and one kind of captions, found \.img_sdxl; name"):
+        status(packed, "--freeze", "--cache_suffix", ".img_sdxl")
+    with pytest.raises(ValueError, match="is no shard set"):
+        status(shapes, "--freeze")

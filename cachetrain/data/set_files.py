@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
+from cachetrain.atomic import atomic_write
 from cachetrain.data import objects
 from cachetrain.data.shards import INDEX_START, ShardIndex, index_size
 from cachetrain.reading import named_errors, open_regular
@@ -75,6 +76,17 @@ class Directory:
             while size := file.readinto(piece):
                 yield piece[:size]
 
+    def put_new(self, name: str, data: bytes) -> bool:
+        """Writes a file whole, unless there is one of this name; returns whether it did.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        if os.path.exists(self.path(name)):
+            return False
+        atomic_write(self.path(name), data)
+        return True
+
     def delete(self, names: Sequence[str]) -> Iterator[int]:
         """Deletes files, those that are gone already too, and folders that are empty then; yields how many so far.
 
@@ -113,6 +125,9 @@ class Bucket:
 
     def chunks(self, name: str) -> Iterator[bytes]:
         return objects.pieces_of(self._store, name)[1]
+
+    def put_new(self, name: str, data: bytes) -> bool:
+        return objects.put_new(self._store, name, data)
 
     def delete(self, names: Sequence[str]) -> Iterator[int]:
         for first in range(0, len(names), _MAX_DELETED):

@@ -38,7 +38,8 @@ from cachetrain.caching.inspect.caches import (
     captions_flags,
     settings_flags,
 )
-from cachetrain.caching.inspect.shard_status import SetReport
+from cachetrain.caching.inspect.set_freeze import freeze_set
+from cachetrain.caching.inspect.shard_status import SetReport, what_it_lists
 from cachetrain.caching.inspect.status import Status, delete_orphans
 from cachetrain.caching.messages import print_line, say
 from cachetrain.data.objects import is_url
@@ -66,6 +67,12 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         "--prune", action="store_true", help="list orphaned sidecars, or old shards of a set, ask, and delete them"
     )
     parser.add_argument("--yes", action="store_true", help="with --prune: delete without asking")
+    parser.add_argument(
+        "--freeze",
+        action="store_true",
+        help="write a freeze file into a shard set: the list of its shards, so that later ones do not change a run; "
+        "--cache_suffix names the sidecars, where there are several kinds of captions",
+    )
     args = parser.parse_args(argv)
     if args.yes and not args.prune:
         parser.error("--yes needs --prune")
@@ -77,6 +84,8 @@ def main(argv: list[str] | None = None) -> int:
     sets = [root for root in args.data_root if is_url(root) or folders_of(root)]
     if sets:
         return report_sets(args, sets)
+    if args.freeze:
+        raise ValueError(f"--freeze {args.data_root[0]}: is no shard set; make one with cache/pack_shards.py")
     status = Status(args.data_root, args.cache_suffix or (), args.verify)
     if not status.num_images and not any(caches.counts.total() for caches in status.caches):
         raise ValueError(f"no images and no sidecars under {', '.join(args.data_root)}")
@@ -96,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def report_sets(args: Namespace, sets: list[str]) -> int:
     """Prints the state of shard sets; returns the exit code."""
-    if len(sets) < len(args.data_root) or args.cache_suffix:
+    if len(sets) < len(args.data_root) or (args.cache_suffix and not args.freeze):
         raise ValueError(f"{sets[0]}: is a shard set; ask for folders and --cache_suffix without it")
     complete = [report_one_set(args, root) for root in sets]
     return 0 if all(complete) else 1
@@ -119,7 +128,26 @@ def report_one_set(args: Namespace, root: str) -> bool:
         say("nothing was deleted")
     elif args.prune:
         say("nothing to prune")
+    if args.freeze:
+        freeze_one_set(args, report)
     return report.complete and not num_left
+
+
+def freeze_one_set(args: Namespace, report: SetReport) -> None:
+    """Writes a freeze file into a shard set."""
+    suffixes = {half.folder.suffix: half.is_text for half in report.halves}
+    chosen = {suffix: suffixes.get(suffix, False) for suffix in args.cache_suffix or suffixes}
+    if unknown := chosen.keys() - suffixes.keys():
+        raise ValueError(f"{report.files.where}: has no *{min(unknown)}, only *{' and *'.join(suffixes)}")
+    text = [suffix for suffix, is_text in chosen.items() if is_text]
+    if len(text) != 1 or len(chosen) < 2:
+        raise ValueError(
+            f"--freeze {report.files.where}: expected image sidecars and one kind of captions, found "
+            f"{', '.join(chosen)}; name them, as --cache_suffix .img_sdxl --cache_suffix .txt_t5cache"
+        )
+    freeze, is_new = freeze_set(report.files, [*(suffix for suffix in chosen if suffix not in text), *text])
+    path = report.files.path(freeze.file_name)
+    say(f"{path}: {'written' if is_new else 'there already'}, {what_it_lists(freeze)}")
 
 
 def print_table(status: Status) -> None:

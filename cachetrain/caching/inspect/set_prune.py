@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 from typing import NamedTuple
 
 from tqdm import tqdm
@@ -33,12 +34,22 @@ class Old(NamedTuple):
 
 
 def find_old(report: SetReport) -> list[Old]:
-    """Finds what is old. Something is kept unless the newer one holds as many shards, undamaged, and is newer."""
+    """Finds what is old. It is kept unless the newer one has all of its shards, undamaged, and is newer; and if a
+    freeze file lists it."""
     found = [_old_folder(one) for one in report.folders if one.newer]
     for half in report.halves:
         for newest, *others in half.folder.shards.values():
             found += [_old_shard(half, newest, other) for other in others]
-    return found
+    listed = {}  # shard -> freeze file
+    for name, freeze in report.freezes.items():
+        if not isinstance(freeze, str):
+            listed |= dict.fromkeys(chain.from_iterable(freeze.shards()), name)
+    return [_kept_for_freeze(old, listed) for old in found]
+
+
+def _kept_for_freeze(old, listed):
+    freezes = sorted({listed[entry.name] for entry in old.entries if entry.name in listed})
+    return old._replace(kept=f"{freezes[0]} lists it") if freezes and not old.kept else old
 
 
 def _old_folder(report: FolderReport) -> Old:
@@ -70,7 +81,7 @@ def print_old(report: SetReport, found: Iterable[Old]) -> None:
         say(f"  {report.files.path(old.name)}: {counted(len(old.entries), 'file')}, {size}, written {old.when}")
         say(f"    newer: {old.newer}, written {old.newer_when}")
         if old.kept:
-            say(f"    kept by --prune, since {old.kept}; delete the one that you do not need")
+            say(f"    kept by --prune, since {old.kept}; delete what you do not need")
     entries = [entry for old in found for entry in old.entries if not old.kept]
     size = tqdm.format_sizeof(sum(entry.size for entry in entries), "B")
     say(f"{counted(len(entries), 'file')} to be deleted, {size}")

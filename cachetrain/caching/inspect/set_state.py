@@ -51,19 +51,16 @@ class Folder:
         return [entry for entries in self.shards.values() for entry in entries]
 
 
-def list_folders(files: Directory | Bucket) -> list[list[Folder]]:
-    """The folders of a set: a list for each suffix, with the one first whose newest shard is the newest.
-
-    Raises:
-        OSError: the set cannot be listed.
-    """
+def folders_among(entries: Iterable[Entry]) -> list[list[Folder]]:
+    """The folders of a set of these files: a list for each suffix, with the one first whose newest shard is the
+    newest."""
     of_folder, of_suffix = {}, {}
-    for entry in files.entries():
+    for entry in entries:
         folder = entry.name.rpartition("/")[0]
         if folder_suffix(folder):
             of_folder.setdefault(folder, []).append(entry)
-    for name, entries in of_folder.items():
-        folder = Folder(name, entries)
+    for name, found in of_folder.items():
+        folder = Folder(name, found)
         if folder.shards:
             of_suffix.setdefault(folder.suffix, []).append(folder)
     return [sorted(folders, key=lambda one: -written(one.entries)[1]) for _, folders in sorted(of_suffix.items())]
@@ -94,19 +91,20 @@ class Inspected(NamedTuple):
 
 
 def inspect_shards(
-    files: Directory | Bucket, entries: list[Entry], verify: bool
+    files: Directory | Bucket, entries: list[Entry], verify: bool, quiet: bool = False
 ) -> Iterator[tuple[Entry, Inspected]]:
     """Yields (entry, Inspected) of shards, in order; reads them in threads.
 
     Args:
         verify: read all of each shard, once, and compare each row with its SHA-256; else the indexes only.
+        quiet: show no progress.
     """
     stopped, threads = Event(), _VERIFIERS if verify else _READERS
     total = sum(entry.size for entry in entries) if verify else len(entries)
     unit = {"desc": "verifying", "unit": "B", "unit_scale": True} if verify else {"desc": "reading", "unit": "shard"}
     running, waiting = deque(), iter(entries)
     with (
-        tqdm(total=total, disable=None, leave=False, **unit) as progress,
+        tqdm(total=total, disable=quiet or None, leave=False, **unit) as progress,
         ThreadPoolExecutor(threads) as pool,
     ):
 

@@ -9,8 +9,10 @@ import numpy as np
 from tqdm import tqdm
 
 from cachetrain.caching.inspect.caches import Examples, differing
-from cachetrain.caching.inspect.set_state import Folder, Inspected, inspect_shards, list_folders, time_text, written
+from cachetrain.caching.inspect.set_freeze import find_freezes
+from cachetrain.caching.inspect.set_state import Folder, Inspected, folders_among, inspect_shards, time_text, written
 from cachetrain.caching.messages import print_line, say
+from cachetrain.data.freeze import Freeze
 from cachetrain.data.set_files import Bucket, Directory, Entry
 from cachetrain.data.shard_set import check_alike
 from cachetrain.data.shards import ShardIndex
@@ -50,9 +52,14 @@ class FolderReport:
         return {number: entries[0] for number, entries in self.folder.shards.items()}
 
     @property
+    def is_text(self) -> bool:
+        """Whether it holds captions."""
+        return self.first is not None and self.first.fields["kind"].startswith("txt")
+
+    @property
     def lacks_null(self) -> bool:
         """Whether the null caption is missing."""
-        return bool(self.tokens) and self.tokens[1] > 0 and self.folder.null is None
+        return self.is_text and self.folder.null is None
 
     def add(self, entry: Entry, inspected: Inspected) -> None:
         """Adds a shard; names what is wrong with it."""
@@ -100,6 +107,8 @@ class SetReport:
     Attributes:
         folders: list of FolderReport, those that training reads first.
         num_pairs: rows that all halves have.
+        freezes: {name of a freeze file: Freeze, or what is wrong with it}.
+        gone: {name of a freeze file: the shards that it lists and that are not there}.
 
     Args:
         verify: read all sidecars and compare them with their SHA-256.
@@ -113,12 +122,16 @@ class SetReport:
         self.files = files
         self.verify = verify
         self.num_pairs = 0
-        of_suffix = list_folders(files)
+        entries = files.entries()
+        of_suffix = folders_among(entries)
         if not of_suffix:
             raise ValueError(f"{files.where}: holds no shards; pack a folder with cache/pack_shards.py")
         self.folders = [FolderReport(folders[0]) for folders in of_suffix]
         for newest, folders in zip(list(self.folders), of_suffix, strict=True):
             self.folders += [FolderReport(folder, newest) for folder in folders[1:]]
+        self.freezes = find_freezes(files, entries)
+        there = {entry.name for entry in entries}
+        self.gone = {name: _not_there(freeze, there) for name, freeze in self.freezes.items()}
         self._inspect()
         for report in self.folders if verify else ():
             self._verify_null(report)
@@ -130,8 +143,10 @@ class SetReport:
 
     @property
     def complete(self) -> bool:
-        """Whether all halves have the same rows, none failed and none are damaged, and there is a null caption; older
-        folders do not count."""
+        """Whether all halves have the same rows, none failed and none are damaged, there is a null caption, and what
+        freeze files list is there; older folders do not count."""
+        if any(self.gone.values()) or any(isinstance(freeze, str) for freeze in self.freezes.values()):
+            return False
         return not any(
             report.missing.count or report.failed.count or report.num_damaged or report.lacks_null
             for report in self.halves
@@ -178,7 +193,17 @@ class SetReport:
         """Prints a few lines on each folder."""
         for report in self.folders:
             self._print_folder(report)
+        for name, freeze in self.freezes.items():
+            self._print_freeze(name, freeze)
         say(f"{self.files.where}: {counted(self.num_pairs, 'pair')} in all halves")
+
+    def _print_freeze(self, name, freeze):
+        if isinstance(freeze, str):
+            print_line(freeze)
+        else:
+            say(f"{self.files.path(name)}: {what_it_lists(freeze)}")
+        if gone := self.gone[name]:
+            say(f"  {counted(len(gone), 'shard')} of it gone, like {gone[0]}")
 
     def _print_folder(self, report):
         folder, entries = report.folder, list(report.current.values())
@@ -204,13 +229,26 @@ class SetReport:
     def _print_fields(self, report):
         fields = report.first.fields
         say(f"  encoder {fields['encoder'][:12]}, settings {fields['settings']}")
-        sizes = ", ".join(f"{number:,} of {shape}" for shape, number in report.shapes.most_common(8) if shape)
-        shortest, longest = report.tokens
-        say(f"  latents: {sizes}" if sizes else f"  captions of {shortest} to {counted(longest, 'token')}")
+        if report.is_text:
+            say(f"  captions of {report.tokens[0]} to {counted(report.tokens[1], 'token')}")
+            say(f"  null caption: {'missing' if report.lacks_null else 'there'}")
+        else:
+            say(f"  latents: {', '.join(f'{number:,} of {shape}' for shape, number in report.shapes.most_common(8))}")
         if report.num_masked:
             say(f"  {counted(report.num_masked, 'mask')}")
-        if not sizes:
-            say(f"  null caption: {'missing' if report.lacks_null else 'there'}")
+
+
+def what_it_lists(freeze: Freeze) -> str:
+    """`24 pairs in 4 shards each of .img_sdxl and .txt_t5cache`."""
+    shards = counted(len(freeze.numbers), "shard")
+    suffixes = freeze.common["suffixes"]
+    return f"{counted(int(freeze.rows.sum()), 'pair')} in {shards} each of {' and '.join(suffixes)}"
+
+
+def _not_there(freeze, names):
+    if isinstance(freeze, str):
+        return []
+    return [name for of_number in freeze.shards() for name in of_number if name not in names]
 
 
 def _rows_line(what, examples):
