@@ -286,3 +286,77 @@ def test_freeze_refuses_a_set_with_two_runs_and_an_unclear_choice(two_runs, shap
         status(packed, "--freeze", "--cache_suffix", ".img_sdxl")
     with pytest.raises(ValueError, match="is no shard set"):
         status(shapes, "--freeze")
+
+
+# ---- tools that take rows ----
+
+
+def lines_of(capsys, script, *argv):
+    capsys.readouterr()
+    assert run_script(script, *argv) == 0
+    return capsys.readouterr().out
+
+
+def test_previews_of_rows_are_those_of_their_sidecars(shapes, packed, remote, model_t5, tmp_path):
+    show = ("cache/show_vae_latent.py", "--model", model_t5, "--device", "cpu")
+    (path,) = packed.glob("img_*/00001-*.tar")
+    address = f"{remote}/{path.relative_to(packed)}"
+    expected = shapes / "00009.img_sdxl", shapes / "00010.img_sdxl"
+    assert run_script(*show, *expected, "--out", tmp_path / "files") == 0
+    assert run_script(*show, f"{path}#00009", f"{path}#00010.img_sdxl", "--out", tmp_path / "rows") == 0
+    assert run_script(*show, path, "--out", tmp_path / "shard") == 0
+    assert run_script(*show, f"{address}#00009", "--out", tmp_path / "far") == 0
+    assert run_script(*show, remote, "--out", tmp_path / "set", "--num_images", 1) == 0
+    written = {}
+    for kind in ("files", "rows", "shard", "far", "set"):
+        pictures = {path.name.partition(".")[0]: path.read_bytes() for path in (tmp_path / kind).rglob("*.png")}
+        written[kind] = pictures
+    assert written["files"] == written["rows"] and len(written["shard"]) == 7 and len(written["set"]) == 1
+    assert written["files"].items() <= written["shard"].items() and written["far"].items() <= written["files"].items()
+
+
+def test_text_std_of_a_set_is_that_of_its_folder(shapes, packed, remote, capsys):
+    expected = lines_of(capsys, "cache/check_text_cache_std.py", shapes, "--cache_suffix", T5[1])
+    expected = [line for line in expected.splitlines() if "_null_caption" not in line]
+    (half,) = packed.glob("txt_*")
+    for paths in ([packed], [half], [remote], sorted(half.glob("*.tar"))):
+        assert lines_of(capsys, "cache/check_text_cache_std.py", *paths).splitlines() == expected
+
+
+def test_compare_takes_rows_and_shards(shapes, packed, remote, tmp_path, capsys):
+    compare, sidecar = "cache/compare_tensorfiles.py", shapes / "00009.img_sdxl"
+    (path,) = packed.glob("img_*/00001-*.tar")
+    assert lines_of(capsys, compare, sidecar, f"{path}#00009") == lines_of(capsys, compare, sidecar, sidecar)
+    assert "7 pairs: 7 identical" in lines_of(capsys, compare, path, f"{remote}/{path.relative_to(packed)}")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for number in range(7, 13):
+        shutil.copy(shapes / f"{number:05}.img_sdxl", folder)
+    assert run_script(compare, path, folder) == 1
+    assert "only in A:\n  00013.img_sdxl\n6 pairs: 6 identical" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="expected two files or rows"):
+        run_script(compare, sidecar, f"{path}#99999")
+
+
+def test_a_row_that_is_not_there_or_is_damaged_is_named(packed, tmp_path, capsys):
+    target = shutil.copytree(packed, tmp_path / "set")
+    (path,) = target.glob("txt_*/00001-*.tar")
+    change(path, [int(Shard(path).arrays["offset"][0])])
+    assert run_script("cache/check_text_cache_std.py", f"{path}#99999", f"{path}#00007", f"{path}#00008") == 1
+    named = capsys.readouterr().err
+    assert f"{path}: has no row 99999; it has 7 rows, like 00007" in named
+    assert f"{path}#00007.txt_t5cache: row 0 does not match" in named
+
+
+def test_latents_of_shards_are_validated_against_images_of_their_names(shapes, packed, model_t5, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    for path in sorted(shapes.glob("*.png"))[:3]:
+        shutil.copy(path, tmp_path / "images")
+    validate = "cache/validate_img_cache.py", "--model", model_t5, "--device", "cpu"
+    of_set = lines_of(capsys, *validate, "--data_root", tmp_path / "images", "--shards", packed)
+    for path in sorted(shapes.glob("*.img_sdxl"))[:3]:
+        shutil.copy(path, tmp_path / "images")
+    of_folder = lines_of(capsys, *validate, "--data_root", tmp_path / "images")
+    assert of_set.splitlines()[-1] == of_folder.splitlines()[-1] and "over 3 images of 3 cached" in of_set
+    with pytest.raises(ValueError, match="no images of the 24 rows"):
+        run_script(*validate, "--data_root", tmp_path, "--shards", packed)

@@ -100,6 +100,14 @@ def _errors_of(store, name):
         raise OSError(f"{store}: {name} cannot be read: {_first_line(error)}") from error
 
 
+def entry(store, name: str) -> dict:
+    """The entry of an object, as of `entries_in`; raises like `pieces_of`."""
+    import obstore
+
+    with _errors_of(store, name):
+        return obstore.head(store, name)
+
+
 def exists(store, name: str) -> bool:
     """Whether there is an object of this name.
 
