@@ -4,8 +4,8 @@
 
 Files of two trees pair by their path relative to A and B. A shard is a tree of its rows; a row is called
 00012-5be2c0d1.tar#a. Any .safetensors file can be compared, of a model too. Values are compared whatever their
-dtypes. Headers do not count; for two files, the header fields that differ are shown. The exit code is 1 if a tensor exceeds
---tolerance, if shapes or names differ, or if a file is damaged or missing on one side; 2 on any other error.
+dtypes. Headers do not count; for two files, the header fields that differ are shown. The exit code is 1 if a tensor
+exceeds --tolerance, if shapes or names differ, or if a file is damaged or missing on one side; 2 on any other error.
 """
 
 import heapq
