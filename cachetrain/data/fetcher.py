@@ -29,6 +29,7 @@ from cachetrain.data.shard_set import shard_number
 from cachetrain.data.shards import INDEX_START, index_size
 from cachetrain.log import counted, warn
 from cachetrain.reading import open_regular
+from cachetrain.reading import open_regular
 
 THREADS = 8
 RESERVE = 2**28  # bytes of a disk that stay free
@@ -116,12 +117,8 @@ class Shelf:
         size, pieces = pieces_of(self.stores[directory], name)
         self.reserve(shard, size, wanted)
         try:
-            with open(temporary, "wb+") as file:
+            with open(temporary, "wb") as file:
                 copied = sum(map(file.write, pieces))
-                head = os.pread(file.fileno(), INDEX_START, 0)
-                start = os.pread(
-                    file.fileno(), INDEX_START + index_size(f"{self.stores[directory]}: {name}", head), 0
-                )
             if copied != size:
                 raise OSError(f"{where} has {counted(copied, 'byte')}, expected {size:,}")
             with open_regular(temporary) as file:
