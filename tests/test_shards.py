@@ -6,12 +6,11 @@ import re
 import shutil
 import sys
 import tarfile
-import urllib.request
 
 import numpy as np
 import pytest
 import torch
-from helpers import T5, digest, refused, run_script, train
+from helpers import T5, digest, fake_s3, refused, run_script, train
 from runs import content
 from sdxl_fixtures import SDXL
 
@@ -338,19 +337,8 @@ def test_packing_needs_obstore_and_says_so(folder, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def bucket():
-    """The address of an empty bucket of a fake S3, which the environment names."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    endpoint = "http://{}:{}".format(*server.get_host_and_port())
-    urllib.request.urlopen(urllib.request.Request(f"{endpoint}/bucket", method="PUT"))
-    names = {"AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y"}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (names | {"AWS_REGION": "us-east-1"}).items():
-            patch.setenv(name, value)
-        yield "s3://bucket"
-    server.stop()
+    with fake_s3() as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -405,25 +393,3 @@ def test_faults_of_object_storage_and_disk_are_one_line(remote, bucket, tmp_path
     with pytest.raises(OSError, match="cannot be read: connection reset"):
         near.fetch_set(remote, tmp_path / "near", set(T5))
     assert not files_of(tmp_path / "near")
-
-
-# Status
-
-
-def test_status_of_a_set_counts_rows_names_missing_ones_and_finds_flipped_bytes(folder, packed, tmp_path, capsys):
-    assert run_script("cache/cache_status.py", "--data_root", packed, "--verify") == 0
-    lines = capsys.readouterr().out
-    assert "4 shards, 24 rows" in lines and "latents: 18 of 4x8x8, 6 of 4x8x6" in lines
-    assert "null caption: there" in lines and lines.endswith(f"{packed}: 24 pairs in all halves\n")
-
-    def flip(data):
-        data[-1500] ^= 1
-
-    bad, path = damaged(packed, tmp_path / "set", flip)
-    next(bad.glob("txt_*/00000-*")).unlink()
-    assert run_script("cache/cache_status.py", "--data_root", bad) == 1
-    lines = capsys.readouterr().out
-    assert "rows in other folders only, like 00008: 7" in lines and "17 pairs in all halves" in lines
-    assert run_script("cache/cache_status.py", "--data_root", bad, "--verify") == 1
-    done = capsys.readouterr()
-    assert "damaged: 1, named above" in done.out and f"{path}#" in done.err

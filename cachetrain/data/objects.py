@@ -127,6 +127,24 @@ def read(store, name: str) -> tuple[bytes, dict]:
         return bytes(result.bytes()), result.meta
 
 
+def delete(store, names: list[str]) -> None:
+    """Deletes objects, at most 1,000; those that are gone already are passed over.
+
+    Raises:
+        OSError: one cannot be deleted.
+    """
+    import obstore
+    from obstore.exceptions import BaseError, NotFoundError
+
+    try:
+        obstore.delete(store, names)
+    except (NotFoundError, FileNotFoundError):
+        for name in names if len(names) > 1 else ():
+            delete(store, [name])
+    except (BaseError, OSError) as error:
+        raise OSError(f"{store}: cannot delete: {_first_line(error)}") from error
+
+
 def put_new(store, name: str, data: bytes) -> bool:
     """Writes an object whole, or not at all if there is one of this name.
 

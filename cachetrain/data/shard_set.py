@@ -394,15 +394,3 @@ def _numbered(directory, names, suffix):
             raise ValueError(f"{paths} hold another content under one number; delete the older one")
         numbered[number] = name
     return numbered
-
-
-def numbered_shards(folder: str) -> dict[int, str]:
-    """{number: path of its shard} of a folder.
-
-    Raises:
-        ValueError: a number has two.
-    """
-    directory, name = os.path.split(folder)
-    names = [f"{name}/{entry.name}" for entry in _entries(folder) if shard_number(entry.name) is not None]
-    found = _numbered(directory, names, folder_suffix(name)) if names else {}
-    return {number: os.path.join(directory, shard) for number, shard in found.items()}
