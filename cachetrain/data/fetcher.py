@@ -29,7 +29,6 @@ from cachetrain.data.shard_set import shard_number
 from cachetrain.data.shards import INDEX_START, index_size
 from cachetrain.log import counted, warn
 from cachetrain.reading import open_regular
-from cachetrain.reading import open_regular
 
 THREADS = 8
 RESERVE = 2**28  # bytes of a disk that stay free
