@@ -28,6 +28,7 @@ from cachetrain.data.objects import NotThereError, open_store, pieces_of, read_r
 from cachetrain.data.shard_set import shard_number
 from cachetrain.data.shards import INDEX_START, index_size
 from cachetrain.log import counted, warn
+from cachetrain.reading import open_regular
 
 THREADS = 8
 RESERVE = 2**28  # bytes of a disk that stay free
@@ -115,15 +116,13 @@ class Shelf:
         size, pieces = pieces_of(self.stores[directory], name)
         self.reserve(shard, size, wanted)
         try:
-            with open(temporary, "wb+") as file:
+            with open(temporary, "wb") as file:
                 copied = sum(map(file.write, pieces))
-                head = os.pread(file.fileno(), INDEX_START, 0)
-                start = os.pread(
-                    file.fileno(), INDEX_START + index_size(f"{self.stores[directory]}: {name}", head), 0
-                )
             if copied != size:
                 raise OSError(f"{where} has {counted(copied, 'byte')}, expected {size:,}")
-            atomic_write(Path(directory, name + INDEX), start)
+            with open_regular(temporary) as file:
+                end = INDEX_START + index_size(where, os.pread(file.fileno(), INDEX_START, 0))
+                atomic_write(Path(directory, name + INDEX), os.pread(file.fileno(), end, 0))
             os.replace(temporary, path)
         except BaseException:
             with self._lock:

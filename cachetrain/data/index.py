@@ -6,7 +6,8 @@ import copy
 import os
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,6 +85,7 @@ class PairIndex:
         world: World | None = None,
         kohya_repeats: bool = False,
         every_size: bool = False,
+        sets: Mapping[str, ShardSet] | None = None,
     ):
         """Lists `directories` and reads every header once; several ranks share the reading.
 
@@ -97,6 +99,7 @@ class PairIndex:
             world: the ranks that read together; None: this process reads all headers.
             kohya_repeats: a folder like 10_name without a multiply.txt has its number as if it were in one.
             every_size: an epoch visits all samples of a pair, not one of them.
+            sets: {directory: ShardSet}, for those that are not to be read as they are there.
 
         Raises:
             ValueError: there are no pairs, or caches are unreadable, of the wrong shape, or mixed (the message names
@@ -114,7 +117,7 @@ class PairIndex:
         self._positions = None  # in a subset, its samples in the whole index
         self._sets = {}  # number of a directory that is a shard set -> ShardSet
         self._columns = {}  # the same -> its Columns, until headers are read
-        of_pairs = self._list_pairs(repeats or [1.0] * len(self.directories))
+        of_pairs = self._list_pairs(repeats or [1.0] * len(self.directories), sets or {})
         self.repeats = np.concatenate(of_pairs).astype(np.float32).repeat(self.sizes)
         self.blocks = self._list_blocks()
         self._check_repeats()
@@ -242,6 +245,65 @@ class PairIndex:
         return int((self.all_tokens > self.tokens).sum()) // self.sizes
 
     @property
+    def max_tokens(self) -> int:
+        """Text length in tokens, of the longest caption."""
+        return int(self.tokens.max())
+
+    @property
+    def num_tokens(self) -> int:
+        """Text length in tokens, of all captions and their variants together."""
+        return int(self.all_tokens[:: self.sizes].sum(dtype=np.int64))
+
+    @property
+    def num_image_bytes(self) -> int:
+        """Size of the tensors of all image sidecars."""
+        return int(self.image_bytes.sum(dtype=np.int64))
+
+    @property
+    def counts(self) -> np.ndarray:
+        """int64 [shapes], the number of samples of each latent shape."""
+        return np.bincount(self.shape_ids, None, len(self.shapes))
+
+    @property
+    def visits(self) -> np.ndarray:
+        """float64 [shapes], how often samples of each latent shape come up in an epoch, on average."""
+        return np.bincount(self.shape_ids, self.repeats, len(self.shapes)) / self.choices
+
+    @property
+    def varies(self) -> bool:
+        """Whether epochs differ in which samples come up, and how often."""
+        return self.choices > 1 or bool((self.repeats != np.floor(self.repeats)).any())
+
+    def counts_of_blocks(self, weighted: bool) -> np.ndarray:
+        """[blocks, shapes], the number of samples of each latent shape in each block; `weighted`: times repeats."""
+        counts = [
+            np.bincount(self.shape_ids[start:end], self.repeats[start:end] if weighted else None, len(self.shapes))
+            for start, end in pairwise(self.blocks)
+        ]
+        return np.array(counts)
+
+    def shards_of(self, blocks: Iterable[int]) -> Iterator[tuple[str, str]]:
+        """Yields (directory, name) of the shards that hold these blocks."""
+        for block in blocks:
+            if packed := self._packed(int(self.blocks[block])):
+                shard_set, pair = packed
+                yield from ((shard_set.directory, name) for name in shard_set.names_of(pair))
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds that this process has waited for shards from object storage."""
+        return sum(shard_set.waited_s for shard_set in self._sets.values())
+
+    @property
+    def is_fetched(self) -> bool:
+        """Whether some of the shards come from object storage."""
+        return any(shard_set.is_fetched for shard_set in self._sets.values())
+
+    def folders(self) -> list[str]:
+        """The distinct folders of the pairs, sorted; of shard sets, those that `tar xf` would make there."""
+        return sorted({os.path.dirname(self.stem(i)) for i in range(len(self))})
+
+    @property
     def image_settings(self) -> dict:
         """The settings with which the image caches were made; {} if not recorded."""
         return settings_of(self.image_path(0), self.image_header)
@@ -299,14 +361,15 @@ class PairIndex:
         elif not (header.foreign and self.text_header.foreign):
             warn(f"{path} and {self.text_path(0)}: as only one has a header, one encoder may not have made both")
 
-    def _list_pairs(self, repeats):
+    def _list_pairs(self, repeats, sets):
         """Lists the pairs of all directories; returns a list of arrays, the repeats of all pairs."""
         folders = Folders(self.image_suffixes, self.text_suffix, self.one_text is not None, self.kohya_repeats)
         of_pairs, directories = [], []
         for directory, number in zip(self.directories, repeats, strict=True):
             start, num_repeated = len(self._stems), folders.links.num_repeated
-            if shard_folders(directory, self.image_suffixes[0]) and not folders.add_directory(directory):
-                of_pairs.append(number * self._list_set(directory, len(directories)))
+            is_set = directory in sets or shard_folders(directory, self.image_suffixes[0])
+            if is_set and not folders.add_directory(directory):
+                of_pairs.append(number * self._list_set(directory, len(directories), sets.get(directory)))
             else:
                 for multiple, stems in folders.pairs_in(directory):
                     for stem in stems:
@@ -331,9 +394,10 @@ class PairIndex:
         self.num_without_pair = folders.num_without_pair
         return of_pairs
 
-    def _list_set(self, directory, number):
+    def _list_set(self, directory, number, shard_set):
         """Lists the pairs of a shard set, directory `number` of those with pairs; returns their repeats."""
-        shard_set = ShardSet(directory, (*self.image_suffixes, *([] if self.one_text else [self.text_suffix])))
+        suffixes = (*self.image_suffixes, *([] if self.one_text else [self.text_suffix]))
+        shard_set = shard_set or ShardSet(directory, suffixes)
         root = os.fsencode(os.path.join(directory, ""))
         columns = shard_set.read_indexes(self.sizes, lambda name: self._stems.append_bytes(root + name))
         self._sets[number], self._columns[number] = shard_set, columns

@@ -217,6 +217,11 @@ class ShardSet:
         """Seconds that this process has waited for shards."""
         return self._near.waited_s if self._near else 0.0
 
+    @property
+    def is_fetched(self) -> bool:
+        """Whether the shards come from object storage."""
+        return self._near is not None
+
     def _match(self, place, halves):
         """For each half, the rows of the pairs that all halves have, in the order of the first half."""
         keys = [shard.arrays["key"] for shard in halves]
