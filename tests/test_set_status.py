@@ -266,7 +266,7 @@ def test_status_names_shards_of_a_freeze_that_are_gone_and_prune_keeps_those_it_
     capsys.readouterr()
     before = files_of(target)
     assert status(target, "--prune", "--yes") == 1 and files_of(target) == before
-    assert f"kept by --prune, since {freeze.name} lists it" in capsys.readouterr().out
+    assert f"kept by --prune, since it is listed in {freeze.name}" in capsys.readouterr().out
     (gone, *_) = sorted(path for path in old if path.exists() and path.suffix == ".tar")
     gone.unlink()
     assert status(target) == 1
