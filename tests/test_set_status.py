@@ -135,12 +135,13 @@ def test_verify_reads_pieces_of_any_size(packed, monkeypatch):
 
 
 def test_status_names_rows_that_failed(shapes, tmp_path, capsys, monkeypatch):
-    sealed = shards.sealed
-    monkeypatch.setattr(shards, "sealed", lambda arrays, fields: sealed(arrays, fields | {"failed": ["b/1", "b/2"]}))
-    pack(shapes, tmp_path / "set", rows=24)
+    sealed, failed = shards.sealed, [2, [["b/1", "is cut off"], ["b/2", "is no image"]]]
+    monkeypatch.setattr(shards, "sealed", lambda arrays, fields: sealed(arrays, fields | {"failed": failed}))
+    pack(shapes, tmp_path / "set", rows=12)
     capsys.readouterr()
     assert status(tmp_path / "set") == 1
-    assert "  rows that failed when the shards were made: 2, b/1, b/2\n" in capsys.readouterr().out
+    expected = "  rows that failed when the shards were made: 4\n    b/1: is cut off\n    b/2: is no image\n"
+    assert expected in capsys.readouterr().out
 
 
 @pytest.fixture
