@@ -179,18 +179,18 @@ def test_prune_deletes_what_is_old_and_only_after_a_yes(two_runs, capsys):
 
 def test_an_interrupted_prune_is_finished_by_the_next(two_runs, monkeypatch):
     target, newer, old = two_runs
-    unlink, num_deleted = os.unlink, []
+    unlink, deleted = os.unlink, []
 
-    def stop_after_three(path):
-        if len(num_deleted) == 3:
+    def stop_after_four(path):
+        if len(deleted) == 4:
             raise KeyboardInterrupt
-        num_deleted.append(path)
+        deleted.append(path)
         unlink(path)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(set_files.os, "unlink", stop_after_three)
+        patch.setattr(set_files.os, "unlink", stop_after_four)
         status(target, "--prune", "--yes")
-    assert sum(path.exists() for path in old) == 3
+    assert sum(path.exists() for path in old) == 2
     assert status(target, "--prune", "--yes") == 0
     assert not any(path.exists() for path in old) and len(list(newer.iterdir())) == 5
 
