@@ -86,6 +86,29 @@ def test_status_of_a_set_counts_rows_names_missing_ones_and_finds_flipped_bytes(
     assert "damaged: 1, named above" in done.out and f"{path}#" in done.err
 
 
+def test_rows_that_either_half_lacks_are_named_and_do_not_count_as_pairs(shapes, tmp_path, capsys):
+    for name, kind in (("00003", "img_sdxl"), ("00010", "txt_t5cache")):
+        folder = shutil.copytree(shapes, tmp_path / name)
+        (folder / f"{name}.{kind}").unlink()
+        (half,) = pack(folder, tmp_path / f"{name}_set", rows=24).glob(f"{kind}-*")
+        shutil.copytree(half, tmp_path / "set" / half.name)
+    capsys.readouterr()
+    assert status(tmp_path / "set") == 1
+    lines = capsys.readouterr().out
+    assert re.findall("rows in other folders only: (.*)", lines) == ["1, 00003", "1, 00010"]
+    assert "22 pairs in all halves" in lines
+
+
+def test_the_rows_of_a_shard_that_cannot_be_read_do_not_count_as_missing(packed, tmp_path, capsys):
+    target = shutil.copytree(packed, tmp_path / "set")
+    (path,) = target.glob("txt_*/00001-*.tar")
+    path.write_bytes(path.read_bytes()[:-1])
+    assert status(target) == 1
+    done = capsys.readouterr()
+    assert f"{path}: is truncated" in done.err and "damaged: 1, named above" in done.out
+    assert "rows in other folders" not in done.out and "17 pairs in all halves" in done.out
+
+
 def test_status_of_object_storage_is_that_of_the_directory_by_one_read_of_each_shard(
     remote, packed, capsys, monkeypatch
 ):
