@@ -228,6 +228,7 @@ def _answer(directory, name):
 
 def main(argv: list[str] | None = None) -> int:
     sets, limit = argv or sys.argv[1:]
+    sys.argv[0] = "shard fetcher"  # in messages
     sets = json.loads(sets)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # training still needs shards for its last steps
         signal.signal(number, signal.SIG_IGN)

@@ -92,6 +92,15 @@ class Sources:
         freeze = read_freeze(name, listing.freeze)
         return freeze if freeze.common["suffixes"] == list(self.suffixes) else None
 
+    def null_directories(self) -> list[str]:
+        """Where the null caption may lie: in sets beside the captions that are read."""
+        folders = []
+        for name, directory in self.directories.items():
+            of_text = {shard.partition("/")[0] for shard in self._needed(name)} if name in self.listings else set()
+            of_text = {folder for folder in of_text if folder_suffix(folder) == self._args.txtcache_suffix}
+            folders += [os.path.join(directory, folder) for folder in sorted(of_text)] or [directory]
+        return folders
+
     def keep_all(self, directories: list[str]) -> list[tuple[str, str]]:
         """(directory, name) of all shards of sets in object storage that flags name."""
         return [

@@ -405,7 +405,7 @@ def _null_condition(run):
     args, index = run.args, run.index
     if not args.cond_dropout:
         return None
-    path = null_caption_path([*index.directories, *run.sources.directories.values()], args.txtcache_suffix)
+    path = null_caption_path(run.sources.null_directories(), args.txtcache_suffix)
     if path is None:
         raise ValueError(
             f"no _null_caption{args.txtcache_suffix} in {', '.join(args.train_data_dir)}; run the text cache script, "
