@@ -47,7 +47,7 @@ def cache_images(args: Namespace, kind: str) -> int:
         fields |= normalisation.of_file(args.norm, fields["encoder"]).header_fields()
     summary = RunSummary(kind, args.data_root, args.cache_suffix, args.mask)
     if args.out:
-        return _cache_tars(args, model_dir if args.custom else vae_dir, fields, summary)
+        return _cache_inputs(args, model_dir if args.custom else vae_dir, fields, summary)
     source_of = partial(image_source, masked=args.mask == "files")
     pairs = selection.select(selection.find_pairs(args, summary), source_of, fields, args, summary)
     if pairs:
@@ -80,14 +80,14 @@ def _encode(args, pairs, vae_dir, fields, summary):
         encoder.write(batches, writer)
 
 
-def _cache_tars(args, vae_dir, fields, summary):
+def _cache_inputs(args, vae_dir, fields, summary):
     """Makes the image half of a shard set; returns the exit code."""
     sizes = _sizes(args)
     check_out_args(args)
     encoder = _Encoder(args, vae_dir, sizes, fields)  # whose scaling is part of the name of the half
 
-    def encode(tar, writer):
-        encoder.write(_start_decoding(args, images.ImagesInTar(tar, sizes, args.crops, args.mask)), writer)
+    def encode(samples, writer):
+        encoder.write(_start_decoding(args, images.ImagesOfSamples(samples, sizes, args.crops, args.mask)), writer)
 
     return ShardRun(args, encoder.fields, summary).make(encode)
 

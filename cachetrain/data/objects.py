@@ -106,6 +106,17 @@ def read(store, name: str) -> tuple[bytes, dict]:
         raise OSError(f"{store}: {name} cannot be read: {_first_line(error)}") from error
 
 
+def read_range(store, name: str, start: int, end: int) -> bytes:
+    """The bytes of an object from `start` to before `end`, or to where the object ends; raises like `read`."""
+    import obstore
+    from obstore.exceptions import BaseError
+
+    try:
+        return bytes(obstore.get_range(store, name, start=start, end=end))
+    except (BaseError, OSError) as error:
+        raise OSError(f"{store}: {name} cannot be read: {_first_line(error)}") from error
+
+
 def put_new(store, name: str, data: bytes) -> bool:
     """Writes an object whole, or not at all if there is one of this name.
 
