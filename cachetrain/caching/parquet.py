@@ -1,7 +1,7 @@
 """Reads parquet files of samples as img2dataset and Hugging Face's datasets write them, a row for each image.
 
-The columns of a row are taken as the files of a sample in a tar: a.jpg or a.image, a.txt, a.mask.png. Images and masks
-are bytes, or structs of bytes and path.
+The columns of a row are taken as the files of a sample in a tar: a.jpg or a.image, a.txt, a.mask.png. Images and
+masks are bytes, or structs of bytes and path.
 """
 
 from __future__ import annotations
@@ -90,10 +90,8 @@ def _rows(where, data) -> Iterator[tuple]:
     with _opened(where, data) as file:
         columns = _columns(file.schema_arrow)
         if columns[1] is None:
-            names = ", ".join(file.schema_arrow.names)
-            raise ValueError(
-                f"{where}: has no column of image bytes named {', '.join(_IMAGES)}; its columns: {names}"
-            )
+            found, expected = map(", ".join, (file.schema_arrow.names, _IMAGES))
+            raise ValueError(f"{where}: has no column of image bytes, found {found}; expected one of {expected}")
         # Not all of a row group at once: its columns are in memory twice meanwhile.
         for batch in file.iter_batches(_BATCH, columns=[*filter(None, columns)], use_threads=False):
             values = [_values(batch, name) for name in columns]

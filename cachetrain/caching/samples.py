@@ -1,8 +1,8 @@
 """The samples of one input, a tar or a parquet file: images, and captions and masks by the names of the images.
 
-The files of a sample share their name up to the first dot of its last part: `a.jpg`, `a.txt`, `a.mask.png`, `a.json`.
-An input is read whole, so that what happens to it later changes nothing: one that cannot be read fails as a whole, and
-none of its rows is left out.
+The files of a sample share their name up to the first dot of its last part: `a.jpg`, `a.txt`, `a.mask.png`,
+`a.json`. An input is read whole, so that what happens to it later changes nothing: one that cannot be read fails as a
+whole, and none of its rows is left out.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Samples:
         """The captions of a sample.
 
         Raises:
-            ValueError: there is none, one is not UTF-8 text or has more than MAX_CAPTION bytes, or there are too many.
+            ValueError: there is none, there are too many, or one is no UTF-8 text or has more than MAX_CAPTION bytes.
         """
         if "files" in settings.captions:
             files = [s for s in self._suffixes[self.name(pair)] if s.lower().endswith(CAPTION_SUFFIXES)]

@@ -1,7 +1,8 @@
 """The main path of the cache scripts with --out: a tar or parquet file of samples in, a shard of sidecars out.
 
-Processes need not know of each other. Each makes the shards of its own inputs first, then those that are still missing,
-and writes a shard by one create-only call: the first writer wins, and a process that dies loses the shard it was at.
+Processes need not know of each other. Each makes the shards of its own inputs first, then those that are still
+missing, and writes a shard by one create-only call: the first writer wins, and a process that dies loses the shard it
+was at.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Reads tars of samples as img2dataset and webdataset write them: 00012.tar with `a.jpg`, `a.txt` and `a.json` each."""
+"""Reads tars of samples as img2dataset and webdataset write them: 00012.tar with `a.jpg`, `a.txt` and `a.json`."""
 
 from __future__ import annotations
 
