@@ -6,7 +6,7 @@ import signal
 import sys
 from argparse import Namespace
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 
 from tqdm import tqdm
 
@@ -20,7 +20,7 @@ from cachetrain.caching.writer import Row, Writer
 from cachetrain.data.sidecar import numbered, sidecar_path
 from cachetrain.log import warn
 from cachetrain.modeling import load, normalisation
-from cachetrain.modeling.files import component_files
+from cachetrain.modeling.files import component_files, read_config
 
 
 def cache_images(args: Namespace, kind: str) -> int:
@@ -84,12 +84,18 @@ def _cache_inputs(args, vae_dir, fields, summary):
     """Makes the image half of a shard set; returns the exit code."""
     sizes = _sizes(args)
     check_out_args(args)
-    encoder = _Encoder(args, vae_dir, sizes, fields)  # whose scaling is part of the name of the half
+    encoder = cache(partial(_Encoder, args, vae_dir, sizes, fields))
 
     def encode(samples, writer):
-        encoder.write(_start_decoding(args, images.ImagesOfSamples(samples, sizes, args.crops, args.mask)), writer)
+        encoder().write(_start_decoding(args, images.ImagesOfSamples(samples, sizes, args.crops, args.mask)), writer)
 
-    return ShardRun(args, encoder.fields, summary).make(encode)
+    # The scaling is part of the name of the half. The VAE is loaded for it only if its config does not say it.
+    scaling = None if args.custom or args.norm else normalisation.of_config(read_config(vae_dir), vae_dir)
+    if scaling:
+        fields = fields | scaling.header_fields()
+    elif not args.norm:
+        fields = encoder().fields
+    return ShardRun(args, fields, summary).make(encode)
 
 
 def _sizes(args):

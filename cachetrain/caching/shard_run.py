@@ -7,25 +7,33 @@ was at.
 
 from __future__ import annotations
 
+import os
+import re
+import time
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 from tqdm import tqdm
 
 from cachetrain.caching import ranks
-from cachetrain.caching.inputs import Input, Inputs
+from cachetrain.caching.inputs import Inputs
 from cachetrain.caching.messages import say
 from cachetrain.caching.samples import Samples
 from cachetrain.caching.summary import RunSummary
 from cachetrain.caching.writer import Writer
-from cachetrain.data.objects import exists, names_in, open_store, put_new
+from cachetrain.data.many_files import in_threads
+from cachetrain.data.objects import exists, names_in, open_store, put_new, read_range
 from cachetrain.data.shard_set import folder_name, shard_name, shard_number
-from cachetrain.data.shards import build_shard
+from cachetrain.data.shards import build_shard, failed_rows, fields_in
 from cachetrain.data.sidecar import NULL_STEM, RUN_KEYS, sidecar_bytes
 from cachetrain.log import counted, warn
 
 # Submits rows of all pairs of an input to the writer, and reports those that fail.
 Encode = Callable[[Samples, Writer], None]
+
+# Reading an input in advance has to save this share of the time of encoding, for the memory that it takes.
+_WORTH_AHEAD = 0.05
 
 
 def check_out_args(args: Namespace) -> None:
@@ -66,16 +74,17 @@ class ShardRun:
         Raises:
             OSError: a shard cannot be written.
         """
-        inputs = self.inputs.inputs
-        names = {one: f"{self.folder}/{shard_name(one.number, one.content)}" for one in inputs}
+        names = {one: f"{self.folder}/{shard_name(one.number, one.content)}" for one in self.inputs.inputs}
         there, num_written = set(names_in(self.store)), 0
+        missing = ((one, name) for one in _in_turn(names) if (name := names[one]) not in there)
         with self.summary.time_encoding():
-            for one in _in_turn(inputs):
-                if names[one] not in there and not exists(self.store, names[one]):
-                    data = self._shard(one, encode)
-                    num_written += data is not None and put_new(self.store, names[one], data)
+            for name, samples in self._read_inputs(missing):
+                if not exists(self.store, name):
+                    data = self._shard(samples, encode)
+                    num_written += data is not None and put_new(self.store, name, data)
         say(f"{self.out}/{self.folder}: {counted(num_written, 'shard')} of {counted(len(names), 'input')} written")
         self._warn_of_others(there, set(names.values()))
+        self._warn_of_failed({name: one for one, name in names.items() if name in there and _is_own(one)})
         return self.summary.finish_alone(self.show_coverage)
 
     def put_null_caption(self, encode: Callable[[Writer], None]) -> None:
@@ -87,24 +96,80 @@ class ShardRun:
             for data in writer.sidecars.values():
                 put_new(self.store, name, data)
 
-    def _shard(self, one: Input, encode):
-        """The bytes of the shard of an input; None if it cannot be read, or all of its samples fail."""
+    def _read_inputs(self, missing) -> Iterator[tuple[str, Samples]]:
+        """Yields (name of the shard, Samples) of the inputs that can be read and whose shards are missing.
+
+        If reading takes long enough, the next input is read while one is encoded; two are in memory then.
+
+        Args:
+            missing: iterator of (Input, name of its shard).
+        """
+        with ThreadPoolExecutor(1) as thread:
+            ahead, helps = None, False
+            while True:
+                start_s = time.perf_counter()
+                entry = ahead.result() if ahead else self._read_next(missing)
+                if entry is None:
+                    return
+                self.summary.times_s["waiting"] += time.perf_counter() - start_s
+                one, name, samples, read_s = entry
+                del entry
+                ahead = thread.submit(self._read_next, missing) if helps else None
+                if isinstance(samples, Exception):  # here, where it is not taken for one of another input's samples
+                    self.summary.fail(one.where, samples)
+                    continue
+                start_s = time.perf_counter()
+                yield name, samples
+                del samples
+                helps = read_s > _WORTH_AHEAD * (time.perf_counter() - start_s)
+
+    def _read_next(self, missing):
+        """(Input, name of its shard, Samples or an exception, seconds) of the next; None: there are no more."""
+        for one, name in missing:
+            if exists(self.store, name):  # another process has made it meanwhile
+                continue
+            start_s = time.perf_counter()
+            try:
+                samples = self.inputs.open(one)
+            except (OSError, ValueError) as error:
+                samples = error
+            return one, name, samples, time.perf_counter() - start_s
+        return None
+
+    def _shard(self, samples: Samples, encode):
+        """The bytes of the shard of an input; None if all of its samples fail."""
         from cachetrain.caching.packing import shard_row  # imports torch
 
-        try:
-            samples = self.inputs.open(one)
-        except (OSError, ValueError) as error:
-            self.summary.fail(one.where, error)
-            return None
+        self.summary.recorded = []
         for path, reason in samples.faults:
             self.summary.fail(path, reason)
-        progress = tqdm(total=len(samples.pairs), desc=one.name, unit=self.summary.unit, disable=None, leave=False)
+        name, unit = os.path.basename(samples.where), self.summary.unit
+        progress = tqdm(total=len(samples.pairs), desc=name, unit=unit, disable=None, leave=False)
         with progress, _Collected(self.summary, progress) as writer:
             encode(samples, writer)
-        kind = self.summary.kind if self.summary.unit == "caption" else None
+        kind = self.summary.kind if unit == "caption" else None
         made = [(pair, data) for pair in samples.pairs if (data := writer.sidecars.pop(pair.image, None))]
         rows = [shard_row(samples.name(pair), pair.image, data, kind) for pair, data in made]
-        return build_shard([row for row, _ in rows], self.suffix, rows[0][1]) if rows else None
+        failed, self.summary.recorded = _failed(samples, self.summary.recorded), None
+        return build_shard([row for row, _ in rows], self.suffix, rows[0][1], failed) if rows else None
+
+    def _warn_of_failed(self, inputs):
+        """Warns of rows that failed when shards were made. `inputs`: {name of a shard that is there: Input}."""
+
+        def failed(name):
+            return failed_rows(fields_in(f"{self.out}/{name}", lambda size: read_range(self.store, name, 0, size)))
+
+        number, first = 0, None
+        for name, earlier in in_threads(failed, inputs):
+            number += earlier.number
+            if earlier.number and first is None:
+                first = f"{inputs[name].where}#{earlier.first[0][1]}"
+        if number:
+            self.summary.counts["failed_before"] = number
+            warn(
+                f"{self.out}/{self.folder}: {counted(number, 'row')} failed when the shards were made, the first "
+                f"{first}; to try again, delete the shard"
+            )
 
     def _warn_of_others(self, there, expected):
         """Names the shards of earlier states of the inputs; training refuses two shards of one number."""
@@ -130,12 +195,32 @@ class _Collected(Writer):
         self.sidecars[row.source] = sidecar_bytes(row.tensors, row.metadata)
 
 
+def _failed(samples, recorded):
+    """Returns (name, reason) of the samples that failed, in their order, without what differs between machines.
+
+    Args:
+        recorded: list of (path, line) as of `RunSummary.fail`.
+    """
+    places = {path: i for i, pair in enumerate(samples.pairs) for path in (pair.image, *pair.caption_files)}
+    root, failed = f"{samples.where}#", []
+    for path, line in sorted(recorded, key=lambda entry: (places.get(entry[0], -1), entry)):
+        name = os.path.splitext(path)[0].removeprefix(root)
+        failed.append((name, re.sub("0x[0-9a-f]{6,}", "0x", line.replace(root, ""))))
+    return failed
+
+
+def _is_own(one):
+    return one.number % ranks.world_size() == ranks.rank()
+
+
 def _in_turn(inputs):
     """The inputs in the order in which this process takes them: its own, then those of others from the end.
 
     Processes that are done with their own start with different ones.
     """
     me, size = ranks.rank(), ranks.world_size()
-    own = [one for one in inputs if one.number % size == me]
-    others = [one for one in inputs if one.number % size != me]
-    return own + sorted(others, key=lambda one: (-(one.number // size), (one.number - me) % size))
+    others = [one for one in inputs if not _is_own(one)]
+    return [
+        *filter(_is_own, inputs),
+        *sorted(others, key=lambda one: (-(one.number // size), (one.number - me) % size)),
+    ]
