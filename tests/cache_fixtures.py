@@ -1,7 +1,9 @@
 """What the tests of the cache scripts share: tiny pipelines, small pictures, and a way to run a script."""
 
+import io
 import os
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -103,3 +105,12 @@ def waiting_at(path, folder):
         "files.open_regular = open_regular\n"
     )
     return os.environ | {"PYTHONPATH": str(folder)}
+
+
+def pack_tar(path, members):
+    """Writes a tar of (name, bytes), given as a dict or as pairs."""
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items() if isinstance(members, dict) else members:
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime = len(data), 1700000000
+            tar.addfile(info, io.BytesIO(data))

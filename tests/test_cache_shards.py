@@ -1,6 +1,5 @@
 """Shard sets made from tars of images and captions by the cache scripts: the rows, several processes, failures."""
 
-import io
 import json
 import os
 import shutil
@@ -10,7 +9,7 @@ import sys
 import tarfile
 
 import pytest
-from cache_fixtures import save_pictures
+from cache_fixtures import pack_tar, save_pictures
 from helpers import REPO, T5, digest, run_script, train, wait_until
 
 from cachetrain.data.index import PairIndex
@@ -30,14 +29,6 @@ def command(half, model, data, out, *flags):
 def make(model, data, out, *flags):
     """Makes both halves; returns the exit codes."""
     return [run_script(*command(half, model, data, out, *flags)) for half in ("img", "txt")]
-
-
-def pack_tar(path, members):
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size, info.mtime = len(data), 1700000000
-            tar.addfile(info, io.BytesIO(data))
 
 
 @pytest.fixture(scope="module")

@@ -79,7 +79,7 @@ class Samples:
         """
         if "files" in settings.captions:
             files = [s for s in self._suffixes[self.name(pair)] if s.lower().endswith(CAPTION_SUFFIXES)]
-            first, *more = (self._path(self.name(pair), s) for s in sorted(files, key=caption_order)) or [None]
+            first, *more = [self._path(self.name(pair), s) for s in sorted(files, key=caption_order)] or [None]
             pair = Pair(pair.image, first or pair.caption_file, tuple(more))
         if pair.caption_file is None:
             raise ValueError(f"{pair.image}: has no caption")
@@ -104,6 +104,9 @@ class Samples:
         """Adds the Pair of a sample if it has an image."""
         images = list(filter(is_image, suffixes))
         if not images:
+            reason = "is no image, as the name of a sample ends at its first dot; rename it"
+            others = (suffix for suffix in suffixes if suffix.lower() != MASK_SUFFIX)
+            self.faults += [(self._path(name, s), reason) for s in others if s.lower().endswith(tuple(_IMAGES))]
             return
         image, *others = (self._path(name, suffix) for suffix in images)
         for other in others:

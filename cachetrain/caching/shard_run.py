@@ -76,7 +76,7 @@ class ShardRun:
         """
         names = {one: f"{self.folder}/{shard_name(one.number, one.content)}" for one in self.inputs.inputs}
         there, num_written = set(names_in(self.store)), 0
-        missing = ((one, name) for one in _in_turn(names) if (name := names[one]) not in there)
+        missing = iter([(one, names[one]) for one in _in_turn(names) if names[one] not in there])
         with self.summary.time_encoding():
             for name, samples in self._read_inputs(missing):
                 if not exists(self.store, name):
