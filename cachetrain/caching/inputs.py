@@ -107,7 +107,7 @@ class Inputs:
         lists = [one for one in self.inputs if one.is_parquet and one.name.removesuffix(".parquet") in tars]
         if not lists or self._has_images(lists[0]):
             return self.inputs
-        info(f"{lists[0].where} and others beside tars of their names are taken as lists of URLs, and not read")
+        info(f"{lists[0].where}: taken for the list of URLs of its tar, and not read, as all files like it")
         return [one for one in self.inputs if one not in set(lists)]
 
     def _has_images(self, one):

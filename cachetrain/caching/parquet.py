@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from cachetrain.caching.samples import ANY_IMAGE, Samples
 from cachetrain.data.masks import MASK_SUFFIX
 from cachetrain.data.variants import Captions, CaptionSettings
+from cachetrain.log import counted
 
 # The names of columns; the first one that is there counts.
 _IMAGES = {"jpg": ".jpg", "jpeg": ".jpeg", "png": ".png", "webp": ".webp", "image": ANY_IMAGE}
@@ -59,7 +60,9 @@ class OpenParquet(Samples):
     def captions(self, pair, settings: CaptionSettings) -> Captions:
         number = self._lists.get(pair.caption_file, 1)
         if number > 1 and "lines" not in settings.captions:
-            raise ValueError(f"{pair.image}: has {number} captions; pass --captions lines to encode all of them")
+            raise ValueError(
+                f"{pair.image}: has {counted(number, 'caption')}; pass --captions lines to encode all of them"
+            )
         return super().captions(pair, settings)
 
 
