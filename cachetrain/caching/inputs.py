@@ -114,7 +114,8 @@ class Inputs:
         if self.store is None:
             footer = read_with_stat(one.where, MAX_INPUT)[0]
         else:
-            footer = objects.read_range(self.store, one.name, max(one.size - _FOOTER, 0), one.size)
+            length = min(one.size, _FOOTER)
+            footer = objects.read_range(self.store, one.name, one.size - length, length)
         try:
             return parquet.has_images(one.where, footer)
         except ValueError:  # damaged, or pyarrow is not installed: the tars do not need it
