@@ -250,10 +250,9 @@ def test_inputs_are_found_in_subfolders_and_shards_and_compressed_tars_are_none(
 def faulty(tmp_path_factory):
     root = tmp_path_factory.mktemp("faulty")
     good = {"ok.jpg": image(), "ok.txt": b"x"}
-    pack_tar(
-        root / "00000.tar", good | {"a.jpg": b"", "b.jpg": b"", "b.txt": b"\xff", "c.jpg": image(), "c.png": b""}
-    )
-    pack_tar(root / "00001.tar", good)
+    bad = {"a.jpg": b"", "b.jpg": b"", "b.txt": b"\xff", "c.jpg": image(), "c.png": b""}
+    pack_tar(root / "00000.tar", good)
+    pack_tar(root / "00001.tar", good | bad)
     return root
 
 
@@ -265,8 +264,8 @@ def test_a_rerun_names_the_rows_that_failed_before_without_reading_inputs(
     monkeypatch.setattr("cachetrain.caching.shard_run.Inputs.open", None)
     assert make("img", model_t5, faulty, tmp_path) == make("txt", model_t5, faulty, tmp_path) == 1
     errors = capfd.readouterr().err
-    assert f"3 rows failed when the shards were made, the first {faulty}/00000.tar#c.png: would share its" in errors
-    (shard, clean) = shards(tmp_path, "txt")
+    assert f"3 rows failed when the shards were made, the first {faulty}/00001.tar#c.png: would share its" in errors
+    (clean, shard) = shards(tmp_path, "txt")
     assert failed_rows(Shard(shard).fields) == (4, [
         ["c", "c.png: would share its sidecar with c.jpg; rename one of the two images"],
         ["a", "a.jpg: has no caption"],
@@ -275,8 +274,15 @@ def test_a_rerun_names_the_rows_that_failed_before_without_reading_inputs(
     ])  # fmt: skip
     assert failed_rows(Shard(clean).fields) == (0, ())
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")  # of which this is not the tar
-    assert make("img", model_t5, faulty, tmp_path) == 0
+    for rank, said in (("0", False), ("1", True)):  # each looks at its own
+        monkeypatch.setenv("RANK", rank)
+        assert make("img", model_t5, faulty, tmp_path) == int(said)
+        assert ("3 rows failed when the shards were made" in capfd.readouterr().err) == said
+    (path, _) = shards(tmp_path, "img")
+    path.write_bytes(path.read_bytes()[:600])
+    monkeypatch.setenv("RANK", "0")
+    assert make("img", model_t5, faulty, tmp_path) == 1
+    assert f"{path}: its index is damaged" in capfd.readouterr().err
 
 
 def test_shards_with_failed_rows_have_the_same_bytes_wherever_the_input_is(faulty, model_t5, tmp_path):

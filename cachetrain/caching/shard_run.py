@@ -13,12 +13,13 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from tqdm import tqdm
 
 from cachetrain.caching import ranks
 from cachetrain.caching.inputs import Inputs
-from cachetrain.caching.messages import say
+from cachetrain.caching.messages import print_line, say
 from cachetrain.caching.samples import Samples
 from cachetrain.caching.summary import RunSummary
 from cachetrain.caching.writer import Writer
@@ -26,7 +27,7 @@ from cachetrain.data.many_files import in_threads
 from cachetrain.data.objects import exists, names_in, open_store, put_new, read_range
 from cachetrain.data.shard_set import folder_name, shard_name, shard_number
 from cachetrain.data.shards import build_shard, failed_rows, fields_in
-from cachetrain.data.sidecar import NULL_STEM, RUN_KEYS, sidecar_bytes
+from cachetrain.data.sidecar import NULL_STEM, RUN_KEYS, SidecarError, sidecar_bytes
 from cachetrain.log import counted, warn
 
 # Submits rows of all pairs of an input to the writer, and reports those that fail.
@@ -157,18 +158,25 @@ class ShardRun:
         """Warns of rows that failed when shards were made. `inputs`: {name of a shard that is there: Input}."""
 
         def failed(name):
-            return failed_rows(fields_in(f"{self.out}/{name}", lambda size: read_range(self.store, name, 0, size)))
+            try:
+                return failed_rows(
+                    fields_in(f"{self.out}/{name}", lambda size: read_range(self.store, name, 0, size))
+                )
+            except SidecarError as error:
+                return error
 
         number, first = 0, None
         for name, earlier in in_threads(failed, inputs):
-            number += earlier.number
-            if earlier.number and first is None:
-                first = f"{inputs[name].where}#{earlier.first[0][1]}"
+            if isinstance(earlier, SidecarError):
+                self.summary.fail(f"{self.out}/{name}", earlier)
+            elif earlier.number:
+                number += earlier.number
+                first = first or f"{inputs[name].where}#{earlier.first[0][1]}"
         if number:
             self.summary.counts["failed_before"] = number
-            warn(
-                f"{self.out}/{self.folder}: {counted(number, 'row')} failed when the shards were made, the first "
-                f"{first}; to try again, delete the shard"
+            print_line(  # on all ranks: each looks at its own
+                f"warning: {self.out}/{self.folder}: {counted(number, 'row')} failed when the shards were made, the "
+                f"first {first}; to try again, delete the shard"
             )
 
     def _warn_of_others(self, there, expected):
