@@ -83,6 +83,7 @@ class ShardRun:
                 if not exists(self.store, name):
                     data = self._shard(samples, encode)
                     num_written += data is not None and put_new(self.store, name, data)
+                del samples  # before the next one is read
         say(f"{self.out}/{self.folder}: {counted(num_written, 'shard')} of {counted(len(names), 'input')} written")
         self._warn_of_others(there, set(names.values()))
         self._warn_of_failed({name: one for one, name in names.items() if name in there and _is_own(one)})
@@ -159,9 +160,7 @@ class ShardRun:
 
         def failed(name):
             try:
-                return failed_rows(
-                    fields_in(f"{self.out}/{name}", lambda size: read_range(self.store, name, 0, size))
-                )
+                return failed_rows(fields_in(f"{self.out}/{name}", partial(read_range, self.store, name, 0)))
             except SidecarError as error:
                 return error
 
