@@ -147,6 +147,13 @@ def test_parquet_without_pyarrow_is_one_message(model_t5, tmp_path, monkeypatch)
         make("txt", model_t5, tmp_path, tmp_path / "set")
 
 
+def test_a_row_with_the_key_of_another_is_named(model_t5, tmp_path, capfd):
+    write_parquet(tmp_path / "0.parquet", {"jpg": [image(), image(1), None], "key": [7, 7, 7]})
+    assert make("img", model_t5, tmp_path, tmp_path / "set") == 1
+    assert [*map(names, shards(tmp_path / "set", "img"))] == [["7"]]
+    assert "0.parquet#7.jpg: row 1 has the key of another row" in capfd.readouterr().err
+
+
 def test_a_list_of_captions_in_a_row_needs_captions_lines(model_t5, tmp_path, capfd):
     write_parquet(tmp_path / "0.parquet", {"jpg": [image()] * 2, "caption": [["one", "two"], ["one"]]})
     assert make("txt", model_t5, tmp_path, tmp_path / "a") == 1
