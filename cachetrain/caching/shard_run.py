@@ -7,7 +7,7 @@ and writes a shard by one create-only call: the first writer wins, and a process
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from tqdm import tqdm
 
@@ -52,13 +52,12 @@ class ShardRun:
     """
 
     def __init__(self, args: Namespace, fields: Mapping[str, str], summary: RunSummary):
+        self.args = args
         self.inputs = InputTars(args.data_root[0])
-        self.out = args.out
         self.store = open_store(args.out)
         self.suffix = args.cache_suffix
         self.folder = folder_name(args.cache_suffix, [fields.get(key, "") for key in RUN_KEYS])
         self.summary = summary
-        self.show_coverage = getattr(args, "bucket", False)
 
     def make(self, encode: Encode) -> int:
         """Makes the shards that are missing; returns the exit code: 1 if a sample or a tar failed.
@@ -66,16 +65,18 @@ class ShardRun:
         Raises:
             OSError: a shard cannot be written.
         """
-        names = {tar: f"{self.folder}/{shard_name(tar.number, tar.content)}" for tar in self.inputs.tars}
-        there, num_written = set(names_in(self.store)), 0
+        tars, there, num_written = self.inputs.tars, set(names_in(self.store)), 0
         with self.summary.time_encoding():
-            for tar in _in_turn(self.inputs.tars):
-                if names[tar] not in there and not exists(self.store, names[tar]):
-                    data = self._shard(tar, encode)
-                    num_written += data is not None and put_new(self.store, names[tar], data)
-        say(f"{self.out}/{self.folder}: {counted(num_written, 'shard')} of {counted(len(names), 'tar')} written")
-        self._warn_of_others(there, set(names.values()))
-        return self.summary.finish_alone(self.show_coverage)
+            for tar in _in_turn(tars):
+                if _name(self.folder, tar) not in there:
+                    num_written += self.make_one(tar, encode)
+        return finish(self.args, tars, self.folder, there, num_written, self.summary)
+
+    def make_one(self, tar: InputTar, encode: Encode) -> bool:
+        """Makes the shard of a tar, unless it is there; returns whether this call wrote it. Raises like `make`."""
+        name = _name(self.folder, tar)
+        data = None if exists(self.store, name) else self._shard(tar, encode)
+        return data is not None and put_new(self.store, name, data)
 
     def put_null_caption(self, encode: Callable[[Writer], None]) -> None:
         """Makes the sidecar of the null caption, unless it is there; encode(writer) submits its row."""
@@ -103,13 +104,27 @@ class ShardRun:
         rows = [shard_row(opened.name(pair), pair.image, data, kind) for pair, data in made]
         return build_shard([row for row, _ in rows], self.suffix, rows[0][1]) if rows else None
 
-    def _warn_of_others(self, there, expected):
-        """Names the shards of earlier states of the tars; training refuses two shards of one number."""
-        numbers = {tar.number for tar in self.inputs.tars}
-        for name in sorted(there - expected):
-            folder, _, base = name.rpartition("/")
-            if folder == self.folder and shard_number(base) in numbers:
-                warn(f"{self.out}/{name}: is of an earlier state of its tar; delete it before training")
+
+def finish(args: Namespace, tars: Sequence[InputTar], folder: str, there: set[str], num_written: int, summary) -> int:
+    """Says what was made, and names the shards of earlier states of the tars; returns the exit code.
+
+    Training refuses two shards of one number.
+
+    Args:
+        there: names of shards.
+        summary: RunSummary.
+    """
+    say(f"{args.out}/{folder}: {counted(num_written, 'shard')} of {counted(len(tars), 'tar')} written")
+    numbers = {tar.number for tar in tars}
+    for name in sorted(there - {_name(folder, tar) for tar in tars}):
+        its_folder, _, base = name.rpartition("/")
+        if its_folder == folder and shard_number(base) in numbers:
+            warn(f"{args.out}/{name}: is of an earlier state of its tar; delete it before training")
+    return summary.finish_alone(getattr(args, "bucket", False))
+
+
+def _name(folder, tar):
+    return f"{folder}/{shard_name(tar.number, tar.content)}"
 
 
 class _Collected(Writer):

@@ -1,0 +1,210 @@
+"""--engine ray: the shards of a set are made by actors, processes that Ray starts on the nodes of a cluster.
+
+An actor gets one tar at a time, makes its shard by the code of a run without Ray, and writes it by the same
+create-only call. An actor, a node or the process here that dies loses the shards it was at.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+from argparse import Namespace
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, suppress
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from cachetrain import cli
+from cachetrain.caching import ranks
+from cachetrain.caching.messages import print_line
+from cachetrain.caching.shard_run import check_out_args, finish
+from cachetrain.caching.summary import RunSummary
+from cachetrain.caching.tars import InputTar, InputTars
+from cachetrain.data.objects import names_in, open_store
+from cachetrain.log import first_line
+
+_CPUS = 4  # of an actor in a cluster without GPUs
+_MAX_LOST = 3  # actors that may die at one tar, or one after the other while they start
+_POLL_S = 30
+
+
+class Made(NamedTuple):
+    """What an actor did with a tar.
+
+    Attributes:
+        folder: of the shard.
+        written: whether this call wrote it.
+        record: of RunSummary.take.
+        lines: what it printed on stderr.
+    """
+
+    folder: str
+    written: bool
+    record: dict
+    lines: list[str]
+
+
+def make_on_ray(cache: Callable[..., int], args: Namespace, summary: RunSummary) -> int:
+    """Makes the shards that are missing; returns the exit code: 1 if a sample or a tar failed.
+
+    Args:
+        cache: a run without Ray: cache(args, make=...), as `image_run.cache_images`. Actors call it.
+
+    Raises:
+        ValueError: options contradict each other, or Ray is not installed.
+        OSError: the cluster cannot be reached, or an actor fails for a reason that lies not in its tar.
+    """
+    if not args.out:
+        raise ValueError("--engine needs --out; omit it to cache a folder of images")
+    if ranks.world_size() > 1:
+        raise ValueError("--engine ray starts the processes itself; run it once, without torchrun and WORLD_SIZE")
+    check_out_args(args)
+    tars, store = InputTars(args.data_root[0]).tars, open_store(args.out)
+    folder, num_written, printed = None, 0, set()
+    progress = tqdm(total=len(tars), desc=summary.kind, unit="tar", disable=None)
+    with summary.telling_what_was_done(), _cluster() as ray, progress:
+        new_actor = _actors_of(ray, cache, args)
+        for tar, made in _results(ray, new_actor, tars):
+            progress.update()
+            if made is None:
+                summary.fail(tar.where, f"{_MAX_LOST} processes died at it; perhaps they lacked memory")
+                continue
+            folder = made.folder
+            num_written += made.written
+            summary.add(made.record)
+            for line in dict.fromkeys(made.lines):
+                if line not in printed:
+                    print_line(line)
+            printed.update(made.lines)
+    if folder is None:
+        return summary.finish_alone()
+    return finish(args, tars, folder, set(names_in(store)), num_written, summary)
+
+
+@contextmanager
+def _cluster():
+    """Connects to the cluster of RAY_ADDRESS, or starts one on this machine that ends with the body; yields ray."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ImportError:
+        raise ValueError("--engine ray needs the package ray: pip install -e '.[cluster]'") from None
+    try:
+        with cli.deferred_signals() as came:  # Ray sets a handler of its own
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
+    except (ConnectionError, RuntimeError) as error:
+        raise OSError(f"Ray cannot be reached or started: {first_line(error)}") from error
+    try:
+        for number in came:
+            signal.raise_signal(number)
+        yield ray
+    except ray.exceptions.RayError as error:
+        raise OSError(f"the connection to Ray is lost: {first_line(error)}") from error
+    finally:
+        ray.shutdown()
+
+
+def _actors_of(ray, cache, args):
+    """Returns a function that has Ray start an actor, as soon as a node has room for it."""
+    on_gpu = args.device.startswith("cuda") if args.device else ray.cluster_resources().get("GPU", 0) > 0
+    most_cpus = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
+    needs = {"num_cpus": 1, "num_gpus": 1} if on_gpu else {"num_cpus": max(1, min(_CPUS, most_cpus))}
+    make = ray.remote(ShardMaker).options(**needs, max_restarts=0, max_task_retries=0)
+    args = Namespace(**vars(args) | {"engine": None})
+    return lambda: make.remote(cache, args, os.getcwd(), "GPU" if on_gpu else "CPU", needs["num_cpus"])
+
+
+def _results(ray, new_actor, tars: Sequence[InputTar]) -> Iterator[tuple[InputTar, Made | None]]:
+    """Yields each tar with what was made of it, None if _MAX_LOST actors died at it.
+
+    As many actors wait for a place as are at work, at least one, so that nodes that join are used, and a cluster that
+    grows on demand grows. Ray ends an actor that nothing refers to any more.
+    """
+    left, lost = deque(tars), Counter()
+    calls = {}  # call that is waited for -> (actor, its tar; None while it starts)
+    while left or any(tar for _, tar in calls.values()):
+        num_working = sum(tar is not None for _, tar in calls.values())
+        while len(calls) - num_working < min(max(1, num_working), len(left)):
+            actor = new_actor()
+            calls[actor.start.remote()] = actor, None
+        for call in ray.wait(list(calls), timeout=_POLL_S)[0]:
+            actor, tar = calls.pop(call)
+            try:
+                made = ray.get(call)
+            except ray.exceptions.RayTaskError as error:
+                raise _error_of(error) from error
+            except ray.exceptions.RayError as error:  # the actor or its node died, or what it returned is lost
+                lost[tar] += 1
+                if tar is None and lost[tar] >= _MAX_LOST:
+                    raise OSError(f"processes cannot start on the cluster: {error}") from error
+                if tar and lost[tar] < _MAX_LOST:
+                    print_line(f"{tar.where}: the process at it died; another one makes its shard")
+                    left.appendleft(tar)
+                elif tar:
+                    yield tar, None
+                continue
+            if tar:
+                yield tar, made
+            else:
+                lost[None] = 0
+            if left:
+                tar = left.popleft()
+                calls[actor.make.remote(tar)] = actor, tar
+
+
+def _error_of(error):
+    """The exception that an actor raised: in one line with its node, if its message says it all."""
+    cause = error.cause
+    return OSError(f"node {error.ip}: {cause}") if isinstance(cause, OSError | ValueError) else cause
+
+
+class ShardMaker:
+    """An actor: loads the model once, and makes shards of the tars that it is given.
+
+    Args:
+        cache: as of `make_on_ray`.
+        folder: the working directory, to which relative paths refer if the node has it.
+        resource, amount: what of its node the actor has.
+    """
+
+    def __init__(self, cache, args, folder, resource, amount):
+        self.cache = cache
+        self.args = args
+        self.folder = folder
+        self.share = resource, amount
+        self.run = self.encode = None
+
+    def start(self) -> None:
+        """Returns when the actor has a place."""
+        import ray
+
+        with suppress(OSError):
+            os.chdir(self.folder)
+        # A node may have been started by a launcher, whose ranks are no concern of its actors. Of the cores, each
+        # takes its share.
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            os.environ.pop(name, None)
+        here = ray.get_runtime_context().get_node_id()
+        (has,) = (node["Resources"] for node in ray.nodes() if node["NodeID"] == here)
+        resource, amount = self.share
+        os.environ["LOCAL_WORLD_SIZE"] = str(max(1, int(has.get(resource, 0) // amount)))
+
+    def make(self, tar: InputTar) -> Made:
+        """Makes the shard of a tar, unless it is there.
+
+        Raises:
+            like `make_on_ray`.
+        """
+        with redirect_stderr(io.StringIO()) as lines:
+            if self.run is None:
+                self.cache(self.args, make=self._keep)
+            with self.run.summary.time_encoding():
+                written = self.run.make_one(tar, self.encode)
+        return Made(self.run.folder, written, self.run.summary.take(), lines.getvalue().splitlines())
+
+    def _keep(self, run, encode):
+        self.run, self.encode = run, encode
+        return 0
