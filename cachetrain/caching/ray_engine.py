@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import signal
+import socket
 from argparse import Namespace
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -65,7 +66,7 @@ def make_on_ray(cache: Callable[..., int], args: Namespace, summary: RunSummary)
     tars, store = InputTars(args.data_root[0]).tars, open_store(args.out)
     folder, num_written, printed = None, 0, set()
     progress = tqdm(total=len(tars), desc=summary.kind, unit="tar", disable=None)
-    with summary.telling_what_was_done(), _cluster() as ray, progress:
+    with _cluster() as ray, summary.telling_what_was_done(), progress:
         new_actor = _actors_of(ray, cache, args)
         for tar, made in _results(ray, new_actor, tars):
             progress.update()
@@ -92,11 +93,16 @@ def _cluster():
         import ray
     except ImportError:
         raise ValueError("--engine ray needs the package ray: pip install -e '.[cluster]'") from None
+    address = os.environ.get("RAY_ADDRESS", "")
+    host, _, port = address.rpartition(":")
     try:
+        if port.isdecimal():  # Ray would try for minutes
+            socket.create_connection((host.strip("[]"), port), timeout=10).close()
         with cli.deferred_signals() as came:  # Ray sets a handler of its own
             ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
-    except (ConnectionError, RuntimeError) as error:
-        raise OSError(f"Ray cannot be reached or started: {first_line(error)}") from error
+    except (OSError, RuntimeError) as error:
+        where = f" at RAY_ADDRESS={address}" if address else ""
+        raise OSError(f"cannot connect to Ray{where}: {first_line(error)}") from error
     try:
         for number in came:
             signal.raise_signal(number)
