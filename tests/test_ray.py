@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
+from uuid import uuid4
 
 import pytest
 from cache_fixtures import damage_tars, files, make_tars, shard_command
@@ -15,6 +16,12 @@ from helpers import HANG_S, REPO, run_script, wait_until
 
 from cachetrain.caching import ray_engine
 from cachetrain.caching.tars import InputTar
+
+
+@pytest.fixture(autouse=True)
+def token(monkeypatch):
+    """So that Ray leaves none in the home directory."""
+    monkeypatch.setenv("RAY_AUTH_TOKEN", uuid4().hex * 2)
 
 
 @pytest.fixture(scope="module")

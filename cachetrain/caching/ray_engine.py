@@ -141,7 +141,7 @@ def _results(ray, new_actor, tars: Sequence[InputTar]) -> Iterator[tuple[InputTa
             try:
                 made = ray.get(call)
             except ray.exceptions.RayTaskError as error:
-                raise _error_of(error) from error
+                raise error.cause from error
             except ray.exceptions.RayError as error:  # the actor or its node died, or what it returned is lost
                 lost[tar] += 1
                 if tar is None and lost[tar] >= _MAX_LOST:
@@ -161,12 +161,6 @@ def _results(ray, new_actor, tars: Sequence[InputTar]) -> Iterator[tuple[InputTa
                 calls[actor.make.remote(tar)] = actor, tar
 
 
-def _error_of(error):
-    """The exception that an actor raised: in one line with its node, if its message says it all."""
-    cause = error.cause
-    return OSError(f"node {error.ip}: {cause}") if isinstance(cause, OSError | ValueError) else cause
-
-
 class ShardMaker:
     """An actor: loads the model once, and makes shards of the tars that it is given.
 
@@ -181,12 +175,14 @@ class ShardMaker:
         self.args = args
         self.folder = folder
         self.share = resource, amount
+        self.node = None  # its address
         self.run = self.encode = None
 
     def start(self) -> None:
         """Returns when the actor has a place."""
         import ray
 
+        self.node = ray.util.get_node_ip_address()
         with suppress(OSError):
             os.chdir(self.folder)
         # A node may have been started by a launcher, whose ranks are no concern of its actors. Of the cores, each
@@ -202,13 +198,16 @@ class ShardMaker:
         """Makes the shard of a tar, unless it is there.
 
         Raises:
-            like `make_on_ray`.
+            OSError: as in a run without Ray, and where that raises ValueError; with the node.
         """
-        with redirect_stderr(io.StringIO()) as lines:
-            if self.run is None:
-                self.cache(self.args, make=self._keep)
-            with self.run.summary.time_encoding():
-                written = self.run.make_one(tar, self.encode)
+        try:
+            with redirect_stderr(io.StringIO()) as lines:
+                if self.run is None:
+                    self.cache(self.args, make=self._keep)
+                with self.run.summary.time_encoding():
+                    written = self.run.make_one(tar, self.encode)
+        except (OSError, ValueError) as error:
+            raise OSError(f"node {self.node}: {error}") from error
         return Made(self.run.folder, written, self.run.summary.take(), lines.getvalue().splitlines())
 
     def _keep(self, run, encode):
