@@ -29,7 +29,7 @@ from cachetrain.log import first_line
 
 _CPUS = 4  # of an actor in a cluster without GPUs
 _MAX_LOST = 3  # actors that may die at one tar, or one after the other while they start
-_POLL_S = 30
+_POLL_S = 60
 
 
 class Made(NamedTuple):
@@ -70,8 +70,8 @@ def make_on_ray(cache: Callable[..., int], args: Namespace, summary: RunSummary)
         new_actor = _actors_of(ray, cache, args)
         for tar, made in _results(ray, new_actor, tars):
             progress.update()
-            if made is None:
-                summary.fail(tar.where, f"{_MAX_LOST} processes died at it; perhaps they lacked memory")
+            if isinstance(made, str):
+                summary.fail(tar.where, f"{_MAX_LOST} processes died at it; the last one: {made}")
                 continue
             folder = made.folder
             num_written += made.written
@@ -100,7 +100,7 @@ def _cluster():
             socket.create_connection((host.strip("[]"), port), timeout=10).close()
         with cli.deferred_signals() as came:  # Ray sets a handler of its own
             ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ray.exceptions.RayError) as error:
         where = f" at RAY_ADDRESS={address}" if address else ""
         raise OSError(f"cannot connect to Ray{where}: {first_line(error)}") from error
     try:
@@ -123,8 +123,8 @@ def _actors_of(ray, cache, args):
     return lambda: make.remote(cache, args, os.getcwd(), "GPU" if on_gpu else "CPU", needs["num_cpus"])
 
 
-def _results(ray, new_actor, tars: Sequence[InputTar]) -> Iterator[tuple[InputTar, Made | None]]:
-    """Yields each tar with what was made of it, None if _MAX_LOST actors died at it.
+def _results(ray, new_actor, tars: Sequence[InputTar]) -> Iterator[tuple[InputTar, Made | str]]:
+    """Yields each tar with what was made of it, or if _MAX_LOST actors died at it, with why.
 
     As many actors wait for a place as are at work, at least one, so that nodes that join are used, and a cluster that
     grows on demand grows. Ray ends an actor that nothing refers to any more.
@@ -136,7 +136,10 @@ def _results(ray, new_actor, tars: Sequence[InputTar]) -> Iterator[tuple[InputTa
         while len(calls) - num_working < min(max(1, num_working), len(left)):
             actor = new_actor()
             calls[actor.start.remote()] = actor, None
-        for call in ray.wait(list(calls), timeout=_POLL_S)[0]:
+        done, _ = ray.wait(list(calls), timeout=_POLL_S)
+        if not done and not num_working:
+            print_line("no node of the Ray cluster has room for a process so far; waiting")
+        for call in done:
             actor, tar = calls.pop(call)
             try:
                 made = ray.get(call)
@@ -144,13 +147,14 @@ def _results(ray, new_actor, tars: Sequence[InputTar]) -> Iterator[tuple[InputTa
                 raise error.cause from error
             except ray.exceptions.RayError as error:  # the actor or its node died, or what it returned is lost
                 lost[tar] += 1
-                if tar is None and lost[tar] >= _MAX_LOST:
-                    raise OSError(f"processes cannot start on the cluster: {error}") from error
+                reason = str(error).splitlines()[-1]
                 if tar and lost[tar] < _MAX_LOST:
                     print_line(f"{tar.where}: the process at it died; another one makes its shard")
                     left.appendleft(tar)
                 elif tar:
-                    yield tar, None
+                    yield tar, reason
+                elif lost[tar] == _MAX_LOST:
+                    raise OSError(f"processes cannot start on the Ray cluster: {reason}") from error
                 continue
             if tar:
                 yield tar, made
