@@ -9,21 +9,13 @@ import sys
 import tarfile
 
 import pytest
-from cache_fixtures import pack_tar, save_pictures
+from cache_fixtures import damage_tars, files, make_tars
+from cache_fixtures import shard_command as command
 from helpers import REPO, T5, digest, run_script, train, wait_until
 
 from cachetrain.data.index import PairIndex
 from cachetrain.data.shards import Shard
 from cachetrain.data.sidecar import read_sidecar
-
-SIZE = ("--target_width", 64, "--target_height", 64, "--num_workers", 0, "--batch_size", 4)
-
-
-def command(half, model, data, out, *flags):
-    """Script and arguments that make the image or the text half of a set, or with out=None sidecars."""
-    script, more = ("cache/create_img_sdxl.py", SIZE) if half == "img" else ("cache/create_t5cache_768.py", ())
-    to = ("--out", out) if out else ()
-    return list(map(str, (script, "--model", model, "--data_root", data, *to, *more, *flags)))
 
 
 def make(model, data, out, *flags):
@@ -33,20 +25,7 @@ def make(model, data, out, *flags):
 
 @pytest.fixture(scope="module")
 def tars(tmp_path_factory):
-    """Three tars as img2dataset writes them, of 5 images each."""
-    root = tmp_path_factory.mktemp("tars")
-    for number in range(3):
-        members = {}
-        for i in range(5):
-            key = f"{number:05d}{i:04d}"
-            save_pictures(root / "pictures", [f"{key}.jpg"], (72 + 8 * i, 64 + number))
-            members[f"{key}.jpg"] = (root / "pictures" / f"{key}.jpg").read_bytes()
-            members[f"{key}.json"] = json.dumps({"key": key, "caption": f"from json {i}"}).encode()
-            if (number, i) != (1, 3):
-                members[f"{key}.txt"] = f"picture {i} of {number}".encode()
-        pack_tar(root / f"{number:05d}.tar", members)
-    shutil.rmtree(root / "pictures")
-    return root
+    return make_tars(tmp_path_factory.mktemp("tars"))
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +33,6 @@ def made(tars, model_t5, tmp_path_factory):
     out = tmp_path_factory.mktemp("sets") / "set"
     assert make(model_t5, tars, out) == [0, 0]
     return out
-
-
-def files(root):
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(root.rglob("*.*"))}
 
 
 def test_rows_are_the_sidecars_of_the_extracted_images(tars, made, model_t5, tmp_path):
@@ -180,16 +155,7 @@ def test_the_first_writer_wins(tars, made, model_t5, tmp_path, monkeypatch, caps
 
 @pytest.fixture(scope="module")
 def faulty(tars, tmp_path_factory):
-    """Tars with an image that is none, a caption that is no text and one that is missing; one tar is cut off."""
-    root = shutil.copytree(tars, tmp_path_factory.mktemp("faulty") / "tars")
-    with tarfile.open(root / "00001.tar") as tar:
-        members = {member.name: tar.extractfile(member).read() for member in tar}
-    members["000010000.jpg"] = b"no image"
-    members["000010001.txt"] = b"caf\xe9"
-    members["000010003.json"] = b"{}"
-    pack_tar(root / "00001.tar", members)
-    (root / "00002.tar").write_bytes((root / "00002.tar").read_bytes()[:5000])
-    return root
+    return damage_tars(tars, tmp_path_factory.mktemp("faulty") / "tars")
 
 
 def test_rows_that_fail_are_missing_in_their_half_named_and_matched_in_training(faulty, model_t5, tmp_path, capfd):

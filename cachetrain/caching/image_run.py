@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from contextlib import contextmanager
 from functools import cache, partial
 
@@ -14,7 +15,8 @@ from cachetrain import cli
 from cachetrain.caching import images, ranks, selection
 from cachetrain.caching.buckets import bucket_sizes
 from cachetrain.caching.freshness import image_source
-from cachetrain.caching.shard_run import ShardRun, check_out_args
+from cachetrain.caching.ray_engine import make_on_ray
+from cachetrain.caching.shard_run import Encode, ShardRun, check_out_args
 from cachetrain.caching.summary import RunSummary
 from cachetrain.caching.writer import Row, Writer
 from cachetrain.data.sidecar import numbered, sidecar_path
@@ -23,15 +25,19 @@ from cachetrain.modeling import load, normalisation
 from cachetrain.modeling.files import component_files, read_config
 
 
-def cache_images(args: Namespace, kind: str) -> int:
+def cache_images(args: Namespace, kind: str, make: Callable[[ShardRun, Encode], int] = ShardRun.make) -> int:
     """Writes a sidecar of this kind beside each image under args.data_root that lacks a fresh one.
 
     Args:
         args: from `arguments.image_parser` and `check_image_args`.
+        make: what to do with --out.
 
     Returns:
         exit code: 0, or 1 if some image failed.
     """
+    summary = RunSummary(kind, args.data_root, args.cache_suffix, args.mask)
+    if args.engine:
+        return make_on_ray(partial(cache_images, kind=kind), args, summary)
     components = () if args.vae or args.custom else ("vae",)
     model_dir = load.resolve_model(args.model, args.revision, components, code=args.custom)
     vae_dir = model_dir if args.vae else load.component_dir(model_dir, "vae")
@@ -45,9 +51,8 @@ def cache_images(args: Namespace, kind: str) -> int:
     }
     if args.norm:
         fields |= normalisation.of_file(args.norm, fields["encoder"]).header_fields()
-    summary = RunSummary(kind, args.data_root, args.cache_suffix, args.mask)
     if args.out:
-        return _cache_inputs(args, model_dir if args.custom else vae_dir, fields, summary)
+        return make(*_inputs(args, model_dir if args.custom else vae_dir, fields, summary))
     source_of = partial(image_source, masked=args.mask == "files")
     pairs = selection.select(selection.find_pairs(args, summary), source_of, fields, args, summary)
     if pairs:
@@ -80,8 +85,8 @@ def _encode(args, pairs, vae_dir, fields, summary):
         encoder.write(batches, writer)
 
 
-def _cache_inputs(args, vae_dir, fields, summary):
-    """Makes the image half of a shard set; returns the exit code."""
+def _inputs(args, vae_dir, fields, summary):
+    """The ShardRun of the image half of a shard set, and its Encode."""
     sizes = _sizes(args)
     check_out_args(args)
     encoder = cache(partial(_Encoder, args, vae_dir, sizes, fields))
@@ -95,7 +100,7 @@ def _cache_inputs(args, vae_dir, fields, summary):
         fields = fields | scaling.header_fields()
     elif not args.norm:
         fields = encoder().fields
-    return ShardRun(args, fields, summary).make(encode)
+    return ShardRun(args, fields, summary), encode
 
 
 def _sizes(args):
@@ -168,7 +173,8 @@ def _start_decoding(args, files):
 
     from cachetrain.data.loader import batches_of
 
-    num_workers = min(args.num_workers, -(-len(files) // args.batch_size))
+    num_workers = max(1, min(8, cli.cores_of_this_rank() - 1)) if args.num_workers is None else args.num_workers
+    num_workers = min(num_workers, -(-len(files) // args.batch_size))
     loader = DataLoader(
         files,
         batch_size=args.batch_size,

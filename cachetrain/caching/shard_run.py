@@ -11,14 +11,14 @@ import os
 import re
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from tqdm import tqdm
 
 from cachetrain.caching import ranks
-from cachetrain.caching.inputs import Inputs
+from cachetrain.caching.inputs import Input, Inputs
 from cachetrain.caching.messages import print_line, say
 from cachetrain.caching.samples import Samples
 from cachetrain.caching.summary import RunSummary
@@ -61,13 +61,12 @@ class ShardRun:
     """
 
     def __init__(self, args: Namespace, fields: Mapping[str, str], summary: RunSummary):
+        self.args = args
         self.inputs = Inputs(args.data_root[0])
-        self.out = args.out
         self.store = open_store(args.out)
         self.suffix = args.cache_suffix
         self.folder = folder_name(args.cache_suffix, [fields.get(key, "") for key in RUN_KEYS])
         self.summary = summary
-        self.show_coverage = getattr(args, "bucket", False)
 
     def make(self, encode: Encode) -> int:
         """Makes the shards that are missing; returns the exit code: 1 if a sample or an input failed.
@@ -75,19 +74,17 @@ class ShardRun:
         Raises:
             OSError: a shard cannot be written.
         """
-        names = {one: f"{self.folder}/{shard_name(one.number, one.content)}" for one in self.inputs.inputs}
-        there, num_written = set(names_in(self.store)), 0
-        missing = iter([(one, names[one]) for one in _in_turn(names) if names[one] not in there])
+        inputs, there, num_written = self.inputs.inputs, set(names_in(self.store)), 0
+        missing = iter([one for one in _in_turn(inputs) if _name(self.folder, one) not in there])
         with self.summary.time_encoding():
-            for name, samples in self._read_inputs(missing):
-                if not exists(self.store, name):
-                    data = self._shard(samples, encode)
-                    num_written += data is not None and put_new(self.store, name, data)
+            for one, samples in self._read_inputs(missing):
+                num_written += self._put(one, samples, encode)
                 del samples  # before the next one is read
-        say(f"{self.out}/{self.folder}: {counted(num_written, 'shard')} of {counted(len(names), 'input')} written")
-        self._warn_of_others(there, set(names.values()))
-        self._warn_of_failed({name: one for one, name in names.items() if name in there and _is_own(one)})
-        return self.summary.finish_alone(self.show_coverage)
+        return finish(self.args, inputs, self.folder, there, num_written, self.summary)
+
+    def make_one(self, one: Input, encode: Encode) -> bool:
+        """Makes the shard of an input, unless it is there; returns whether this call wrote it. Raises like `make`."""
+        return any(self._put(one, samples, encode) for one, samples in self._read_inputs(iter([one])))
 
     def put_null_caption(self, encode: Callable[[Writer], None]) -> None:
         """Makes the sidecar of the null caption, unless it is there; encode(writer) submits its row."""
@@ -98,13 +95,13 @@ class ShardRun:
             for data in writer.sidecars.values():
                 put_new(self.store, name, data)
 
-    def _read_inputs(self, missing) -> Iterator[tuple[str, Samples]]:
-        """Yields (name of the shard, Samples) of the inputs that can be read and whose shards are missing.
+    def _read_inputs(self, missing) -> Iterator[tuple[Input, Samples]]:
+        """Yields the inputs that can be read and whose shards are missing, with their Samples.
 
         If reading takes long enough, the next input is read while one is encoded; two are in memory then.
 
         Args:
-            missing: iterator of (Input, name of its shard).
+            missing: iterator of Input.
         """
         with ThreadPoolExecutor(1) as thread:
             ahead, helps = None, False
@@ -114,29 +111,35 @@ class ShardRun:
                 if entry is None:
                     return
                 self.summary.times_s["waiting"] += time.perf_counter() - start_s
-                one, name, samples, read_s = entry
+                one, samples, read_s = entry
                 del entry
                 ahead = thread.submit(self._read_next, missing) if helps else None
                 if isinstance(samples, Exception):  # here, where it is not taken for one of another input's samples
                     self.summary.fail(one.where, samples)
                     continue
                 start_s = time.perf_counter()
-                yield name, samples
+                yield one, samples
                 del samples
                 helps = read_s > _WORTH_AHEAD * (time.perf_counter() - start_s)
 
     def _read_next(self, missing):
-        """(Input, name of its shard, Samples or an exception, seconds) of the next; None: there are no more."""
-        for one, name in missing:
-            if exists(self.store, name):  # another process has made it meanwhile
+        """(Input, Samples or an exception, seconds) of the next that has no shard; None: there are no more."""
+        for one in missing:
+            if exists(self.store, _name(self.folder, one)):  # another process has made it meanwhile
                 continue
             start_s = time.perf_counter()
             try:
                 samples = self.inputs.open(one)
             except (OSError, ValueError) as error:
                 samples = error
-            return one, name, samples, time.perf_counter() - start_s
+            return one, samples, time.perf_counter() - start_s
         return None
+
+    def _put(self, one, samples, encode):
+        """Makes and writes the shard of an input; returns whether this call wrote it."""
+        name = _name(self.folder, one)
+        data = None if exists(self.store, name) else self._shard(samples, encode)
+        return data is not None and put_new(self.store, name, data)
 
     def _shard(self, samples: Samples, encode):
         """The bytes of the shard of an input; None if all of its samples fail."""
@@ -155,36 +158,53 @@ class ShardRun:
         failed, self.summary.recorded = _failed(samples, self.summary.recorded), None
         return build_shard([row for row, _ in rows], self.suffix, rows[0][1], failed) if rows else None
 
-    def _warn_of_failed(self, inputs):
-        """Warns of rows that failed when shards were made. `inputs`: {name of a shard that is there: Input}."""
 
-        def failed(name):
-            try:
-                return failed_rows(fields_in(f"{self.out}/{name}", partial(read_range, self.store, name, 0)))
-            except SidecarError as error:
-                return error
+def finish(
+    args: Namespace, inputs: Sequence[Input], folder: str, there: set[str], num_written: int, summary: RunSummary
+) -> int:
+    """Says what was made, and what is wrong with what was there before; returns the exit code.
 
-        number, first = 0, None
-        for name, earlier in in_threads(failed, inputs):
-            if isinstance(earlier, SidecarError):
-                self.summary.fail(f"{self.out}/{name}", earlier)
-            elif earlier.number:
-                number += earlier.number
-                first = first or f"{inputs[name].where}#{earlier.first[0][1]}"
-        if number:
-            self.summary.counts["failed_before"] = number
-            print_line(  # on all ranks: each looks at its own
-                f"warning: {self.out}/{self.folder}: {counted(number, 'row')} failed when the shards were made, the "
-                f"first {first}; to try again, delete the shard"
-            )
+    Args:
+        there: names of the shards that were there before.
+    """
+    say(f"{args.out}/{folder}: {counted(num_written, 'shard')} of {counted(len(inputs), 'input')} written")
+    names = {_name(folder, one): one for one in inputs}
+    numbers = {one.number for one in inputs}
+    for name in sorted(there - names.keys()):
+        its_folder, _, base = name.rpartition("/")
+        if its_folder == folder and shard_number(base) in numbers:  # training refuses two shards of one number
+            warn(f"{args.out}/{name}: is of an earlier state of its input; delete it before training")
+    _warn_of_failed(args.out, {name: one for name, one in names.items() if name in there and _is_own(one)}, summary)
+    return summary.finish_alone(getattr(args, "bucket", False))
 
-    def _warn_of_others(self, there, expected):
-        """Names the shards of earlier states of the inputs; training refuses two shards of one number."""
-        numbers = {one.number for one in self.inputs.inputs}
-        for name in sorted(there - expected):
-            folder, _, base = name.rpartition("/")
-            if folder == self.folder and shard_number(base) in numbers:
-                warn(f"{self.out}/{name}: is of an earlier state of its input; delete it before training")
+
+def _warn_of_failed(out, inputs, summary):
+    """Warns of rows that failed when shards were made. `inputs`: {name of a shard that is there: Input}."""
+    store = open_store(out)
+
+    def failed(name):
+        try:
+            return failed_rows(fields_in(f"{out}/{name}", partial(read_range, store, name, 0)))
+        except SidecarError as error:
+            return error
+
+    number, first = 0, None
+    for name, earlier in in_threads(failed, inputs):
+        if isinstance(earlier, SidecarError):
+            summary.fail(f"{out}/{name}", earlier)
+        elif earlier.number:
+            number += earlier.number
+            first = first or f"{inputs[name].where}#{earlier.first[0][1]}"
+    if number:
+        summary.counts["failed_before"] = number
+        print_line(  # on all ranks: each looks at its own
+            f"warning: {out}/{os.path.dirname(name)}: {counted(number, 'row')} failed when the shards were made, the "
+            f"first {first}; to try again, delete the shard"
+        )
+
+
+def _name(folder, one):
+    return f"{folder}/{shard_name(one.number, one.content)}"
 
 
 class _Collected(Writer):
