@@ -271,13 +271,15 @@ def test_a_rerun_names_the_rows_that_failed_before_without_reading_inputs(
     monkeypatch.setattr("cachetrain.caching.shard_run.Inputs.open", None)
     assert make("img", model_t5, faulty, tmp_path) == make("txt", model_t5, faulty, tmp_path) == 1
     errors = capfd.readouterr().err
-    assert f"3 rows failed when the shards were made, the first {faulty}/00001.tar#c.png: would share its" in errors
+    assert (
+        f"3 rows failed when the shards were made, the first {faulty}/00001.tar#c: c.png: would share its" in errors
+    )
     (clean, shard) = shards(tmp_path, "txt")
     assert failed_rows(Shard(shard).fields) == (4, [
         ["c", "c.png: would share its sidecar with c.jpg; rename one of the two images"],
-        ["a", "a.jpg: has no caption"],
+        ["a", "has no caption"],
         ["b", "b.txt: not UTF-8 text (line 1); save it as UTF-8"],
-        ["c", "c.jpg: has no caption"],
+        ["c", "has no caption"],
     ])  # fmt: skip
     assert failed_rows(Shard(clean).fields) == (0, ())
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -192,9 +192,11 @@ def test_a_frozen_index_is_the_index_of_its_set(change, shapes, packed, tmp_path
     samples = np.random.default_rng(0).permutation(len(index))
     for name in ("shape_ids", "image_bytes", "tokens", "all_tokens", "repeats"):
         assert np.array_equal(getattr(other, name)[samples], getattr(index, name)[samples]), name
-    names = """shapes samples_per_epoch max_tokens num_tokens num_image_bytes num_with_variants varies num_masked
-        text_kind caption_sources text_widths item_bytes image_headers text_header image_settings text_settings""".split()
-    assert {name: getattr(index, name) for name in names} == {name: getattr(other, name) for name in names}
+    names = "shapes samples_per_epoch max_tokens num_tokens num_image_bytes num_with_variants varies num_masked "
+    names += "text_kind caption_sources text_widths item_bytes image_headers text_header image_settings text_settings"
+    assert {name: getattr(index, name) for name in names.split()} == {
+        name: getattr(other, name) for name in names.split()
+    }
     for name in ("counts", "visits", "blocks"):
         assert np.array_equal(getattr(index, name), getattr(other, name)), name
     for weighted in (False, True):

@@ -194,7 +194,7 @@ def _warn_of_failed(out, inputs, summary):
             summary.fail(f"{out}/{name}", earlier)
         elif earlier.number:
             number += earlier.number
-            first = first or f"{inputs[name].where}#{earlier.first[0][1]}"
+            first = first or f"{inputs[name].where}#{': '.join(earlier.first[0])}"
     if number:
         summary.counts["failed_before"] = number
         print_line(  # on all ranks: each looks at its own
@@ -228,11 +228,13 @@ def _failed(samples, recorded):
     Args:
         recorded: list of (path, line) as of `RunSummary.fail`.
     """
+    images = {pair.image for pair in samples.pairs}
     places = {path: i for i, pair in enumerate(samples.pairs) for path in (pair.image, *pair.caption_files)}
     root, failed = f"{samples.where}#", []
     for path, line in sorted(recorded, key=lambda entry: (places.get(entry[0], -1), entry)):
         name = os.path.splitext(path)[0].removeprefix(root)
-        failed.append((name, re.sub("0x[0-9a-f]{6,}", "0x", line.replace(root, ""))))
+        reason = line.removeprefix(f"{path}: ") if path in images else line
+        failed.append((name, re.sub("0x[0-9a-f]{6,}", "0x", reason.replace(root, ""))))
     return failed
 
 
