@@ -141,6 +141,9 @@ def made(tars, model_t5, tmp_path_factory):
     return out
 
 
+RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+
+
 class Stage:
     """A cluster without the slow parts of one, on which actors wait at each tar until `open` lets them through.
 
@@ -157,13 +160,14 @@ class Stage:
         (folder / "sitecustomize.py").write_text(
             "import os, time\n"
             "import cachetrain.reading as files\n"
+            f"RANKS = {RANKS}\n"
             "original = files.read_with_stat\n"
             "def read_with_stat(path, *limit):\n"
             "    name = os.path.basename(path)\n"
             "    if not name.endswith('.tar'):\n"
             "        return original(path, *limit)\n"
             f"    with open({str(folder / 'log')!r}, 'a') as log:\n"
-            "        log.write(f'{os.getpid()} {name}\\n')\n"
+            "        log.write(' '.join(map(str, (os.getpid(), name, *map(os.environ.get, RANKS)))) + '\\n')\n"
             f"    while not os.path.exists(os.path.join({str(folder)!r}, name)):\n"
             "        time.sleep(0.05)\n"
             "    return original(path, *limit)\n"
@@ -208,7 +212,11 @@ def stage(tmp_path, monkeypatch):
     folder = tmp_path / "stage"
     folder.mkdir()
     monkeypatch.setenv("PYTHONPATH", f"{folder}:{REPO}")  # of all processes on the nodes
+    for name in RANKS:  # as on nodes that a launcher has started
+        monkeypatch.setenv(name, "3")
     stage = Stage(folder)
+    for name in RANKS:
+        monkeypatch.delenv(name)
     yield stage
     if stage.driver and stage.driver.poll() is None:
         stage.driver.kill()
@@ -232,6 +240,9 @@ def test_a_killed_actor_costs_nothing(tars, made, model_t5, stage, tmp_path):
     code, output = stage.end()
     assert code == 0 and "00001.tar: the process at it died; another one makes its shard" in output
     assert "3 shards of 3 inputs written" in output and "15 encoded" in output
+    assert all(
+        line.endswith(" None None None") for line in (stage.folder / "log").read_text().splitlines()
+    )  # no ranks
     assert files(tmp_path / "set") == files(made)
 
 
