@@ -244,7 +244,7 @@ def near_set(packed, tmp_path, monkeypatch):
 
 
 def shards_of(store):
-    return sorted(path.relative_to(store).as_posix() for path in store.glob("*/*.tar"))
+    return sorted(path.relative_to(store).as_posix() for path in store.glob("*-*/*.tar"))
 
 
 def test_what_is_planned_comes_without_being_asked_for_and_what_is_wanted_comes_first(near_set):

@@ -84,11 +84,10 @@ class FolderReport:
             self.shapes["x".join(map(str, index.fields["shapes"][place]))] += int(count)
         tokens = [*self.tokens, *index.arrays["tokens"].tolist()]
         self.tokens = [min(tokens), max(tokens)]
-        number, first = index.fields.get("failed", (0, ()))  # [name, reason] of some
-        self.failed.first += [f"{name}: {reason}" for name, reason in first][
-            : self.failed.limit - len(self.failed.first)
-        ]
-        self.failed.count += number
+        num_failed, first = index.fields.get("failed", (0, ()))  # [name, reason] of some
+        wanted = self.failed.limit - len(self.failed.first)
+        self.failed.first += [f"{name}: {reason}" for name, reason in first[:wanted]]
+        self.failed.count += num_failed
 
     def add_missing(self, number: int, others: list[ShardIndex], own: ShardIndex | None) -> None:
         """Adds the rows of a number that other halves have and this one lacks."""
