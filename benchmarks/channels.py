@@ -35,7 +35,7 @@ def parse_args(argv=None):
     parser.add_argument("--scratch_steps", **steps, default=[1600, 3200], help="of runs from scratch")
     parser.add_argument("--moved_steps", **steps, default=[800, 1600], help="of runs of moved UNets")
     parser.add_argument("--ways", nargs="*", choices=MOVED, default=MOVED, help="how to move: --channels")
-    parser.add_argument("--layer_steps", type=cli.positive_int, default=200, help="steps of conv_in and conv_out only")
+    parser.add_argument("--layer_steps", type=cli.positive_int, default=200, help="steps of the two layers only")
     parser.add_argument("--layer_lr", type=cli.positive_float, default=4e-3, help="learning rate of these steps")
     parser.add_argument("--lr", type=cli.positive_float, default=2e-3, help="learning rate of all other steps")
     parser.add_argument("--base_steps", type=cli.positive_int, default=3200, help="of the 4-channel UNet")
