@@ -106,9 +106,8 @@ def make_inputs(work, config, side):
         texts |= {"pooled": torch.randn(pooled).bfloat16()} if pooled else {}
         write(data / f"{name}.{kind}", texts, kind)
         if name[0] != "_":
-            write(
-                data / f"{name}.img_sdxl", {"latent": torch.randn(4, latents, latents).half()}, "img_sdxl", **numbers
-            )
+            latent = {"latent": torch.randn(4, latents, latents).half()}
+            write(data / f"{name}.img_sdxl", latent, "img_sdxl", **numbers)
     done.touch()
     return model, data, flags
 
