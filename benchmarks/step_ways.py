@@ -75,7 +75,9 @@ def parse_args(argv=None):
     parser.add_argument("--windows", type=cli.positive_int, default=2, help="number of timed windows of a way")
     parser.add_argument("--window_steps", type=cli.positive_int, default=5, help="steps of a window")
     # The script calls itself with this flag, to measure one way in a separate process.
-    parser.add_argument("--way", type=int, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--way", choices={way for unet in UNETS.values() for way in unet.ways}, help=argparse.SUPPRESS
+    )
     return parser.parse_args(argv)
 
 
@@ -112,7 +114,7 @@ def make_inputs(work, config, side):
     return model, data, flags
 
 
-def measure(args, name, number):
+def measure(args, name):
     """Runs a way in this process; whole_loop prints its measurements."""
     from diffusers import UNet2DConditionModel
 
@@ -123,13 +125,13 @@ def measure(args, name, number):
         batch_size=2 if args.tiny else unet.batch_size, windows=args.windows, window_steps=args.window_steps,
         device=args.device, precisions=["bf16"], modes=["eager"], tiny=False,
     )  # fmt: skip
-    whole_loop(settings, work, model, data, [*flags, *[*unet.ways.values()][number].split()])
+    whole_loop(settings, work, model, data, [*flags, *unet.ways[args.way].split()])
 
 
-def run_way(args, name, number):
+def run_way(args, name, way):
     """Measures a way in a separate process; returns (its measurements, estimate of memory or "", None), or (None,
     "", why there are none)."""
-    command = [__file__, "--work", args.work, "--unets", name, "--windows", args.windows, "--way", number]
+    command = [__file__, "--work", args.work, "--unets", name, "--windows", args.windows, "--way", way]
     command += ["--window_steps", args.window_steps, *(["--tiny"] if args.tiny else [])]
     command += ["--device", args.device] if args.device else []
     done = subprocess.run([sys.executable, "-P", *map(str, command)], text=True, capture_output=True)
@@ -143,27 +145,27 @@ def rows(args, name):
     """Yields the rows of a UNet: (what, figure, against, ratio or "")."""
     first, unet = None, UNETS[name]
     batch_size, side = (2, 64) if args.tiny else (unet.batch_size, unet.side)
-    for number, way in enumerate(unet.ways):
+    for way in unet.ways:
         label = f"{'tiny ' * args.tiny}{name} at {side}, batch {batch_size}, {way}"
-        measured, estimate, error = run_way(args, name, number)
+        measured, estimate, error = run_way(args, name, way)
         if error:
             yield label, f"failed: {' '.join(error.split())}", "", ""
             continue
         step_s = statistics.median(measured["wall"])
         against, ratio = (f"{1e3 * first:.1f} ms", f"{step_s / first:.3f}") if first else ("", "")
-        first = first or (step_s if number == 0 else None)
+        first = first or (step_s if way == next(iter(unet.ways)) else None)
         yield label, f"{1e3 * step_s:.1f} ms per step, {batch_size / step_s:.2f} images/s", against, ratio
         if measured["gib"]:
-            number_, unit = estimate.split() if estimate else ("0", "GiB")
-            gib = float(number_) / (1024 if unit == "MiB" else 1)
+            number, unit = estimate.split() if estimate else ("0", "GiB")
+            gib = float(number) / (1024 if unit == "MiB" else 1)
             ratio = f"{measured['gib'] / gib:.3f}" if gib else ""
             yield f"{label}: peak memory", f"{measured['gib']:.2f} GiB", f"estimate {estimate}", ratio
 
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.way is not None:
-        measure(args, args.unets[0], args.way)
+    if args.way:
+        measure(args, args.unets[0])
         return 0
     args.work.mkdir(parents=True, exist_ok=True)
     print("| what | figure | against | ratio | wanted |\n|---|---|---|---|---|", flush=True)
