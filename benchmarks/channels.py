@@ -4,12 +4,12 @@
     ./benchmarks/channels.py --work /tmp/channels
 
 On the shapes, with T5, flow matching and the settings of prompt_following.py. The 8-channel VAE starts from the
-4-channel one of models/tiny, but with new layers beside its latents, so that no channel means what it did; how much of
-the new latents is linear in the old ones is printed. With --independent_vae it starts from nothing, which takes half
-an hour more; use another --work. A moved UNet first trains --layer_steps of conv_in and conv_out, then all weights; its steps count both. Each number of
-steps is a run of its own, with a whole cosine schedule. A picture counts as right if background, color, shape, place
-and size are all right. What is finished is skipped when the script is started again. 3,200 steps take five minutes on
-one CPU core.
+4-channel one of models/tiny, but with new layers beside its latents, so that no channel means what it did; how much
+of the new latents is linear in the old ones is printed. With --independent_vae it starts from nothing, which takes
+half an hour more; use another --work. A moved UNet first trains --layer_steps of conv_in and conv_out, then all
+weights; its steps count both. Each number of steps is a run of its own, with a whole cosine schedule. A picture
+counts as right if background, color, shape, place and size are all right. What is finished is skipped when the
+script is started again. 3,200 steps take five minutes on one CPU core.
 """
 
 import json
