@@ -17,8 +17,9 @@ from cachetrain.checkpoints.resume import run_state
 from cachetrain.data import rng
 from cachetrain.data.batching import BatchSampler
 from cachetrain.data.dataset import CachedPairs, Draws
-from cachetrain.data.index import PairIndex, null_caption_path
+from cachetrain.data.index import PairIndex
 from cachetrain.data.loader import make_loader
+from cachetrain.data.pairs import null_caption_path
 from cachetrain.data.ram import RamCache
 from cachetrain.data.sidecar import read_sidecar
 from cachetrain.data.split import open_index
