@@ -30,6 +30,7 @@ from cachetrain.modeling.conditioning import check_text
 if TYPE_CHECKING:
     import torch
 
+    from cachetrain.data.saved_index import IndexFiles
     from cachetrain.distributed import World
 
 
@@ -77,6 +78,7 @@ class PairIndex(PairList):
         world: World | None = None,
         kohya_repeats: bool = False,
         every_size: bool = False,
+        index_files: IndexFiles | None = None,
     ):
         """Lists `directories` and reads every header once; several ranks share the reading.
 
@@ -90,6 +92,7 @@ class PairIndex(PairList):
             world: the ranks that read together; None: this process reads all headers.
             kohya_repeats: a folder like 10_name without a multiply.txt has its number as if it were in one.
             every_size: an epoch visits all samples of a pair, not one of them.
+            index_files: to use, and to save if they say so; None: all folders are listed and all headers read.
 
         Raises:
             ValueError: there are no pairs, or caches are unreadable, of the wrong shape, or mixed (the message names
@@ -98,10 +101,10 @@ class PairIndex(PairList):
         super().__init__(directories, image_suffix, text_suffix, one_text)
         self.choices = 1 if every_size else self.sizes
         self.kohya_repeats = kohya_repeats
-        self.repeats = self._list_pairs(repeats or [1.0] * len(self.directories), kohya_repeats)
+        self.repeats = self._list_pairs(repeats or [1.0] * len(self.directories), kohya_repeats, index_files)
         self.blocks = self._list_blocks()
         self._check_repeats()
-        self._read_headers(world)
+        self._read_headers(world, index_files)
 
     @property
     def samples_per_epoch(self) -> float:
@@ -222,6 +225,12 @@ class PairIndex(PairList):
         packed = None if self.one_text else self._packed(first)
         return images, packed[0].header(packed[1], self.sizes) if packed else read_header(self.text_path(first))
 
+    def identities(self, directory: int) -> list[tuple[str, ...]]:
+        """run_identity of a directory's image sidecars of each size and, unless one serves all, the text sidecars."""
+        firsts = self.samples_of(np.array([self._starts[directory]])).tolist()
+        images = [self.image_headers[self._image_path_at(place)].run_identity for place in firsts]
+        return images if self.one_text else [*images, self.text_header.run_identity]
+
     def check_null(self, path: str | os.PathLike, header: Header) -> None:
         """Checks that the sidecar of the null caption fits the text sidecars; warns if headers cannot tell.
 
@@ -251,7 +260,7 @@ class PairIndex(PairList):
                 f"--repeats, --train_data_dir DIR:REPEATS and {MULTIPLY}"
             )
 
-    def _read_headers(self, world):
+    def _read_headers(self, world, index_files):
         (self.image_header, *_), self.text_header = self.headers_of(0)
         _, self.text_widths = check_text(self.text_kind, self.text_path(0), self.text_header)
         self.item_bytes = self.text_header.item_bytes
@@ -261,11 +270,13 @@ class PairIndex(PairList):
         for path, image in self.image_headers.items():
             check_same_run(self.image_header, image, self.image_path(0), path, may_differ="settings")
         contents = Contents(self)
-        contents.read(self._columns, world)
-        for name in ("shapes", "shape_ids", "image_bytes", "tokens", "all_tokens"):
-            setattr(self, name, getattr(contents, name))
-        self.caption_sources = contents.caption_sources
-        self.num_foreign, self.num_masked = contents.num_foreign, contents.num_masked
+        contents.read(self._columns, self._known, world)
+        self.shapes, self.shape_ids, self.image_bytes = contents.shapes, contents.shape_ids, contents.image_bytes
+        self.tokens, self.all_tokens = (of.repeat(self.sizes) for of in (contents.tokens, contents.all_tokens))
+        self.caption_sources = sorted(set().union(*contents.sources))
+        self.num_foreign, self.num_masked = int((contents.foreign > 0).sum()), int((contents.masked > 0).sum())
+        if index_files:
+            index_files.write(self, contents)
 
     def _image_header(self, i):
         packed = self._packed(i)

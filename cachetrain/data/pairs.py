@@ -42,6 +42,7 @@ class PairList:
         self._positions = None  # in a subset, its samples in the whole index
         self._sets = {}  # number of a directory that is a shard set -> ShardSet
         self._columns = {}  # the same -> its Columns, until headers are read
+        self._known = {}  # number of a directory with an index file -> (Known, places of its pairs), until then
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -86,19 +87,19 @@ class PairList:
         """Checksum of the paths of all pairs."""
         return self._stems.checksum()
 
-    def _list_pairs(self, repeats, kohya_repeats):
+    def _list_pairs(self, repeats, kohya_repeats, index_files):
         """Lists the pairs of all directories; returns float32 [N], the repeats of all samples."""
-        folders = Folders(self.image_suffixes, self.text_suffix, self.one_text is not None, kohya_repeats)
+        folders = Folders(self.image_suffixes, None if self.one_text else self.text_suffix, kohya_repeats)
         of_pairs, directories = [], []
         for directory, number in zip(self.directories, repeats, strict=True):
             start, num_repeated = len(self._stems), folders.links.num_repeated
             if shard_folders(directory, self.image_suffixes[0]) and not folders.add_directory(directory):
                 of_pairs.append(number * self._list_set(directory, len(directories)))
             else:
-                for multiple, stems in folders.pairs_in(directory):
-                    for stem in stems:
-                        self._stems.append(stem)
-                    of_pairs.append(np.full(len(stems), number * multiple))
+                file = index_files and index_files.open(directory, self._suffixes)
+                of_pairs.append(number * self._list_folders(directory, folders, file))
+                if file and len(self._stems) > start:
+                    self._known |= index_files.listed(file, len(directories))
             if len(self._stems) > start:
                 self._starts.append(start)
                 directories.append(directory)
@@ -108,8 +109,7 @@ class PairList:
                     "the repeats of that directory"
                 )
             else:
-                suffixes = [*self.image_suffixes, *([] if self.one_text else [self.text_suffix])]
-                expected = " and ".join(f"*{suffix}" for suffix in suffixes)
+                expected = " and ".join(f"*{suffix}" for suffix in self._suffixes)
                 raise ValueError(f"{directory}: no pairs of {expected}; run the cache scripts on it first")
         self.directories = directories
         self.links, self.numbered_folders = folders.links, folders.numbered_folders
@@ -118,9 +118,24 @@ class PairList:
         self.num_without_pair = folders.num_without_pair
         return np.concatenate(of_pairs).astype(np.float32).repeat(self.sizes)
 
+    @property
+    def _suffixes(self):
+        return *self.image_suffixes, *([] if self.one_text else [self.text_suffix])
+
+    def _list_folders(self, directory, folders, file):
+        """Lists the pairs of a folder and those below it, with its IndexFile if any; returns their repeats."""
+        multiples = [np.zeros(0)]
+        options = {"saved": file.saved, "times_of": file.times_of} if file else {}
+        for pairs in folders.pairs_in(directory, **options):
+            if file:
+                file.add(pairs, len(self._stems))
+            self._stems.extend(os.fsencode(os.path.join(pairs.listed.folder.path, "")), pairs.stems)
+            multiples.append(np.full(len(pairs.stems), pairs.multiple))
+        return np.concatenate(multiples)
+
     def _list_set(self, directory, number):
         """Lists the pairs of a shard set, directory `number` of those with pairs; returns their repeats."""
-        shard_set = ShardSet(directory, (*self.image_suffixes, *([] if self.one_text else [self.text_suffix])))
+        shard_set = ShardSet(directory, self._suffixes)
         root = os.fsencode(os.path.join(directory, ""))
         columns = shard_set.read_indexes(self.sizes, lambda name: self._stems.append_bytes(root + name))
         self._sets[number], self._columns[number] = shard_set, columns
