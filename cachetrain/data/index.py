@@ -56,6 +56,7 @@ class PairIndex(PairList):
             folder of sidecars FOLDER_BLOCK pairs in a row.
         item_bytes: size of an element of the text tensors.
         image_header, text_header: headers of the first pair.
+        places: (path, device, number) of each directory given, the same where ranks see the same directories.
         image_headers: {path of an image sidecar: its header}, of the first pair of each directory.
         num_masked: number of image sidecars with a mask.
         num_unpaired: number of sidecars without a partner.
@@ -101,7 +102,13 @@ class PairIndex(PairList):
         super().__init__(directories, image_suffix, text_suffix, one_text)
         self.choices = 1 if every_size else self.sizes
         self.kohya_repeats = kohya_repeats
-        self.repeats = self._list_pairs(repeats or [1.0] * len(self.directories), kohya_repeats, index_files)
+        self.places = list(map(_place_of, self.directories))
+
+        def listed():
+            self.repeats = self._list_pairs(repeats or [1.0] * len(self.places), kohya_repeats, index_files)
+            return vars(self)
+
+        vars(self).update(world.share(listed, self.places) if world else listed())
         self.blocks = self._list_blocks()
         self._check_repeats()
         self._read_headers(world, index_files)
@@ -281,3 +288,11 @@ class PairIndex(PairList):
     def _image_header(self, i):
         packed = self._packed(i)
         return packed[0].header(packed[1], i % self.sizes) if packed else read_header(self.image_path(i))
+
+
+def _place_of(directory):
+    try:
+        state = os.stat(directory)
+    except OSError:
+        return directory, None, None
+    return directory, state.st_dev, state.st_ino

@@ -16,6 +16,7 @@ from cachetrain.data.headers import check_same_run
 from cachetrain.data.index import PairIndex
 from cachetrain.data.near import fetch_set, near_directory
 from cachetrain.data.objects import is_url
+from cachetrain.data.saved_index import IndexFiles
 from cachetrain.data.unused import MULTIPLY, repeats_in_name
 from cachetrain.log import counted, info, warn
 
@@ -23,8 +24,19 @@ if TYPE_CHECKING:
     from cachetrain.distributed import World
 
 
-def open_index(args: Namespace, world: World) -> tuple[PairIndex, PairIndex | None]:
-    """Lists the pairs that the trainer's flags name; returns (training pairs, validation pairs or None)."""
+def open_index(args: Namespace, world: World, save_index: bool = False) -> tuple[PairIndex, PairIndex | None]:
+    """Lists the pairs that the trainer's flags name; returns (training pairs, validation pairs or None).
+
+    The ranks of a machine share one list in memory.
+
+    Args:
+        save_index: write index files.
+    """
+    index, held_out = _open_index(args, world, IndexFiles(save_index and world.main))
+    return world.share(lambda: (index, held_out), index.places)
+
+
+def _open_index(args, world, index_files):
     suffixes = args.imgcache_suffix, args.txtcache_suffix
     index = PairIndex(
         [near(directory, args, world) for directory in args.train_data_dir],
@@ -34,6 +46,7 @@ def open_index(args: Namespace, world: World) -> tuple[PairIndex, PairIndex | No
         world,
         kohya_repeats=args.kohya_repeats,
         every_size=args.sizes == "all",
+        index_files=index_files,
     )
     if world.main:
         _warn_of_what_is_listed(index)
@@ -45,7 +58,7 @@ def open_index(args: Namespace, world: World) -> tuple[PairIndex, PairIndex | No
     if not args.val_data_dir:
         return index, None
     directories = [near(directory, args, world) for directory in args.val_data_dir]
-    held_out = PairIndex(directories, *suffixes, one_text=args.force_txtcache, world=world)
+    held_out = PairIndex(directories, *suffixes, one_text=args.force_txtcache, world=world, index_files=index_files)
     for path, header in held_out.image_headers.items():
         check_same_run(index.image_header, header, index.image_path(0), path, may_differ="settings")
     check_same_run(index.text_header, held_out.text_header, index.text_path(0), held_out.text_path(0))

@@ -123,6 +123,10 @@ def _data_flags(group):
     _flag(group, "--shard_cache", metavar="DIR", resume="free",
           help="local directory into which shard sets at s3://, gs:// or az:// are copied before training, once for "
                "each machine; needs room for the whole set")
+    _flag(group, "--save_index", action="store_true", resume="free",
+          help="for a million sidecars: save what they are and what their headers say to .cachetrain/ in each data "
+               "directory; later starts use that, and only read the headers in folders in which files were added, "
+               "removed or replaced since")
     _flag(group, "--model", "--pretrained_model", required=True, resume="free",
           help="pipeline directory, checkpoint or Hugging Face model id whose UNet is trained; a bare UNet without "
                "VAE and text encoder trains too, but cannot draw samples")

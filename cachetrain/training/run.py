@@ -189,7 +189,7 @@ def open_run(args: Namespace, world: World, saved_settings: dict | None = None) 
     Raises:
         ValueError, OSError: there are no pairs, or the caches or the model cannot be used.
     """
-    index, held_out = open_index(args, world)
+    index, held_out = open_index(args, world, args.save_index)
     model_dir = load.resolve_model(args.model, args.revision)
     noise_scheduler = open_noise_scheduler(model_dir, args.objective, args.zero_terminal_snr)
     if args.use_snr == "auto":
