@@ -47,7 +47,7 @@ class Contents:
         self.all_tokens = np.zeros(index.num_pairs, np.uint32)
         self.source_ids = np.zeros(index.num_pairs, np.uint16)
         self.foreign = np.zeros(index.num_pairs, np.uint8)
-        self.shapes, self.sources = [], [()]
+        self.shapes, self.sources = [], []
         self._index = index
         self._shapes, self._sources = {}, {(): 0}  # value -> its place in the list
 
@@ -176,26 +176,23 @@ class Contents:
 
     def _order(self):
         """Numbers shapes in the order in which pairs have them, wherever their headers come from."""
-        present, first = np.unique(self.shape_ids, return_index=True)
-        shapes = list(self._shapes)
-        self.shapes = [shapes[code] for code in present[np.argsort(first)]]
-        self.sources = sorted(self._sources)
-        self.shape_ids = _places(shapes, self.shapes)[self.shape_ids]
+        self.shapes, self.sources = _present(self._shapes, self.shape_ids), _present(self._sources, self.source_ids)
+        self.shape_ids = _places(self._shapes, self.shapes)[self.shape_ids]
         self.source_ids = _places(self._sources, self.sources)[self.source_ids]
 
     def _merge(self, world):
         """Combines the headers read by all ranks; checks that all ranks list the same pairs."""
         index = self._index
         pairs = np.arange(world.rank, index.num_pairs, world.ranks)
-        samples, shapes = index.samples_of(pairs), list(self._shapes)
-        own = [shapes[code] for code in np.unique(self.shape_ids[samples])]
-        summaries = world.gather((index.num_pairs, index.stem(0), index.stems_checksum(), own, list(self._sources)))
+        samples, paths = index.samples_of(pairs), (index.num_pairs, index.stem(0), index.stems_checksum())
+        own = _present(self._shapes, self.shape_ids[samples]), _present(self._sources, self.source_ids[pairs])
+        summaries = world.gather((*paths, *own))
         if len({(number, first, checksum) for number, first, checksum, *_ in summaries}) > 1:
             listed = "; ".join(f"{counted(number, 'pair')}, the first {first}" for number, first, *_ in summaries)
             raise ValueError(f"the ranks list different pairs: {listed}; wait until the cache scripts are done")
         self.shapes = sorted({shape for *_, shapes_of_rank, _ in summaries for shape in shapes_of_rank})
         self.sources = sorted({source for *_, sources in summaries for source in sources})
-        self.shape_ids[samples] = _places(shapes, self.shapes)[self.shape_ids[samples]]
+        self.shape_ids[samples] = _places(self._shapes, self.shapes)[self.shape_ids[samples]]
         self.source_ids[pairs] = _places(self._sources, self.sources)[self.source_ids[pairs]]
         for name in (*OF_SAMPLES, *OF_PAIRS):  # each rank's array is 0 outside its share
             setattr(self, name, world.sum_array(getattr(self, name)))
@@ -204,6 +201,13 @@ class Contents:
 def _place(places, value):
     """The place of a value in a list, of which `places` is {value: its place}; appends it if need be."""
     return places.setdefault(value, len(places))
+
+
+def _present(places, ids):
+    """The values of {value: its place} whose places are in an array, in the order in which they come up."""
+    present, first = np.unique(ids, return_index=True)
+    values = list(places)
+    return [values[place] for place in present[np.argsort(first)]]
 
 
 def _places(values, others):
@@ -254,4 +258,4 @@ def check_unchanged(path: str, was: tuple[str, ...], now: tuple[str, ...]) -> No
     """
     for key, a, b in zip(RUN_KEYS, was, now, strict=True):
         if a != b:
-            raise SidecarError(f"{path}: replaced since the run started: {key} was {a or 'not given'}, is {b!r}")
+            raise SidecarError(f"{path}: replaced since it was listed: {key} was {a or 'not given'}, is {b!r}")

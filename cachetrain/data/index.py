@@ -166,7 +166,7 @@ class PairIndex(PairList):
         first = self.image_headers[self.first_like(i)]
         check_unchanged(path, first.run_identity, header.run_identity)
         if (shape := latent_shape(path, header)) != self.shape(i):
-            raise SidecarError(f"{path}: replaced since the run started: the latent was {self.shape(i)}, is {shape}")
+            raise SidecarError(f"{path}: replaced since it was listed: the latent was {self.shape(i)}, is {shape}")
         return data
 
     def text_sidecar(self, i: int) -> bytes:
@@ -178,7 +178,7 @@ class PairIndex(PairList):
         check_unchanged(path, self.text_header.run_identity, header.run_identity)
         if (widths := check_text(self.text_kind, path, header)[1]) != self.text_widths:
             raise SidecarError(
-                f"{path}: replaced since the run started: its widths were {self.text_widths}, are {widths}"
+                f"{path}: replaced since it was listed: its widths were {self.text_widths}, are {widths}"
             )
         return data
 

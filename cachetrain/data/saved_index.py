@@ -207,10 +207,10 @@ class IndexFile:
         except OSError as error:
             warn(f"{self.path}: not saved ({error.strerror}); the next start reads all headers again")
             return
-        left = len(self._folders) - len(folders)
+        left = len(self._places) - 1 - len(folders)
         info(
             f"{self.path}: saved, with {counted(len(pairs), 'pair')} in {counted(len(folders), 'folder')}"
-            + (f"; {counted(left, 'folder')} left out, since files were added or removed meanwhile" if left else "")
+            + (f"; {counted(left, 'folder')} left out, which changed meanwhile or hold links" if left else "")
         )
 
     def _relative(self, path):
