@@ -68,7 +68,7 @@ class PairList:
 
     def relative_name(self, i: int) -> str:
         """Path of pair `i` without a suffix, relative to its data directory."""
-        return os.path.relpath(self.stem(i), self.directories[self._directory_of(i)])
+        return self.stem(i)[len(self.directories[self._directory_of(i)]) :].lstrip(os.sep)
 
     def image_path(self, i: int) -> str:
         return self._image_path_at(self._place(i))

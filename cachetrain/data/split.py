@@ -32,12 +32,7 @@ def open_index(args: Namespace, world: World, save_index: bool = False) -> tuple
     Args:
         save_index: write index files.
     """
-    index, held_out = _open_index(args, world, IndexFiles(save_index and world.main))
-    return world.share(lambda: (index, held_out), index.places)
-
-
-def _open_index(args, world, index_files):
-    suffixes = args.imgcache_suffix, args.txtcache_suffix
+    suffixes, index_files = (args.imgcache_suffix, args.txtcache_suffix), IndexFiles(save_index and world.main)
     index = PairIndex(
         [near(directory, args, world) for directory in args.train_data_dir],
         *suffixes,
@@ -50,20 +45,23 @@ def _open_index(args, world, index_files):
     )
     if world.main:
         _warn_of_what_is_listed(index)
-    if args.overfit:
-        pairs = np.sort(rng.permutation(args.seed, 0, index.num_pairs)[: args.overfit])
-        return index.subset(index.samples_of(pairs)), None
-    if args.val_split:
-        return split_index(index, args.val_split)
-    if not args.val_data_dir:
-        return index, None
+    if args.val_split or args.overfit or not args.val_data_dir:
+        return world.share(lambda: _parts(index, args), index.places)
     directories = [near(directory, args, world) for directory in args.val_data_dir]
     held_out = PairIndex(directories, *suffixes, one_text=args.force_txtcache, world=world, index_files=index_files)
     for path, header in held_out.image_headers.items():
         check_same_run(index.image_header, header, index.image_path(0), path, may_differ="settings")
     check_same_run(index.text_header, held_out.text_header, index.text_path(0), held_out.text_path(0))
     check_apart(index, held_out)
-    return index, held_out
+    return world.share(lambda: (index, held_out), (index.places, held_out.places))
+
+
+def _parts(index, args):
+    """(training pairs, validation pairs or None) of the pairs of --train_data_dir."""
+    if args.overfit:
+        pairs = np.sort(rng.permutation(args.seed, 0, index.num_pairs)[: args.overfit])
+        return index.subset(index.samples_of(pairs)), None
+    return split_index(index, args.val_split) if args.val_split else (index, None)
 
 
 def near(directory: str, args: Namespace, world: World) -> str:
