@@ -1,5 +1,6 @@
 """Index files (--save_index): a start with one lists what a start without it lists, whatever has changed since."""
 
+import json
 import os
 import shutil
 import signal
@@ -10,13 +11,15 @@ import pytest
 import torch
 from helpers import T5
 from runs import Runs
+from safetensors.numpy import load_file
 
 from cachetrain import atomic
 from cachetrain.data import index as reading
+from cachetrain.data import index_file as index_file_format
 from cachetrain.data import saved_index
 from cachetrain.data.index import PairIndex
 from cachetrain.data.saved_index import IndexFiles
-from cachetrain.data.sidecar import read_sidecar, write_sidecar
+from cachetrain.data.sidecar import read_header, read_sidecar, write_sidecar
 from cachetrain.data.walk import Leftovers, find_images, find_sidecars
 
 COUNTS = ("num_unpaired", "num_without_image", "num_alone", "num_without_pair", "num_masked", "num_foreign")
@@ -316,12 +319,45 @@ def test_a_damaged_file_is_named_and_never_used(damage, folder, capsys):
 
 
 def test_a_sidecar_or_a_file_of_another_version_in_its_place_is_named(folder, monkeypatch, capsys):
-    monkeypatch.setattr(saved_index, "FORMAT", "0")
+    monkeypatch.setattr(index_file_format, "FORMAT", "0")
     listed(folder, save=True)
     monkeypatch.undo()
     check_same(listed(folder), folder)
     assert "not used (of format 0, this version reads 1)" in capsys.readouterr().err
     shutil.copy(folder / "00000.img_sdxl", index_file(folder))
+    check_same(listed(folder), folder)
+    assert "not used (damaged)" in capsys.readouterr().err
+
+
+def rewritten(path, change):
+    """Rewrites an index file with right hashes."""
+    arrays, header = load_file(path), read_header(path)
+    fields = json.loads(header.metadata["index"])
+    change(arrays, fields)
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    write_sidecar(path, tensors, {"kind": "index", "index": json.dumps(fields)})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda arrays, _: arrays["stems"].__setitem__(slice(0, 2), list(b"/x")),
+        lambda arrays, _: arrays["subfolders"].__setitem__(0, ord(".")),
+        lambda arrays, _: arrays["shape_ids"].__setitem__(0, 99),
+        lambda arrays, _: arrays["counts"].__setitem__((0, 0), 99),
+        lambda arrays, _: arrays.update(tokens=arrays["tokens"][1:].copy()),
+        lambda arrays, _: arrays.update(times=arrays["times"][1:].copy()),
+        lambda arrays, _: arrays.update(all_tokens=arrays["all_tokens"].astype(np.float32)),
+        lambda arrays, _: arrays.pop("foreign") is None,
+        lambda _, fields: fields.update(identities=5),
+        lambda _, fields: fields.pop("sources"),
+    ],
+)
+def test_a_file_that_was_not_saved_here_is_named_and_never_used(change, folder, capsys):
+    listed(folder, save=True)
+    rewritten(index_file(folder), lambda *_: None)
+    assert listed(folder).num_pairs == 23 and "used in place of reading headers" in capsys.readouterr().out
+    rewritten(index_file(folder), change)
     check_same(listed(folder), folder)
     assert "not used (damaged)" in capsys.readouterr().err
 

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from cachetrain.distributed import World
 
 
-OF_SAMPLES = ("shape_ids", "image_bytes", "masked")
-OF_PAIRS = ("tokens", "all_tokens", "source_ids", "foreign")
+# The arrays of Contents with an element for each sample, or each pair.
+OF_SAMPLES = {"shape_ids": np.uint16, "image_bytes": np.uint32, "masked": np.uint8}
+OF_PAIRS = {"tokens": np.uint16, "all_tokens": np.uint32, "source_ids": np.uint16, "foreign": np.uint8}
 
 
 class Contents:
@@ -40,13 +41,9 @@ class Contents:
     """
 
     def __init__(self, index: PairIndex):
-        self.shape_ids = np.zeros(len(index), np.uint16)
-        self.image_bytes = np.zeros(len(index), np.uint32)
-        self.masked = np.zeros(len(index), np.uint8)
-        self.tokens = np.zeros(index.num_pairs, np.uint16)
-        self.all_tokens = np.zeros(index.num_pairs, np.uint32)
-        self.source_ids = np.zeros(index.num_pairs, np.uint16)
-        self.foreign = np.zeros(index.num_pairs, np.uint8)
+        for of_all, count in ((OF_SAMPLES, len(index)), (OF_PAIRS, index.num_pairs)):
+            for name, dtype in of_all.items():
+                setattr(self, name, np.zeros(count, dtype))
         self.shapes, self.sources = [], []
         self._index = index
         self._shapes, self._sources = {}, {(): 0}  # value -> its place in the list

@@ -10,66 +10,30 @@ start.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Sequence
 from errno import ENOTSUP
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cachetrain.atomic import atomic_write, is_abandoned, temporary_path
+from cachetrain.atomic import is_abandoned, temporary_path
 from cachetrain.data.folders import Listed, Pairs
-from cachetrain.data.headers import OF_PAIRS, OF_SAMPLES, Contents
-from cachetrain.data.sidecar import SidecarError, read_verified, sidecar_bytes
+from cachetrain.data.headers import Contents
+from cachetrain.data.index_file import Known, Saved, read_index_file, split_names, write_index_file
+from cachetrain.data.sidecar import SidecarError
 from cachetrain.data.walk import Folder
 from cachetrain.log import counted, describe, info, warn
-from cachetrain.reading import json_object
 
 if TYPE_CHECKING:
     from cachetrain.data.index import PairIndex
 
 FOLDER = ".cachetrain"  # hidden, so that nothing that walks data directories looks into it
-FORMAT = "1"
 
 # File systems count time in steps of up to two seconds, within which a change does not show.
 SETTLE_S = 2.0
-
-
-class Known(NamedTuple):
-    """What an index file says of M pairs, with `sizes` image sidecars each.
-
-    Attributes:
-        identities: of PairIndex.identities.
-        widths: of the text sidecars; {} where one serves all images.
-        shapes: latent shapes; sources: tuples of suffixes of caption files.
-        shape_ids, image_bytes, masked: arrays [M * sizes].
-        tokens, all_tokens, source_ids, foreign: arrays [M].
-    """
-
-    identities: list[tuple[str, ...]]
-    widths: dict[str, int]
-    shapes: list[tuple[int, ...]]
-    sources: list[tuple[str, ...]]
-    shape_ids: np.ndarray
-    image_bytes: np.ndarray
-    masked: np.ndarray
-    tokens: np.ndarray
-    all_tokens: np.ndarray
-    source_ids: np.ndarray
-    foreign: np.ndarray
-
-    def fits(self, index: PairIndex, number: int) -> bool:
-        """Whether the sidecars of directory `number` are those of which the headers were read."""
-        widths = {} if index.one_text else index.text_widths
-        return self.identities == index.identities(number) and self.widths == widths
-
-
-# Of Listed, in the order of the columns of the array `counts`.
-_COUNTS = ("has_multiple", "num_unpaired", "num_images", "num_with_image")
 
 
 class IndexFile:
@@ -97,12 +61,12 @@ class IndexFile:
         self._saved = {}  # path in the directory -> Listed, with its stems in one string
         self._clock_s = 0.0  # by how much the clock of the file system is ahead
         self._places = [np.zeros(0, int)]  # of the pairs of each folder listed, in the file
-        self._folders = []  # (Listed, stems in one string, number of its first pair in the whole index), to be saved
+        self._folders = []  # Saved
         try:
             if self.path.exists():
-                self._read()
-        except (OSError, ValueError, KeyError) as error:
-            reason = "damaged" if isinstance(error, SidecarError | KeyError) else describe(error)
+                self.known, self._saved = read_index_file(self.path, self.suffixes)
+        except (OSError, ValueError) as error:
+            reason = "damaged" if isinstance(error, SidecarError) else describe(error)
             warn(
                 f"{self.path}: not used ({reason}), so all headers are read; delete it, or save it anew with "
                 "--save_index"
@@ -117,7 +81,7 @@ class IndexFile:
             self.changed.append(path)
             return None
         self.num_same += 1
-        return listed._replace(folder=Folder(path, []), stems=_split(listed.stems))
+        return listed._replace(folder=Folder(path, []), stems=split_names(listed.stems))
 
     def places(self) -> np.ndarray:
         """int array, of each pair the place in the file, -1 of those that are not there."""
@@ -169,7 +133,8 @@ class IndexFile:
             there = [stem in kept for stem in listed.stems] if kept or not count else slice(None)
             self._places.append(np.arange(listed.first, listed.first + len(listed.stems))[there])
         if listed.times and len(pairs.stems) == len(listed.stems):  # else some were listed before, elsewhere
-            self._folders.append((listed._replace(stems=()), b"\0".join(listed.stems), start, len(listed.stems)))
+            path, joined = self._relative(listed.folder.path), b"\0".join(listed.stems)
+            self._folders.append(Saved(path, listed._replace(stems=()), joined, start, count))
 
     def write(self, index: PairIndex, contents: Contents, number: int) -> None:
         """Writes the file, with the folders that have not changed since they were listed.
@@ -177,72 +142,21 @@ class IndexFile:
         Args:
             number: of the directory in the index.
         """
-        folders = [one for one in self._folders if one[0].times == _times(one[0].folder.path)]
-        pairs = np.concatenate([np.arange(0)] + [np.arange(start, start + count) for *_, start, count in folders])
-        samples = index.samples_of(pairs)
-        arrays = {name: getattr(contents, name)[samples] for name in OF_SAMPLES}
-        arrays |= {name: getattr(contents, name)[pairs] for name in OF_PAIRS}
-        arrays["shapes"] = np.array(contents.shapes, np.int64).reshape(-1, 3)
-        listed = [one[0] for one in folders]
-        arrays["times"] = np.array([one.times for one in listed], np.int64).reshape(-1, 2)
-        counts = [[count, *(getattr(one, name) for name in _COUNTS)] for one, _, _, count in folders]
-        arrays["counts"] = np.array(counts, np.int64).reshape(-1, 1 + len(_COUNTS))
-        strings = {
-            "folders": [os.fsencode(self._relative(one.folder.path)) for one in listed],
-            "subfolders": [b"/".join(map(os.fsencode, one.subfolders)) for one in listed],
-            "stems": [stems for _, stems, _, _ in folders],
-        }
-        for name, values in strings.items():
-            arrays[name] = np.frombuffer(bytearray().join(values), np.uint8)
-            arrays[f"{name}_ends"] = np.cumsum([0, *map(len, values)], dtype=np.int64)
-        fields = {
-            "format": FORMAT,
-            "suffixes": list(self.suffixes),
-            "identities": index.identities(number),
-            "widths": {} if index.one_text else index.text_widths,
-            "sources": contents.sources,
-        }
+        folders = [one for one in self._folders if one.listed.times == _times(one.listed.folder.path)]
         try:
-            atomic_write(self.path, _file_bytes(fields, arrays))
+            write_index_file(self.path, folders, self.suffixes, index, contents, number)
         except OSError as error:
             warn(f"{self.path}: not saved ({error.strerror}); the next start reads all headers again")
             return
+        pairs = counted(sum(one.count for one in folders), "pair")
         left = len(self._places) - 1 - len(folders)
         info(
-            f"{self.path}: saved, with {counted(len(pairs), 'pair')} in {counted(len(folders), 'folder')}"
+            f"{self.path}: saved, with {pairs} in {counted(len(folders), 'folder')}"
             + (f"; {counted(left, 'folder')} left out, which changed meanwhile or hold links" if left else "")
         )
 
     def _relative(self, path):
         return path[len(self.directory) :].lstrip(os.sep)
-
-    def _read(self):
-        fields, arrays = _read_file(self.path)
-        if fields.get("suffixes") != list(self.suffixes):
-            raise ValueError(f"of sidecars with other suffixes: {fields.get('suffixes')}")
-        folders, subfolders, stems = (
-            [bytes(arrays[name][a:b]) for a, b in pairwise(arrays[f"{name}_ends"].tolist())]
-            for name in ("folders", "subfolders", "stems")
-        )
-        first, columns = 0, zip(folders, subfolders, stems, arrays["times"], arrays["counts"], strict=True)
-        for path, names, joined, times, (count, *counts) in columns:
-            names = [os.fsdecode(name) for name in _split(names, b"/")]
-            self._saved[os.fsdecode(path)] = Listed(
-                folder=None,
-                subfolders=names,
-                stems=joined,
-                times=tuple(times.tolist()),
-                first=first,
-                **dict(zip(_COUNTS, map(int, counts), strict=True)),
-            )
-            first += int(count)
-        self.known = Known(
-            identities=[tuple(identity) for identity in fields["identities"]],
-            widths=fields["widths"],
-            shapes=[tuple(shape) for shape in arrays["shapes"].tolist()],
-            sources=[tuple(one) for one in fields["sources"]],
-            **{name: arrays[name] for name in (*OF_SAMPLES, *OF_PAIRS)},
-        )
 
 
 class IndexFiles:
@@ -298,28 +212,3 @@ def _times(folder):
     except OSError:
         return None
     return state.st_mtime_ns, state.st_ctime_ns
-
-
-def _split(joined: bytes, separator: bytes = b"\0") -> list[bytes]:
-    return joined.split(separator) if joined else []
-
-
-def _file_bytes(fields, arrays):
-    """The bytes of an index file: those of a sidecar, whose hashes cover all of it."""
-    import torch
-
-    tensors = {name: torch.from_numpy(np.require(array, requirements=["C", "W"])) for name, array in arrays.items()}
-    return sidecar_bytes(tensors, {"kind": "index", "index": json.dumps(fields)})
-
-
-def _read_file(path):
-    """Returns (fields, arrays by name) of an index file; raises ValueError if it is none of this version."""
-    from safetensors.numpy import load
-
-    data, header = read_verified(path)
-    if header.foreign or header.metadata.get("kind") != "index":
-        raise SidecarError(f"{path}: no index file")
-    fields = json_object(path, header.metadata.get("index", ""))
-    if fields.get("format") != FORMAT:
-        raise ValueError(f"of format {fields.get('format')}, this version reads {FORMAT}")
-    return fields, load(data)
