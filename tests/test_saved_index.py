@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ import torch
 from helpers import T5
 from runs import Runs
 from safetensors.numpy import load_file
+from safetensors.torch import save_file
 
 from cachetrain import atomic
 from cachetrain.data import index as reading
@@ -19,7 +19,7 @@ from cachetrain.data import index_file as index_file_format
 from cachetrain.data import saved_index
 from cachetrain.data.index import PairIndex
 from cachetrain.data.saved_index import IndexFiles
-from cachetrain.data.sidecar import read_header, read_sidecar, write_sidecar
+from cachetrain.data.sidecar import layout_of, read_header, read_sidecar, write_sidecar
 from cachetrain.data.walk import Leftovers, find_images, find_sidecars
 
 COUNTS = ("num_unpaired", "num_without_image", "num_alone", "num_without_pair", "num_masked", "num_foreign")
@@ -110,18 +110,20 @@ def test_repeats_of_a_start_are_its_own(options, folder, reads):
     check_same(listed(folder, **options), folder, **options)
 
 
-def test_a_start_with_other_suffixes_has_an_index_file_of_its_own(folder, shapes, reads):
+def test_a_start_with_other_suffixes_has_an_index_file_of_its_own(folder, reads):
     listed(folder, save=True)
     clip = (T5[0], ".txt_clipl")
     del reads[:]
     index = listed(folder, suffixes=clip, save=True)
     assert len(set(reads)) == 2 * 23
     check_same(index, folder, suffixes=clip)
-    for name in ("00000", "00001"):
-        one = str(shapes / f"{name}.txt_t5cache")
-        check_same(listed(folder, one_text=one, save=name == "00000"), folder, one_text=one)
     del reads[:]
     assert listed(folder).num_pairs == 23 and len(set(reads)) == 2
+    options = {"one_text": str(folder.parent / "one")}
+    for change in (lambda _: None, replace):  # of the caption of all
+        change(folder)
+        shutil.copy(folder / "00012.txt_t5cache", options["one_text"])
+        check_same(listed(folder, save=change is not replace, **options), folder, **options)
 
 
 def test_an_index_file_of_other_suffixes_is_refused(folder, capsys):
@@ -134,8 +136,9 @@ def test_an_index_file_of_other_suffixes_is_refused(folder, capsys):
 
 
 def test_several_directories_nested_ones_and_links_between_them_are_listed_as_without(
-    folder, shapes, reads, tmp_path
+    folder, shapes, tmp_path, capsys
 ):
+    shapes = shutil.copytree(shapes, tmp_path / "shapes")
     inner = folder / "a ü"
     (tmp_path / "link").symlink_to(folder, target_is_directory=True)
     linked = tmp_path / "linked"
@@ -153,6 +156,16 @@ def test_several_directories_nested_ones_and_links_between_them_are_listed_as_wi
     for roots in [*orders, *orders]:
         check_same(listed(*roots, save=True), *roots)
     check_same(listed(tmp_path / "link"), tmp_path / "link")
+    assert "not used" not in capsys.readouterr().err
+
+
+def test_sidecars_without_a_header_are_counted_as_without(folder):
+    for path in folder.rglob("*.txt_t5cache"):
+        save_file({"emb": read_sidecar(path)[0]["emb"]}, path)
+    listed(folder, save=True)
+    index = listed(folder)
+    assert index.num_foreign == 23
+    check_same(index, folder)
 
 
 def test_other_tools_take_no_notice_of_index_files(folder):
@@ -299,7 +312,9 @@ def cut(data):
 
 
 def flip(data):
-    return data[:-1000] + bytes([data[-1000] ^ 1]) + data[-999:]
+    start, layout = layout_of(data)
+    place = start + layout["tokens"][2]
+    return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
 
 
 def flip_header(data):
@@ -383,9 +398,8 @@ def test_a_directory_that_cannot_be_written_to_is_an_error_before_headers_are_re
     with pytest.raises(OSError, match=r"--save_index cannot write there: .*/data/\.cachetrain"):
         listed(folder, save=True)
     (folder / ".cachetrain").unlink()
-    monkeypatch.setattr(Path, "touch", lambda _: None)
     monkeypatch.setattr(saved_index, "_times", lambda _: (0, 0))
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="has times that do not change with its files; omit --save_index"):
         listed(folder, save=True)
     assert reads == []
 
