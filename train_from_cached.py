@@ -87,7 +87,8 @@ def train(args, resumed, world, cleanup, warning_log) -> int:
     from cachetrain.training.plan import data_coverage
 
     # Settings, model, optimizer and data.
-    run = setup.open_run(args, world, resumed.state.get("settings"))
+    run = setup.open_run(args, world, resumed.state)
+    cleanup.callback(run.sources.close)
     max_steps, settings = run.plan.max_steps, settings_of(args, run.plan, run.index, run.noise_scheduler, world)
     notes = checks.check_model(run) + resumed.check(settings, args.resume_anyway, flags.resume_meanings())
     if resumed.step >= max_steps:
@@ -113,7 +114,7 @@ def train(args, resumed, world, cleanup, warning_log) -> int:
 
     def save(step: int) -> None:
         num_trained = num_seen + (step - resumed.step) * run.plan.effective_batch
-        saving.save(step, unet, ema, train_state.to_save(step, num_trained, settings, stats, validation))
+        saving.save(step, unet, ema, train_state.to_save(run, step, num_trained, settings, stats, validation))
 
     forward = partial(forward_pass, run=run, dtype=trained[0].dtype)
     draw = partial(draw_if_due, run=run, samples=samples, unet=unet, ema=ema, metrics=metrics)

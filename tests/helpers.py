@@ -6,6 +6,8 @@ import importlib.util
 import json
 import sys
 import time
+import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -138,6 +140,24 @@ def weights_of(folder):
     from safetensors.torch import load_file
 
     return load_file(folder / WEIGHTS)
+
+
+@contextmanager
+def fake_s3():
+    """Yields the address of an empty bucket of a fake S3, which the environment names."""
+    import pytest
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    endpoint = "http://{}:{}".format(*server.get_host_and_port())
+    urllib.request.urlopen(urllib.request.Request(f"{endpoint}/bucket", method="PUT"))
+    names = {"AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (names | {"AWS_REGION": "us-east-1"}).items():
+            patch.setenv(name, value)
+        yield "s3://bucket"
+    server.stop()
 
 
 def digest(tensors):

@@ -33,6 +33,8 @@ class Index:
         self.shapes = [(4, 8, 8), (4, 8, 6), (4, 6, 8)]
         self.choices = choices
 
+    varies, counts_of_blocks = PairIndex.varies, PairIndex.counts_of_blocks
+
     def __len__(self):
         return len(self.repeats)
 

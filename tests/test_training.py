@@ -595,7 +595,7 @@ def test_automatic_min_snr_is_off_for_flow_and_a_resumed_run_keeps_it(
     from cachetrain.training.run import open_run
 
     args = load_script("train_from_cached.py").parse_args(trainer_argv(shapes, model_t5, tmp_path / "run", *flags))
-    run = open_run(args, World(torch.device("cpu")), saved)
+    run = open_run(args, World(torch.device("cpu")), {"settings": saved or {}})
     assert run.args.use_snr is expected
     assert ("Min-SNR" in "".join(run.describe(SimpleNamespace(path=None)))) is expected
 

@@ -299,14 +299,14 @@ def test_trainer_tells_what_a_user_may_not_expect_in_the_list_of_pairs(tmp_path,
     data = [str(tmp_path / root) for root in ("some", "none")]
     args = Namespace(train_data_dir=data, dir_weights=[1, 1], imgcache_suffix=IMAGE, txtcache_suffix=TEXT)
     others = {"force_txtcache": None, "sizes": None, "overfit": 0, "val_split": 0, "val_data_dir": None}
-    index, _ = open_index(Namespace(kohya_repeats=False, **others, **vars(args)), World())
+    index, *_ = open_index(Namespace(kohya_repeats=False, **others, **vars(args)), World())
     output = capsys.readouterr()
     assert "warning: no image beside 6 of 10 pairs, which train all the same" in output.err
     assert f"cache/cache_status.py --data_root {data[0]}" in output.err
     assert "in directories of sidecars alone, without images: 3 of 10 pairs" in output.out
     assert f"not used: the number in front of 1 folder, the first {data[0]}/10_cat; " in output.err
     assert index.samples_per_epoch == 3 + 4 + 1 + 5 + 3
-    index, _ = open_index(Namespace(kohya_repeats=True, **others, **vars(args)), World())
+    index, *_ = open_index(Namespace(kohya_repeats=True, **others, **vars(args)), World())
     output = capsys.readouterr()
     assert "--kohya_repeats: repeats 2 folders by the number in the name, the first" in output.out
     assert "it is not used" not in output.err and index.samples_per_epoch == 3 + 4 + 10 + 5 + 3

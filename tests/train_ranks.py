@@ -337,7 +337,7 @@ def listing_rank(env, argv, folder, rank, moment, cwd):
     before(index, "read_header", lambda path: seen["headers"][-1].append(os.fspath(path)))
     for number, directory in enumerate(argv):
         seen["headers"].append([])
-        pairs, held_out = open_index(Namespace(train_data_dir=[directory], **flags), world, save_index=not number)
+        pairs, held_out, _ = open_index(Namespace(train_data_dir=[directory], **flags), world, save_index=not number)
         seen["checksums"].append([pairs.checksum(), held_out.checksum()])
         seen["tokens"].append(pairs.tokens.tolist())
     world.close()

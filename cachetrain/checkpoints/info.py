@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-import numpy as np
-
 from cachetrain import cli
 from cachetrain.modeling import load, normalisation
 from cachetrain.modeling.conditioning import KINDS
@@ -26,7 +24,7 @@ def data_info(index, text_scale: float) -> dict:
         common (h, w).
     """
     text = {"kind": index.text_kind, "settings": index.text_settings, "scaling_factor": text_scale}
-    most_common = np.bincount(index.shape_ids).argmax()
+    most_common = index.counts.argmax()
     return {"text": text, "latent_size": tuple(index.shapes[most_common][1:])}
 
 

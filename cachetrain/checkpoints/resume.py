@@ -210,13 +210,16 @@ def _blocks(index):
     return f"{counted(len(index.blocks) - 1, 'block')} ({zlib.crc32(index.blocks.tobytes()):08x})"
 
 
-def run_state(step: int, visits: int, settings: dict, *, unet, optimizer, scaler, statistics, validation) -> dict:
+def run_state(
+    step: int, visits: int, settings: dict, shards: dict, *, unet, optimizer, scaler, statistics, validation
+) -> dict:
     """All that a run resumes from except its weights and their averages, as a dict for Saving.save.
 
     Args:
         step: optimizer steps done.
         visits: visits to samples done.
         settings: of `settings_of`.
+        shards: {what --train_data_dir and --val_data_dir name: names of its shards}.
         unet: UNet2DConditionModel.
         optimizer, scaler, statistics: whatever has a state_dict.
         validation: Validation or None.
@@ -225,6 +228,7 @@ def run_state(step: int, visits: int, settings: dict, *, unet, optimizer, scaler
         "step": step,
         "visits": visits,
         "settings": settings,
+        "shards": shards,
         "trained": trained_names(unet),
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import count
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,6 +15,9 @@ from cachetrain.data.index import PairIndex
 from cachetrain.data.order import EpochOrder, WindowOrder, table_of
 from cachetrain.diffusion.objective import stratified
 from cachetrain.modeling.conditioning import Conditioning
+
+if TYPE_CHECKING:
+    from cachetrain.data.near import Fetcher
 
 
 class BatchSampler:
@@ -33,6 +37,7 @@ class BatchSampler:
         rank, ranks: number of this rank, and number of ranks.
         first: number of the first batch to yield; above 0 in a resumed run.
         window: blocks of a lane that are mixed at a time, in WindowOrder; 0: all samples are, in EpochOrder.
+        fetcher: is told which shards come up.
 
     Attributes:
         waiting: {shape id: number of samples whose batch is not full yet}, at the end of the sequence.
@@ -51,6 +56,7 @@ class BatchSampler:
         ranks: int = 1,
         first: int = 0,
         window: int = 0,
+        fetcher: Fetcher | None = None,
     ):
         self.index = index
         self.batch_size = batch_size
@@ -61,6 +67,7 @@ class BatchSampler:
         self.ranks = ranks
         self.first = first
         self.order = WindowOrder(table_of(index), seed, window) if window else EpochOrder(index, seed)
+        self.fetcher = fetcher
         self.waiting = {}
         self.trained = np.zeros(len(index), bool)
 
@@ -71,6 +78,7 @@ class BatchSampler:
         entry = self.order.entry(self.first, self.batch_size * self.ranks)
         num_made, filling, self.trained = entry.made, entry.waiting, self.order.trained(entry)
         for number in count(entry.chunk):
+            self._plan(number)
             epoch, samples, repeats = self.order.chunk(number)
             if num_made < self.first:
                 skipped, used = self._skip(epoch, samples, repeats, filling, self.first - num_made)
@@ -89,6 +97,12 @@ class BatchSampler:
                 yield self._stratified(batch, num_made - 1)[self.rank :: self.ranks]
                 if num_made == self.num_batches:
                     return
+
+    def _plan(self, number):
+        """Tells the fetcher which shards are read in a chunk and in the next one."""
+        if self.fetcher:
+            blocks = dict.fromkeys([*self.order.blocks_of(number), *self.order.blocks_of(number + 1)])
+            self.fetcher.plan(list(self.index.shards_of(blocks)))
 
     def _skip(self, epoch, samples, repeats, filling, num_to_skip):
         """Skips up to `num_to_skip` batches of a chunk without building them.
@@ -142,7 +156,8 @@ def collate(samples: Sequence[dict], conditioning: Conditioning, multiple: int =
         dict: latents, noise float32 [B, C, h, w]; timesteps [B]; conditioning, the UNet's keyword arguments; dropped
         bool [B], True where the null caption is used; samples int64 [B], positions in the index; weights float32 [B],
         of the samples in the loss: 0 where a sample could not be read, else 1; faults, a list of (position in the
-        index, reason) of those samples; mask float32 [B, 1, h, w], if the samples have masks.
+        index, reason) of those samples; waited_s, seconds that shards from object storage were waited for; mask
+        float32 [B, 1, h, w], if the samples have masks.
     """
     return {
         "latents": torch.stack([sample["latents"] for sample in samples]),
@@ -152,5 +167,6 @@ def collate(samples: Sequence[dict], conditioning: Conditioning, multiple: int =
         "dropped": torch.tensor([sample["dropped"] for sample in samples]),
         "samples": torch.tensor([sample["sample"] for sample in samples]),
         "weights": torch.tensor([0.0 if sample["fault"] else 1.0 for sample in samples]),
+        "waited_s": sum(sample["waited_s"] for sample in samples),
         "faults": [(sample["sample"], sample["fault"]) for sample in samples if sample["fault"]],
     } | ({"mask": torch.stack([sample["mask"] for sample in samples])} if "mask" in samples[0] else {})

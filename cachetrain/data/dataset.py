@@ -127,12 +127,13 @@ class CachedPairs(Dataset):
         return len(self.index)
 
     def __getitem__(self, key: SampleKey) -> dict:
-        """Returns a dict: latents, noise float32 [C, h, w]; timesteps; condition; dropped; sample; fault or None; if
-        samples have masks, mask float32 [1, h, w], 1 where the image counts in full."""
+        """Returns a dict: latents, noise float32 [C, h, w]; timesteps; condition; dropped; sample; fault or None;
+        waited_s, seconds that its shards were waited for; if samples have masks, mask float32 [1, h, w], 1 where the
+        image counts in full."""
         if self.draws.fixed:
             key = key._replace(epoch=0, repeat=0)
         dropped = self._uniform(key, rng.DROPOUT) < self.draws.cond_dropout
-        fault = None
+        fault, waited_s = None, self.index.waited_s
         try:
             latents, mask, condition = self._read(key, dropped)
         except (ValueError, OSError) as error:
@@ -149,6 +150,7 @@ class CachedPairs(Dataset):
             "dropped": dropped,
             "sample": key.sample,
             "fault": fault,
+            "waited_s": self.index.waited_s - waited_s,
         } | ({"mask": mask} if self.masked else {})
 
     def _read(self, key, dropped):

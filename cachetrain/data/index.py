@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     import torch
 
     from cachetrain.data.saved_index import IndexFiles
+    from cachetrain.data.shard_set import ShardSet
     from cachetrain.distributed import World
 
 
@@ -56,7 +58,6 @@ class PairIndex(PairList):
             folder of sidecars FOLDER_BLOCK pairs in a row.
         item_bytes: size of an element of the text tensors.
         image_header, text_header: headers of the first pair.
-        places: (path, device, number) of each directory given, the same where ranks see the same directories.
         image_headers: {path of an image sidecar: its header}, of the first pair of each directory.
         num_masked: number of image sidecars with a mask.
         num_unpaired: number of sidecars without a partner.
@@ -80,6 +81,7 @@ class PairIndex(PairList):
         kohya_repeats: bool = False,
         every_size: bool = False,
         index_files: IndexFiles | None = None,
+        sets: Mapping[str, ShardSet] | None = None,
     ):
         """Lists `directories` and reads every header once; several ranks share the reading.
 
@@ -94,6 +96,7 @@ class PairIndex(PairList):
             kohya_repeats: a folder like 10_name without a multiply.txt has its number as if it were in one.
             every_size: an epoch visits all samples of a pair, not one of them.
             index_files: to use, and to save if they say so; None: all folders are listed and all headers read.
+            sets: {directory: ShardSet}, for those that are not to be read as they are there.
 
         Raises:
             ValueError: there are no pairs, or caches are unreadable, of the wrong shape, or mixed (the message names
@@ -102,13 +105,13 @@ class PairIndex(PairList):
         super().__init__(directories, image_suffix, text_suffix, one_text)
         self.choices = 1 if every_size else self.sizes
         self.kohya_repeats = kohya_repeats
-        self.places = list(map(_place_of, self.directories))
+        repeats = repeats or [1.0] * len(self.directories)
 
         def listed():
-            self.repeats = self._list_pairs(repeats or [1.0] * len(self.places), kohya_repeats, index_files)
+            self.repeats = self._list_pairs(repeats, kohya_repeats, index_files, sets or {})
             return vars(self)
 
-        vars(self).update(world.share(listed, self.places) if world else listed())
+        vars(self).update(world.share(listed, places_of(self.directories)) if world else listed())
         self.blocks = self._list_blocks()
         self._check_repeats()
         self._read_headers(world, index_files)
@@ -205,6 +208,65 @@ class PairIndex(PairList):
         return int((self.all_tokens > self.tokens).sum()) // self.sizes
 
     @property
+    def max_tokens(self) -> int:
+        """Text length in tokens, of the longest caption."""
+        return int(self.tokens.max())
+
+    @property
+    def num_tokens(self) -> int:
+        """Text length in tokens, of all captions and their variants together."""
+        return int(self.all_tokens[:: self.sizes].sum(dtype=np.int64))
+
+    @property
+    def num_image_bytes(self) -> int:
+        """Size of the tensors of all image sidecars."""
+        return int(self.image_bytes.sum(dtype=np.int64))
+
+    @property
+    def counts(self) -> np.ndarray:
+        """int64 [shapes], the number of samples of each latent shape."""
+        return np.bincount(self.shape_ids, None, len(self.shapes))
+
+    @property
+    def visits(self) -> np.ndarray:
+        """float64 [shapes], how often samples of each latent shape come up in an epoch, on average."""
+        return np.bincount(self.shape_ids, self.repeats, len(self.shapes)) / self.choices
+
+    @property
+    def varies(self) -> bool:
+        """Whether epochs differ in which samples come up, and how often."""
+        return self.choices > 1 or bool((self.repeats != np.floor(self.repeats)).any())
+
+    def counts_of_blocks(self, weighted: bool) -> np.ndarray:
+        """[blocks, shapes], the number of samples of each latent shape in each block; `weighted`: times repeats."""
+        counts = [
+            np.bincount(self.shape_ids[start:end], self.repeats[start:end] if weighted else None, len(self.shapes))
+            for start, end in pairwise(self.blocks)
+        ]
+        return np.array(counts)
+
+    def shards_of(self, blocks: Iterable[int]) -> Iterator[tuple[str, str]]:
+        """Yields (directory, name) of the shards that hold these blocks."""
+        for block in blocks:
+            if packed := self._packed(int(self.blocks[block])):
+                shard_set, pair = packed
+                yield from ((shard_set.directory, name) for name in shard_set.names_of(pair))
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds that this process has waited for shards from object storage."""
+        return sum(shard_set.waited_s for shard_set in self._sets.values())
+
+    @property
+    def is_fetched(self) -> bool:
+        """Whether some of the shards come from object storage."""
+        return any(shard_set.is_fetched for shard_set in self._sets.values())
+
+    def folders(self) -> list[str]:
+        """The distinct folders of the pairs, sorted; of shard sets, those that `tar xf` would make there."""
+        return sorted({os.path.dirname(self.stem(i)) for i in range(len(self))})
+
+    @property
     def image_settings(self) -> dict:
         """The settings with which the image caches were made; {} if not recorded."""
         return settings_of(self.image_path(0), self.image_header)
@@ -290,9 +352,14 @@ class PairIndex(PairList):
         return packed[0].header(packed[1], i % self.sizes) if packed else read_header(self.image_path(i))
 
 
-def _place_of(directory):
-    try:
-        state = os.stat(directory)
-    except OSError:
-        return directory, None, None
-    return directory, state.st_dev, state.st_ino
+def places_of(directories: Iterable[str]) -> list[tuple]:
+    """(path, device, number) of each directory: the same for ranks that see the same directories."""
+
+    def place_of(directory):
+        try:
+            state = os.stat(directory)
+        except OSError:
+            return directory, None, None
+        return directory, state.st_dev, state.st_ino
+
+    return list(map(place_of, directories))

@@ -1,108 +1,157 @@
-"""Copies shard sets from object storage to a local directory, where training reads them."""
+"""--shard_cache: the shards of sets in object storage, near: copied to a local directory while training reads them.
+
+    DIR/set-5be2c0d1/img_sdxl-1f0c2a9e/00012-5be2c0d1.tar          a shard
+    DIR/set-5be2c0d1/img_sdxl-1f0c2a9e/00012-5be2c0d1.tar.index    its first bytes, up to the end of its index
+    DIR/set-5be2c0d1/wanted/img_sdxl-1f0c2a9e~00012-5be2c0d1.tar   somebody waits for it
+
+One process on each machine, the fetcher (data/fetcher.py), copies what comes up next, and removes what is not needed
+when there is no more room. Loader workers do not use the network: they read what is there, ask for what is not, and
+wait. All that they share is this directory, so that a fetcher that is killed can be started again.
+"""
+
+from __future__ import annotations
 
 import hashlib
+import json
 import os
-import shutil
-from collections.abc import Set
-from concurrent.futures import ThreadPoolExecutor
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from threading import Event
 
-from tqdm import tqdm
+from cachetrain.data.shards import Shard
+from cachetrain.log import warn
+from cachetrain.reading import read_text
 
-from cachetrain.atomic import is_abandoned, locked_directory, temporary_path
-from cachetrain.data.objects import chunks_of, entries_in, open_store
-from cachetrain.data.shard_set import folder_suffix, shard_number
-from cachetrain.data.sidecar import NULL_STEM
-from cachetrain.log import counted
-
-_THREADS = 8
+INDEX = ".index"
+WANTED, FAILED = "wanted", "failed"
+POLL_S = 0.02
 
 
 def near_directory(url: str, shard_cache: str | os.PathLike) -> Path:
-    """The directory in `shard_cache` that holds the copy of the set at `url`."""
+    """The directory in `shard_cache` for the set at `url`."""
     name = url.rstrip("/").rpartition("/")[2]
     return Path(shard_cache) / f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:8]}"
 
 
-def fetch_set(url: str, shard_cache: str | os.PathLike, suffixes: Set[str]) -> None:
-    """Copies the shards of a set that are not in its `near_directory` yet, and removes those no longer in the set.
+def request_name(name: str) -> str:
+    """The name of the file that asks for a shard, or for its index."""
+    return name.replace("/", "~")
 
-    A shard appears there whole: its name has a hash of its content, so that one of this name and size is not copied
-    again, and an interrupted copy is continued by the next call.
+
+class Near:
+    """The near directory of a set, as processes see it that do not fetch.
+
+    Attributes:
+        waited_s: seconds that this process has waited for shards.
+    """
+
+    def __init__(self, directory: str | os.PathLike):
+        self.directory = os.fspath(directory)
+        self.waited_s = 0.0
+
+    def index_of(self, name: str) -> str:
+        """The path of the index of a shard, once it is there; raises like `open`."""
+        self._wait(name + INDEX)
+        return os.path.join(self.directory, name + INDEX)
+
+    def open(self, shard: Shard, name: str) -> None:
+        """Opens a shard, once it is there.
+
+        Raises:
+            OSError: it cannot be fetched.
+        """
+        while True:
+            self._wait(name)
+            with suppress(FileNotFoundError):  # removed again in between
+                return shard.open()
+
+    def _wait(self, name):
+        path = os.path.join(self.directory, name)
+        if os.path.exists(path):
+            return
+        started, parent = time.monotonic(), os.getppid()
+        request, failure = (os.path.join(self.directory, of, request_name(name)) for of in (WANTED, FAILED))
+        with suppress(FileNotFoundError):
+            os.unlink(failure)
+        _touch(request)
+        while not os.path.exists(path):
+            if not os.path.exists(request):
+                if os.path.exists(failure):
+                    raise OSError(read_text(failure))
+                _touch(request)  # it was there, and has been removed again
+            if os.getppid() != parent:
+                raise OSError(f"{path}: the trainer has ended")
+            time.sleep(POLL_S)
+        self.waited_s += time.monotonic() - started
+
+
+class Fetcher:
+    """The process that fetches, seen from the trainer. It is started again if it is killed.
 
     Args:
-        suffixes: of the sidecars whose shards are copied.
+        sets: {near directory: address of the set}.
+        limit: bytes that shards may take in these directories; None: what the disk has.
 
     Raises:
-        ValueError: there are none.
-        OSError: the set cannot be read, another process copies into the directory, or the disk has no room.
+        ValueError: it cannot start; it has said why.
     """
-    store, target = open_store(url), near_directory(url, shard_cache)
-    sizes = {one["path"]: one["size"] for one in entries_in(store) if _is_part(one["path"], suffixes)}
-    if not any(shard_number(name.rpartition("/")[2]) is not None for name in sizes):
-        raise ValueError(
-            f"{url}: no shards of {', '.join(sorted(suffixes))}; pack a folder with cache/pack_shards.py"
-        )
-    with locked_directory(target):
-        missing = {name: size for name, size in sizes.items() if not _has(target / name, size)}
-        _remove_others(target, sizes)
-        needed, free = sum(missing.values()), shutil.disk_usage(target).free
-        if needed > free:
-            raise OSError(
-                f"--shard_cache {shard_cache}: {counted(len(missing), 'file')} of {url} need "
-                f"{tqdm.format_sizeof(needed, 'B')}, but {tqdm.format_sizeof(free, 'B')} are free; use another disk"
-            )
-        _copy_all(store, target, missing)
+
+    def __init__(self, sets: dict[str, str], limit: int | None = None):
+        self._argv = [sys.executable, "-P", "-m", "cachetrain.data.fetcher", json.dumps(sets), str(limit or 0)]
+        self._plan = "[]\n"
+        self._closed = False
+        self._lock = threading.Lock()
+        self._kept = []
+        self._start()
+        if self._process.stdout.readline() != "ready\n":
+            self.close()
+            raise ValueError("the shards cannot be fetched; see above")
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._watcher.start()
+
+    def keep(self, shards: Iterable[tuple[str, str]]) -> None:
+        """Names (near directory, shard) of shards that are needed all the time."""
+        self._kept = list(shards)
+
+    def plan(self, shards: Sequence[tuple[str, str]]) -> None:
+        """Says which shards (near directory, name) are read from now on, in this order; others may be removed."""
+        self._plan = json.dumps([*self._kept, *shards]) + "\n"
+        self._send()
+
+    def close(self) -> None:
+        """Ends the process; what it has fetched stays."""
+        self._closed = True
+        with suppress(OSError):
+            self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+    def _start(self):
+        self._process = subprocess.Popen(self._argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def _send(self):
+        with self._lock, suppress(OSError, ValueError):  # it has ended, and gets the plan when it starts again
+            self._process.stdin.write(self._plan)
+            self._process.stdin.flush()
+
+    def _watch(self):
+        while True:
+            self._process.wait()
+            if self._closed:
+                return
+            warn(f"the process that fetches shards has ended ({self._process.returncode}); it is started again")
+            time.sleep(1)
+            with self._lock:
+                self._process.stdout.close()
+                self._start()
+            self._send()
 
 
-def _copy_all(store, target, missing):
-    stopped, total = Event(), sum(missing.values())
-    progress = tqdm(desc="shards", total=total, unit="B", unit_scale=True, disable=None if total else True)
-    with progress, ThreadPoolExecutor(_THREADS) as pool:
-        try:
-            copies = [pool.submit(_copy, store, name, target / name, missing[name], stopped) for name in missing]
-            for copy in copies:
-                progress.update(copy.result())
-        finally:
-            stopped.set()  # after an error or a signal, the others end at their next piece
-
-
-def _copy(store, name, path, size, stopped):
-    """Copies one object; returns its size."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, copied = temporary_path(path), 0
-    try:
-        with open(temporary, "wb") as file:
-            for chunk in chunks_of(store, name):
-                if stopped.is_set():
-                    return 0
-                copied += file.write(chunk)
-        if copied != size:
-            raise OSError(f"{store}: {name} has {counted(copied, 'byte')}, expected {size:,}; start again")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return size
-
-
-def _is_part(name, suffixes):
-    """Whether an object is a shard or the null caption of sidecars of these suffixes."""
-    folder, _, base = name.rpartition("/")
-    suffix = folder_suffix(folder)
-    return suffix in suffixes and (shard_number(base) is not None or base == NULL_STEM + suffix)
-
-
-def _has(path, size):
-    try:
-        return path.stat().st_size == size
-    except OSError:
-        return False
-
-
-def _remove_others(target, names):
-    """Removes the shards that are no longer in the set, and temporary files of killed processes."""
-    for path in target.glob("*/*"):
-        known = path.relative_to(target).as_posix() in names
-        if (shard_number(path.name) is not None and not known) or is_abandoned(path):
-            path.unlink()
+def _touch(path):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "ab"):
+        pass

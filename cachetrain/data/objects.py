@@ -2,7 +2,10 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+_PIECE = 2**20  # least bytes of an object that are handed on at once
 
 
 def open_store(where: str | os.PathLike):
@@ -57,19 +60,54 @@ def entries_in(store) -> list[dict]:
         raise OSError(f"{store}: cannot be listed: {_first_line(error)}") from error
 
 
-def chunks_of(store, name: str) -> Iterator[bytes]:
-    """Yields the bytes of an object in pieces.
+def pieces_of(store, name: str) -> tuple[int, Iterator[bytes]]:
+    """(number of bytes of an object, its bytes in pieces).
 
     Raises:
-        OSError: it cannot be read.
+        OSError: it cannot be read; NotThereError: trying again would not help.
     """
     import obstore
-    from obstore.exceptions import BaseError
+
+    with _errors_of(store, name):
+        result = obstore.get(store, name)
+        return result.meta["size"], _pieces(store, name, result)
+
+
+def _pieces(store, name, result):
+    with _errors_of(store, name):
+        yield from map(bytes, result.stream(min_chunk_size=_PIECE))
+
+
+def read_range(store, name: str, start: int, length: int) -> bytes:
+    """Some bytes of an object; raises like `pieces_of`."""
+    import obstore
+
+    with _errors_of(store, name):
+        return bytes(obstore.get_range(store, name, start=start, length=length))
+
+
+class NotThereError(OSError):
+    """There is no such object, or it may not be read."""
+
+
+@contextmanager
+def _errors_of(store, name):
+    from obstore.exceptions import BaseError, NotFoundError, PermissionDeniedError, UnauthenticatedError
 
     try:
-        yield from map(bytes, obstore.get(store, name).stream())
+        yield
+    except (NotFoundError, PermissionDeniedError, UnauthenticatedError, FileNotFoundError) as error:
+        raise NotThereError(f"{store}: {name} cannot be read: {_first_line(error)}") from error
     except (BaseError, OSError) as error:
         raise OSError(f"{store}: {name} cannot be read: {_first_line(error)}") from error
+
+
+def entry(store, name: str) -> dict:
+    """The entry of an object, as of `entries_in`; raises like `pieces_of`."""
+    import obstore
+
+    with _errors_of(store, name):
+        return obstore.head(store, name)
 
 
 def exists(store, name: str) -> bool:
@@ -91,19 +129,30 @@ def exists(store, name: str) -> bool:
 
 
 def read(store, name: str) -> tuple[bytes, dict]:
-    """The bytes of an object, and its entry as of `entries_in`.
-
-    Raises:
-        OSError: it cannot be read.
-    """
+    """The bytes of an object, and its entry as of `entries_in`; raises like `pieces_of`."""
     import obstore
-    from obstore.exceptions import BaseError
 
-    try:
+    with _errors_of(store, name):
         result = obstore.get(store, name)
         return bytes(result.bytes()), result.meta
+
+
+def delete(store, names: list[str]) -> None:
+    """Deletes objects, at most 1,000; those that are gone already are passed over.
+
+    Raises:
+        OSError: one cannot be deleted.
+    """
+    import obstore
+    from obstore.exceptions import BaseError, NotFoundError
+
+    try:
+        obstore.delete(store, names)
+    except (NotFoundError, FileNotFoundError):
+        for name in names if len(names) > 1 else ():
+            delete(store, [name])
     except (BaseError, OSError) as error:
-        raise OSError(f"{store}: {name} cannot be read: {_first_line(error)}") from error
+        raise OSError(f"{store}: cannot delete: {_first_line(error)}") from error
 
 
 def put_new(store, name: str, data: bytes) -> bool:

@@ -6,7 +6,7 @@ of chunks without end, each a part of one epoch or a whole one.
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -43,6 +43,10 @@ class EpochOrder:
         """(epoch, samples, repeats) of a chunk, in order; see rng.epoch_order."""
         return number, *rng.epoch_order(self._seed, number, self._index.repeats, self._index.choices)
 
+    def blocks_of(self, number: int) -> Sequence[int]:
+        """The blocks that a chunk visits."""
+        return range(len(self._index.blocks) - 1)
+
     def entry(self, first: int, size: int) -> Entry:
         """The latest chunk from which batch `first` is found without the chunks before it, for batches of `size`."""
         return Entry(0, 0, {})
@@ -75,13 +79,8 @@ class Table(NamedTuple):
 
 def table_of(index: PairIndex) -> Table:
     """Counts the shapes in each block of an index."""
-    drawn = index.choices > 1 or bool((index.repeats != np.floor(index.repeats)).any())
-    counts = [
-        np.bincount(index.shape_ids[start:end], None if drawn else index.repeats[start:end], len(index.shapes))
-        for start, end in pairwise(index.blocks)
-    ]
-    histogram = np.array(counts).astype(np.int64)
-    return Table(index.blocks, histogram, index.shape_ids, index.repeats, index.choices, drawn)
+    histogram = index.counts_of_blocks(weighted=not index.varies).astype(np.int64)
+    return Table(index.blocks, histogram, index.shape_ids, index.repeats, index.choices, index.varies)
 
 
 class WindowOrder:
@@ -103,6 +102,11 @@ class WindowOrder:
         """Like EpochOrder.chunk."""
         epoch, round_ = divmod(number, self._rounds)
         return epoch, *self._mixed(epoch, round_, range(LANES))
+
+    def blocks_of(self, number: int) -> Sequence[int]:
+        """Like EpochOrder.blocks_of."""
+        epoch, round_ = divmod(number, self._rounds)
+        return self._blocks(epoch)[round_ * self._span : (round_ + 1) * self._span].tolist()
 
     def entry(self, first: int, size: int) -> Entry:
         """Like EpochOrder.entry; from the histogram, and visits of the last rounds only."""

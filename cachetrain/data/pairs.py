@@ -87,14 +87,15 @@ class PairList:
         """Checksum of the paths of all pairs."""
         return self._stems.checksum()
 
-    def _list_pairs(self, repeats, kohya_repeats, index_files):
+    def _list_pairs(self, repeats, kohya_repeats, index_files, sets):
         """Lists the pairs of all directories; returns float32 [N], the repeats of all samples."""
         folders = Folders(self.image_suffixes, None if self.one_text else self.text_suffix, kohya_repeats)
         of_pairs, directories = [], []
         for directory, number in zip(self.directories, repeats, strict=True):
             start, num_repeated = len(self._stems), folders.links.num_repeated
-            if shard_folders(directory, self.image_suffixes[0]) and not folders.add_directory(directory):
-                of_pairs.append(number * self._list_set(directory, len(directories)))
+            is_set = directory in sets or shard_folders(directory, self.image_suffixes[0])
+            if is_set and not folders.add_directory(directory):
+                of_pairs.append(number * self._list_set(directory, len(directories), sets.get(directory)))
             else:
                 file = index_files and index_files.open(directory, self._suffixes)
                 of_pairs.append(number * self._list_folders(directory, folders, file))
@@ -133,9 +134,9 @@ class PairList:
             multiples.append(np.full(len(pairs.stems), pairs.multiple))
         return np.concatenate(multiples)
 
-    def _list_set(self, directory, number):
+    def _list_set(self, directory, number, shard_set):
         """Lists the pairs of a shard set, directory `number` of those with pairs; returns their repeats."""
-        shard_set = ShardSet(directory, self._suffixes)
+        shard_set = shard_set or ShardSet(directory, self._suffixes)
         root = os.fsencode(os.path.join(directory, ""))
         columns = shard_set.read_indexes(self.sizes, lambda name: self._stems.append_bytes(root + name))
         self._sets[number], self._columns[number] = shard_set, columns

@@ -6,7 +6,6 @@ from array import array
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import load
 from tqdm import tqdm
@@ -76,11 +75,8 @@ class RamCache:
 
 def needed_bytes(index: PairIndex) -> int:
     """Estimates the memory that the sidecars of `index` take, in bytes."""
-    images = int(index.image_bytes.sum(dtype=np.int64))
-    num_tokens = int(index.all_tokens[:: index.sizes].sum(dtype=np.int64))
-    text = num_elements(index.text_kind, index.text_widths, num_tokens, index.num_pairs)
-    text *= index.item_bytes
-    return images + (0 if index.one_text else text) + _HEADER_BYTES * (len(index) + index.num_pairs)
+    text = num_elements(index.text_kind, index.text_widths, index.num_tokens, index.num_pairs) * index.item_bytes
+    return index.num_image_bytes + (0 if index.one_text else text) + _HEADER_BYTES * (len(index) + index.num_pairs)
 
 
 def available_bytes() -> int | None:

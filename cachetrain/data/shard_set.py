@@ -16,19 +16,23 @@ import os
 import re
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from cachetrain.data.shards import Shard
+from cachetrain.data.shards import Shard, ShardIndex
 from cachetrain.data.sidecar import RUN_KEYS, Header, SidecarError, header_of
 
 if TYPE_CHECKING:
     import torch
 
+    from cachetrain.data.near import Near
+
 _SHARD = re.compile(r"(?P<number>[0-9]{5,})-[0-9a-f]{8}\.tar")
 _MAX_OPEN = 128  # shards that a process keeps open
+_MAX_MAPPED = 16_384  # whose indexes it keeps mapped; Linux allows 65,530 mappings
 
 
 class Columns(NamedTuple):
@@ -58,14 +62,23 @@ class ShardSet:
     """The pairs of a directory of shards, numbered from 0.
 
     Attributes:
+        names: for each number, the shards of its halves, as `img_sdxl-1f0c2a9e/00012-5be2c0d1.tar`.
         num_unpaired: number of rows without a partner in the other halves.
     """
 
-    def __init__(self, directory: str, suffixes: Sequence[str]):
+    def __init__(
+        self,
+        directory: str,
+        suffixes: Sequence[str],
+        names: Iterable[str] | None = None,
+        near: Near | None = None,
+    ):
         """Lists the shards.
 
         Args:
             suffixes: of the sidecars of a pair.
+            names: of the shards to read, and of those of other suffixes; default: all in the directory.
+            near: brings the shards into the directory; default: they are there.
 
         Raises:
             ValueError: there are no shards of a suffix, or several sets of them.
@@ -73,16 +86,37 @@ class ShardSet:
         self.directory = directory
         self.suffixes = tuple(suffixes)
         self.num_unpaired = 0
-        self._folders = [_folder_of(directory, suffix) for suffix in suffixes]
-        listed = [numbered_shards(folder) for folder in self._folders]
+        self._near = near
+        names = list(shards_in(directory) if names is None else names)
+        listed = [_numbered(directory, names, suffix) for suffix in suffixes]
         numbers = sorted(set.intersection(*map(set, listed)))
-        self._paths = [[of_half[number] for of_half in listed] for number in numbers]
-        for of_half in listed:
-            self.num_unpaired += sum(len(Shard(path)) for number, path in of_half.items() if number not in numbers)
+        if not numbers:
+            raise ValueError(f"{directory}: *{' and *'.join(suffixes)} have no number in common; cache or pack both")
+        self.names = [[of_half[number] for of_half in listed] for number in numbers]
+        common = set(numbers)
+        self._alone = [name for of_half in listed for number, name in of_half.items() if number not in common]
         self._ends = []  # of the pairs of each number
-        self._rows = {}  # place of a number whose rows do not match one by one -> the rows in each half
-        self._shards = {}  # (place of a number, half) -> Shard
-        self._open = OrderedDict()  # those whose files are open, the last used ones at the end
+        self._rows = {}  # place of a number whose rows do not match one by one -> the rows in each half, once known
+        self._verified = True  # whether the indexes have been read and verified
+        self._shards = OrderedDict()  # (place of a number, half) -> Shard, the last used ones at the end
+        self._open = OrderedDict()  # those whose files are open
+
+    def matched(self) -> Iterator[tuple[list[Shard], list[np.ndarray]]]:
+        """Yields (the halves, the rows of the pairs in each) of each number.
+
+        Raises:
+            SidecarError: a shard is damaged, or not of the set.
+        """
+        firsts = None
+        self.num_unpaired = sum(len(self._mapped(name)) for name in self._alone)
+        for place, names in enumerate(self.names):
+            halves = [self._mapped(name) for name in names]
+            firsts = firsts or halves
+            for first, shard in zip(firsts, halves, strict=True):
+                check_alike(first, shard)
+            rows = self._match(place, halves)
+            self.num_unpaired += sum(len(shard) - len(of_half) for shard, of_half in zip(halves, rows, strict=True))
+            yield halves, rows
 
     def read_indexes(self, sizes: int, add_name: Callable[[bytes], None]) -> Columns:
         """Reads all indexes; before that, no pair can be read.
@@ -94,19 +128,17 @@ class ShardSet:
         Raises:
             SidecarError: a shard is damaged, or not of the set.
         """
-        columns, codes, firsts = {}, {}, None
-        ends = []
-        for place, paths in enumerate(self._paths):
-            halves = [Shard(path) for path in paths]
-            firsts = firsts or halves
-            _check_alike(firsts, halves)
-            rows = self._match(place, halves)
+        columns, codes, ends, sources, item_bytes = {}, {}, [], set(), 0
+        for halves, rows in self.matched():
             names = halves[0].names()
             for row in rows[0].tolist():
                 add_name(names[row])
             ends.append(len(rows[0]))
             for name, array in _columns(halves, rows, sizes, codes).items():
                 columns.setdefault(name, []).append(array)
+            text = halves[-1].fields
+            sources.update(text["sources"])
+            item_bytes = max(item_bytes, text["item_bytes"])
         self._ends = np.cumsum(np.array(ends, np.int64)).tolist()
         columns = {name: np.concatenate(arrays) for name, arrays in columns.items()}
         present, first = np.unique(columns["shape_ids"], return_index=True)
@@ -114,12 +146,11 @@ class ShardSet:
         shapes, new_ids = list(codes), np.zeros(len(codes), np.uint16)
         new_ids[present] = np.arange(len(present))
         columns["shape_ids"] = new_ids[columns["shape_ids"]]
-        text = firsts[-1].fields
         return Columns(
             shapes=[shapes[code] for code in present],
             widths=text["widths"],
-            item_bytes=text["item_bytes"],
-            sources=set(text["sources"]),
+            item_bytes=item_bytes,
+            sources=sources,
             **columns,
         )
 
@@ -128,9 +159,20 @@ class ShardSet:
         """int64 array, where the pairs of each number end."""
         return np.array(self._ends, np.int64)
 
+    def assume(self, rows: Sequence[int], unequal: Iterable[int]) -> None:
+        """Takes what a freeze file says in place of `read_indexes`; an index is then read when one of its rows is.
+
+        Args:
+            rows: number of pairs of each number.
+            unequal: places of the numbers whose rows do not match one by one.
+        """
+        self._ends = np.cumsum(np.array(rows, np.int64)).tolist()
+        self._rows = dict.fromkeys(unequal)
+        self._verified = False
+
     def read(self, pair: int, half: int) -> bytes:
         """The bytes of a sidecar, verified; raises like Shard.read."""
-        shard, row = self._at(pair, half)
+        shard, row = self._opened_at(pair, half)
         return bytes(shard.read(row))
 
     def header(self, pair: int, half: int) -> Header:
@@ -139,13 +181,48 @@ class ShardSet:
 
     def tensors(self, pair: int, half: int) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
         """As Shard.tensors."""
-        shard, row = self._at(pair, half)
+        shard, row = self._opened_at(pair, half)
         return shard.tensors(row)
 
     def where(self, pair: int, half: int) -> str:
         """Where the sidecar is, for messages; see Shard.where."""
-        shard, row = self._at(pair, half)
-        return shard.where(row)
+        place, row = self._place_of(pair, half)
+        return self._shard(place, half).where(row)
+
+    def name(self, pair: int) -> str:
+        """The name of a pair, relative to the directory."""
+        place, row = self._place_of(pair, 0)
+        return self._shard(place, 0).name(row)
+
+    def of_rows(self, name: str, pairs: np.ndarray, half: int) -> Iterator[tuple[np.ndarray, np.ndarray, Shard]]:
+        """Yields (places in `pairs`, their values in an array of the index, the shard) for each shard of a half.
+
+        Args:
+            name: of the array.
+            pairs: int array.
+        """
+        places = np.searchsorted(self._ends, pairs, side="right")
+        for place in np.unique(places).tolist():
+            chosen = np.flatnonzero(places == place)
+            rows = pairs[chosen] - (self._ends[place - 1] if place else 0)
+            shard = self._shard(place, half)
+            if place in self._rows:
+                rows = self._rows_of(place)[half][rows]
+            yield chosen, shard.arrays[name][rows], shard
+
+    def names_of(self, pair: int) -> list[str]:
+        """The shards that hold a pair."""
+        return self.names[bisect_right(self._ends, pair)]
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds that this process has waited for shards."""
+        return self._near.waited_s if self._near else 0.0
+
+    @property
+    def is_fetched(self) -> bool:
+        """Whether the shards come from object storage."""
+        return self._near is not None
 
     def _match(self, place, halves):
         """For each half, the rows of the pairs that all halves have, in the order of the first half."""
@@ -159,30 +236,50 @@ class ShardSet:
         for of_half in keys:
             order = np.argsort(of_half, kind="stable")
             rows.append(order[np.searchsorted(of_half, common, sorter=order)])
-            self.num_unpaired += len(of_half) - len(common)
         self._rows[place] = rows
         return rows
 
-    def _at(self, pair, half):
+    def _rows_of(self, place):
+        if self._rows[place] is None:
+            self._match(place, [self._shard(place, half) for half in range(len(self.suffixes))])
+        return self._rows[place]
+
+    def _place_of(self, pair, half):
+        """(place of the number, row) of a pair in a half."""
         place = bisect_right(self._ends, pair)
         row = pair - (self._ends[place - 1] if place else 0)
-        if place in self._rows:
-            row = int(self._rows[place][half][row])
-        return self._shard(place, half), row
+        return place, int(self._rows_of(place)[half][row]) if place in self._rows else row
 
-    def _shard(self, place, half):
-        key = place, half
-        if key not in self._shards:
-            self._shards[key] = Shard(self._paths[place][half], verify_index=False)  # read_indexes has done it
-        shard = self._shards[key]
+    def _opened_at(self, pair, half):
+        place, row = self._place_of(pair, half)
+        shard, key = self._shard(place, half), (place, half)
+        if self._near and key not in self._open:
+            self._near.open(shard, self.names[place][half])
+            for other in [other for other, opened in self._open.items() if opened.is_deleted()]:
+                self._open.pop(other).close()
         self._open[key] = shard
         self._open.move_to_end(key)
         if len(self._open) > _MAX_OPEN:
             self._open.popitem(last=False)[1].close()
-        return shard
+        return shard, row
+
+    def _shard(self, place, half):
+        key = place, half
+        if key not in self._shards:
+            self._shards[key] = self._mapped(self.names[place][half], not self._verified)
+        self._shards.move_to_end(key)
+        if len(self._shards) > _MAX_MAPPED:
+            oldest, shard = self._shards.popitem(last=False)
+            self._open.pop(oldest, None)
+            shard.close()
+        return self._shards[key]
+
+    def _mapped(self, name, verify=True):
+        return Shard(os.path.join(self.directory, name), verify, self._near.index_of(name) if self._near else None)
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_shards": {}, "_open": OrderedDict()}  # files are opened anew in another process
+        # Files are opened anew in another process.
+        return self.__dict__ | {"_shards": OrderedDict(), "_open": OrderedDict()}
 
 
 def _columns(halves, rows, sizes, codes):
@@ -205,11 +302,15 @@ def _columns(halves, rows, sizes, codes):
     }
 
 
-def _check_alike(firsts, others):
-    for first, other in zip(firsts, others, strict=True):
-        for key in (*RUN_KEYS, "suffix", "widths"):
-            if first.fields[key] != other.fields[key]:
-                raise SidecarError(f"{other.path}: differs in {key} from {first.path}; pack the folder again")
+def check_alike(first: ShardIndex, other: ShardIndex) -> None:
+    """Checks that two shards of one folder hold sidecars of one run.
+
+    Raises:
+        SidecarError: they do not.
+    """
+    for key in (*RUN_KEYS, "suffix", "widths"):
+        if first.fields[key] != other.fields[key]:
+            raise SidecarError(f"{other.path}: differs in {key} from {first.path}; pack the folder again")
 
 
 def folders_of(directory: str | os.PathLike) -> dict[str, list[str]]:
@@ -232,6 +333,7 @@ def folder_name(suffix: str, run_identity: Sequence[str]) -> str:
     return f"{suffix[1:]}-{_short_hash(run_identity)}"
 
 
+@lru_cache(64)
 def folder_suffix(folder: str) -> str | None:
     """`.img_sdxl` of `img_sdxl-1f0c2a9e`; None if it is not the name of a folder of shards."""
     match = re.fullmatch(r"([^/]+)-[0-9a-f]{8}", folder)
@@ -267,29 +369,31 @@ def _is_folder_of(entry, suffix):
     return any(shard_number(other.name) is not None for other in _entries(entry.path))
 
 
-def _folder_of(directory, suffix):
-    folders = shard_folders(directory, suffix)
+def shards_in(directory: str | os.PathLike) -> list[str]:
+    """The names of all shards of a set in a directory, as `img_sdxl-1f0c2a9e/00012-5be2c0d1.tar`."""
+    folders = [folder for of_suffix in folders_of(directory).values() for folder in of_suffix]
+    names = (f"{os.path.basename(folder)}/{entry.name}" for folder in folders for entry in _entries(folder))
+    return [name for name in names if shard_number(name.rpartition("/")[2]) is not None]
+
+
+def _numbered(directory, names, suffix):
+    """{number: name of its shard} of a suffix.
+
+    Raises:
+        ValueError: there are none, of several folders, or two of one number.
+    """
+    of_suffix = [name for name in names if folder_suffix(name.partition("/")[0]) == suffix]
+    folders = sorted({name.partition("/")[0] for name in of_suffix})
     if not folders:
         raise ValueError(f"{directory}: no shards of *{suffix}; pack a folder with cache/pack_shards.py")
     if len(folders) > 1:
-        raise ValueError(
-            f"{directory}: {' and '.join(folders)} hold *{suffix} of other models or settings; move all but one away"
-        )
-    return folders[0]
-
-
-def numbered_shards(folder: str) -> dict[int, str]:
-    """{number: path of its shard} of a folder.
-
-    Raises:
-        ValueError: a number has two.
-    """
-    paths = {}
-    for entry in _entries(folder):
-        if (number := shard_number(entry.name)) is not None:
-            if number in paths:
-                raise ValueError(
-                    f"{paths[number]} and {entry.path} hold another content under one number; delete the older one"
-                )
-            paths[number] = entry.path
-    return paths
+        paths = " and ".join(os.path.join(directory, folder) for folder in folders)
+        raise ValueError(f"{paths} hold *{suffix} of other models or settings; move all but one away")
+    numbered = {}
+    for name in of_suffix:
+        number = shard_number(name.partition("/")[2])
+        if number in numbered:
+            paths = " and ".join(os.path.join(directory, other) for other in (numbered[number], name))
+            raise ValueError(f"{paths} hold another content under one number; delete the older one")
+        numbered[number] = name
+    return numbered

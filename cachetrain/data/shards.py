@@ -15,7 +15,8 @@ The index has of each row, int arrays [N] unless noted:
     num_bytes         of the tensors
     masked            whether there is a mask
     repeats           float32, how often the pair comes up in an epoch, on average
-Its fields say what all rows agree on: RUN_KEYS, shapes, widths, suffix. Reading a row takes one read and one SHA-256;
+Its fields say what all rows agree on: RUN_KEYS, shapes, widths, suffix; and `failed`, if samples of the input of the
+shard have no row in it. Reading a row takes one read and one SHA-256;
 the sidecar's own header is parsed only if its fields are asked for.
 """
 
@@ -24,7 +25,7 @@ import json
 import mmap
 import os
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
@@ -39,10 +40,15 @@ if TYPE_CHECKING:
 
 SHARD_FORMAT = "1"
 INDEX = "__index__/index.safetensors"
+INDEX_START = 512  # where the index begins: behind its tar header
+
+HEAD_BYTES = 2**15  # at the beginning of a shard, where its fields usually are
 
 _BLOCK, _MAX_INDEX = 512, 2**30
+_MAX_FAILED, _MAX_REASON = 100, 200  # that are named in a shard, and characters of each reason
 _NO_SHA256 = "0" * 64
-_DTYPES = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "U64": np.uint64, "F32": np.float32}
+NOT_SEALED = ValueError, KeyError, TypeError, AttributeError  # what `unsealed` raises
+_DTYPES = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "U64": np.uint64, "F32": np.float32, "F64": np.float64}
 
 
 class Row(NamedTuple):
@@ -70,12 +76,32 @@ def name_key(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(os.fsencode(name), digest_size=8).digest(), "big")
 
 
-def build_shard(rows: Sequence[Row], suffix: str, widths: dict[str, int]) -> bytes:
-    """Returns the bytes of a shard; the same rows give the same bytes.
+class Failed(NamedTuple):
+    """The samples of the input of a shard that have no row in it.
+
+    Attributes:
+        number: how many there are.
+        first: list of [name, reason], at most _MAX_FAILED.
+    """
+
+    number: int = 0
+    first: Sequence[Sequence[str]] = ()
+
+
+def failed_rows(fields: Mapping) -> Failed:
+    """The samples that have no row in a shard with these fields, `Shard.fields` or of `fields_in`."""
+    return Failed(*fields.get("failed", ()))
+
+
+def build_shard(
+    rows: Sequence[Row], suffix: str, widths: dict[str, int], failed: Sequence[tuple[str, str]] = ()
+) -> bytes:
+    """Returns the bytes of a shard; the same arguments give the same bytes.
 
     Args:
         suffix: of the sidecars, added to the names of the members.
         widths: {name of a text tensor: width}; {} in shards of images.
+        failed: (name, reason) of each sample without a row; the reason says nothing of time or machine.
 
     Raises:
         ValueError: rows differ in one of RUN_KEYS.
@@ -119,54 +145,64 @@ def build_shard(rows: Sequence[Row], suffix: str, widths: dict[str, int]) -> byt
         "sources": sorted({source for row in rows for source in row.sources}),
         **dict(zip(RUN_KEYS, first.header.run_identity, strict=True)),
     }
-    size = len(_index_bytes(arrays, fields))  # offsets do not change it
+    if failed:
+        fields["failed"] = len(failed), [(name, reason[:_MAX_REASON]) for name, reason in failed[:_MAX_FAILED]]
+    size = len(sealed(arrays, fields))  # offsets do not change it
     arrays["offset"] += np.uint64(_BLOCK + _padded(size))
-    parts = [_member_header(INDEX, size), _padded_bytes(_index_bytes(arrays, fields))]
+    parts = [_member_header(INDEX, size), _padded_bytes(sealed(arrays, fields))]
     for head, row in zip(heads, rows, strict=True):
         parts += [head, _padded_bytes(row.data)]
     return b"".join([*parts, bytes(2 * _BLOCK)])
 
 
-class Shard:
-    """A shard on disk, opened; rows are numbered from 0.
+def index_size(path: str | os.PathLike, head: bytes) -> int:
+    """Bytes of the index, which follows the first INDEX_START bytes of a shard.
+
+    Args:
+        path: names the shard in messages.
+        head: those first bytes.
+
+    Raises:
+        SidecarError: it is no shard.
+    """
+    digits = head[124:135]
+    is_shard = head[: len(INDEX) + 1] == INDEX.encode() + b"\0" and digits.isdigit() and not set(digits) & set(b"89")
+    if not is_shard or int(digits, 8) > _MAX_INDEX:
+        raise SidecarError(f"{path}: is not a shard; pack the folder again")
+    return int(digits, 8)
+
+
+class ShardIndex:
+    """The index of a shard, wherever that is; rows are numbered from 0.
 
     Attributes:
+        path: path or address of the shard.
+        size, index_end: bytes of the shard, and where its index ends in it.
         fields: dict, what all rows agree on.
         arrays: {name: array}, of each row, as in the index.
 
     Args:
-        verify_index: False for a shard whose index has been verified before; a wrong row does not pass unnoticed even
-            so.
+        data: bytes of the index; the arrays are views of them.
+        size: bytes of the shard; None: not known.
+        verify: False for an index that has been verified before; a wrong row does not pass unnoticed even so.
 
     Raises:
-        SidecarError: it is no shard, or its index is damaged.
-        OSError: it cannot be opened.
+        SidecarError: it is damaged, or the shard is truncated.
     """
 
-    def __init__(self, path: str | os.PathLike, verify_index: bool = True):
+    def __init__(self, path: str | os.PathLike, data: bytes | memoryview, size: int | None, verify: bool = True):
         self.path = os.fspath(path)
-        self._file = open_regular(path)
-        with named_errors(path):
-            head = os.pread(self._file.fileno(), _BLOCK, 0)
-            is_shard = head[: len(INDEX) + 1] == INDEX.encode() + b"\0"
-            size = int(head[124:135], 8) if is_shard else _MAX_INDEX + 1
-            if size > _MAX_INDEX:
-                raise SidecarError(f"{path}: is not a shard; pack the folder again")
-            file_size = os.fstat(self._file.fileno()).st_size
-            if file_size < _BLOCK + size:
-                raise SidecarError(f"{path}: its index is damaged; copy or pack it again")
-            # Mapped, so that the indexes of thousands of shards stay in the page cache, once for all processes.
-            data = memoryview(mmap.mmap(self._file.fileno(), _BLOCK + size, access=mmap.ACCESS_READ))[_BLOCK:]
-        self.arrays, self.fields = _parse_index(path, data, verify_index)
-        end = int(self.arrays["offset"][-1]) + _padded(int(self.arrays["length"][-1])) + 2 * _BLOCK
-        if file_size != end:
+        try:
+            self.arrays, self.fields = unsealed(data, verify)
+            found = self.fields["shard_format"]
+        except NOT_SEALED as error:
+            raise SidecarError(f"{path}: its index is damaged; copy or pack it again") from error
+        if found != SHARD_FORMAT:
+            raise SidecarError(f"{path}: has format {found}, this version reads {SHARD_FORMAT}")
+        self.index_end = INDEX_START + len(data)
+        self.size = int(self.arrays["offset"][-1]) + _padded(int(self.arrays["length"][-1])) + 2 * _BLOCK
+        if size not in (None, self.size):
             raise SidecarError(f"{path}: is truncated; copy or pack it again")
-
-    def close(self) -> None:
-        """Closes the file; reading opens it again."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
 
     def __len__(self) -> int:
         return len(self.arrays["offset"])
@@ -181,11 +217,66 @@ class Shard:
         names, ends = self.arrays["names"].tobytes(), self.arrays["name_ends"].tolist()
         return [names[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
+    def name(self, row: int) -> str:
+        """The name of a row."""
+        ends = self.arrays["name_ends"]
+        return os.fsdecode(self.arrays["names"][ends[row - 1] if row else 0 : ends[row]].tobytes())
+
     def where(self, row: int) -> str:
         """`00012-5be2c0d1.tar#a.img_sdxl`, with the path of the shard."""
-        ends = self.arrays["name_ends"]
-        name = self.arrays["names"][ends[row - 1] if row else 0 : ends[row]].tobytes()
-        return f"{self.path}#{os.fsdecode(name)}{self.fields['suffix']}"
+        return f"{self.path}#{self.name(row)}{self.fields['suffix']}"
+
+    def check(self, row: int, sha256: bytes) -> None:
+        """Compares the SHA-256 of a sidecar with that in the index.
+
+        Raises:
+            SidecarError: it is another.
+        """
+        if sha256 != self.arrays["sha256"][row].tobytes():
+            raise SidecarError(
+                f"{self.where(row)}: row {row} does not match the SHA-256 in the shard's index; copy or pack the "
+                "shard again"
+            )
+
+
+class Shard(ShardIndex):
+    """A shard on disk. Reading opens it.
+
+    Args:
+        verify_index: as `verify` of ShardIndex.
+        index: path of a copy of the shard's first bytes, up to the end of the index; the shard itself may come later.
+
+    Raises:
+        SidecarError: it is no shard, or its index is damaged.
+        OSError: it cannot be opened.
+    """
+
+    def __init__(self, path: str | os.PathLike, verify_index: bool = True, index: str | os.PathLike | None = None):
+        self._file = None
+        source = index or path
+        with open_regular(source) as file, named_errors(source):
+            size = index_size(path, os.pread(file.fileno(), INDEX_START, 0))
+            file_size = os.fstat(file.fileno()).st_size
+            if file_size < INDEX_START + size:
+                raise SidecarError(f"{path}: its index is damaged; copy or pack it again")
+            # Mapped, so that the indexes of thousands of shards stay in the page cache, once for all processes.
+            mapped = mmap.mmap(file.fileno(), INDEX_START + size, access=mmap.ACCESS_READ)
+        super().__init__(path, memoryview(mapped)[INDEX_START:], None if index else file_size, verify_index)
+
+    def open(self) -> None:
+        """Opens the file, unless it is open."""
+        if self._file is None:
+            self._file = open_regular(self.path)
+
+    def close(self) -> None:
+        """Closes the file; reading opens it again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def is_deleted(self) -> bool:
+        """Whether the file is open, but has no name any more, so that it takes space until it is closed."""
+        return self._file is not None and os.fstat(self._file.fileno()).st_nlink == 0
 
     def read(self, row: int) -> bytearray:
         """The bytes of a sidecar, verified.
@@ -194,15 +285,10 @@ class Shard:
             SidecarError: they do not match the SHA-256 in the index.
         """
         data = bytearray(self.arrays["length"].item(row))
-        if self._file is None:
-            self._file = open_regular(self.path)
+        self.open()
         with named_errors(self.path):
             os.preadv(self._file.fileno(), [data], self.arrays["offset"].item(row))
-        if hashlib.sha256(data).digest() != self.arrays["sha256"][row].tobytes():
-            raise SidecarError(
-                f"{self.where(row)}: row {row} does not match the SHA-256 in the shard's index; copy or pack the "
-                "shard again"
-            )
+        self.check(row, hashlib.sha256(data).digest())
         return data
 
     def tensors(self, row: int) -> "tuple[dict[str, torch.Tensor], Mapping[str, str]]":
@@ -240,34 +326,52 @@ class _Fields(Mapping):
         return len(self._fields)
 
 
-def _index_bytes(arrays, fields):
+def fields_in(where: str, read: Callable[[int], bytes]) -> dict:
+    """The fields of a shard from its beginning alone, not verified.
+
+    Args:
+        where: names the shard in the error message.
+        read: function of a number of bytes that returns as many from the beginning, or all there are.
+
+    Raises:
+        SidecarError: it is no shard, or its index is damaged.
+    """
+    head = read(HEAD_BYTES)
+    start = INDEX_START + 8
+    end = start + int.from_bytes(head[INDEX_START:start], "little")
+    if len(head) < end <= _MAX_INDEX:
+        head = read(end)
+    try:
+        return json.loads(json.loads(head[start:end])["__metadata__"]["shard"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise SidecarError(f"{where}: its index is damaged; copy or pack it again") from error
+
+
+def sealed(arrays: Mapping[str, np.ndarray], fields: Mapping[str, object]) -> bytes:
+    """A safetensors file of arrays and of fields, JSON-able, with a SHA-256 of all of it."""
     from safetensors.numpy import save
 
     # One JSON text: safetensors writes several fields in random order.
-    metadata = {"shard": json.dumps(fields | {"sha256": _NO_SHA256})}
-    data = save(arrays, metadata)
+    metadata = {"shard": json.dumps({**fields, "sha256": _NO_SHA256})}
+    data = save(dict(arrays), metadata)
     return data.replace(_NO_SHA256.encode(), hashlib.sha256(data).hexdigest().encode(), 1)
 
 
-def _parse_index(path, data, verify):
-    """(arrays, fields) of the bytes of an index; arrays are views. `verify`: compare it with its SHA-256."""
-    try:
-        start, layout = layout_of(data)
-        arrays = {
-            name: np.frombuffer(data, _DTYPES[dtype], prod(shape), start + begin).reshape(shape)
-            for name, (dtype, shape, begin, _) in layout.items()
-        }
-        fields = json.loads(header_of(data).metadata["shard"])
-        digest = fields["sha256"].encode()
-        if (
-            verify
-            and hashlib.sha256(bytes(data).replace(digest, _NO_SHA256.encode(), 1)).hexdigest() != fields["sha256"]
-        ):
-            raise ValueError
-    except (SidecarError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SidecarError(f"{path}: its index is damaged; copy or pack it again") from error
-    if fields["shard_format"] != SHARD_FORMAT:
-        raise SidecarError(f"{path}: has format {fields['shard_format']}, this version reads {SHARD_FORMAT}")
+def unsealed(data: bytes | memoryview, verify: bool = True) -> tuple[dict[str, np.ndarray], dict]:
+    """(arrays, fields) of the bytes that `sealed` made; arrays are views. `verify`: compare them with their SHA-256.
+
+    Raises:
+        one of NOT_SEALED: they are not as `sealed` made them.
+    """
+    start, layout = layout_of(data)
+    arrays = {
+        name: np.frombuffer(data, _DTYPES[dtype], prod(shape), start + begin).reshape(shape)
+        for name, (dtype, shape, begin, _) in layout.items()
+    }
+    fields = json.loads(header_of(data).metadata["shard"])
+    unsigned = bytes(data).replace(fields["sha256"].encode(), _NO_SHA256.encode(), 1) if verify else b""
+    if verify and hashlib.sha256(unsigned).hexdigest() != fields["sha256"]:
+        raise ValueError("does not match its SHA-256")
     return arrays, fields
 
 

@@ -197,13 +197,18 @@ def tensors_of(data: bytes, where: Callable[..., str], *args: object) -> "dict[s
 def read_verified(path: str | Path) -> tuple[bytes, Header]:
     """Reads and verifies one sidecar like `read_sidecar`, but returns (bytes of the file, Header)."""
     data = read_bytes(path, _MAX_FILE)
+    return data, verified(path, data)
+
+
+def verified(path: str | Path, data: bytes) -> Header:
+    """Verifies the bytes of one sidecar, which `path` names in messages; raises SidecarError like `read_sidecar`."""
     header = _parse(path, data, len(data))
     payload = memoryview(data)[_payload_start(data) :]
     if not header.foreign and header.metadata.get("sha256") != hashlib.sha256(payload).hexdigest():
         raise SidecarError(
             f"{path}: tensors do not match their SHA-256; delete the file, or run the cache script with --full"
         )
-    return data, header
+    return header
 
 
 def header_of(data: bytes) -> Header:

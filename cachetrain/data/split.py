@@ -6,17 +6,17 @@ import hashlib
 import os
 import shlex
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cachetrain.data import rng
+from cachetrain.data.frozen import FrozenIndex
 from cachetrain.data.headers import check_same_run
-from cachetrain.data.index import PairIndex
-from cachetrain.data.near import fetch_set, near_directory
-from cachetrain.data.objects import is_url
+from cachetrain.data.index import PairIndex, places_of
 from cachetrain.data.saved_index import IndexFiles
+from cachetrain.data.sources import Sources
 from cachetrain.data.unused import MULTIPLY, repeats_in_name
 from cachetrain.log import counted, info, warn
 
@@ -24,36 +24,61 @@ if TYPE_CHECKING:
     from cachetrain.distributed import World
 
 
-def open_index(args: Namespace, world: World, save_index: bool = False) -> tuple[PairIndex, PairIndex | None]:
-    """Lists the pairs that the trainer's flags name; returns (training pairs, validation pairs or None).
-
-    The ranks of a machine share one list in memory.
+def open_index(
+    args: Namespace, world: World, pinned: Mapping[str, list[str]] | None = None, save_index: bool = False
+) -> tuple[PairIndex, PairIndex | None, Sources]:
+    """Lists the pairs that the trainer's flags name. The ranks of a machine share one list in memory.
 
     Args:
+        pinned: of the Sources of a run that goes on.
         save_index: write index files.
+
+    Returns:
+        (training pairs, validation pairs or None, where they come from).
     """
-    suffixes, index_files = (args.imgcache_suffix, args.txtcache_suffix), IndexFiles(save_index and world.main)
-    index = PairIndex(
-        [near(directory, args, world) for directory in args.train_data_dir],
+    val_dirs = args.val_data_dir or []
+    sources = Sources(args, world, [*args.train_data_dir, *val_dirs], pinned)
+    try:
+        return *_open_indexes(args, world, sources, IndexFiles(save_index and world.main)), sources
+    except BaseException:
+        sources.close()
+        raise
+
+
+def _open_indexes(args, world, sources, index_files):
+    suffixes, names, val_dirs = (args.imgcache_suffix, args.txtcache_suffix), args.train_data_dir, args.val_data_dir
+    every_size = args.sizes == "all"
+    index, freeze = None, sources.freeze(names[0]) if len(names) == 1 else None
+    if freeze and not (args.val_split or args.overfit):
+        (shard_set,) = sources.shard_sets(names).values()
+        index = FrozenIndex(freeze, shard_set, (args.dir_weights or [1.0])[0], every_size)
+    index = index or PairIndex(
+        [sources.directories[name] for name in names],
         *suffixes,
         args.dir_weights,
         args.force_txtcache,
         world,
         kohya_repeats=args.kohya_repeats,
-        every_size=args.sizes == "all",
+        every_size=every_size,
+        sets=sources.shard_sets(names),
         index_files=index_files,
     )
     if world.main:
         _warn_of_what_is_listed(index)
-    if args.val_split or args.overfit or not args.val_data_dir:
-        return world.share(lambda: _parts(index, args), index.places)
-    directories = [near(directory, args, world) for directory in args.val_data_dir]
-    held_out = PairIndex(directories, *suffixes, one_text=args.force_txtcache, world=world, index_files=index_files)
+    shared = world.share if not isinstance(index, FrozenIndex) else lambda make, _: make()
+    if args.val_split or args.overfit or not val_dirs:
+        return shared(lambda: _parts(index, args), places_of(index.directories))
+    directories, sets = [sources.directories[name] for name in val_dirs], sources.shard_sets(val_dirs)
+    held_out = PairIndex(
+        directories, *suffixes, one_text=args.force_txtcache, world=world, sets=sets, index_files=index_files
+    )
+    if sources.fetcher:
+        sources.fetcher.keep(sources.keep_all(val_dirs))
     for path, header in held_out.image_headers.items():
         check_same_run(index.image_header, header, index.image_path(0), path, may_differ="settings")
     check_same_run(index.text_header, held_out.text_header, index.text_path(0), held_out.text_path(0))
     check_apart(index, held_out)
-    return world.share(lambda: (index, held_out), (index.places, held_out.places))
+    return shared(lambda: (index, held_out), places_of([*index.directories, *directories]))
 
 
 def _parts(index, args):
@@ -62,32 +87,6 @@ def _parts(index, args):
         pairs = np.sort(rng.permutation(args.seed, 0, index.num_pairs)[: args.overfit])
         return index.subset(index.samples_of(pairs)), None
     return split_index(index, args.val_split) if args.val_split else (index, None)
-
-
-def near(directory: str, args: Namespace, world: World) -> str:
-    """Returns the directory, or that of its copy in --shard_cache, once the first rank of this machine has made it.
-
-    Raises:
-        ValueError, OSError: of near.fetch_set; on all ranks.
-    """
-    if not is_url(directory):
-        return directory
-    if not args.shard_cache:
-        raise ValueError(f"{directory}: training from object storage needs --shard_cache, a directory for its shards")
-    failure = None
-    if world.first_of_machine:
-        images = args.imgcache_suffix
-        suffixes = {images} if isinstance(images, str) else set(images)
-        suffixes |= set() if args.force_txtcache else {args.txtcache_suffix}
-        try:
-            fetch_set(directory, args.shard_cache, suffixes)
-        except (ValueError, OSError) as error:
-            if world.ranks == 1:
-                raise
-            failure = error
-    if failure := next(filter(None, world.gather(failure)), None):  # the other ranks wait here
-        raise failure
-    return str(near_directory(directory, args.shard_cache))
 
 
 def split_positions(names: Iterable[str], share: float) -> np.ndarray:
@@ -128,15 +127,15 @@ def check_apart(index: PairIndex, val_index: PairIndex) -> None:
     Raises:
         ValueError: a folder or file of --val_data_dir is also trained on.
     """
-    validation_folders = {os.path.realpath(folder): folder for folder in _folders(val_index)}
-    for folder in _folders(index):
+    validation_folders = {os.path.realpath(folder): folder for folder in val_index.folders()}
+    for folder in index.folders():
         if (real_path := os.path.realpath(folder)) in validation_folders:
             raise ValueError(
                 f"--val_data_dir: {validation_folders[real_path]} is also trained on, as {folder} of "
                 "--train_data_dir; move the validation pairs to a separate folder, or use --val_split"
             )
     for linking, other in ((index, val_index), (val_index, index)):
-        folders = set(map(os.path.realpath, _folders(other)))
+        folders = set(map(os.path.realpath, other.folders()))
         linked = {image for image, _ in other.links.targets}
         for image, _ in linking.links.targets:
             if os.path.dirname(image) in folders or image in linked:
@@ -145,11 +144,6 @@ def check_apart(index: PairIndex, val_index: PairIndex) -> None:
                     f"{'--train_data_dir' if linking is index else '--val_data_dir'}; remove the link, or use "
                     "--val_split"
                 )
-
-
-def _folders(index):
-    """The distinct folders of an index's pairs, sorted."""
-    return sorted({os.path.dirname(index.stem(i)) for i in range(len(index))})
 
 
 def _warn_of_what_is_listed(index):

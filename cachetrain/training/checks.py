@@ -48,7 +48,7 @@ def check_fit(index, config: dict, args: Namespace) -> None:
             f"{where}: captions were cached with a projection, but the UNet has a projection itself; cache the "
             "captions with create_t5cache_768.py --raw"
         )
-    longest = int(index.tokens.max())
+    longest = index.max_tokens
     if args.force_toklen and longest > args.force_toklen:
         raise ValueError(
             f"--force_toklen {args.force_toklen}: the longest caption in {where} has {longest} tokens; cache the "

@@ -118,11 +118,14 @@ def _data_flags(group):
     _flag(group, "--train_data_dir", nargs="+", required=True, type=directory_and_repeats, metavar="DIR[:REPEATS]",
           resume="free",  # the pairs in it are compared
           help="directories with cached images and captions, subfolders included, or shard sets of "
-               "cache/pack_shards.py, also at s3://, gs:// or az:// (see --shard_cache); each pair of DIR comes up "
-               "REPEATS times in an epoch, from 0.001 to 10000; default: once")
+               "cache/pack_shards.py or their freeze files, also at s3://, gs:// or az:// (see --shard_cache); each "
+               "pair of DIR comes up REPEATS times in an epoch, from 0.001 to 10000; default: once")
     _flag(group, "--shard_cache", metavar="DIR", resume="free",
-          help="local directory into which shard sets at s3://, gs:// or az:// are copied before training, once for "
-               "each machine; needs room for the whole set")
+          help="local directory into which the shards of sets at s3://, gs:// or az:// are copied while training "
+               "reads them, once for each machine")
+    _flag(group, "--shard_cache_gb", type=cli.Number(float, 0, 10**6, exclude=(0,)), metavar="GB", resume="free",
+          help="how much of --shard_cache shards may take, in GiB; those not needed soon are removed, which needs "
+               "--shuffle_window; default: what the disk has")
     _flag(group, "--save_index", action="store_true", resume="free",
           help="for a million sidecars: save what they are and what their headers say to .cachetrain/ in each data "
                "directory; later starts use that, and only read the headers in folders in which files were added, "

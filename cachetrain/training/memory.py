@@ -192,7 +192,7 @@ def report(run, unet: torch.nn.Module) -> None:
 
 
 def _report(run, unet):
-    index, blank = run.index, run.conditioning.blank(run.index.text_widths, int(run.index.tokens.max()))
+    index, blank = run.index, run.conditioning.blank(run.index.text_widths, run.index.max_tokens)
     largest = max(index.shapes, key=math.prod)
     model = MemoryModel(unet, largest, lambda batch_size: run.conditioning.collate([blank] * batch_size))
     setup, (free, where) = Setup.of(run.args, run.world.ranks), free_memory(run.device)

@@ -6,8 +6,6 @@ import math
 from argparse import Namespace
 from typing import NamedTuple
 
-import numpy as np
-
 from cachetrain.log import counted
 
 
@@ -77,8 +75,7 @@ def planned_coverage(index, plan: Plan, global_batch: int) -> str:
         f"{num_samples / index.samples_per_epoch:.2f} epochs of {counted(round(index.samples_per_epoch), 'sample')}, "
         f"from {counted(index.num_pairs, 'pair')}"
     ]
-    for number, shape in enumerate(index.shapes):
-        visits = float(index.repeats[index.shape_ids == number].sum(dtype=np.float64)) / index.choices
+    for shape, visits in zip(index.shapes, index.visits.tolist(), strict=True):
         share = visits / index.samples_per_epoch
         fills = share * num_samples >= global_batch
         parts.append(f"{'x'.join(map(str, shape))}: {share:.1%}" + ("" if fills else ", NEVER FILLS A BATCH"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from cachetrain.data.loader import make_loader
 from cachetrain.data.pairs import null_caption_path
 from cachetrain.data.ram import RamCache
 from cachetrain.data.sidecar import read_sidecar
+from cachetrain.data.sources import Sources
 from cachetrain.data.split import open_index
 from cachetrain.diffusion.noise_schedulers import make_scheduler, objective_of
 from cachetrain.diffusion.objective import noise_schedule
@@ -53,6 +54,7 @@ class Run:
         model_dir: pipeline directory, or a bare UNet, that the run starts from.
         index: the training pairs.
         held_out: the validation pairs, or None.
+        sources: where the pairs come from.
         noise_scheduler: diffusers scheduler of the objective, saved with each checkpoint.
         objective: "epsilon", "v_prediction" or "flow".
         alphas_cumprod: float32 [T] on the device, None for flow matching.
@@ -68,6 +70,7 @@ class Run:
     model_dir: Path
     index: PairIndex
     held_out: PairIndex | None
+    sources: Sources
     noise_scheduler: object
     objective: str
     alphas_cumprod: torch.Tensor | None
@@ -157,7 +160,7 @@ class TrainState(NamedTuple):
     scaler: torch.amp.GradScaler
     ema: Ema | None
 
-    def to_save(self, step: int, num_trained: int, settings: dict, statistics, validation) -> dict:
+    def to_save(self, run: Run, step: int, num_trained: int, settings: dict, statistics, validation) -> dict:
         """Returns what a checkpoint holds besides weights and averages.
 
         Args:
@@ -171,6 +174,7 @@ class TrainState(NamedTuple):
             step,
             num_trained,
             settings,
+            run.sources.pinned,
             unet=self.unet,
             optimizer=self.optimizer,
             scaler=self.scaler,
@@ -179,21 +183,22 @@ class TrainState(NamedTuple):
         )
 
 
-def open_run(args: Namespace, world: World, saved_settings: dict | None = None) -> Run:
+def open_run(args: Namespace, world: World, saved: Mapping | None = None) -> Run:
     """Lists the data and reads the model's configuration; loads no weights. Resolves in `args` what the flags leave
     open: --use_snr auto and the precision.
 
     Args:
-        saved_settings: of the checkpoint that the run resumes from, as of resume.settings_of; None: a new run.
+        saved: state of the checkpoint that the run resumes from, as of resume.run_state; None: a new run.
 
     Raises:
         ValueError, OSError: there are no pairs, or the caches or the model cannot be used.
     """
-    index, held_out = open_index(args, world, args.save_index)
+    saved_settings = (saved or {}).get("settings", {})
+    index, held_out, sources = open_index(args, world, (saved or {}).get("shards"), args.save_index)
     model_dir = load.resolve_model(args.model, args.revision)
     noise_scheduler = open_noise_scheduler(model_dir, args.objective, args.zero_terminal_snr)
     if args.use_snr == "auto":
-        args.use_snr = (saved_settings or {}).get("use_snr", objective_of(noise_scheduler) != "flow")
+        args.use_snr = saved_settings.get("use_snr", objective_of(noise_scheduler) != "flow")
     if args.timestep_shift and objective_of(noise_scheduler) != "flow":
         raise ValueError(
             f"--timestep_shift {args.timestep_shift:g}: is for flow matching, but the objective is "
@@ -205,7 +210,7 @@ def open_run(args: Namespace, world: World, saved_settings: dict | None = None) 
             "--sample_prompt and --sample_prompts"
         )
     if args.precision is None:
-        args.precision = _default_precision(world.device, (saved_settings or {}).get("precision"))
+        args.precision = _default_precision(world.device, saved_settings.get("precision"))
     dtype = torch.bfloat16 if args.precision.startswith("bf16") else torch.float32
     return Run(
         args=args,
@@ -215,6 +220,7 @@ def open_run(args: Namespace, world: World, saved_settings: dict | None = None) 
         model_dir=model_dir,
         index=index,
         held_out=held_out,
+        sources=sources,
         noise_scheduler=noise_scheduler,
         objective=objective_of(noise_scheduler),
         alphas_cumprod=noise_schedule(noise_scheduler, world.device),
@@ -400,7 +406,7 @@ def _null_condition(run):
     args, index = run.args, run.index
     if not args.cond_dropout:
         return None
-    path = null_caption_path([*index.directories, *args.train_data_dir], args.txtcache_suffix)
+    path = null_caption_path(run.sources.null_directories(), args.txtcache_suffix)
     if path is None:
         raise ValueError(
             f"no _null_caption{args.txtcache_suffix} in {', '.join(args.train_data_dir)}; run the text cache script, "
@@ -435,9 +441,10 @@ def open_loader(run: Run, pairs: CachedPairs, start_step: int = 0, num_seen: int
         ranks=world.ranks,
         first=first,
         window=args.shuffle_window,
+        fetcher=run.sources.fetcher,
     )
     # With --compile, texts are padded to the longest: each other length would compile another graph.
-    multiple = -(-int(run.index.tokens.max()) // 8) * 8 if args.compile else 8
+    multiple = -(-run.index.max_tokens // 8) * 8 if args.compile else 8
     return make_loader(pairs, batch_sampler, args.num_workers, run.device.type == "cuda", multiple), batch_sampler
 
 

@@ -4,8 +4,12 @@
 
 A sidecar is fresh; stale: its image or caption has changed, or most others have another encoder or other settings;
 corrupt; foreign: it has no header that could tell; missing; or orphaned: its image is gone. Tensors are read only
-with --verify. --prune lists orphaned sidecars and deletes them once confirmed. Of a shard set, it shows
-rows, sizes and encoders of each half, and the rows that a half lacks.
+with --verify. --prune lists orphaned sidecars and deletes them once confirmed.
+
+    cache/cache_status.py --data_root s3://bucket/photos_set --verify
+
+Of a shard set, it shows rows, sizes and encoder of each half, rows that failed or that one half lacks, and what is
+older: another folder of the same suffix, or another shard of the same number. --prune deletes that once confirmed.
 
 The exit code is 0 if everything is fresh and complete, 1 if something is stale, corrupt, missing, orphaned, mixed or
 cannot be read, 2 on any other error. A suffix without any sidecars counts as missing only if --cache_suffix names it.
@@ -23,6 +27,7 @@ from tqdm import tqdm
 from cachetrain import cli
 from cachetrain.caching import arguments
 from cachetrain.caching.freshness import CORRUPT, FOREIGN, FRESH, MISSING, STALE
+from cachetrain.caching.inspect import set_prune
 from cachetrain.caching.inspect.caches import (
     IMAGE_SCRIPTS,
     ORPHANED,
@@ -33,9 +38,12 @@ from cachetrain.caching.inspect.caches import (
     captions_flags,
     settings_flags,
 )
-from cachetrain.caching.inspect.shard_status import report_set
+from cachetrain.caching.inspect.set_freeze import freeze_set
+from cachetrain.caching.inspect.shard_status import SetReport, what_it_lists
 from cachetrain.caching.inspect.status import Status, delete_orphans
 from cachetrain.caching.messages import print_line, say
+from cachetrain.data.objects import is_url
+from cachetrain.data.set_files import open_files
 from cachetrain.data.shard_set import folders_of
 from cachetrain.log import counted
 
@@ -45,7 +53,7 @@ _BAR, _NUM_BINS = 40, 6
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = cli.parser(__doc__)
-    arguments.add_data_root_argument(parser)
+    arguments.add_data_root_argument(parser, ", or shard set: a directory, or an s3://, gs:// or az:// address")
     parser.add_argument(
         "--cache_suffix",
         action="append",
@@ -55,8 +63,16 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         "than the usual ones are also found, by the headers of their sidecars",
     )
     parser.add_argument("--verify", action="store_true", help="read all tensors and compare them with their SHA-256")
-    parser.add_argument("--prune", action="store_true", help="list orphaned sidecars, ask, and delete them")
+    parser.add_argument(
+        "--prune", action="store_true", help="list orphaned sidecars, or old shards of a set, ask, and delete them"
+    )
     parser.add_argument("--yes", action="store_true", help="with --prune: delete without asking")
+    parser.add_argument(
+        "--freeze",
+        action="store_true",
+        help="write a freeze file into a shard set: the list of its shards, so that later ones do not change a run; "
+        "--cache_suffix names the sidecars, where there are several kinds of captions",
+    )
     args = parser.parse_args(argv)
     if args.yes and not args.prune:
         parser.error("--yes needs --prune")
@@ -65,9 +81,11 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    sets = [root for root in args.data_root if folders_of(root)]
+    sets = [root for root in args.data_root if is_url(root) or folders_of(root)]
     if sets:
         return report_sets(args, sets)
+    if args.freeze:
+        raise ValueError(f"--freeze {args.data_root[0]}: is no shard set; make one with cache/pack_shards.py")
     status = Status(args.data_root, args.cache_suffix or (), args.verify)
     if not status.num_images and not any(caches.counts.total() for caches in status.caches):
         raise ValueError(f"no images and no sidecars under {', '.join(args.data_root)}")
@@ -87,10 +105,49 @@ def main(argv: list[str] | None = None) -> int:
 
 def report_sets(args: Namespace, sets: list[str]) -> int:
     """Prints the state of shard sets; returns the exit code."""
-    if len(sets) < len(args.data_root) or args.prune or args.cache_suffix:
-        raise ValueError(f"{sets[0]}: is a shard set; ask for folders, --prune and --cache_suffix without it")
-    complete = [report_set(root, args.verify) for root in sets]
+    if len(sets) < len(args.data_root) or (args.cache_suffix and not args.freeze):
+        raise ValueError(f"{sets[0]}: is a shard set; ask for folders and --cache_suffix without it")
+    complete = [report_one_set(args, root) for root in sets]
     return 0 if all(complete) else 1
+
+
+def report_one_set(args: Namespace, root: str) -> bool:
+    """Prints the state of a shard set, and deletes what is old in it if asked to; returns whether all is well."""
+    report = SetReport(open_files(root), args.verify)
+    report.print()
+    found = set_prune.find_old(report)
+    num_left = sum(len(old.entries) for old in found)
+    deletable = [old for old in found if not old.kept]
+    if found:
+        set_prune.print_old(report, found)
+    if deletable and not args.prune:
+        say(f"  $ {shlex.join(['cache/cache_status.py', '--data_root', root, '--prune'])}")
+    elif deletable and (args.yes or confirmed()):
+        num_left -= set_prune.delete_old(report.files, deletable)
+    elif deletable:
+        say("nothing was deleted")
+    elif args.prune:
+        say("nothing to prune")
+    if args.freeze:
+        freeze_one_set(args, report)
+    return report.complete and not num_left
+
+
+def freeze_one_set(args: Namespace, report: SetReport) -> None:
+    """Writes a freeze file into a shard set."""
+    suffixes = {half.folder.suffix: half.is_text for half in report.halves}
+    chosen = {suffix: suffixes.get(suffix, False) for suffix in args.cache_suffix or suffixes}
+    if unknown := chosen.keys() - suffixes.keys():
+        raise ValueError(f"{report.files.where}: has no *{min(unknown)}, only *{' and *'.join(suffixes)}")
+    text = [suffix for suffix, is_text in chosen.items() if is_text]
+    if len(text) != 1 or len(chosen) < 2:
+        raise ValueError(
+            f"--freeze {report.files.where}: expected image sidecars and one kind of captions, found "
+            f"{', '.join(chosen)}; name them, as --cache_suffix .img_sdxl --cache_suffix .txt_t5cache"
+        )
+    freeze, is_new = freeze_set(report.files, [*(suffix for suffix in chosen if suffix not in text), *text])
+    path = report.files.path(freeze.file_name)
+    say(f"{path}: {'written' if is_new else 'there already'}, {what_it_lists(freeze)}")
 
 
 def print_table(status: Status) -> None:

@@ -174,7 +174,7 @@ class Caches:
         for identity, count in counts.most_common():
             path, metadata = self.first[identity]
             differs = metadata and most and identity not in self.majority.values()
-            yield count, path, metadata, _differing(identity, most) if differs else []
+            yield count, path, metadata, differing(identity, most) if differs else []
 
     def commands(self, roots: list[str]) -> list[str]:
         """Returns the command lines that make what is not fresh, with the model and settings of the majority."""
@@ -235,7 +235,7 @@ def _settings(metadata):
         return {"settings": text}
 
 
-def _differing(identity, other):
+def differing(identity: tuple[str, ...], other: tuple[str, ...]) -> list[str]:
     """Names of the header fields and of the single settings in which two run identities differ."""
     a, b = (dict(zip(RUN_KEYS, one, strict=True)) for one in (identity, other))
     names = [key for key in RUN_KEYS if a[key] != b[key] and key != "settings"]

@@ -73,6 +73,7 @@ class Logs:
             weighted=run.weighted,
             masked=pairs.masked,
             flops_per_image=self._flops_per_image(unet) if 5 in self.groups else None,
+            shard_readers=max(1, args.num_workers) if run.index.is_fetched else 0,
         )
         self.diagnostics = Diagnostics(unet, args.diagnostic_steps, self.groups, world, run.device)
         if args.gradient_release:

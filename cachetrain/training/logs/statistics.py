@@ -35,6 +35,7 @@ class Statistics:
         weighted: whether the loss is another than the plain squared error; it is then logged beside that one.
         masked: whether batches have masks; their mean is then logged.
         flops_per_image: of a forward and backward pass, or None.
+        shard_readers: number of processes that read shards from object storage.
 
     Attributes:
         wait_s: seconds that the training loop waited for batches since the last `read`; the loop adds to it.
@@ -58,6 +59,7 @@ class Statistics:
         weighted: bool = False,
         masked: bool = False,
         flops_per_image: int | None = None,
+        shard_readers: int = 0,
     ):
         self.objective = objective
         self.world = world
@@ -67,6 +69,7 @@ class Statistics:
         self.gradient_clip = gradient_clip
         self.weighted = weighted
         self.flops_per_image = flops_per_image
+        self._shard_readers = shard_readers
         peak = peak_tflops(device)
         self._peak = peak and peak * world.ranks
         self.measured = Gradients(unet, world, device, 1 in self.groups, 11 in self.groups)
@@ -87,6 +90,7 @@ class Statistics:
         self._images = 0
         self._num_steps = 0
         self.wait_s = 0.0
+        self._shard_wait_s = 0.0
         self._start_s = time.perf_counter()
 
     @torch.no_grad()
@@ -116,6 +120,7 @@ class Statistics:
         rows = torch.where(counted, torch.stack(rows), 0.0)  # one NaN would spoil the sums
         self._table.index_add_(1, cells, rows)
         self._images += len(loss) * self.world.ranks
+        self._shard_wait_s += batch["waited_s"]
 
     def _diffusion(self, squared_error, alpha, sigma):
         """Returns the squared error of the predicted x_0, from that of the prediction, and log(alpha^2 / sigma^2).
@@ -216,6 +221,8 @@ class Statistics:
                 flops_per_image=self.flops_per_image,
                 peak=self._peak,
             )
+            if self._shard_readers:
+                tags["05_Performance/shard_wait_fraction"] = self._shard_wait_s / elapsed_s / self._shard_readers
         if 6 in self.groups and totals["count"]:
             tags |= {f"06_Diffusion/{row}": totals[row] / totals["count"] for row in ("x0_mse", "log_snr")}
             histograms["06_Diffusion/timesteps"] = (table[0].sum(0), np.linspace(0, 1000, CELLS + 1))
