@@ -156,6 +156,9 @@ def test_several_directories_nested_ones_and_links_between_them_are_listed_as_wi
     for roots in [*orders, *orders]:
         check_same(listed(*roots, save=True), *roots)
     check_same(listed(tmp_path / "link"), tmp_path / "link")
+    shutil.rmtree(folder / ".cachetrain")
+    check_same(listed(linked, folder, save=True), linked, folder)
+    check_same(listed(folder), folder)  # of which the links had taken some pairs
     assert "not used" not in capsys.readouterr().err
 
 
