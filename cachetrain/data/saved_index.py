@@ -42,6 +42,7 @@ class IndexFile:
     Args:
         directory: the data directory.
         suffixes: of the sidecars of a pair; pairs of others have a file of their own.
+        save: whether the file is to be written.
 
     Attributes:
         path: of the file.
@@ -50,11 +51,12 @@ class IndexFile:
         num_same: number of those that it does.
     """
 
-    def __init__(self, directory: str, suffixes: Sequence[str]):
+    def __init__(self, directory: str, suffixes: Sequence[str], save: bool):
         self.directory = directory
         self.suffixes = tuple(suffixes)
         name = "".join(suffixes).replace(os.sep, "_")
         self.path = Path(directory) / FOLDER / f"index{name}.safetensors"
+        self.save = save
         self.known = None
         self.changed = []
         self.num_same = 0
@@ -112,8 +114,10 @@ class IndexFile:
     def times_of(self, path: str) -> tuple[int, int] | None:
         """The times of a folder that is going to be listed; waits until its last change can be told from the next.
 
-        None: it keeps changing, or cannot be read.
+        None: it keeps changing, or cannot be read, or the file is not to be written.
         """
+        if not self.save:
+            return None
         for wait in (True, False):
             times = _times(path)
             age_s = time.time() + self._clock_s - max(times or [0]) / 1e9
@@ -132,7 +136,7 @@ class IndexFile:
             kept = set(pairs.stems) if count < len(listed.stems) else ()
             there = [stem in kept for stem in listed.stems] if kept or not count else slice(None)
             self._places.append(np.arange(listed.first, listed.first + len(listed.stems))[there])
-        if listed.times and len(pairs.stems) == len(listed.stems):  # else some were listed before, elsewhere
+        if self.save and listed.times and count == len(listed.stems):  # else some were listed before, elsewhere
             path, joined = self._relative(listed.folder.path), b"\0".join(listed.stems)
             self._folders.append(Saved(path, listed._replace(stems=()), joined, start, count))
 
@@ -171,11 +175,9 @@ class IndexFiles:
         self._files = {}  # number of a directory with pairs -> IndexFile
 
     def open(self, directory: str, suffixes: Sequence[str]) -> IndexFile:
-        file = IndexFile(directory, suffixes)
-        if self._save:
+        file = IndexFile(directory, suffixes, self._save)
+        if self._save and os.path.isdir(directory):
             file.prepare()
-        else:
-            file.times_of = lambda _: None
         return file
 
     def listed(self, file: IndexFile, number: int) -> dict[int, tuple[Known, np.ndarray]]:
