@@ -3,11 +3,13 @@
 
     ./benchmarks/shards.py --work /tmp/shards
     ./benchmarks/shards.py --work /tmp/shards --parts start --num_pairs 1000000
+    ./benchmarks/shards.py --work /tmp/shards --parts freeze --num_frozen 100000000
 
 reads   random reads of pairs, verified, as training makes them: latents [4, 64, 64] float16, captions of 13 to 130
         tokens, [T, 768] bfloat16; from files, from shards, and the floor: the same bytes by one read and one SHA-256
 start   what a training run does before it reads the first pair: it lists the pairs. Shards without their tensors
         stand for large ones, since a start reads indexes only.
+freeze  the same from a freeze file, and the first batch of --shuffle_window 1; all shards are links to one.
 """
 
 import hashlib
@@ -22,7 +24,7 @@ from pathlib import Path
 
 from cachetrain import cli
 
-PARTS = ("reads", "start")
+PARTS = ("reads", "start", "freeze")
 SUFFIXES = (".img_sdxl", ".txt_t5cache")
 _ROWS = 2048
 
@@ -34,6 +36,9 @@ def parse_args(argv=None):
     parser.add_argument("--num_reads", type=cli.positive_int, default=2000, help="pairs read, each time")
     parser.add_argument(
         "--num_pairs", type=cli.positive_int, default=1_000_000, help="pairs of the set that is opened"
+    )
+    parser.add_argument(
+        "--num_frozen", type=cli.positive_int, default=100_000_000, help="pairs that the freeze file lists"
     )
     parser.add_argument("--runs", type=cli.positive_int, default=5, help="runs, one after the other of each kind")
     return parser.parse_args(argv)
@@ -133,6 +138,65 @@ def measure_reads(args):
     )
 
 
+def _run(script, *argv):
+    """The last line that a script prints."""
+    result = subprocess.run([sys.executable, "-c", script, *argv], check=True, capture_output=True, text=True)
+    return result.stdout.splitlines()[-1]
+
+
+_FROZEN = """
+import json, os, resource, sys, time
+from cachetrain.data.batching import BatchSampler
+from cachetrain.data.split import open_index
+from cachetrain.distributed import World
+from cachetrain.training.options import parse_args
+import safetensors.numpy, safetensors.torch
+memory = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096
+before, start_s = memory(), time.process_time()
+path = sys.argv[1]
+index, *_ = open_index(parse_args("", ["--train_data_dir", path, "--model", "x", "--output_dir", "x"]), World())
+opened_s = time.process_time() - start_s
+batch = next(iter(BatchSampler(index, 64, 0, 1, window=1)))
+print(json.dumps([opened_s, time.process_time() - start_s, memory() - before, len(index), os.path.getsize(path)]))
+"""
+
+
+def measure_freeze(args):
+    from cachetrain.data.freeze import freeze_bytes, freeze_of
+    from cachetrain.data.shard_set import ShardSet
+
+    root, numbers = args.work / f"frozen_{args.num_frozen}", -(-args.num_frozen // _ROWS)
+    if not root.exists():
+        make_set(args.work / "unfinished", _ROWS)
+        for first in list((args.work / "unfinished").glob("*/*.tar")):
+            for number in range(1, numbers):
+                os.link(first, first.with_name(first.name.replace("00000-", f"{number:05}-", 1)))
+        (args.work / "unfinished").rename(root)
+    files = list(root.glob("freeze-*"))
+    if not files:
+        start_s = time.process_time()
+        freeze = freeze_of(ShardSet(str(root), SUFFIXES))
+        files = [root / freeze.file_name]
+        files[0].write_bytes(freeze_bytes(freeze))
+        elapsed_s = time.process_time() - start_s
+        yield (
+            f"{numbers * _ROWS:,} pairs frozen, CPU-s",
+            f"{elapsed_s:.1f}",
+            "per million",
+            elapsed_s / numbers / _ROWS * 1e6,
+        )
+    found = [json.loads(_run(_FROZEN, files[0])) for _ in range(args.runs)]
+    opened_s, batch_s, num_bytes, count, file_bytes = sorted(found)[len(found) // 2]
+    yield f"{count:,} pairs opened from a freeze file, CPU-s", f"{opened_s:.2f}", "bound 5", opened_s / 5
+    yield "and the first batch of a window", f"{batch_s:.2f}", "bound 5", batch_s / 5
+    yield (
+        "memory they keep, MB",
+        f"{num_bytes / 1e6:.0f}",
+        f"freeze file {file_bytes / 1e6:.1f}",
+        num_bytes / file_bytes,
+    )
+
+
 _START = """
 import json, resource, sys, time
 from cachetrain.data.index import PairIndex
@@ -149,10 +213,7 @@ def measure_start(args):
     if not root.exists():
         make_set(args.work / "unfinished", args.num_pairs)
         (args.work / "unfinished").rename(root)
-    found = [
-        json.loads(subprocess.run([sys.executable, "-c", _START, root], check=True, capture_output=True).stdout)
-        for _ in range(args.runs)
-    ]
+    found = [json.loads(_run(_START, root)) for _ in range(args.runs)]
     elapsed_s, num_bytes, count = sorted(found)[len(found) // 2]
     bound_s, bound = 5 * count / 1e6, 100e6 * count / 1e6
     yield f"{count:,} packed pairs listed, CPU-s", f"{elapsed_s:.2f}", f"bound {bound_s:g}", elapsed_s / bound_s
@@ -164,7 +225,7 @@ def main(argv=None):
     args.work.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(args.work / "unfinished", ignore_errors=True)
     print("| what | figure | against | ratio |\n|---|---|---|---|", flush=True)
-    for part, measure in zip(PARTS, (measure_reads, measure_start), strict=True):
+    for part, measure in zip(PARTS, (measure_reads, measure_start, measure_freeze), strict=True):
         if part in args.parts:
             for what, figure, against, ratio in measure(args):
                 print(f"| {what} | {figure} | {against} | {ratio:.2f} |", flush=True)

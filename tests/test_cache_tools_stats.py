@@ -396,7 +396,7 @@ def test_compare_trees_can_be_restricted_to_a_suffix(tmp_path, capsys):
 def test_compare_refuses_a_file_against_a_folder_and_names_a_damaged_file(tmp_path, capsys):
     a, b = trees(tmp_path, 1)
     files = [side / "sub" / "000.img_sdxl" for side in (a, b)]
-    with pytest.raises(ValueError, match="two files or two folders"):
+    with pytest.raises(ValueError, match="two files or rows, or two folders"):
         run_script("cache/compare_tensorfiles.py", a, files[1])
     flip_a_byte(files[1])
     assert run_script("cache/compare_tensorfiles.py", *files) == 1

@@ -12,8 +12,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import T5, digest, fake_s3, refused, run_script, train, wait_until
+from helpers import T5, digest, fake_s3, refused, run_script, train, trainer_argv, wait_until
 from runs import content
+from train_ranks import Ranks
 
 from cachetrain.caching.packing import shard_row
 from cachetrain.data import fetcher as fetching
@@ -107,6 +108,16 @@ def test_training_from_object_storage_is_that_from_the_set(
     assert fractions and all(0 <= fraction <= 1.01 for fraction in fractions)
 
 
+def test_ranks_share_a_fetcher_and_train_the_same(packed, few_lanes, model_t5, tmp_path):
+    found = {}
+    for name, data in (("here", packed), ("there", f"file://{freeze_file(packed)}")):
+        argv = trainer_argv(data, model_t5, tmp_path / name, *RUN, *WINDOW, "--shard_cache", tmp_path / "near")
+        results = Ranks(argv, 2, tmp_path / f"{name}-ranks").finish()
+        assert [rank.code for rank in results] == [0, 0], [rank.output for rank in results]
+        found[name] = content(tmp_path / name, 6) | {"shards": None, "settings": None}
+    assert found["here"] == found["there"]
+
+
 def test_a_cache_of_half_the_set_changes_nothing_and_is_never_exceeded(
     remote, packed, expected, few_lanes, model_t5, tmp_path
 ):
@@ -192,9 +203,11 @@ def test_a_frozen_index_is_the_index_of_its_set(change, shapes, packed, tmp_path
     samples = np.random.default_rng(0).permutation(len(index))
     for name in ("shape_ids", "image_bytes", "tokens", "all_tokens", "repeats"):
         assert np.array_equal(getattr(other, name)[samples], getattr(index, name)[samples]), name
-    names = """shapes samples_per_epoch max_tokens num_tokens num_image_bytes num_with_variants varies num_masked
-        text_kind caption_sources text_widths item_bytes image_headers text_header image_settings text_settings""".split()
-    assert {name: getattr(index, name) for name in names} == {name: getattr(other, name) for name in names}
+    names = "shapes samples_per_epoch max_tokens num_tokens num_image_bytes num_with_variants varies num_masked "
+    names += "text_kind caption_sources text_widths item_bytes image_headers text_header image_settings text_settings"
+    assert {name: getattr(index, name) for name in names.split()} == {
+        name: getattr(other, name) for name in names.split()
+    }
     for name in ("counts", "visits", "blocks"):
         assert np.array_equal(getattr(index, name), getattr(other, name)), name
     for weighted in (False, True):
@@ -242,7 +255,7 @@ def near_set(packed, tmp_path, monkeypatch):
 
 
 def shards_of(store):
-    return sorted(path.relative_to(store).as_posix() for path in store.glob("*/*.tar"))
+    return sorted(path.relative_to(store).as_posix() for path in store.glob("*-*/*.tar"))
 
 
 def test_what_is_planned_comes_without_being_asked_for_and_what_is_wanted_comes_first(near_set):

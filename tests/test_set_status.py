@@ -86,6 +86,29 @@ def test_status_of_a_set_counts_rows_names_missing_ones_and_finds_flipped_bytes(
     assert "damaged: 1, named above" in done.out and f"{path}#" in done.err
 
 
+def test_rows_that_either_half_lacks_are_named_and_do_not_count_as_pairs(shapes, tmp_path, capsys):
+    for name, kind in (("00003", "img_sdxl"), ("00010", "txt_t5cache")):
+        folder = shutil.copytree(shapes, tmp_path / name)
+        (folder / f"{name}.{kind}").unlink()
+        (half,) = pack(folder, tmp_path / f"{name}_set", rows=24).glob(f"{kind}-*")
+        shutil.copytree(half, tmp_path / "set" / half.name)
+    capsys.readouterr()
+    assert status(tmp_path / "set") == 1
+    lines = capsys.readouterr().out
+    assert re.findall("rows in other folders only: (.*)", lines) == ["1, 00003", "1, 00010"]
+    assert "22 pairs in all halves" in lines
+
+
+def test_the_rows_of_a_shard_that_cannot_be_read_do_not_count_as_missing(packed, tmp_path, capsys):
+    target = shutil.copytree(packed, tmp_path / "set")
+    (path,) = target.glob("txt_*/00001-*.tar")
+    path.write_bytes(path.read_bytes()[:-1])
+    assert status(target) == 1
+    done = capsys.readouterr()
+    assert f"{path}: is truncated" in done.err and "damaged: 1, named above" in done.out
+    assert "rows in other folders" not in done.out and "17 pairs in all halves" in done.out
+
+
 def test_status_of_object_storage_is_that_of_the_directory_by_one_read_of_each_shard(
     remote, packed, capsys, monkeypatch
 ):
@@ -135,12 +158,13 @@ def test_verify_reads_pieces_of_any_size(packed, monkeypatch):
 
 
 def test_status_names_rows_that_failed(shapes, tmp_path, capsys, monkeypatch):
-    sealed = shards.sealed
-    monkeypatch.setattr(shards, "sealed", lambda arrays, fields: sealed(arrays, fields | {"failed": ["b/1", "b/2"]}))
-    pack(shapes, tmp_path / "set", rows=24)
+    sealed, failed = shards.sealed, [2, [["b/1", "is cut off"], ["b/2", "is no image"]]]
+    monkeypatch.setattr(shards, "sealed", lambda arrays, fields: sealed(arrays, fields | {"failed": failed}))
+    pack(shapes, tmp_path / "set", rows=12)
     capsys.readouterr()
     assert status(tmp_path / "set") == 1
-    assert "  rows that failed when the shards were made: 2, b/1, b/2\n" in capsys.readouterr().out
+    expected = "  rows that failed when the shards were made: 4\n    b/1: is cut off\n    b/2: is no image\n"
+    assert expected in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -178,18 +202,18 @@ def test_prune_deletes_what_is_old_and_only_after_a_yes(two_runs, capsys):
 
 def test_an_interrupted_prune_is_finished_by_the_next(two_runs, monkeypatch):
     target, newer, old = two_runs
-    unlink, num_deleted = os.unlink, []
+    unlink, deleted = os.unlink, []
 
-    def stop_after_three(path):
-        if len(num_deleted) == 3:
+    def stop_after_four(path):
+        if len(deleted) == 4:
             raise KeyboardInterrupt
-        num_deleted.append(path)
+        deleted.append(path)
         unlink(path)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(set_files.os, "unlink", stop_after_three)
+        patch.setattr(set_files.os, "unlink", stop_after_four)
         status(target, "--prune", "--yes")
-    assert sum(path.exists() for path in old) == 3
+    assert sum(path.exists() for path in old) == 2
     assert status(target, "--prune", "--yes") == 0
     assert not any(path.exists() for path in old) and len(list(newer.iterdir())) == 5
 
@@ -266,7 +290,7 @@ def test_status_names_shards_of_a_freeze_that_are_gone_and_prune_keeps_those_it_
     capsys.readouterr()
     before = files_of(target)
     assert status(target, "--prune", "--yes") == 1 and files_of(target) == before
-    assert f"kept by --prune, since {freeze.name} lists it" in capsys.readouterr().out
+    assert f"kept by --prune, since it is listed in {freeze.name}" in capsys.readouterr().out
     (gone, *_) = sorted(path for path in old if path.exists() and path.suffix == ".tar")
     gone.unlink()
     assert status(target) == 1
@@ -286,3 +310,77 @@ def test_freeze_refuses_a_set_with_two_runs_and_an_unclear_choice(two_runs, shap
         status(packed, "--freeze", "--cache_suffix", ".img_sdxl")
     with pytest.raises(ValueError, match="is no shard set"):
         status(shapes, "--freeze")
+
+
+# ---- tools that take rows ----
+
+
+def lines_of(capsys, script, *argv):
+    capsys.readouterr()
+    assert run_script(script, *argv) == 0
+    return capsys.readouterr().out
+
+
+def test_previews_of_rows_are_those_of_their_sidecars(shapes, packed, remote, model_t5, tmp_path):
+    show = ("cache/show_vae_latent.py", "--model", model_t5, "--device", "cpu")
+    (path,) = packed.glob("img_*/00001-*.tar")
+    address = f"{remote}/{path.relative_to(packed)}"
+    expected = shapes / "00009.img_sdxl", shapes / "00010.img_sdxl"
+    assert run_script(*show, *expected, "--out", tmp_path / "files") == 0
+    assert run_script(*show, f"{path}#00009", f"{path}#00010.img_sdxl", "--out", tmp_path / "rows") == 0
+    assert run_script(*show, path, "--out", tmp_path / "shard") == 0
+    assert run_script(*show, f"{address}#00009", "--out", tmp_path / "far") == 0
+    assert run_script(*show, remote, "--out", tmp_path / "set", "--num_images", 1) == 0
+    written = {}
+    for kind in ("files", "rows", "shard", "far", "set"):
+        pictures = {path.name.partition(".")[0]: path.read_bytes() for path in (tmp_path / kind).rglob("*.png")}
+        written[kind] = pictures
+    assert written["files"] == written["rows"] and len(written["shard"]) == 7 and len(written["set"]) == 1
+    assert written["files"].items() <= written["shard"].items() and written["far"].items() <= written["files"].items()
+
+
+def test_text_std_of_a_set_is_that_of_its_folder(shapes, packed, remote, capsys):
+    expected = lines_of(capsys, "cache/check_text_cache_std.py", shapes, "--cache_suffix", T5[1])
+    expected = [line for line in expected.splitlines() if "_null_caption" not in line]
+    (half,) = packed.glob("txt_*")
+    for paths in ([packed], [half], [remote], sorted(half.glob("*.tar"))):
+        assert lines_of(capsys, "cache/check_text_cache_std.py", *paths).splitlines() == expected
+
+
+def test_compare_takes_rows_and_shards(shapes, packed, remote, tmp_path, capsys):
+    compare, sidecar = "cache/compare_tensorfiles.py", shapes / "00009.img_sdxl"
+    (path,) = packed.glob("img_*/00001-*.tar")
+    assert lines_of(capsys, compare, sidecar, f"{path}#00009") == lines_of(capsys, compare, sidecar, sidecar)
+    assert "7 pairs: 7 identical" in lines_of(capsys, compare, path, f"{remote}/{path.relative_to(packed)}")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for number in range(7, 13):
+        shutil.copy(shapes / f"{number:05}.img_sdxl", folder)
+    assert run_script(compare, path, folder) == 1
+    assert "only in A:\n  00013.img_sdxl\n6 pairs: 6 identical" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="expected two files or rows"):
+        run_script(compare, sidecar, f"{path}#99999")
+
+
+def test_a_row_that_is_not_there_or_is_damaged_is_named(packed, tmp_path, capsys):
+    target = shutil.copytree(packed, tmp_path / "set")
+    (path,) = target.glob("txt_*/00001-*.tar")
+    change(path, [int(Shard(path).arrays["offset"][0])])
+    assert run_script("cache/check_text_cache_std.py", f"{path}#99999", f"{path}#00007", f"{path}#00008") == 1
+    named = capsys.readouterr().err
+    assert f"{path}: has no row 99999; it has 7 rows, like 00007" in named
+    assert f"{path}#00007.txt_t5cache: row 0 does not match" in named
+
+
+def test_latents_of_shards_are_validated_against_images_of_their_names(shapes, packed, model_t5, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    for path in sorted(shapes.glob("*.png"))[:3]:
+        shutil.copy(path, tmp_path / "images")
+    validate = "cache/validate_img_cache.py", "--model", model_t5, "--device", "cpu"
+    of_set = lines_of(capsys, *validate, "--data_root", tmp_path / "images", "--shards", packed)
+    for path in sorted(shapes.glob("*.img_sdxl"))[:3]:
+        shutil.copy(path, tmp_path / "images")
+    of_folder = lines_of(capsys, *validate, "--data_root", tmp_path / "images")
+    assert of_set.splitlines()[-1] == of_folder.splitlines()[-1] and "over 3 images of 3 cached" in of_set
+    with pytest.raises(ValueError, match="no images of the 24 rows"):
+        run_script(*validate, "--data_root", tmp_path, "--shards", packed)

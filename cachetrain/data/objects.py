@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+_PIECE = 2**20  # least bytes of an object that are handed on at once
+
 
 def open_store(where: str | os.PathLike):
     """Opens a directory, which is made if need be, or `s3://bucket/path`, `gs://bucket/path`, `az://container/path`.
@@ -73,7 +75,7 @@ def pieces_of(store, name: str) -> tuple[int, Iterator[bytes]]:
 
 def _pieces(store, name, result):
     with _errors_of(store, name):
-        yield from map(bytes, result.stream())
+        yield from map(bytes, result.stream(min_chunk_size=_PIECE))
 
 
 def read_range(store, name: str, start: int, length: int) -> bytes:
@@ -98,6 +100,14 @@ def _errors_of(store, name):
         raise NotThereError(f"{store}: {name} cannot be read: {_first_line(error)}") from error
     except (BaseError, OSError) as error:
         raise OSError(f"{store}: {name} cannot be read: {_first_line(error)}") from error
+
+
+def entry(store, name: str) -> dict:
+    """The entry of an object, as of `entries_in`; raises like `pieces_of`."""
+    import obstore
+
+    with _errors_of(store, name):
+        return obstore.head(store, name)
 
 
 def exists(store, name: str) -> bool:

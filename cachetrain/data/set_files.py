@@ -5,6 +5,7 @@ A directory is read without obstore.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -126,6 +127,15 @@ class Bucket:
     def chunks(self, name: str) -> Iterator[bytes]:
         return objects.pieces_of(self._store, name)[1]
 
+    def entry(self, name: str) -> Entry:
+        """The Entry of one object.
+
+        Raises:
+            OSError: there is none.
+        """
+        found = objects.entry(self._store, name)
+        return Entry(name, found["size"], found["last_modified"].timestamp())
+
     def put_new(self, name: str, data: bytes) -> bool:
         return objects.put_new(self._store, name, data)
 
@@ -148,9 +158,34 @@ def read_index(files: Directory | Bucket, entry: Entry) -> ShardIndex:
         SidecarError: it is no shard, or its index is damaged.
         OSError: it cannot be read.
     """
-    path = files.path(entry.name)
+    return ShardIndex(files.path(entry.name), _index_bytes(files, entry), entry.size)
+
+
+def _index_bytes(files, entry):
     data = files.read(entry.name, 0, min(entry.size, INDEX_START + _FIRST_READ)) if entry.size else b""
-    end = INDEX_START + index_size(path, data)
+    end = INDEX_START + index_size(files.path(entry.name), data)
     if len(data) < end <= entry.size:
         data += files.read(entry.name, len(data), end)
-    return ShardIndex(path, memoryview(data)[INDEX_START:end], entry.size)
+    return memoryview(data)[INDEX_START:end]
+
+
+def read_row(files: Directory | Bucket, name: str, index: ShardIndex, row: int) -> bytes:
+    """The bytes of a row of the shard of this name and index, verified; raises like Shard.read."""
+    start = index.arrays["offset"].item(row)
+    data = files.read(name, start, start + index.arrays["length"].item(row))
+    index.check(row, hashlib.sha256(data).digest())
+    return data
+
+
+class RemoteShard(ShardIndex):
+    """A shard in object storage, of which single rows are read; raises like `read_index`."""
+
+    def __init__(self, address: str):
+        folder, _, self._name = address.rpartition("/")
+        self._files = Bucket(folder)
+        entry = self._files.entry(self._name)
+        super().__init__(address, _index_bytes(self._files, entry), entry.size)
+
+    def read(self, row: int) -> bytes:
+        """The bytes of a sidecar, verified; raises like Shard.read."""
+        return read_row(self._files, self._name, self, row)

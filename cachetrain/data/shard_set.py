@@ -17,6 +17,7 @@ import re
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -92,7 +93,8 @@ class ShardSet:
         if not numbers:
             raise ValueError(f"{directory}: *{' and *'.join(suffixes)} have no number in common; cache or pack both")
         self.names = [[of_half[number] for of_half in listed] for number in numbers]
-        self._alone = [name for of_half in listed for number, name in of_half.items() if number not in numbers]
+        common = set(numbers)
+        self._alone = [name for of_half in listed for number, name in of_half.items() if number not in common]
         self._ends = []  # of the pairs of each number
         self._rows = {}  # place of a number whose rows do not match one by one -> the rows in each half, once known
         self._verified = True  # whether the indexes have been read and verified
@@ -331,6 +333,7 @@ def folder_name(suffix: str, run_identity: Sequence[str]) -> str:
     return f"{suffix[1:]}-{_short_hash(run_identity)}"
 
 
+@lru_cache(64)
 def folder_suffix(folder: str) -> str | None:
     """`.img_sdxl` of `img_sdxl-1f0c2a9e`; None if it is not the name of a folder of shards."""
     match = re.fullmatch(r"([^/]+)-[0-9a-f]{8}", folder)

@@ -2,10 +2,10 @@
 
     cache/compare_tensorfiles.py photos_fp32/ photos_bf16/ --cache_suffix .img_sdxl --tolerance 0.01
 
-Files of two trees pair by their path relative to A and B. Any .safetensors file can be compared, of a model too.
-Values are compared whatever their dtypes. Headers do not count; for two files, the header fields that differ are
-shown. The exit code is 1 if a tensor exceeds --tolerance, if shapes or names differ, or if a file is damaged or
-missing on one side; 2 on any other error.
+Files of two trees pair by their path relative to A and B. A shard is a tree of its rows; a row is called
+00012-5be2c0d1.tar#a. Any .safetensors file can be compared, of a model too. Values are compared whatever their
+dtypes. Headers do not count; for two files, the header fields that differ are shown. The exit code is 1 if a tensor
+exceeds --tolerance, if shapes or names differ, or if a file is damaged or missing on one side; 2 on any other error.
 """
 
 import heapq
@@ -18,10 +18,11 @@ from functools import partial
 from tqdm import tqdm
 
 from cachetrain import cli
+from cachetrain.caching.inspect import rows
 from cachetrain.caching.inspect.differences import Difference, compare_files
 from cachetrain.caching.messages import print_line, say
-from cachetrain.data.sidecar import SUFFIXES, read_header
-from cachetrain.data.walk import find_sidecars
+from cachetrain.data.objects import is_url
+from cachetrain.data.sidecar import SUFFIXES
 from cachetrain.log import counted
 
 # States of a pair; the first two leave the exit code at 0.
@@ -39,8 +40,8 @@ _MAX_LISTED = 10
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = cli.parser(__doc__)
-    parser.add_argument("a", metavar="A", help="the reference: file or folder")
-    parser.add_argument("b", metavar="B", help="what to compare with it: file or folder")
+    parser.add_argument("a", metavar="A", help="the reference: file or folder, or row or shard of a shard set")
+    parser.add_argument("b", metavar="B", help="what to compare with it: file or folder, or row or shard")
     parser.add_argument(
         "--tolerance",
         type=cli.not_negative,
@@ -57,18 +58,23 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    if os.path.isdir(args.a) and os.path.isdir(args.b):
+    if is_tree(args.a) and is_tree(args.b):
         return compare_two_trees(args)
-    if os.path.isfile(args.a) and os.path.isfile(args.b):
+    if rows.exists(args.a) and rows.exists(args.b):
         return compare_two_files(args)
-    raise ValueError(f"{args.a} and {args.b}: expected two files or two folders that exist")
+    raise ValueError(f"{args.a} and {args.b}: expected two files or rows, or two folders or shards, that exist")
+
+
+def is_tree(path: str) -> bool:
+    """Whether a path is that of a folder, or of a shard."""
+    return os.path.isdir(path) or (rows.is_shard(path) and (is_url(path) or os.path.exists(path)))
 
 
 def compare_two_files(args: Namespace) -> int:
     """Prints the difference of every tensor, and the header fields that differ; returns the exit code."""
     try:
         differences = compare_files(args.a, args.b)
-        headers = [read_header(path).metadata for path in (args.a, args.b)]
+        headers = [rows.read_header(path).metadata for path in (args.a, args.b)]
     except (OSError, ValueError) as error:
         print_line(str(error))
         return 1
@@ -87,7 +93,7 @@ def compare_two_trees(args: Namespace) -> int:
     differing = differing_tensors(args, suffixes, counts, only_in_a)
     worst = heapq.nlargest(_MAX_LISTED, differing, key=lambda item: item[1].severity)
     for relative in relative_paths(args.b, suffixes):
-        if not os.path.exists(os.path.join(args.a, relative)):
+        if not rows.exists(rows.path_in(args.a, relative)):
             count_unpaired(relative, "only in B", counts, only_in_b)
     if not counts:
         raise ValueError(f"no files ({', '.join(suffixes)}) in {args.a} and {args.b}; pass --cache_suffix")
@@ -100,7 +106,7 @@ def compare_two_trees(args: Namespace) -> int:
 
 
 def relative_paths(root: str, suffixes: Iterable[str]) -> Iterator[str]:
-    return (os.path.relpath(path, root) for path in find_sidecars([root], suffixes))
+    return (rows.name_in(root, path) for path in rows.find_sidecars([root], suffixes))
 
 
 def differing_tensors(
@@ -108,8 +114,8 @@ def differing_tensors(
 ) -> Iterator[tuple[str, Difference]]:
     """Yields (relative path, Difference) of tensors that are not equal, and counts the pairs by state."""
     for relative in tqdm(relative_paths(args.a, suffixes), unit="pair", disable=None):
-        a, b = os.path.join(args.a, relative), os.path.join(args.b, relative)
-        if not os.path.exists(b):
+        a, b = rows.path_in(args.a, relative), rows.path_in(args.b, relative)
+        if not rows.exists(b):
             count_unpaired(relative, "only in A", counts, only_in_a)
             continue
         try:

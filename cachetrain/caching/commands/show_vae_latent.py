@@ -16,9 +16,11 @@ from pathlib import Path
 
 from cachetrain import cli, outputs
 from cachetrain.caching import arguments
-from cachetrain.caching.inspect import previews
+from cachetrain.caching.inspect import previews, rows
+from cachetrain.caching.inspect.statistics import PATH_HELP
 from cachetrain.caching.messages import say
-from cachetrain.data import many_files, walk
+from cachetrain.data import many_files
+from cachetrain.data.objects import is_url
 from cachetrain.log import counted
 
 _SHEET_IMAGES = 36
@@ -27,7 +29,7 @@ _SHEET_SIDE = 256
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = cli.parser(__doc__)
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="sidecar, or folder searched with all sub-folders")
+    parser.add_argument("paths", nargs="+", metavar="PATH", help=PATH_HELP)
     arguments.add_vae_arguments(parser)
     parser.add_argument(
         "--cache_suffix",
@@ -53,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 
     suffixes = previews.image_cache_suffixes(args.paths, args.cache_suffix)
     # By absolute path, because a sidecar may be named beside its folder.
-    found = list({os.path.abspath(path): path for path in walk.find_sidecars(args.paths, suffixes)}.values())
+    found = list({os.path.abspath(path): path for path in rows.find_sidecars(args.paths, suffixes)}.values())
     if not found:
         raise ValueError(f"no {' or '.join(suffixes)} under {', '.join(args.paths)}; run an image cache script first")
     paths = many_files.random_subset(found, args.num_images, args.seed)
@@ -72,10 +74,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def preview_names(args: Namespace, paths: Iterable[str]) -> dict[str, str]:
-    """Returns path -> its path relative to the deepest folder that holds all of args.paths, which is unique."""
-    folders = [path if os.path.isdir(path) else os.path.dirname(path) for path in map(os.path.abspath, args.paths)]
-    base = os.path.commonpath(folders)
-    return {path: os.path.relpath(path, base) for path in paths}
+    """Returns path -> its path relative to the deepest folder that holds all of args.paths, which is unique; the rows
+    of a shard have their own."""
+    folders = [path if is_tree(path) else os.path.dirname(rows.as_path(path)) for path in args.paths]
+    base = os.path.commonpath([os.path.abspath(rows.as_path(path)) for path in folders])
+    return {path: os.path.relpath(rows.as_path(path), base) for path in paths}
+
+
+def is_tree(path: str) -> bool:
+    """Whether a path is that of a folder, or of something with rows."""
+    return os.path.isdir(path) or rows.is_shard(path) or (is_url(path) and not rows.is_row(path))
 
 
 def write_previews(args: Namespace, decoded: Iterable, names: dict[str, str]) -> int:

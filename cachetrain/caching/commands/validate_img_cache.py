@@ -17,10 +17,11 @@ import numpy as np
 
 from cachetrain import cli, outputs
 from cachetrain.caching import arguments
-from cachetrain.caching.inspect import previews
+from cachetrain.caching.inspect import previews, rows
 from cachetrain.caching.messages import say
 from cachetrain.data import many_files, walk
 from cachetrain.data.sidecar import sidecar_path
+from cachetrain.log import counted
 
 _NUM_WORST = 10
 _SHEET_SIDE = 512
@@ -34,6 +35,12 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         "--cache_suffix",
         metavar="SUFFIX",
         help="suffix of the sidecars; default: all that begin with .img_",
+    )
+    parser.add_argument(
+        "--shards",
+        nargs="+",
+        metavar="PATH",
+        help="take the sidecars from these rows (00012-5be2c0d1.tar#a), shards or sets, not from beside the images",
     )
     arguments.add_subset_arguments(parser, 100)
     parser.add_argument(
@@ -74,7 +81,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def find_cached(args: Namespace, fail: previews.Failures) -> list[tuple[str, str]]:
     """Returns a list of (sidecar, its image)."""
-    suffixes = previews.image_cache_suffixes(args.data_root, args.cache_suffix)
+    suffixes = previews.image_cache_suffixes(args.shards or args.data_root, args.cache_suffix)
+    if args.shards:
+        return find_in_shards(args, suffixes, fail)
     candidates = (
         (str(sidecar_path(pair.image, suffix)), pair.image)
         for pair in walk.find_images(args.data_root, fail)
@@ -87,6 +96,22 @@ def find_cached(args: Namespace, fail: previews.Failures) -> list[tuple[str, str
             "run an image cache script first"
         )
     return cached
+
+
+def find_in_shards(args: Namespace, suffixes: list[str], fail: previews.Failures) -> list[tuple[str, str]]:
+    """Returns a list of (row of args.shards, its image), by their names."""
+    images = {
+        os.path.relpath(os.path.splitext(pair.image)[0], root): pair.image
+        for root in args.data_root
+        for pair in walk.find_images([root], fail)
+    }
+    found = [(row, images.get(rows.name_of(row))) for row in rows.find_sidecars(args.shards, suffixes)]
+    if not any(image for _, image in found):
+        raise ValueError(
+            f"no images of the {counted(len(found), 'row')} of {', '.join(args.shards)} under "
+            f"{', '.join(args.data_root)}; extract the tars of the images there"
+        )
+    return [(row, image) for row, image in found if image]
 
 
 def comparisons(decoder: previews.Decoder, images: dict[str, str], stale: list[str]) -> Iterator[previews.Comparison]:

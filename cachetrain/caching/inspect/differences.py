@@ -4,7 +4,8 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
-from cachetrain.data.sidecar import Header, read_header, read_sidecar
+from cachetrain.caching.inspect.rows import is_row, read_header, read_sidecar
+from cachetrain.data.sidecar import Header
 from cachetrain.log import counted
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def _open_tensors(path) -> tuple[Callable, Header]:
     Files of other programs may be big and have no hash to verify: their tensors are read only when asked for.
     """
     header = read_header(path)
-    if not header.foreign:
+    if not header.foreign or is_row(path):
         return read_sidecar(path)[0].__getitem__, header
     from safetensors import safe_open
 

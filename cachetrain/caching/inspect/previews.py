@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from cachetrain.caching import images
+from cachetrain.caching.inspect import rows
 from cachetrain.caching.messages import failure_line, print_line
 from cachetrain.data import sidecar
 from cachetrain.data.walk import MAX_IMAGE, walk_folders
@@ -33,18 +34,21 @@ _LEAST_SIDE = 64  # of an image that a VAE is shown
 
 
 def image_cache_suffixes(paths: Iterable[str], suffix: str | None) -> list[str]:
-    """Returns the suffixes of image sidecars to look for: the one asked for, else all .img_* in and below folders.
+    """Returns the suffixes of image sidecars to look for: the one asked for, else all .img_* in and below folders,
+    and in shard sets.
 
     Args:
-        paths: folders; other paths are passed over.
+        paths: folders and sets; other paths are passed over.
     """
     if suffix:
         return [suffix]
+    of_shards = {rows.shard_suffix(shard) for path in paths for shard in rows.shards_under(path)}
     folders, visited = filter(os.path.isdir, paths), set()
     names = (
         name for root in folders for folder in walk_folders(root, visited, _is_image_cache) for name in folder.names
     )
-    return sorted({os.path.splitext(name)[1] for name in names}) or list(_IMAGE_CACHE_SUFFIXES)
+    found = {os.path.splitext(name)[1] for name in names} | set(filter(_is_image_cache, of_shards))
+    return sorted(found) or list(_IMAGE_CACHE_SUFFIXES)
 
 
 def _is_image_cache(name):
@@ -102,7 +106,7 @@ class Decoder:
         """Yields the tensor `name` of each sidecar as a Latent; warns once if another VAE made one."""
         for path in paths:
             try:
-                tensors, header = sidecar.read_sidecar(path)
+                tensors, header = rows.read_sidecar(path)
                 self._check(tensors, name)
             except (OSError, ValueError) as error:
                 self.fail(path, error)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 from cachetrain.caching.inspect.set_state import folders_among, inspect_shards
 from cachetrain.data.freeze import Freeze, freeze_bytes, freeze_of, is_freeze, read_freeze
-from cachetrain.data.set_files import Bucket, Directory, Entry
+from cachetrain.data.set_files import Bucket, Directory, Entry, read_row
 from cachetrain.data.shard_set import ShardSet
 from cachetrain.data.shards import ShardIndex
 from cachetrain.data.sidecar import SidecarError
@@ -66,7 +65,4 @@ class _Indexes(ShardSet):
     def first_row(self, index: ShardIndex) -> bytes:
         """The bytes of the first row of a shard, verified."""
         name = index.path[len(self._files.path("")) :]
-        start = index.arrays["offset"].item(0)
-        data = self._files.read(name, start, start + index.arrays["length"].item(0))
-        index.check(0, hashlib.sha256(data).digest())
-        return data
+        return read_row(self._files, name, index, 0)

@@ -49,7 +49,7 @@ def find_old(report: SetReport) -> list[Old]:
 
 def _kept_for_freeze(old, listed):
     freezes = sorted({listed[entry.name] for entry in old.entries if entry.name in listed})
-    return old._replace(kept=f"{freezes[0]} lists it") if freezes and not old.kept else old
+    return old._replace(kept=f"it is listed in {freezes[0]}") if freezes and not old.kept else old
 
 
 def _old_folder(report: FolderReport) -> Old:
@@ -84,7 +84,8 @@ def print_old(report: SetReport, found: Iterable[Old]) -> None:
             say(f"    kept by --prune, since {old.kept}; delete what you do not need")
     entries = [entry for old in found for entry in old.entries if not old.kept]
     size = tqdm.format_sizeof(sum(entry.size for entry in entries), "B")
-    say(f"{counted(len(entries), 'file')} to be deleted, {size}")
+    if entries:
+        say(f"{counted(len(entries), 'file')} to be deleted, {size}")
 
 
 def delete_old(files: Directory | Bucket, found: Iterable[Old]) -> int:

@@ -84,8 +84,10 @@ class FolderReport:
             self.shapes["x".join(map(str, index.fields["shapes"][place]))] += int(count)
         tokens = [*self.tokens, *index.arrays["tokens"].tolist()]
         self.tokens = [min(tokens), max(tokens)]
-        for name in index.fields.get("failed", ()):
-            self.failed.add(name)
+        num_failed, first = index.fields.get("failed", (0, ()))  # [name, reason] of some
+        wanted = self.failed.limit - len(self.failed.first)
+        self.failed.first += [f"{name}: {reason}" for name, reason in first[:wanted]]
+        self.failed.count += num_failed
 
     def add_missing(self, number: int, others: list[ShardIndex], own: ShardIndex | None) -> None:
         """Adds the rows of a number that other halves have and this one lacks."""
@@ -221,8 +223,13 @@ class SetReport:
             others = "" if len(report.lacking) < 4 else ", ..."
             numbers = ", ".join(f"{number:05d}" for number in report.lacking[:3])
             say(f"  no shard of {counted(len(report.lacking), 'number')}: {numbers}{others}")
-        say(*_rows_line("rows in other folders only", report.missing))
-        say(*_rows_line("rows that failed when the shards were made", report.failed))
+        if report.missing.count:
+            others = ", ..." if report.missing.count > len(report.missing.first) else ""
+            names = ", ".join(report.missing.first)
+            say(f"  rows in other folders only: {report.missing.count:,}, {names}{others}")
+        if report.failed.count:
+            say(f"  rows that failed when the shards were made: {report.failed.count:,}")
+            say(*(f"    {line}" for line in report.failed.first))
         if report.num_damaged:
             say(f"  damaged: {report.num_damaged:,}, named above")
 
@@ -249,13 +256,6 @@ def _not_there(freeze, names):
     if isinstance(freeze, str):
         return []
     return [name for of_number in freeze.shards() for name in of_number if name not in names]
-
-
-def _rows_line(what, examples):
-    if not examples.count:
-        return ()
-    others = ", ..." if examples.count > len(examples.first) else ""
-    return (f"  {what}: {examples.count:,}, {', '.join(examples.first)}{others}",)
 
 
 def _difference(report):

@@ -11,9 +11,11 @@ from tqdm import tqdm
 
 from cachetrain import cli
 from cachetrain.caching.arguments import add_subset_arguments
+from cachetrain.caching.inspect.rows import find_sidecars, read_sidecar
 from cachetrain.caching.messages import print_line
-from cachetrain.data.sidecar import SUFFIXES, Header, read_sidecar
-from cachetrain.data.walk import find_sidecars
+from cachetrain.data.sidecar import SUFFIXES, Header
+
+PATH_HELP = "sidecar, or folder searched with all sub-folders; row (00012-5be2c0d1.tar#a), shard, or shard set"
 
 
 class Estimate(NamedTuple):
@@ -105,7 +107,7 @@ def parser(doc: str, kinds: Iterable[str]) -> argparse.ArgumentParser:
     """Parser of a tool that measures sidecars of these kinds."""
     suffixes = [SUFFIXES[kind] for kind in kinds]
     parser = cli.parser(doc)
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="sidecar, or folder searched with all sub-folders")
+    parser.add_argument("paths", nargs="+", metavar="PATH", help=PATH_HELP)
     parser.add_argument(
         "--cache_suffix",
         metavar="SUFFIX",
