@@ -122,8 +122,9 @@ def shard_command(half, model, data, out, *flags):
 
 
 def pack_tar(path, members):
+    """Writes a tar of (name, bytes), given as a dict or as pairs."""
     with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
+        for name, data in members.items() if isinstance(members, dict) else members:
             info = tarfile.TarInfo(name)
             info.size, info.mtime = len(data), 1700000000
             tar.addfile(info, io.BytesIO(data))

@@ -65,7 +65,7 @@ def test_a_rerun_writes_nothing_and_loads_no_text_encoder(tars, made, model_t5, 
     monkeypatch.setattr("cachetrain.modeling.text_encoders.open_text_encoder", None)
     assert make(model_t5, tars, made) == [0, 0]
     assert {path: path.stat().st_mtime_ns for path in made.rglob("*.*")} == before
-    assert capsys.readouterr().out.count("0 shards of 3 tars written") == 2
+    assert capsys.readouterr().out.count("0 shards of 3 inputs written") == 2
 
 
 @pytest.mark.parametrize("ranks", [[0, 1, 2], [2]])
@@ -92,10 +92,10 @@ def test_addresses_of_stores_are_read_and_written_like_directories(tars, made, m
 
 
 def test_processes_start_with_their_own_tars_and_go_on_with_different_others(monkeypatch):
+    from cachetrain.caching.inputs import Input
     from cachetrain.caching.shard_run import _in_turn
-    from cachetrain.caching.tars import InputTar
 
-    tars = [InputTar(number, "", "", "") for number in range(9)]
+    tars = [Input(number, "", "", "") for number in range(9)]
     monkeypatch.setenv("WORLD_SIZE", "3")
     orders = []
     for rank in range(3):
@@ -114,12 +114,12 @@ def test_a_killed_process_continued_by_two_gives_the_bytes_of_a_clean_run(
     code = (
         "import runpy, sys, time\n"
         "from cachetrain.caching import shard_run\n"
-        "original = shard_run.InputTars.open\n"
-        "def open(self, tar):\n"
-        "    if tar.number == 1:\n"
+        "original = shard_run.Inputs.open\n"
+        "def open(self, one):\n"
+        "    if one.number == 1:\n"
         "        time.sleep(3600)\n"
-        "    return original(self, tar)\n"
-        "shard_run.InputTars.open = open\n"
+        "    return original(self, one)\n"
+        "shard_run.Inputs.open = open\n"
         "sys.argv = sys.argv[1:]\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
@@ -150,7 +150,7 @@ def test_the_first_writer_wins(tars, made, model_t5, tmp_path, monkeypatch, caps
     monkeypatch.setattr(shard_run, "put_new", put_late)
     assert run_script(*command("img", model_t5, tars, tmp_path)) == 0
     assert set(files(tmp_path).values()) == {b"of the other"}
-    assert "0 shards of 3 tars written" in capsys.readouterr().out
+    assert "0 shards of 3 inputs written" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
@@ -181,8 +181,8 @@ def test_a_tar_that_changed_is_made_anew_and_the_old_shard_is_named(tars, made, 
     (old,) = out.glob("img_*/00001-*.tar")
     assert run_script(*command("img", model_t5, data, out)) == 0
     captured = capfd.readouterr()
-    assert "1 shard of 3 tars written" in captured.out
-    assert f"{old}: is of an earlier state of its tar; delete it before training" in captured.err
+    assert "1 shard of 3 inputs written" in captured.out
+    assert f"{old}: is of an earlier state of its input; delete it before training" in captured.err
     (new,) = set(out.glob("img_*/00001-*.tar")) - {old}
     assert new.read_bytes() == old.read_bytes()
     old.unlink()
@@ -193,7 +193,6 @@ def test_a_tar_that_changed_is_made_anew_and_the_old_shard_is_named(tars, made, 
     ("flags", "message"),
     [
         (("--overwrite",), "--overwrite cannot be combined with --out"),
-        (("--mask", "files"), "--mask files cannot be combined with --out"),
         (("--data_root", "other"), "--out takes one --data_root"),
     ],
 )

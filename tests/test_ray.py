@@ -14,7 +14,7 @@ from cache_fixtures import damage_tars, files, make_tars, shard_command
 from helpers import HANG_S, REPO, run_script, wait_until
 
 from cachetrain.caching import ray_engine
-from cachetrain.caching.tars import InputTar
+from cachetrain.caching.inputs import Input
 
 pytestmark = pytest.mark.usefixtures("ray_apart")
 
@@ -79,7 +79,7 @@ class FakeRay:
 def results(places, dies, num_tars=12):
     """What comes of tars: ({number of a tar: number of its actor, or why the last one died}, FakeRay)."""
     ray = FakeRay(places, dies)
-    tars = [InputTar(number, "", "", "") for number in range(num_tars)]
+    tars = [Input(number, "", "", "") for number in range(num_tars)]
     pairs = list(ray_engine._results(ray, ray.new_actor, tars))
     assert len(pairs) == num_tars
     return {tar.number: made if isinstance(made, str) else made[0] for tar, made in pairs}, ray
@@ -233,7 +233,7 @@ def test_a_killed_actor_costs_nothing(tars, made, model_t5, stage, tmp_path):
     stage.open(1, 2)
     code, output = stage.end()
     assert code == 0 and "00001.tar: the process at it died; another one makes its shard" in output
-    assert "3 shards of 3 tars written" in output and "15 encoded" in output
+    assert "3 shards of 3 inputs written" in output and "15 encoded" in output
     assert all(
         line.endswith(" None None None") for line in (stage.folder / "log").read_text().splitlines()
     )  # no ranks
@@ -252,7 +252,7 @@ def test_nodes_that_join_are_used_and_those_that_leave_cost_nothing(tars, made, 
     stage.open(0, 1, 2)
     code, output = stage.end()
     assert code == 0 and "00000.tar: the process at it died" in output
-    assert "3 shards of 3 tars written" in output
+    assert "3 shards of 3 inputs written" in output
     assert files(tmp_path / "set") == files(made)
 
 
@@ -273,7 +273,7 @@ def test_a_killed_driver_ends_its_actors_and_the_command_started_again_makes_the
     stage.open(1, 2)
     stage.start(*command)
     code, output = stage.end()
-    assert code == 0 and "2 shards of 3 tars written" in output
+    assert code == 0 and "2 shards of 3 inputs written" in output
     assert files(tmp_path / "set") == files(tmp_path / "plain")
 
 

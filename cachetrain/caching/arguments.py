@@ -184,12 +184,12 @@ def clip_length(args: argparse.Namespace) -> dict[str, int]:
 
 def _cache_parser(doc, kind, model, batch_size):
     parser = cli.parser(doc)
-    add_data_root_argument(parser, " or, with --out, a directory or s3:// address of tars")
+    add_data_root_argument(parser, " or, with --out, a directory or s3:// address of tars or parquet files")
     parser.add_argument(
         "--out",
         metavar="DIR|URL",
         help="write a shard set instead of sidecars: a directory, or s3://, gs:// or az:// with a bucket and a path; "
-        "--data_root then holds tars as img2dataset writes them, 00000.tar and so on",
+        "--data_root then holds tars or parquet files of images and captions, 00000.tar and so on",
     )
     parser.add_argument(
         "--engine",

@@ -7,7 +7,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 
 from tqdm import tqdm
 
@@ -22,7 +22,7 @@ from cachetrain.caching.writer import Row, Writer
 from cachetrain.data.sidecar import numbered, sidecar_path
 from cachetrain.log import warn
 from cachetrain.modeling import load, normalisation
-from cachetrain.modeling.files import component_files
+from cachetrain.modeling.files import component_files, read_config
 
 
 def cache_images(args: Namespace, kind: str, make: Callable[[ShardRun, Encode], int] = ShardRun.make) -> int:
@@ -52,7 +52,7 @@ def cache_images(args: Namespace, kind: str, make: Callable[[ShardRun, Encode], 
     if args.norm:
         fields |= normalisation.of_file(args.norm, fields["encoder"]).header_fields()
     if args.out:
-        return make(*_tars(args, model_dir if args.custom else vae_dir, fields, summary))
+        return make(*_inputs(args, model_dir if args.custom else vae_dir, fields, summary))
     source_of = partial(image_source, masked=args.mask == "files")
     pairs = selection.select(selection.find_pairs(args, summary), source_of, fields, args, summary)
     if pairs:
@@ -85,16 +85,22 @@ def _encode(args, pairs, vae_dir, fields, summary):
         encoder.write(batches, writer)
 
 
-def _tars(args, vae_dir, fields, summary):
+def _inputs(args, vae_dir, fields, summary):
     """The ShardRun of the image half of a shard set, and its Encode."""
     sizes = _sizes(args)
     check_out_args(args)
-    encoder = _Encoder(args, vae_dir, sizes, fields)  # whose scaling is part of the name of the half
+    encoder = cache(partial(_Encoder, args, vae_dir, sizes, fields))
 
-    def encode(tar, writer):
-        encoder.write(_start_decoding(args, images.ImagesInTar(tar, sizes, args.crops, args.mask)), writer)
+    def encode(samples, writer):
+        encoder().write(_start_decoding(args, images.ImagesOfSamples(samples, sizes, args.crops, args.mask)), writer)
 
-    return ShardRun(args, encoder.fields, summary), encode
+    # The scaling is part of the name of the half. The VAE is loaded for it only if its config does not say it.
+    scaling = None if args.custom or args.norm else normalisation.of_config(read_config(vae_dir), vae_dir)
+    if scaling:
+        fields = fields | scaling.header_fields()
+    elif not args.norm:
+        fields = encoder().fields
+    return ShardRun(args, fields, summary), encode
 
 
 def _sizes(args):

@@ -1,6 +1,6 @@
 """--engine ray: the shards of a set are made by actors, processes that Ray starts on the nodes of a cluster.
 
-An actor gets one tar at a time, makes its shard by the code of a run without Ray, and writes it by the same
+An actor gets one input at a time, makes its shard by the code of a run without Ray, and writes it by the same
 create-only call. An actor, a node or the process here that dies loses the shards it was at.
 """
 
@@ -20,20 +20,20 @@ from tqdm import tqdm
 
 from cachetrain import cli
 from cachetrain.caching import ranks
+from cachetrain.caching.inputs import Input, Inputs
 from cachetrain.caching.messages import print_line
 from cachetrain.caching.shard_run import check_out_args, finish
 from cachetrain.caching.summary import RunSummary
-from cachetrain.caching.tars import InputTar, InputTars
 from cachetrain.data.objects import names_in, open_store
 from cachetrain.log import first_line
 
 _CPUS = 4  # of an actor in a cluster without GPUs
-_MAX_LOST = 3  # actors that may die at one tar, or one after the other while they start
+_MAX_LOST = 3  # actors that may die at one input, or one after the other while they start
 _POLL_S = 60
 
 
 class Made(NamedTuple):
-    """What an actor did with a tar.
+    """What an actor did with an input.
 
     Attributes:
         folder: of the shard.
@@ -49,29 +49,29 @@ class Made(NamedTuple):
 
 
 def make_on_ray(cache: Callable[..., int], args: Namespace, summary: RunSummary) -> int:
-    """Makes the shards that are missing; returns the exit code: 1 if a sample or a tar failed.
+    """Makes the shards that are missing; returns the exit code: 1 if a sample or an input failed.
 
     Args:
         cache: a run without Ray: cache(args, make=...), as `image_run.cache_images`. Actors call it.
 
     Raises:
         ValueError: options contradict each other, or Ray is not installed.
-        OSError: the cluster cannot be reached, or an actor fails for another reason than its tar.
+        OSError: the cluster cannot be reached, or an actor fails for another reason than its input.
     """
     if not args.out:
         raise ValueError("--engine needs --out; omit it to cache a folder of images")
     if ranks.world_size() > 1:
         raise ValueError("--engine ray starts the processes itself; run it once, without torchrun and WORLD_SIZE")
     check_out_args(args)
-    tars, store = InputTars(args.data_root[0]).tars, open_store(args.out)
+    inputs, there = Inputs(args.data_root[0]).inputs, set(names_in(open_store(args.out)))
     folder, num_written, printed = None, 0, set()
-    progress = tqdm(total=len(tars), desc=summary.kind, unit="tar", disable=None)
+    progress = tqdm(total=len(inputs), desc=summary.kind, unit="input", disable=None)
     with _cluster() as ray, summary.telling_what_was_done(), progress:
         new_actor = _actors_of(ray, cache, args)
-        for tar, made in _results(ray, new_actor, tars):
+        for one, made in _results(ray, new_actor, inputs):
             progress.update()
             if isinstance(made, str):
-                summary.fail(tar.where, f"{_MAX_LOST} processes died at it; the last one: {made}")
+                summary.fail(one.where, f"{_MAX_LOST} processes died at it; the last one: {made}")
                 continue
             folder = made.folder
             num_written += made.written
@@ -82,7 +82,7 @@ def make_on_ray(cache: Callable[..., int], args: Namespace, summary: RunSummary)
             printed.update(made.lines)
     if folder is None:
         return summary.finish_alone()
-    return finish(args, tars, folder, set(names_in(store)), num_written, summary)
+    return finish(args, inputs, folder, there, num_written, summary)
 
 
 @contextmanager
@@ -123,16 +123,16 @@ def _actors_of(ray, cache, args):
     return lambda: make.remote(cache, args, os.getcwd(), "GPU" if on_gpu else "CPU", needs["num_cpus"])
 
 
-def _results(ray, new_actor, tars: Sequence[InputTar]) -> Iterator[tuple[InputTar, Made | str]]:
-    """Yields each tar with what was made of it, or if _MAX_LOST actors died at it, with why.
+def _results(ray, new_actor, inputs: Sequence[Input]) -> Iterator[tuple[Input, Made | str]]:
+    """Yields each input with what was made of it, or if _MAX_LOST actors died at it, with why.
 
     As many actors wait for a place as are at work, at least one, so that nodes that join are used, and a cluster that
     grows on demand grows. Ray ends an actor that nothing refers to any more.
     """
-    left, lost = deque(tars), Counter()
-    calls = {}  # call that is waited for -> (actor, its tar; None while it starts)
-    while left or any(tar for _, tar in calls.values()):
-        num_working = sum(tar is not None for _, tar in calls.values())
+    left, lost = deque(inputs), Counter()
+    calls = {}  # call that is waited for -> (actor, its input; None while it starts)
+    while left or any(one for _, one in calls.values()):
+        num_working = sum(one is not None for _, one in calls.values())
         while len(calls) - num_working < min(max(1, num_working), len(left)):
             actor = new_actor()
             calls[actor.start.remote()] = actor, None
@@ -140,33 +140,33 @@ def _results(ray, new_actor, tars: Sequence[InputTar]) -> Iterator[tuple[InputTa
         if not done and not num_working:
             print_line("no node of the Ray cluster has room for a process so far; waiting")
         for call in done:
-            actor, tar = calls.pop(call)
+            actor, one = calls.pop(call)
             try:
                 made = ray.get(call)
             except ray.exceptions.RayTaskError as error:
                 raise error.cause from error
             except ray.exceptions.RayError as error:  # the actor or its node died, or what it returned is lost
-                lost[tar] += 1
+                lost[one] += 1
                 reason = str(error).splitlines()[-1]
-                if tar and lost[tar] < _MAX_LOST:
-                    print_line(f"{tar.where}: the process at it died; another one makes its shard")
-                    left.appendleft(tar)
-                elif tar:
-                    yield tar, reason
-                elif lost[tar] == _MAX_LOST:
+                if one and lost[one] < _MAX_LOST:
+                    print_line(f"{one.where}: the process at it died; another one makes its shard")
+                    left.appendleft(one)
+                elif one:
+                    yield one, reason
+                elif lost[one] == _MAX_LOST:
                     raise OSError(f"processes cannot start on the Ray cluster: {reason}") from error
                 continue
-            if tar:
-                yield tar, made
+            if one:
+                yield one, made
             else:
                 lost[None] = 0
             if left:
-                tar = left.popleft()
-                calls[actor.make.remote(tar)] = actor, tar
+                one = left.popleft()
+                calls[actor.make.remote(one)] = actor, one
 
 
 class ShardMaker:
-    """An actor: loads the model once, and makes shards of the tars that it is given.
+    """An actor: loads the model once, and makes shards of the inputs that it is given.
 
     Args:
         cache: as of `make_on_ray`.
@@ -198,8 +198,8 @@ class ShardMaker:
         resource, amount = self.share
         os.environ["LOCAL_WORLD_SIZE"] = str(max(1, int(has.get(resource, 0) // amount)))
 
-    def make(self, tar: InputTar) -> Made:
-        """Makes the shard of a tar, unless it is there.
+    def make(self, one: Input) -> Made:
+        """Makes the shard of an input, unless it is there.
 
         Raises:
             OSError: as in a run without Ray, and where that raises ValueError; with the node.
@@ -209,7 +209,7 @@ class ShardMaker:
                 if self.run is None:
                     self.cache(self.args, make=self._keep)
                 with self.run.summary.time_encoding():
-                    written = self.run.make_one(tar, self.encode)
+                    written = self.run.make_one(one, self.encode)
         except (OSError, ValueError) as error:
             raise OSError(f"node {self.node}: {error}") from error
         return Made(self.run.folder, written, self.run.summary.take(), lines.getvalue().splitlines())

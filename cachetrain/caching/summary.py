@@ -34,10 +34,12 @@ class RunSummary:
     Attributes:
         unit: what is encoded: "image" or "caption".
         counts: number of sidecars by state ("fresh", "stale", ...), and of those "encoded", "failed", "masked",
-            "upscaled" and "with_variants"; number of captions "truncated", and of "variants" where there are several.
+            "upscaled" and "with_variants"; "failed_before", in shards that are there; number of captions "truncated",
+            and of "variants" where there are several.
         unknown_words: UnknownWords of the captions encoded.
         leftovers: walk.Leftovers: sidecars without an image, and what this run does not use.
         times_s: "encoding", the whole loop; "waiting", the part of it in which the encoder had no data.
+        recorded: list to which `fail` adds (path, line), if it is not None.
     """
 
     def __init__(self, kind: str, roots: Sequence[str], suffix: str, mask: str | None = None):
@@ -55,6 +57,7 @@ class RunSummary:
         self.times_s = Counter()
         self.unknown_words = UnknownWords()
         self.failures = []  # the first _MAX_LISTED
+        self.recorded = None
         self.coverage = Coverage()
         self.upscaled.lines.clear()
 
@@ -64,6 +67,8 @@ class RunSummary:
         self.counts["failed"] += 1
         if len(self.failures) < _MAX_LISTED:
             self.failures.append(line)
+        if self.recorded is not None:
+            self.recorded.append((path, line))
         print_line(line)
 
     def add_sidecar(self, source: str, metadata: dict[str, str]) -> None:
@@ -150,6 +155,7 @@ class RunSummary:
             ("masked", f"{counted(counts['masked'], 'image')} masked"),
             ("upscaled", f"{counted(counts['upscaled'], 'image')} upscaled"),
             ("failed", f"{counts['failed']} failed"),
+            ("failed_before", f"{counts['failed_before']} failed before"),
         ):
             parts += [words] if counts[key] else []
         if counts["variants"]:
@@ -204,7 +210,7 @@ class RunSummary:
     def finish_alone(self, show_coverage: bool = False) -> int:
         """Prints failures and summary of this process, which waits for no other; returns its exit code."""
         self._print(show_coverage)
-        return 1 if self.counts["failed"] else 0
+        return 1 if self.counts["failed"] or self.counts["failed_before"] else 0
 
     def _listed(self, write, *parts):
         """Writes the list of upscaled images or a part of it. All sidecars are made: an error is only a warning."""

@@ -80,7 +80,7 @@ def cache_captions(
         else partial(_batch_encoder, model_dir, settings, kind, args.batch_size)
     )
     if args.out:
-        return make(*_tars(args, of_captions, make_encoder, fields, summary))
+        return make(*_inputs(args, of_captions, make_encoder, fields, summary))
     nulls = map(null_pair, dict.fromkeys(args.data_root))
     candidates = chain(nulls, selection.find_pairs(args, summary, "files" in of_captions.captions))
     source_of = partial(caption_source, settings=of_captions)
@@ -130,14 +130,14 @@ def _encode(args, pairs, of_captions, make_encoder, fields, summary):
             encoder.write(images_of, writer)
 
 
-def _tars(args, of_captions, make_encoder, fields, summary):
+def _inputs(args, of_captions, make_encoder, fields, summary):
     """Makes the null caption of a shard set; returns the ShardRun of its text half and its Encode."""
     check_out_args(args)
     run, encoder = ShardRun(args, fields, summary), cache(partial(_Encoder, args, make_encoder, fields))
 
-    def encode(tar, writer):
-        read = partial(tar.captions, settings=of_captions)
-        encoder().write(_by_captions(tar.pairs, read, summary, writer.progress), writer)
+    def encode(samples, writer):
+        read = partial(samples.captions, settings=of_captions)
+        encoder().write(_by_captions(samples.pairs, read, summary, writer.progress), writer)
 
     def encode_null(writer):
         pair = null_pair("")
