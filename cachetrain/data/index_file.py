@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from errno import EFBIG
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -17,7 +18,7 @@ import numpy as np
 from cachetrain.atomic import atomic_write
 from cachetrain.data.folders import Listed
 from cachetrain.data.headers import OF_PAIRS, OF_SAMPLES
-from cachetrain.data.sidecar import SidecarError, read_verified, sidecar_bytes
+from cachetrain.data.sidecar import MAX_FILE, SidecarError, read_verified, sidecar_bytes
 from cachetrain.reading import json_object
 
 if TYPE_CHECKING:
@@ -121,7 +122,10 @@ def write_index_file(
     import torch
 
     tensors = {name: torch.from_numpy(np.require(array, requirements=["C", "W"])) for name, array in arrays.items()}
-    atomic_write(path, sidecar_bytes(tensors, {"kind": "index", "index": json.dumps(fields)}))
+    data = sidecar_bytes(tensors, {"kind": "index", "index": json.dumps(fields)})
+    if len(data) > MAX_FILE:
+        raise OSError(EFBIG, "too many pairs for an index file; pack them into shards")
+    atomic_write(path, data)
 
 
 def read_index_file(path: Path, suffixes: Sequence[str]) -> tuple[Known, dict[str, Listed]]:
