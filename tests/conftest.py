@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import tempfile
+from uuid import uuid4
 
 import pytest
 from helpers import TINY, run_script
@@ -16,6 +17,9 @@ os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="cachetrain-test-module
 
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cachetrain-test-cache-")  # of modeling/digests.py
 
+# Ray reads its token once, and would leave one in the home directory.
+os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=uuid4().hex * 2)
+
 # A shell starts a background job with SIGINT ignored, nohup one with SIGHUP ignored; all processes started from here
 # would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -23,6 +27,15 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 CHROMIUM_ARGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
                  "--disable-sync", "--no-first-run"]  # fmt: skip
+
+
+@pytest.fixture
+def ray_apart(monkeypatch):
+    """Ray that a test starts neither sees others on this machine nor is seen, and leaves no files behind."""
+    # Not tmp_path, in which names of sockets would be too long.
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import shlex
 import socket
 import subprocess
 import sys
-from uuid import uuid4
 
 import pytest
 import yaml
@@ -94,6 +93,7 @@ def free_port():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("ray_apart")
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_scripts_run_for_real_as_on_two_machines(script, model_t5, tmp_path):
     """Both machines are this one, and start at the same time."""
@@ -106,7 +106,7 @@ def test_the_scripts_run_for_real_as_on_two_machines(script, model_t5, tmp_path)
         "torchrun.sh": [(meeting | {"HEAD": "127.0.0.1", "NODE": node}, command) for node in "01"],
         "ray.sh": [(meeting, [*command, "--engine", "ray"])],
     }[script]
-    path = {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}", "RAY_AUTH_TOKEN": uuid4().hex * 2}
+    path = {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
     processes = [
         subprocess.Popen([FOLDER / script, *argv], cwd=REPO, env=os.environ | path | variables)
         for variables, argv in of_script

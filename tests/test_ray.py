@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
-from uuid import uuid4
 
 import pytest
 from cache_fixtures import damage_tars, files, make_tars, shard_command
@@ -17,11 +16,7 @@ from helpers import HANG_S, REPO, run_script, wait_until
 from cachetrain.caching import ray_engine
 from cachetrain.caching.inputs import Input
 
-
-@pytest.fixture(autouse=True)
-def token(monkeypatch):
-    """So that Ray leaves none in the home directory."""
-    monkeypatch.setenv("RAY_AUTH_TOKEN", uuid4().hex * 2)
+pytestmark = pytest.mark.usefixtures("ray_apart")
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +172,10 @@ class Stage:
         self.driver = None
 
     def add_node(self):
-        return self.cluster.add_node(num_cpus=1, **self.SMALL)
+        with pytest.MonkeyPatch.context() as patch:
+            for name in RANKS:  # as on nodes that a launcher has started
+                patch.setenv(name, "3")
+            return self.cluster.add_node(num_cpus=1, **self.SMALL)
 
     def start(self, *command):
         """Starts a command on the cluster."""
@@ -212,11 +210,7 @@ def stage(tmp_path, monkeypatch):
     folder = tmp_path / "stage"
     folder.mkdir()
     monkeypatch.setenv("PYTHONPATH", f"{folder}:{REPO}")  # of all processes on the nodes
-    for name in RANKS:  # as on nodes that a launcher has started
-        monkeypatch.setenv(name, "3")
     stage = Stage(folder)
-    for name in RANKS:
-        monkeypatch.delenv(name)
     yield stage
     if stage.driver and stage.driver.poll() is None:
         stage.driver.kill()
@@ -264,22 +258,23 @@ def test_nodes_that_join_are_used_and_those_that_leave_cost_nothing(tars, made, 
 
 @pytest.mark.slow
 def test_a_killed_driver_ends_its_actors_and_the_command_started_again_makes_the_rest(
-    tars, made, model_t5, stage, tmp_path
+    tars, model_t5, stage, tmp_path
 ):
     stage.add_node()
-    command = shard_command("img", model_t5, tars, tmp_path / "set", "--engine", "ray")
+    assert run_script(*shard_command("txt", model_t5, tars, tmp_path / "plain")) == 0
+    command = shard_command("txt", model_t5, tars, tmp_path / "set", "--engine", "ray")
     stage.start(*command)
     stage.open(0)
     pid = stage.waiting(2)[-1]
     stage.driver.send_signal(signal.SIGKILL)
     stage.driver.wait()
     wait_until(lambda: not is_alive(pid))
-    assert len(files(tmp_path / "set")) == 1
+    assert len(list(tmp_path.glob("set/*/*.tar"))) == 1
     stage.open(1, 2)
     stage.start(*command)
     code, output = stage.end()
     assert code == 0 and "2 shards of 3 inputs written" in output
-    assert files(tmp_path / "set") == files(made)
+    assert files(tmp_path / "set") == files(tmp_path / "plain")
 
 
 @pytest.mark.slow

@@ -56,7 +56,7 @@ def make_on_ray(cache: Callable[..., int], args: Namespace, summary: RunSummary)
 
     Raises:
         ValueError: options contradict each other, or Ray is not installed.
-        OSError: the cluster cannot be reached, or an actor fails for a reason that lies not in its input.
+        OSError: the cluster cannot be reached, or an actor fails for another reason than its input.
     """
     if not args.out:
         raise ValueError("--engine needs --out; omit it to cache a folder of images")
