@@ -51,12 +51,12 @@ def parse_args(argv=None):
     return args
 
 
-def once(folder, make, *argv):
+def once(folder, make, *argv, **settings):
     """Calls `make` to write a folder, unless it has done so; removes what an interrupted call has left."""
     done = folder.with_name(f"{folder.name}.done")
     if not done.exists():
         shutil.rmtree(folder, ignore_errors=True)
-        make(folder, *argv)
+        make(folder, *argv, **settings)
         done.touch()
     return folder
 
