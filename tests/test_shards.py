@@ -96,6 +96,15 @@ def test_the_same_folder_gives_the_same_bytes_and_shards_that_are_there_are_kept
     assert "24 pairs in 8 shards; 1 shard written" in capsys.readouterr().out
     assert one.read_bytes() == files[one.relative_to(again)]
     assert times.items() <= {path: path.stat().st_mtime_ns for path in again.rglob("*.tar")}.items()
+    capsys.readouterr()
+    for path, size in zip(times, (-1, 0), strict=False):
+        path.write_bytes(path.read_bytes()[:size])
+    names = ("--imgcache_suffix", T5[0], "--txtcache_suffix", T5[1], "--rows", 7)
+    assert run_script("cache/pack_shards.py", "--data_root", folder, "--out", again, *names) == 1
+    said = capsys.readouterr().err
+    cut, empty = list(times)[:2]
+    for path, problem in ((cut, "is truncated"), (empty, "is not a shard")):
+        assert f"{path}: {problem}; delete it, and run again\n" in said
 
 
 def test_processes_share_the_packing(folder, packed, tmp_path, monkeypatch):
@@ -265,10 +274,18 @@ def test_what_is_no_whole_shard_is_refused_at_the_start(change, message, packed,
 def test_sets_that_hold_more_than_one_state_are_refused_with_both_named(folder, packed, model_t5, tmp_path, capsys):
     changed = shutil.copytree(folder, tmp_path / "folder")
     (changed / "00023.img_sdxl").unlink()
-    with pytest.raises(ValueError, match="is of an earlier state of the folder"):
+    with pytest.raises(ValueError, match="is of an earlier state of the folder's image sidecars"):
         pack(changed, shutil.copytree(packed, tmp_path / "set"))
     with pytest.raises(ValueError, match="is of an earlier state of the folder"):  # fewer shards
         pack(folder, tmp_path / "set", rows=24)
+    repeated = shutil.copytree(folder, tmp_path / "repeated")
+    (repeated / "b ü" / "multiply.txt").write_text("3")
+    with pytest.raises(ValueError, match=r"is of an earlier state of the folder's image sidecars or multiply\.txt"):
+        pack(repeated, shutil.copytree(packed, tmp_path / "third"))
+    for half in (tmp_path / "third").glob("img_*"):
+        shutil.rmtree(half)
+    with pytest.raises(ValueError, match=r"'s text sidecars or multiply\.txt, or of another .*; delete .*/txt_t5"):
+        pack(repeated, tmp_path / "third")
     last = sorted(pack(changed, tmp_path / "other").glob("img_sdxl-*/*.tar"))[-1]
     old = sorted((tmp_path / "set").glob("img_sdxl-*/*.tar"))[-1]
     shutil.copy(last, old.parent)

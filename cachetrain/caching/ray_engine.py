@@ -22,9 +22,8 @@ from cachetrain import cli
 from cachetrain.caching import ranks
 from cachetrain.caching.inputs import Input, Inputs
 from cachetrain.caching.messages import print_line
-from cachetrain.caching.shard_run import Half, check_out_args, finish
+from cachetrain.caching.shard_run import Half, check_out_args, finish, shards_there
 from cachetrain.caching.summary import RunSummary
-from cachetrain.data.objects import names_in, open_store
 from cachetrain.log import first_line
 
 _CPUS = 4  # of an actor in a cluster without GPUs
@@ -63,7 +62,7 @@ def make_on_ray(cache: Callable[..., int], args: Namespace, summary: RunSummary)
     if ranks.world_size() > 1:
         raise ValueError("--engine ray starts the processes itself; run it once, without torchrun and WORLD_SIZE")
     check_out_args(args)
-    inputs, there = Inputs(args.data_root[0]).inputs, set(names_in(open_store(args.out)))
+    inputs, there = Inputs(args.data_root[0]).inputs, shards_there(args.out)
     half, num_written, printed = None, 0, set()
     progress = tqdm(total=len(inputs), desc=summary.kind, unit="input", disable=None)
     with _cluster() as ray, summary.telling_what_was_done(), progress:

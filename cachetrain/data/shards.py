@@ -25,7 +25,7 @@ import json
 import mmap
 import os
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
 SHARD_FORMAT = "1"
 INDEX = "__index__/index.safetensors"
 INDEX_START = 512  # where the index begins: behind its tar header
-
-HEAD_BYTES = 2**15  # at the beginning of a shard, where its fields usually are
 
 _BLOCK, _MAX_INDEX = 512, 2**30
 _MAX_FAILED, _MAX_REASON = 100, 200  # that are named in a shard, and characters of each reason
@@ -89,7 +87,7 @@ class Failed(NamedTuple):
 
 
 def failed_rows(fields: Mapping) -> Failed:
-    """The samples that have no row in a shard with these fields, `Shard.fields` or of `fields_in`."""
+    """The samples that have no row in a shard with these fields, as of `Shard.fields`."""
     return Failed(*fields.get("failed", ()))
 
 
@@ -324,27 +322,6 @@ class _Fields(Mapping):
 
     def __len__(self) -> int:
         return len(self._fields)
-
-
-def fields_in(where: str, read: Callable[[int], bytes]) -> dict:
-    """The fields of a shard from its beginning alone, not verified.
-
-    Args:
-        where: names the shard in the error message.
-        read: function of a number of bytes that returns as many from the beginning, or all there are.
-
-    Raises:
-        SidecarError: it is no shard, or its index is damaged.
-    """
-    head = read(HEAD_BYTES)
-    start = INDEX_START + 8
-    end = start + int.from_bytes(head[INDEX_START:start], "little")
-    if len(head) < end <= _MAX_INDEX:
-        head = read(end)
-    try:
-        return json.loads(json.loads(head[start:end])["__metadata__"]["shard"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise SidecarError(f"{where}: its index is damaged; copy or pack it again") from error
 
 
 def sealed(arrays: Mapping[str, np.ndarray], fields: Mapping[str, object]) -> bytes:
