@@ -93,12 +93,11 @@ def _cluster():
     except ImportError:
         raise ValueError("--engine ray needs the package ray: pip install -e '.[cluster]'") from None
     address = os.environ.get("RAY_ADDRESS", "")
-    host, _, port = address.rpartition(":")
     try:
-        if port.isdecimal():  # Ray would try for minutes
-            socket.create_connection((host.strip("[]"), port), timeout=10).close()
+        _check_answers(address)
+        found = None if address or _started_here() else "local"
         with cli.deferred_signals() as came:  # Ray sets a handler of its own
-            ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
+            ray.init(found, include_dashboard=False, log_to_driver=False, logging_level="error")
     except (OSError, RuntimeError, ray.exceptions.RayError) as error:
         where = f" at RAY_ADDRESS={address}" if address else ""
         raise OSError(f"cannot connect to Ray{where}: {first_line(error)}") from error
@@ -110,6 +109,29 @@ def _cluster():
         raise OSError(f"the connection to Ray is lost: {first_line(error)}") from error
     finally:
         ray.shutdown()
+
+
+def _check_answers(address):
+    """Raises OSError if nothing answers at `host:port`: Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if port.isdecimal():
+        socket.create_connection((host.strip("[]"), port), timeout=10).close()
+
+
+def _started_here():
+    """Whether the cluster that was last started on this machine answers; if it ended uncleanly, Ray still tries it."""
+    try:
+        from ray._private.utils import read_ray_address
+
+        address = read_ray_address()
+    except (ImportError, AttributeError, TypeError, OSError):  # another version of Ray, which may find it elsewhere
+        return True
+    try:
+        _check_answers(address or "")
+    except OSError:
+        print_line(f"the Ray cluster that was started on this machine, {address}, does not answer; starting Ray here")
+        return False
+    return True
 
 
 def _actors_of(ray, cache, args):
