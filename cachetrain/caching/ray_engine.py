@@ -119,7 +119,7 @@ def _check_answers(address):
 
 
 def _started_here():
-    """Whether the cluster that was last started on this machine answers; if it ended uncleanly, Ray still tries it."""
+    """Whether the cluster that was started on this machine answers, if any; Ray tries one that is gone, too."""
     try:
         from ray._private.utils import read_ray_address
 

@@ -233,8 +233,8 @@ def _warn_of_failed(out, inputs, summary):
     if number:
         summary.counts["failed_before"] = number
         print_line(  # on all ranks: each looks at its own
-            f"warning: {out}/{os.path.dirname(entry.name)}: {counted(number, 'row')} failed when the shards were made, "
-            f"the first {first}; to try again, delete the shard"
+            f"warning: {out}/{os.path.dirname(entry.name)}: {counted(number, 'row')} failed when the shards were "
+            f"made, the first {first}; to try again, delete the shard"
         )
 
 
