@@ -203,6 +203,11 @@ ODD = {  # members beside a good sample -> (names of the rows that images give, 
     "dots": ({"a.b.jpg": image()}, [], "#a.b.jpg: is no image, as the name of a sample ends at its first dot"),
     "not text": ({"caf\udce9.jpg": image()}, ["caf\udce9"], None),
     "control": ({"a\x1b[1m.jpg": b""}, [], r"#a\x1b[1m.jpg: not an image"),
+    "long name": (
+        {f"{'a' * 246}.jpg": image(), f"{'b' * 247}.jpg": image()},
+        ["a" * 246],
+        "its sidecar would be too",
+    ),
     "16 bit": ({"a.png": encoded(np.full((64, 64), 40000, np.uint16))}, ["a"], None),
 }
 

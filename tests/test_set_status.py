@@ -147,6 +147,22 @@ def test_verify_names_every_damaged_row_and_only_those(packed, bucket, tmp_path,
     assert status(target) == 0  # without --verify, rows are not read
 
 
+def test_verify_names_damage_between_rows(packed, tmp_path, capsys):
+    target = shutil.copytree(packed, tmp_path / "set")
+    (path, *_) = sorted(target.glob("txt_*/*.tar"))
+    shard, whole = Shard(path), path.read_bytes()
+    header = int(shard.arrays["offset"][3]) - 512
+    where = f"{shard.where(3)}: its tar header is damaged"
+    damage = {header: where, header + 148: where, header - 1: where, header + 511: where}
+    for place, line in (damage | {150: f"{path}: its first tar", len(whole) - 1: f"{path}: its end is"}).items():
+        change(path, [place])
+        assert status(target, "--verify") == 1
+        (named,) = capsys.readouterr().err.splitlines()
+        assert named.startswith(line)
+        path.write_bytes(whole)
+    assert status(target, "--verify") == 0
+
+
 def test_verify_reads_pieces_of_any_size(packed, monkeypatch):
     reference = {path: [Shard(path).where(row) for row in range(len(Shard(path)))] for path in packed.rglob("*.tar")}
     for size in (1, 700, 10**6):

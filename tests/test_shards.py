@@ -16,7 +16,7 @@ from sdxl_fixtures import SDXL
 from cachetrain.data.dataset import Sidecars
 from cachetrain.data.index import PairIndex
 from cachetrain.data.ram import RamCache
-from cachetrain.data.shards import Shard
+from cachetrain.data.shards import Shard, member_header
 from cachetrain.data.sidecar import SidecarError, read_sidecar, write_sidecar
 
 RUN = ("--batch_size", 5, "--save_steps", 3, "--cond_dropout", 0.2, "--val_split", 0.2, "--val_steps", 3)
@@ -70,6 +70,14 @@ def same_samples(a, b):
         (text_a, fields_a), (text_b, fields_b) = Sidecars(a).text(i), Sidecars(b).text(i)
         assert (digest(text_a), fields_a) == (digest(text_b), fields_b)
     return True
+
+
+@pytest.mark.parametrize("name", ["a.x", "b/" * 49 + "ab", "b/" * 50 + "a", "ü.x", "caf\udce9.x"])
+@pytest.mark.parametrize("size", [0, 511, 8**11 - 1, 8**11])
+def test_headers_of_members_are_those_of_tarfile(name, size):
+    expected = tarfile.TarInfo(name)
+    expected.size = size
+    assert member_header(name, size) == expected.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
 
 
 def test_tars_give_back_each_sidecar_byte_for_byte(folder, packed, tmp_path):

@@ -23,6 +23,7 @@ ANY_IMAGE = ".image"  # the suffix of an image of which only the content says th
 
 _IMAGES = IMAGE_SUFFIXES | {ANY_IMAGE}
 _JSON = ".json"
+_MAX_NAME = 255  # bytes
 
 
 def is_image(suffix: str) -> bool:
@@ -61,6 +62,16 @@ class Samples:
     def name(self, pair: Pair) -> str:
         """The name of a sample."""
         return os.path.splitext(pair.image)[0][len(self.where) + 1 :]
+
+    def drop_long_names(self, suffix: str) -> list[Pair]:
+        """Takes the pairs out of `pairs` of which no file system could hold a sidecar of this suffix; returns them."""
+        dropped = [
+            pair
+            for pair in self.pairs
+            if any(len(os.fsencode(part)) > _MAX_NAME for part in f"{self.name(pair)}{suffix}".split("/"))
+        ]
+        self.pairs = [pair for pair in self.pairs if pair not in dropped]
+        return dropped
 
     def read(self, path: str) -> bytes:
         """The bytes of a file."""

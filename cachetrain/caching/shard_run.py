@@ -21,6 +21,7 @@ from cachetrain.caching import ranks
 from cachetrain.caching.inputs import Input, Inputs
 from cachetrain.caching.messages import how_to_mend, print_line, say
 from cachetrain.caching.samples import Samples
+from cachetrain.caching.selection import TOO_LONG
 from cachetrain.caching.summary import RunSummary
 from cachetrain.caching.writer import Writer
 from cachetrain.data.objects import exists, open_store, put_new
@@ -169,10 +170,13 @@ class ShardRun:
         self.summary.recorded = []
         for path, reason in samples.faults:
             self.summary.fail(path, reason)
+        for pair in samples.drop_long_names(self.suffix):
+            self.summary.fail(pair.image, TOO_LONG)
         name, unit = os.path.basename(samples.where), self.summary.unit
         progress = tqdm(total=len(samples.pairs), desc=name, unit=unit, disable=None, leave=False)
         with progress, _Collected(self.summary, progress) as writer:
-            encode(samples, writer)
+            if samples.pairs:
+                encode(samples, writer)
         kind = self.summary.kind if unit == "caption" else None
         made = [(pair, data) for pair in samples.pairs if (data := writer.sidecars.pop(pair.image, None))]
         rows = [shard_row(samples.name(pair), pair.image, data, kind) for pair, data in made]
