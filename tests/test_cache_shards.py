@@ -216,6 +216,13 @@ def test_options_that_tars_do_not_have_are_refused(flags, message, tars, model_t
         run_script(*command("img", model_t5, tars, tmp_path / "set", *flags))
 
 
+@pytest.mark.parametrize(("out", "message"), [("", "no directory given"), ("gs:/a", "did you mean gs://a")])
+def test_places_that_are_none_are_refused(out, message, tars, model_t5, capsys):
+    with pytest.raises(SystemExit):
+        run_script(*command("txt", model_t5, tars, None, "--out", out))
+    assert message in capsys.readouterr().err
+
+
 def test_folders_without_tars_and_two_tars_of_one_number_are_refused(tars, model_t5, tmp_path):
     with pytest.raises(ValueError, match=r"no tars like 00000\.tar"):
         run_script(*command("txt", model_t5, tmp_path, tmp_path / "set"))

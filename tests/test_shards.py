@@ -328,8 +328,22 @@ def test_sets_that_cannot_be_made_are_named(folder, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=f"{tmp_path}/file: cannot be opened: File exists"):
         pack(folder, tmp_path / "file")
-    with pytest.raises(ValueError, match="no directory given"):
-        pack(folder, "")
+
+
+def test_arguments_of_packing_that_cannot_be_meant_are_refused(folder, packed, tmp_path, monkeypatch, capsys):
+    for out, message in (("", "no directory given"), ("s3:/bucket/x", "did you mean s3://bucket/x")):
+        with pytest.raises(SystemExit):
+            pack(folder, out)
+        assert message in capsys.readouterr().err
+    with pytest.raises(ValueError, match=f"{packed}: is a shard set already"):
+        pack(packed, tmp_path)
+    with pytest.raises(ValueError, match="has a suffix twice"):
+        pack(folder, tmp_path, suffixes=([T5[0], T5[0]], T5[1]))
+    with pytest.raises(ValueError, match="is the folder that is packed"):
+        pack(folder, f"{folder.parent}/../{folder.parent.name}/folder/")
+    monkeypatch.setenv("RANK", "x")
+    with pytest.raises(ValueError, match="variable RANK is 'x', expected a number"):
+        pack(folder, tmp_path)
 
 
 def test_sidecars_without_a_header_are_not_packed(shapes, tmp_path):

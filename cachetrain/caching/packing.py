@@ -13,7 +13,7 @@ from cachetrain.caching.messages import how_to_mend, print_line, say
 from cachetrain.data.index import PairIndex
 from cachetrain.data.pairs import null_caption_path
 from cachetrain.data.set_files import Bucket, read_indexes
-from cachetrain.data.shard_set import folder_name, shard_name, shard_number
+from cachetrain.data.shard_set import folder_name, folders_of, shard_name, shard_number
 from cachetrain.data.shards import Row, build_shard
 from cachetrain.data.sidecar import NULL_STEM, SidecarError, header_of, read_header, read_verified
 from cachetrain.data.variants import sources_of
@@ -28,6 +28,7 @@ def pack(args: Namespace) -> int:
         ValueError: there are no pairs, they do not train together, or the set holds shards of another state of them.
         OSError: a sidecar cannot be read, or a shard cannot be written.
     """
+    _check_args(args)
     files = Bucket(args.out)
     index = PairIndex([args.data_root], args.imgcache_suffix, args.txtcache_suffix)
     if index.num_foreign:
@@ -57,6 +58,15 @@ def pack(args: Namespace) -> int:
     if index.num_unpaired:
         warn(f"not packed: {counted(index.num_unpaired, 'sidecar')} without a partner")
     return 1 if num_damaged else 0
+
+
+def _check_args(args):
+    if folders_of(args.data_root):
+        raise ValueError(f"{args.data_root}: is a shard set already; give a folder of sidecars")
+    if len(set(args.imgcache_suffix)) < len(args.imgcache_suffix):
+        raise ValueError(f"--imgcache_suffix {' '.join(args.imgcache_suffix)}: has a suffix twice; give each once")
+    if os.path.realpath(args.data_root) == os.path.realpath(os.path.expanduser(args.out)):
+        raise ValueError(f"--out {args.out}: is the folder that is packed; choose another")
 
 
 def shard_row(name: str, path: str, data: bytes, text_kind: str | None) -> tuple[Row, dict[str, int]]:

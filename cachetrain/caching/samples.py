@@ -64,13 +64,12 @@ class Samples:
         return os.path.splitext(pair.image)[0][len(self.where) + 1 :]
 
     def drop_long_names(self, suffix: str) -> list[Pair]:
-        """Takes the pairs out of `pairs` of which no file system could hold a sidecar of this suffix; returns them."""
-        dropped = [
-            pair
-            for pair in self.pairs
-            if any(len(os.fsencode(part)) > _MAX_NAME for part in f"{self.name(pair)}{suffix}".split("/"))
-        ]
-        self.pairs = [pair for pair in self.pairs if pair not in dropped]
+        """Takes the pairs out of `pairs` whose sidecars of this suffix no file could be; returns them."""
+        kept, dropped = [], []
+        for pair in self.pairs:
+            longest = max(len(os.fsencode(part)) for part in f"{self.name(pair)}{suffix}".split("/"))
+            (dropped if longest > _MAX_NAME else kept).append(pair)
+        self.pairs = kept
         return dropped
 
     def read(self, path: str) -> bytes:

@@ -25,6 +25,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser.add_argument("--data_root", required=True, metavar="DIR", help="folder whose pairs of sidecars are packed")
     parser.add_argument(
         "--out",
+        type=arguments.set_address,
         required=True,
         metavar="DIR|URL",
         help="the shard set: a directory, or s3://, gs:// or az:// with a bucket and a path",
