@@ -65,7 +65,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     )
     parser.add_argument("--verify", action="store_true", help="read all tensors and compare them with their SHA-256")
     parser.add_argument(
-        "--prune", action="store_true", help="list orphaned sidecars, or old shards of a set, ask, and delete them"
+        "--prune",
+        action="store_true",
+        help="list orphaned sidecars, or verify a set and list its old shards; ask, and delete them",
     )
     parser.add_argument("--yes", action="store_true", help="with --prune: delete without asking")
     parser.add_argument(
