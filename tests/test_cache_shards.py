@@ -87,14 +87,14 @@ def test_addresses_of_stores_are_read_and_written_like_directories(tars, made, m
     with fake_s3() as bucket:
         store = objects.open_store(bucket)
         for path in tars.glob("*.tar"):
-            objects.put_new(store, f"tars/{path.name}", path.read_bytes())
-        objects.put_new(store, "tars/00000.parquet", b"no list of URLs")
-        assert make(model_t5, f"{bucket}/tars", f"{bucket}/set") == [0, 0]
-        names = [name for name in objects.names_in(store) if name.startswith("set/")]
+            objects.put_new(store, f"cached/tars/{path.name}", path.read_bytes())
+        objects.put_new(store, "cached/tars/00000.parquet", b"no list of URLs")
+        assert make(model_t5, f"{bucket}/cached/tars", f"{bucket}/cached/set") == [0, 0]
+        names = [name for name in objects.names_in(store) if name.startswith("cached/set/")]
         sidecars = [objects.read(store, name)[0] for name in names]
         assert sorted(sidecars) == sorted(files(made).values())  # under names with the ETags of the tars
-        assert make(model_t5, f"{bucket}/tars/", f"{bucket}/set") == [0, 0]
-        assert [name for name in objects.names_in(store) if name.startswith("set/")] == names
+        assert make(model_t5, f"{bucket}/cached/tars/", f"{bucket}/cached/set") == [0, 0]
+        assert [name for name in objects.names_in(store) if name.startswith("cached/set/")] == names
 
 
 def test_file_addresses_give_the_shards_of_their_paths(tars, made, model_t5, tmp_path):

@@ -149,12 +149,14 @@ def _name_damaged(files, entries):
 
 def _check_no_others(out, there, expected):
     """Checks that the set has no other shards beside the expected ones, as of an earlier state of the folder."""
-    folders = {half.folder: "text" if half.size is None else "image" for half, _ in expected.values()}
+    folders = {
+        half.folder: "text sidecars" if half.size is None else "image sidecars" for half, _ in expected.values()
+    }
     for name in sorted(there.keys() - expected.keys()):
         folder, _, base = name.rpartition("/")
         if folder in folders and shard_number(base) is not None:
             raise ValueError(
-                f"{out}/{name}: is of an earlier state of the folder's {folders[folder]} sidecars or multiply.txt, "
+                f"{out}/{name}: is of an earlier state of the folder's {folders[folder]} or multiply.txt, "
                 f"or of another folder; delete {out}/{folder}, or choose another --out"
             )
 
