@@ -125,6 +125,7 @@ def open_trainer(env, argv, log):
     descriptor = os.open(log, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
+    faulthandler.enable()  # a death by SIGSEGV leaves the place of each thread in the log
     import torch
 
     torch.set_num_threads(1)
