@@ -15,6 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="cachetrain-test-modules-")
 
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cachetrain-test-cache-")  # of modeling/digests.py
+os.environ["CACHETRAIN_TEST_NUMBERS"] = tempfile.mkdtemp(prefix="cachetrain-test-numbers-")  # of helpers.py
 
 # A shell starts a background job with SIGINT ignored, nohup one with SIGHUP ignored; all processes started from here
 # would inherit that.

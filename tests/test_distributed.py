@@ -56,7 +56,7 @@ class Launcher:
         return [*argv, "--precision", "fp32", *flags]
 
     def run(self, name, ranks, *flags):
-        """Runs to the end; returns Run. A run that failed fails the first test that needs it; the others are skipped."""
+        """Runs to the end; returns Run. One that fails fails the first test that needs it; the others are skipped."""
         if name not in self.runs:
             self.runs[name] = None
             results = Ranks(self.argv(name, *flags), ranks, self.root / f"{name}-ranks").finish()

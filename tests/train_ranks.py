@@ -17,7 +17,7 @@ from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
-from helpers import HANG_S, REPO, digest
+from helpers import HANG_S, REPO, count_and_estimate_once, digest
 
 _IMPORTED = ["torch.distributed.fsdp", "torch.nn.parallel", "optimi", "cachetrain.checkpoints.save",
              "cachetrain.training.ema", "cachetrain.training.logs.run_logs", "cachetrain.training.optim",
@@ -132,6 +132,7 @@ def open_trainer(env, argv, log):
     spec = importlib.util.spec_from_file_location("train_from_cached", REPO / "train_from_cached.py")
     trainer = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(trainer)
+    count_and_estimate_once()
     sys.argv = ["train_from_cached.py", *argv]
     return trainer
 
