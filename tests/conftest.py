@@ -22,8 +22,17 @@ os.environ["CACHETRAIN_TEST_NUMBERS"] = tempfile.mkdtemp(prefix="cachetrain-test
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
+# They take longest, so they start first, and no process of pytest-xdist works on one of them alone at the end.
+LONGEST = ("test_resume", "test_signals", "test_training", "test_end_to_end", "test_distributed", "test_nonfinite",
+           "test_loop", "test_kills", "test_cache_faults", "test_waits")  # fmt: skip
+
 CHROMIUM_ARGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
                  "--disable-sync", "--no-first-run"]  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
 
 
 @pytest.fixture(scope="session")
