@@ -81,17 +81,17 @@ def test_training_cross_attention_changes_only_its_weights(shapes, model_t5, tmp
 
 def test_reinitialized_unet_learns_like_a_fresh_one(shapes, model_t5, tmp_path):
     """From a trained checkpoint, --reinit_unet must start where a fresh UNet starts, and fall as fast."""
-    common = ["--batch_size", 8, "--lr", 2e-3, "--max_steps", 40, "--log_groups", 1, *FLOW]
+    common = ["--batch_size", 8, "--lr", 2e-3, "--max_steps", 24, "--log_groups", 1, *FLOW]
     fresh, _ = train(shapes, model_t5, tmp_path / "fresh", *common)
-    trained = tmp_path / "fresh" / "checkpoint-000040"
+    trained = tmp_path / "fresh" / "checkpoint-000024"
     goes_on, _ = train(shapes, trained, tmp_path / "on", *common)
     again, _ = train(shapes, trained, tmp_path / "again", *common, "--reinit_unet")
 
     def curve(lines):
-        return np.array([line["01_Training/loss_raw"] for line in lines]).reshape(4, 10).mean(1)
+        return np.array([line["01_Training/loss_raw"] for line in lines]).reshape(3, 8).mean(1)
 
     assert curve(again) == pytest.approx(curve(fresh), rel=0.1)
-    assert curve(goes_on)[0] < 0.75 * curve(fresh)[0]  # what was not re-initialized remembers
+    assert curve(goes_on)[0] < 0.85 * curve(fresh)[0]  # what was not re-initialized remembers
 
 
 @pytest.mark.parametrize(
