@@ -15,7 +15,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="cachetrain-test-modules-")
 
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cachetrain-test-cache-")  # of modeling/digests.py
-os.environ["CACHETRAIN_TEST_NUMBERS"] = tempfile.mkdtemp(prefix="cachetrain-test-numbers-")  # of helpers.py
+# Of helpers.py; the processes of pytest-xdist share it.
+if run := os.environ.get("PYTEST_XDIST_TESTRUNUID"):
+    os.environ["CACHETRAIN_TEST_NUMBERS"] = os.path.join(tempfile.gettempdir(), f"cachetrain-test-numbers-{run}")
+    os.makedirs(os.environ["CACHETRAIN_TEST_NUMBERS"], exist_ok=True)
+else:
+    os.environ["CACHETRAIN_TEST_NUMBERS"] = tempfile.mkdtemp(prefix="cachetrain-test-numbers-")
 
 # A shell starts a background job with SIGINT ignored, nohup one with SIGHUP ignored; all processes started from here
 # would inherit that.
