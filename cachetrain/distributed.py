@@ -1,13 +1,22 @@
 """Training with several processes (ranks), started by torchrun or any launcher that sets RANK and WORLD_SIZE."""
 
+import mmap
 import os
-from collections.abc import Iterator
+import pickle
+import secrets
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import accumulate
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
+
+from cachetrain.reading import open_regular
+
+T = TypeVar("T")
 
 
 class World:
@@ -73,6 +82,40 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def share(self, make: Callable[[], T], key: object = None) -> T:
+        """Returns what `make` returns on the first rank of this machine, with one copy of its arrays in memory.
+
+        Ranks that cannot have it make their own: those that run elsewhere, as in other containers, or that have
+        another key.
+
+        Args:
+            make: returns what can be pickled. Where a rank writes to an array, it gets its own copy of that page.
+
+        Raises:
+            ValueError, OSError: of `make`; on all ranks.
+        """
+        if self.ranks == 1 or not hasattr(os, "memfd_create"):
+            return make()
+        value = memory = failure = offered = None
+        if self.first_of_machine:
+            try:
+                value = make()
+                memory, offered = _put_into_memory(value, key)
+            except (ValueError, OSError) as error:
+                failure = error
+        offers = self.gather(failure or offered)  # the other ranks wait here
+        if error := next((offer for offer in offers if isinstance(offer, Exception)), None):
+            raise error
+        taken = next(filter(None, (_take(offer) for offer in offers if offer and offer.key == key)), None)
+        if taken is not None:
+            value = taken.value
+        elif value is None:
+            value = make()
+        self.barrier()  # the memory can be found until all have looked
+        if memory is not None:
+            os.close(memory)
+        return value
+
     def any(self, *flags: bool) -> bool | list[bool]:
         """Whether each flag is true on any rank: a bool for one flag, else a list. Does not wait for the device."""
         if self.ranks > 1:
@@ -98,6 +141,61 @@ class World:
             del self.ddp.reducer, self.ddp.logger
             self.ddp = None
         dist.destroy_process_group()
+
+
+class _Offer(NamedTuple):
+    """Where other processes find the arrays of a value: a file without a name, which is gone when the last one ends.
+
+    Attributes:
+        path: of the file while its descriptor is open; of another file in a container with processes of its own.
+        token: with which the file begins.
+        stream: the value without its arrays.
+        spans: where each array begins and ends.
+        key: of World.share.
+    """
+
+    path: str
+    token: bytes
+    stream: bytes
+    spans: list[tuple[int, int]]
+    key: object
+
+
+class _Taken(NamedTuple):
+    value: object
+
+
+def _put_into_memory(value, key):
+    """Returns (descriptor, _Offer) of a value; (None, None) if there is no memory for it."""
+    buffers = []
+    stream = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
+    token, sizes = secrets.token_bytes(64), [buffer.raw().nbytes for buffer in buffers]
+    starts = list(accumulate((-(-size // 64) * 64 for size in sizes), initial=len(token)))  # aligned
+    descriptor = os.memfd_create("cachetrain")
+    try:
+        os.posix_fallocate(descriptor, 0, starts[-1])
+    except OSError:
+        os.close(descriptor)
+        return None, None
+    spans = [(start, start + size) for start, size in zip(starts, sizes, strict=False)]
+    with mmap.mmap(descriptor, starts[-1]) as memory:
+        memory[: len(token)] = token
+        for (start, end), buffer in zip(spans, buffers, strict=True):
+            memory[start:end] = buffer.raw()
+    return descriptor, _Offer(f"/proc/{os.getpid()}/fd/{descriptor}", token, stream, spans, key)
+
+
+def _take(offer):
+    """Returns the _Taken value of an _Offer; None if it is of another machine."""
+    try:
+        with open_regular(offer.path) as file:
+            memory = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE)
+    except (OSError, ValueError):
+        return None
+    if memory[: len(offer.token)] != offer.token:
+        return None
+    view = memoryview(memory)
+    return _Taken(pickle.loads(offer.stream, buffers=[view[start:end] for start, end in offer.spans]))
 
 
 def wrap(unet: torch.nn.Module, world: World, fsdp: bool) -> torch.nn.Module:

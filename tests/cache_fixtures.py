@@ -1,7 +1,10 @@
-"""What the tests of the cache scripts share: tiny pipelines, small pictures, and a way to run a script."""
+"""What the tests of the cache scripts share: tiny pipelines, small pictures, tars of them, and shard sets."""
 
+import io
+import json
 import os
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -103,3 +106,59 @@ def waiting_at(path, folder):
         "files.open_regular = open_regular\n"
     )
     return os.environ | {"PYTHONPATH": str(folder)}
+
+
+# Tars of samples, and shard sets made from them
+
+
+SHARD_SIZE = ("--target_width", 64, "--target_height", 64, "--num_workers", 0, "--batch_size", 4)
+
+
+def shard_command(half, model, data, out, *flags):
+    """Script and arguments that make the image or the text half of a set, or with out=None sidecars."""
+    script, more = ("cache/create_img_sdxl.py", SHARD_SIZE) if half == "img" else ("cache/create_t5cache_768.py", ())
+    to = ("--out", out) if out else ()
+    return list(map(str, (script, "--model", model, "--data_root", data, *to, *more, *flags)))
+
+
+def pack_tar(path, members):
+    """Writes a tar of (name, bytes), given as a dict or as pairs."""
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items() if isinstance(members, dict) else members:
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime = len(data), 1700000000
+            tar.addfile(info, io.BytesIO(data))
+
+
+def make_tars(root):
+    """Three tars as img2dataset writes them, of 5 images each, in a folder; returns it."""
+    for number in range(3):
+        members = {}
+        for i in range(5):
+            key = f"{number:05d}{i:04d}"
+            save_pictures(root / "pictures", [f"{key}.jpg"], (72 + 8 * i, 64 + number))
+            members[f"{key}.jpg"] = (root / "pictures" / f"{key}.jpg").read_bytes()
+            members[f"{key}.json"] = json.dumps({"key": key, "caption": f"from json {i}"}).encode()
+            if (number, i) != (1, 3):
+                members[f"{key}.txt"] = f"picture {i} of {number}".encode()
+        pack_tar(root / f"{number:05d}.tar", members)
+    shutil.rmtree(root / "pictures")
+    return root
+
+
+def damage_tars(tars, root):
+    """Copies those of `make_tars`: an image is none, a caption is no text, one is missing, and one tar is cut off."""
+    shutil.copytree(tars, root)
+    with tarfile.open(root / "00001.tar") as tar:
+        members = {member.name: tar.extractfile(member).read() for member in tar}
+    members["000010000.jpg"] = b"no image"
+    members["000010001.txt"] = b"caf\xe9"
+    members["000010003.json"] = b"{}"
+    pack_tar(root / "00001.tar", members)
+    (root / "00002.tar").write_bytes((root / "00002.tar").read_bytes()[:5000])
+    return root
+
+
+def files(root):
+    """{name: bytes} of all files in a shard set."""
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(root.rglob("*.*"))}

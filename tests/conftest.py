@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import tempfile
+from uuid import uuid4
 
 import pytest
 from helpers import TINY, run_script
@@ -22,6 +23,9 @@ if run := os.environ.get("PYTEST_XDIST_TESTRUNUID"):
 else:
     os.environ["CACHETRAIN_TEST_NUMBERS"] = tempfile.mkdtemp(prefix="cachetrain-test-numbers-")
 
+# Ray reads its token once, and would leave one in the home directory.
+os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=uuid4().hex * 2)
+
 # A shell starts a background job with SIGINT ignored, nohup one with SIGHUP ignored; all processes started from here
 # would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -38,6 +42,15 @@ CHROMIUM_ARGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networki
 def pytest_collection_modifyitems(items):
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
+
+
+@pytest.fixture
+def ray_apart(monkeypatch):
+    """Ray that a test starts neither sees others on this machine nor is seen, and leaves no files behind."""
+    # Not tmp_path, in which names of sockets would be too long.
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        yield
 
 
 @pytest.fixture(scope="session")

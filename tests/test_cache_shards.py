@@ -1,6 +1,5 @@
 """Shard sets made from tars of images and captions by the cache scripts: the rows, several processes, failures."""
 
-import io
 import json
 import os
 import shutil
@@ -10,21 +9,13 @@ import sys
 import tarfile
 
 import pytest
-from cache_fixtures import save_pictures
+from cache_fixtures import damage_tars, files, make_tars
+from cache_fixtures import shard_command as command
 from helpers import REPO, T5, digest, run_script, train, wait_until
 
 from cachetrain.data.index import PairIndex
 from cachetrain.data.shards import Shard
 from cachetrain.data.sidecar import read_sidecar
-
-SIZE = ("--target_width", 64, "--target_height", 64, "--num_workers", 0, "--batch_size", 4)
-
-
-def command(half, model, data, out, *flags):
-    """Script and arguments that make the image or the text half of a set, or with out=None sidecars."""
-    script, more = ("cache/create_img_sdxl.py", SIZE) if half == "img" else ("cache/create_t5cache_768.py", ())
-    to = ("--out", out) if out else ()
-    return list(map(str, (script, "--model", model, "--data_root", data, *to, *more, *flags)))
 
 
 def make(model, data, out, *flags):
@@ -32,30 +23,9 @@ def make(model, data, out, *flags):
     return [run_script(*command(half, model, data, out, *flags)) for half in ("img", "txt")]
 
 
-def pack_tar(path, members):
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size, info.mtime = len(data), 1700000000
-            tar.addfile(info, io.BytesIO(data))
-
-
 @pytest.fixture(scope="module")
 def tars(tmp_path_factory):
-    """Three tars as img2dataset writes them, of 5 images each."""
-    root = tmp_path_factory.mktemp("tars")
-    for number in range(3):
-        members = {}
-        for i in range(5):
-            key = f"{number:05d}{i:04d}"
-            save_pictures(root / "pictures", [f"{key}.jpg"], (72 + 8 * i, 64 + number))
-            members[f"{key}.jpg"] = (root / "pictures" / f"{key}.jpg").read_bytes()
-            members[f"{key}.json"] = json.dumps({"key": key, "caption": f"from json {i}"}).encode()
-            if (number, i) != (1, 3):
-                members[f"{key}.txt"] = f"picture {i} of {number}".encode()
-        pack_tar(root / f"{number:05d}.tar", members)
-    shutil.rmtree(root / "pictures")
-    return root
+    return make_tars(tmp_path_factory.mktemp("tars"))
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +33,6 @@ def made(tars, model_t5, tmp_path_factory):
     out = tmp_path_factory.mktemp("sets") / "set"
     assert make(model_t5, tars, out) == [0, 0]
     return out
-
-
-def files(root):
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(root.rglob("*.*"))}
 
 
 def test_rows_are_the_sidecars_of_the_extracted_images(tars, made, model_t5, tmp_path):
@@ -99,7 +65,7 @@ def test_a_rerun_writes_nothing_and_loads_no_text_encoder(tars, made, model_t5, 
     monkeypatch.setattr("cachetrain.modeling.text_encoders.open_text_encoder", None)
     assert make(model_t5, tars, made) == [0, 0]
     assert {path: path.stat().st_mtime_ns for path in made.rglob("*.*")} == before
-    assert capsys.readouterr().out.count("0 shards of 3 tars written") == 2
+    assert capsys.readouterr().out.count("0 shards of 3 inputs written") == 2
 
 
 @pytest.mark.parametrize("ranks", [[0, 1, 2], [2]])
@@ -126,10 +92,10 @@ def test_addresses_of_stores_are_read_and_written_like_directories(tars, made, m
 
 
 def test_processes_start_with_their_own_tars_and_go_on_with_different_others(monkeypatch):
+    from cachetrain.caching.inputs import Input
     from cachetrain.caching.shard_run import _in_turn
-    from cachetrain.caching.tars import InputTar
 
-    tars = [InputTar(number, "", "", "") for number in range(9)]
+    tars = [Input(number, "", "", "") for number in range(9)]
     monkeypatch.setenv("WORLD_SIZE", "3")
     orders = []
     for rank in range(3):
@@ -148,12 +114,12 @@ def test_a_killed_process_continued_by_two_gives_the_bytes_of_a_clean_run(
     code = (
         "import runpy, sys, time\n"
         "from cachetrain.caching import shard_run\n"
-        "original = shard_run.InputTars.open\n"
-        "def open(self, tar):\n"
-        "    if tar.number == 1:\n"
+        "original = shard_run.Inputs.open\n"
+        "def open(self, one):\n"
+        "    if one.number == 1:\n"
         "        time.sleep(3600)\n"
-        "    return original(self, tar)\n"
-        "shard_run.InputTars.open = open\n"
+        "    return original(self, one)\n"
+        "shard_run.Inputs.open = open\n"
         "sys.argv = sys.argv[1:]\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
@@ -184,21 +150,12 @@ def test_the_first_writer_wins(tars, made, model_t5, tmp_path, monkeypatch, caps
     monkeypatch.setattr(shard_run, "put_new", put_late)
     assert run_script(*command("img", model_t5, tars, tmp_path)) == 0
     assert set(files(tmp_path).values()) == {b"of the other"}
-    assert "0 shards of 3 tars written" in capsys.readouterr().out
+    assert "0 shards of 3 inputs written" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
 def faulty(tars, tmp_path_factory):
-    """Tars with an image that is none, a caption that is no text and one that is missing; one tar is cut off."""
-    root = shutil.copytree(tars, tmp_path_factory.mktemp("faulty") / "tars")
-    with tarfile.open(root / "00001.tar") as tar:
-        members = {member.name: tar.extractfile(member).read() for member in tar}
-    members["000010000.jpg"] = b"no image"
-    members["000010001.txt"] = b"caf\xe9"
-    members["000010003.json"] = b"{}"
-    pack_tar(root / "00001.tar", members)
-    (root / "00002.tar").write_bytes((root / "00002.tar").read_bytes()[:5000])
-    return root
+    return damage_tars(tars, tmp_path_factory.mktemp("faulty") / "tars")
 
 
 def test_rows_that_fail_are_missing_in_their_half_named_and_matched_in_training(faulty, model_t5, tmp_path, capfd):
@@ -224,8 +181,8 @@ def test_a_tar_that_changed_is_made_anew_and_the_old_shard_is_named(tars, made, 
     (old,) = out.glob("img_*/00001-*.tar")
     assert run_script(*command("img", model_t5, data, out)) == 0
     captured = capfd.readouterr()
-    assert "1 shard of 3 tars written" in captured.out
-    assert f"{old}: is of an earlier state of its tar; delete it before training" in captured.err
+    assert "1 shard of 3 inputs written" in captured.out
+    assert f"{old}: is of an earlier state of its input; delete it before training" in captured.err
     (new,) = set(out.glob("img_*/00001-*.tar")) - {old}
     assert new.read_bytes() == old.read_bytes()
     old.unlink()
@@ -236,7 +193,6 @@ def test_a_tar_that_changed_is_made_anew_and_the_old_shard_is_named(tars, made, 
     ("flags", "message"),
     [
         (("--overwrite",), "--overwrite cannot be combined with --out"),
-        (("--mask", "files"), "--mask files cannot be combined with --out"),
         (("--data_root", "other"), "--out takes one --data_root"),
     ],
 )

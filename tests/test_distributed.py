@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from helpers import HANG_S, REPO, digest, load_script
 from PIL import Image
 from safetensors.torch import load_file
-from train_ranks import Ranks, starved_rank
+from train_ranks import Ranks, listing_rank, sharing_rank, starved_rank
 
 STEPS = 4
 COMMON = ["--max_steps", STEPS, "--gradient_accum", 2, "--use_snr", "--ema_decay", 0.9, "--cond_dropout", 0.2,
@@ -144,6 +144,36 @@ def test_each_header_is_read_by_one_rank(launcher, folders, ranks):
     firsts = {f"{folder}/00000{suffix}" for folder in folders for suffix in (".img_sdxl", ".txt_t5cache")}
     rest = sorted(path for part in parts for path in part if path not in firsts)
     assert rest == sorted(path for path in everything if path not in firsts) and len(rest) == len(set(rest)) == 68
+
+
+def ranks_of(target, root, *arguments, ranks=2):
+    """What the ranks of a target of train_ranks saw."""
+    results = Ranks(arguments, ranks, root / target.__name__, target=target).finish()
+    assert [rank.code for rank in results] == [0] * ranks, [rank.output for rank in results]
+    return [rank.seen for rank in results]
+
+
+def test_ranks_with_an_index_file_list_what_they_list_without(folders, tmp_path):
+    data = shutil.copytree(folders[0], tmp_path / "data")
+    firsts = {f"{data}/00000{suffix}" for suffix in (".img_sdxl", ".txt_t5cache")}
+    one, other = ranks_of(listing_rank, tmp_path, data, data)
+    assert (len(one["headers"][0]), len(other["headers"][0])) == (27, 27)  # half of the pairs, and the first again
+    assert set(one["headers"][1]) == set(other["headers"][1]) == firsts
+    for name in ("checksums", "tokens"):
+        assert one[name][0] == one[name][1] == other[name][0] == other[name][1]
+
+
+def test_ranks_of_a_machine_share_one_copy_in_memory_that_ends_with_them(tmp_path):
+    first, second, third = ranks_of(sharing_rank, tmp_path, "a", "a", "b", ranks=3)
+    assert [seen["made"] for seen in (first, second, third)] == [[0], [], [2]]
+    assert (first["total"], second["total"], third["total"]) == (0, 0, 2 * 2**20)
+    assert (first["mapped"], second["mapped"], third["mapped"]) == (1, 1, 0)
+    assert first["kib"] == second["kib"] == 0 and first["strings"] == second["strings"] == ["x1", "x", "x\udcff", 0]
+    assert (first["first"], second["first"]) == (0, 99)  # what a rank writes is its own
+
+
+def test_ranks_all_end_with_the_error_of_the_one_that_was_to_share(tmp_path):
+    assert ranks_of(sharing_rank, tmp_path, "none", "none") == [{"error": "rank 0 has none"}] * 2
 
 
 def test_gradients_are_exchanged_once_a_step_whatever_the_accumulation(launcher):

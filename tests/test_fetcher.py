@@ -12,8 +12,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import T5, digest, fake_s3, refused, run_script, train, wait_until
+from helpers import T5, digest, fake_s3, refused, run_script, train, trainer_argv, wait_until
 from runs import content
+from train_ranks import Ranks
 
 from cachetrain.caching.packing import shard_row
 from cachetrain.data import fetcher as fetching
@@ -105,6 +106,16 @@ def test_training_from_object_storage_is_that_from_the_set(
         line["05_Performance/shard_wait_fraction"] for line in lines if "05_Performance/images_per_second" in line
     ]
     assert fractions and all(0 <= fraction <= 1.01 for fraction in fractions)
+
+
+def test_ranks_share_a_fetcher_and_train_the_same(packed, few_lanes, model_t5, tmp_path):
+    found = {}
+    for name, data in (("here", packed), ("there", f"file://{freeze_file(packed)}")):
+        argv = trainer_argv(data, model_t5, tmp_path / name, *RUN, *WINDOW, "--shard_cache", tmp_path / "near")
+        results = Ranks(argv, 2, tmp_path / f"{name}-ranks").finish()
+        assert [rank.code for rank in results] == [0, 0], [rank.output for rank in results]
+        found[name] = content(tmp_path / name, 6) | {"shards": None, "settings": None}
+    assert found["here"] == found["there"]
 
 
 def test_a_cache_of_half_the_set_changes_nothing_and_is_never_exceeded(

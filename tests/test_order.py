@@ -12,8 +12,8 @@ from helpers import T5, run_script
 from runs import RESUME, Runs, content
 from torch.utils.data import DataLoader
 
-from cachetrain.data import index as listing
 from cachetrain.data import order, rng
+from cachetrain.data import pairs as listing
 from cachetrain.data.batching import BatchSampler
 from cachetrain.data.dataset import SampleKey
 from cachetrain.data.index import PairIndex

@@ -242,6 +242,7 @@ def test_two_ranks_list_the_same_samples_as_one(two_sizes):
             return values
 
         world = SimpleNamespace(rank=rank, ranks=2, gather=gather, sum_array=lambda array: sum(gather(array)))
+        world.share = lambda make, _: make()
         indexes[rank] = PairIndex([two_sizes], sizes, TEXT, world=world)
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]

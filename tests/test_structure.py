@@ -17,7 +17,7 @@ GROUND = {
     "atomic": {"reading"},
     "cli": {"log"},
     "outputs": {"atomic", "reading"},
-    "distributed": set(),
+    "distributed": {"reading"},
 }
 # What each room of the package may import besides itself and the ground floor.
 BELOW = {

@@ -318,3 +318,79 @@ def _watch_exchanges(run, seen):
     for name in ("reduce_scatter_tensor", "reduce_scatter_single"):  # fully_shard's, by torch's version
         if hasattr(dist, name):
             before(dist, name, count)
+
+
+def listing_rank(env, argv, folder, rank, moment, cwd):
+    """A rank that only lists pairs, twice: with --save_index, then as any later start.
+
+    Args:
+        argv: paths of the data directories, one for each time.
+    """
+    from argparse import Namespace
+
+    open_trainer(env, [], folder / f"rank{rank}.log")
+    from cachetrain.data import index, saved_index
+    from cachetrain.data.split import open_index
+    from cachetrain.distributed import World
+
+    saved_index.SETTLE_S, world, seen = 0.02, World(), {"headers": [], "checksums": [], "tokens": []}
+    flags = dict.fromkeys(("force_txtcache", "sizes", "overfit", "val_data_dir", "dir_weights", "kohya_repeats"))
+    flags |= {"imgcache_suffix": ".img_sdxl", "txtcache_suffix": ".txt_t5cache", "val_split": 0.3}
+    before(index, "read_header", lambda path: seen["headers"][-1].append(os.fspath(path)))
+    for number, directory in enumerate(argv):
+        seen["headers"].append([])
+        pairs, held_out, _ = open_index(Namespace(train_data_dir=[directory], **flags), world, save_index=not number)
+        seen["checksums"].append([pairs.checksum(), held_out.checksum()])
+        seen["tokens"].append(pairs.tokens.tolist())
+    world.close()
+    (folder / f"rank{rank}.json").write_text(json.dumps(seen))
+
+
+def sharing_rank(env, argv, folder, rank, moment, cwd):
+    """A rank that shares arrays with those of the same key, and says what it has.
+
+    Args:
+        argv: key of each rank; "none" for all: the first rank fails.
+    """
+    import numpy as np
+
+    open_trainer(env, [], folder / f"rank{rank}.log")
+    from cachetrain.data.many_files import PackedStrings
+    from cachetrain.distributed import World
+
+    world, made = World(), []
+
+    def make():
+        made.append(rank)
+        if argv[rank] == "none":
+            raise ValueError(f"rank {rank} has none")
+        strings = PackedStrings()
+        strings.extend(b"x", [b"1", b"", b"\xff"])
+        return {"large": np.full(2**20, rank, np.uint32), "empty": np.zeros((0, 3)), "strings": strings}
+
+    try:
+        value = world.share(make, argv[rank])
+    except ValueError as error:
+        seen = {"error": str(error)}
+    else:
+        mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if "memfd:cachetrain" in line]
+        seen = {"made": made, "total": int(value["large"].sum()), "mapped": len(mapped)}
+        seen["kib"] = _private_kib("memfd:cachetrain")
+        seen["strings"] = [*value["strings"], len(value["empty"])]
+        if rank == 1:
+            value["large"][0] = 99
+        world.barrier()
+        seen["first"] = int(value["large"][0])
+    world.close()
+    (folder / f"rank{rank}.json").write_text(json.dumps(seen))
+
+
+def _private_kib(name):
+    """KiB of the mappings of a file that this process does not share."""
+    total = inside = 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            inside = name in line
+        elif inside and line.startswith("Private_Dirty:"):
+            total += int(line.split()[1])
+    return total

@@ -41,8 +41,8 @@ def image_parser(doc: str, kind: str, model: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--num_workers",
         type=cli.workers,
-        default=max(1, min(8, cli.cores_of_this_rank() - 1)),
-        help="processes that decode images; 0: decode in the main process",
+        help="processes that decode images; 0: decode in the main process; default: one for each core but one, at "
+        "most 8",
     )
     return parser
 
@@ -184,12 +184,18 @@ def clip_length(args: argparse.Namespace) -> dict[str, int]:
 
 def _cache_parser(doc, kind, model, batch_size):
     parser = cli.parser(doc)
-    add_data_root_argument(parser, " or, with --out, a directory or s3:// address of tars")
+    add_data_root_argument(parser, " or, with --out, a directory or s3:// address of tars or parquet files")
     parser.add_argument(
         "--out",
         metavar="DIR|URL",
         help="write a shard set instead of sidecars: a directory, or s3://, gs:// or az:// with a bucket and a path; "
-        "--data_root then holds tars as img2dataset writes them, 00000.tar and so on",
+        "--data_root then holds tars or parquet files of images and captions, 00000.tar and so on",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=("ray",),
+        help="with --out, have Ray make the shards, with a process for each GPU: on the cluster that RAY_ADDRESS "
+        "names, else on this machine; default: make them in this process",
     )
     add_model_arguments(parser, "pipeline", batch_size, model)
     parser.add_argument(

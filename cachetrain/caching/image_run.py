@@ -5,8 +5,9 @@ import os
 import signal
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 
 from tqdm import tqdm
 
@@ -14,24 +15,29 @@ from cachetrain import cli
 from cachetrain.caching import images, ranks, selection
 from cachetrain.caching.buckets import bucket_sizes
 from cachetrain.caching.freshness import image_source
-from cachetrain.caching.shard_run import ShardRun, check_out_args
+from cachetrain.caching.ray_engine import make_on_ray
+from cachetrain.caching.shard_run import Encode, ShardRun, check_out_args
 from cachetrain.caching.summary import RunSummary
 from cachetrain.caching.writer import Row, Writer
 from cachetrain.data.sidecar import numbered, sidecar_path
 from cachetrain.log import warn
 from cachetrain.modeling import load, normalisation
-from cachetrain.modeling.files import component_files
+from cachetrain.modeling.files import component_files, read_config
 
 
-def cache_images(args: Namespace, kind: str) -> int:
+def cache_images(args: Namespace, kind: str, make: Callable[[ShardRun, Encode], int] = ShardRun.make) -> int:
     """Writes a sidecar of this kind beside each image under args.data_root that lacks a fresh one.
 
     Args:
         args: from `arguments.image_parser` and `check_image_args`.
+        make: what to do with --out.
 
     Returns:
         exit code: 0, or 1 if some image failed.
     """
+    summary = RunSummary(kind, args.data_root, args.cache_suffix, args.mask)
+    if args.engine:
+        return make_on_ray(partial(cache_images, kind=kind), args, summary)
     components = () if args.vae or args.custom else ("vae",)
     model_dir = load.resolve_model(args.model, args.revision, components, code=args.custom)
     vae_dir = model_dir if args.vae else load.component_dir(model_dir, "vae")
@@ -45,9 +51,8 @@ def cache_images(args: Namespace, kind: str) -> int:
     }
     if args.norm:
         fields |= normalisation.of_file(args.norm, fields["encoder"]).header_fields()
-    summary = RunSummary(kind, args.data_root, args.cache_suffix, args.mask)
     if args.out:
-        return _cache_tars(args, model_dir if args.custom else vae_dir, fields, summary)
+        return make(*_inputs(args, model_dir if args.custom else vae_dir, fields, summary))
     source_of = partial(image_source, masked=args.mask == "files")
     pairs = selection.select(selection.find_pairs(args, summary), source_of, fields, args, summary)
     if pairs:
@@ -80,16 +85,22 @@ def _encode(args, pairs, vae_dir, fields, summary):
         encoder.write(batches, writer)
 
 
-def _cache_tars(args, vae_dir, fields, summary):
-    """Makes the image half of a shard set; returns the exit code."""
+def _inputs(args, vae_dir, fields, summary):
+    """The ShardRun of the image half of a shard set, and its Encode."""
     sizes = _sizes(args)
     check_out_args(args)
-    encoder = _Encoder(args, vae_dir, sizes, fields)  # whose scaling is part of the name of the half
+    encoder = cache(partial(_Encoder, args, vae_dir, sizes, fields))
 
-    def encode(tar, writer):
-        encoder.write(_start_decoding(args, images.ImagesInTar(tar, sizes, args.crops, args.mask)), writer)
+    def encode(samples, writer):
+        encoder().write(_start_decoding(args, images.ImagesOfSamples(samples, sizes, args.crops, args.mask)), writer)
 
-    return ShardRun(args, encoder.fields, summary).make(encode)
+    # The scaling is part of the name of the half. The VAE is loaded for it only if its config does not say it.
+    scaling = None if args.custom or args.norm else normalisation.of_config(read_config(vae_dir), vae_dir)
+    if scaling:
+        fields = fields | scaling.header_fields()
+    elif not args.norm:
+        fields = encoder().fields
+    return ShardRun(args, fields, summary), encode
 
 
 def _sizes(args):
@@ -162,7 +173,8 @@ def _start_decoding(args, files):
 
     from cachetrain.data.loader import batches_of
 
-    num_workers = min(args.num_workers, -(-len(files) // args.batch_size))
+    num_workers = max(1, min(8, cli.cores_of_this_rank() - 1)) if args.num_workers is None else args.num_workers
+    num_workers = min(num_workers, -(-len(files) // args.batch_size))
     loader = DataLoader(
         files,
         batch_size=args.batch_size,

@@ -23,7 +23,7 @@ from cachetrain.caching.pixels import (
     to_rgb,
     upright,
 )
-from cachetrain.caching.tars import OpenTar
+from cachetrain.caching.samples import Samples
 from cachetrain.data.masks import mask_file
 from cachetrain.data.sidecar import numbered
 from cachetrain.data.walk import MAX_IMAGE, Pairs
@@ -91,16 +91,19 @@ class ImageFiles:
         return decode_file(path, self.sizes, self.crops, self.mask)
 
 
-class ImagesInTar(ImageFiles):
-    """The same of the pairs in a tar."""
+class ImagesOfSamples(ImageFiles):
+    """The same of samples in memory."""
 
-    def __init__(self, tar: OpenTar, sizes: list[tuple[int, int]], crops: int = 1, mask: str | None = None):
-        super().__init__(tar.pairs, sizes, crops, mask)
-        self.tar = tar
+    def __init__(self, samples: Samples, sizes: list[tuple[int, int]], crops: int = 1, mask: str | None = None):
+        super().__init__(samples.pairs, sizes, crops, mask)
+        self.samples = samples
 
     def decode(self, path: str) -> Decoded:
-        # Not the member's time: the same image in another tar gives the same sidecar.
-        return decode_bytes(path, self.tar.read(path), 0, self.sizes, self.crops, self.mask)
+        mask = self.samples.mask(path) if self.mask == "files" else None
+        return _decode_image(path, mask, self._read, (self.sizes, self.crops, self.mask))
+
+    def _read(self, path):
+        return self.samples.read(path), 0  # not its time: the same image in another tar gives the same sidecar
 
 
 def decode_file(path: str, sizes: list[tuple[int, int]], crops: int = 1, mask: str | None = None) -> Decoded:
@@ -115,14 +118,23 @@ def decode_file(path: str, sizes: list[tuple[int, int]], crops: int = 1, mask: s
     Raises:
         OSError, ValueError and whatever Pillow raises on malformed input.
     """
+    return _decode_image(path, mask_file(path) if mask == "files" else None, _read_file, (sizes, crops, mask))
+
+
+def _read_file(path):
     data, stat = read_with_stat(path, MAX_IMAGE)
-    return decode_bytes(path, data, stat.st_mtime_ns, sizes, crops, mask)
+    return data, stat.st_mtime_ns
 
 
-def decode_bytes(
-    path: str, data: bytes, mtime_ns: int, sizes: list[tuple[int, int]], crops: int = 1, mask: str | None = None
-) -> Decoded:
-    """Decodes the bytes of a file like `decode_file`; `path` names it, and beside it are mask files."""
+def _decode_image(path, mask_path, read, settings):
+    """Decodes an image and its mask, if there is one.
+
+    Args:
+        read: function of a path that returns (bytes, mtime_ns).
+        settings: (sizes, crops, mask) as of `decode_file`.
+    """
+    sizes, crops, mask = settings
+    data, mtime_ns = read(path)
     sha256 = hashlib.sha256(data).hexdigest()
     boxes_of = partial(crop_boxes, number=crops, seed=int(sha256[:16], 16))
     channels = (to_rgb, to_alpha) if mask == "alpha" else (to_rgb,)
@@ -139,30 +151,30 @@ def decode_bytes(
     }
     fields |= {numbered("crop_box", i): ",".join(f"{edge:g}" for edge in box) for i, box in enumerate(boxes)}
     if mask == "files":
-        masks, mask_fields = _read_mask(path, original_size, (width, height), boxes)
+        masks, mask_fields = _read_mask(mask_path, read, original_size, (width, height), boxes)
         pixels, fields = np.concatenate([pixels, masks], axis=-1), fields | mask_fields
     return Decoded(path, pixels, fields)
 
 
-def _read_mask(path, original_size, size, boxes):
-    """Reads the mask file of an image, if any, and crops it like the image.
+def _read_mask(path, read, original_size, size, boxes):
+    """Reads a mask and crops it like its image; None: white.
 
     Returns:
         (uint8 array [crops, height, width, 1], header fields).
     """
-    if (mask := mask_file(path)) is None:
+    if path is None:
         return np.full((len(boxes), size[1], size[0], 1), 255, np.uint8), {}
     try:
-        data, stat = read_with_stat(mask, MAX_IMAGE)
+        data, mtime_ns = read(path)
         masks = _decode_leniently(_decode_mask, data, original_size, size, boxes)
     except UnidentifiedImageError:
-        raise ValueError(f"{mask}: {NOT_AN_IMAGE}") from None
+        raise ValueError(f"{path}: {NOT_AN_IMAGE}") from None
     # Pillow's plugins raise almost anything on malformed input.
     except Exception as error:
-        raise ValueError(f"{mask}: {getattr(error, 'strerror', None) or describe(error)}") from error
+        raise ValueError(f"{path}: {getattr(error, 'strerror', None) or describe(error)}") from error
     return masks, {
-        "mask_size": str(stat.st_size),
-        "mask_mtime_ns": str(stat.st_mtime_ns),
+        "mask_size": str(len(data)),
+        "mask_mtime_ns": str(mtime_ns),
         "mask_sha256": hashlib.sha256(data).hexdigest(),
     }
 

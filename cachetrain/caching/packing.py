@@ -10,8 +10,9 @@ from tqdm import tqdm
 
 from cachetrain.caching import ranks
 from cachetrain.caching.messages import say
-from cachetrain.data.index import PairIndex, null_caption_path
+from cachetrain.data.index import PairIndex
 from cachetrain.data.objects import names_in, open_store, put_new
+from cachetrain.data.pairs import null_caption_path
 from cachetrain.data.shard_set import folder_name, shard_name, shard_number
 from cachetrain.data.shards import Row, build_shard
 from cachetrain.data.sidecar import NULL_STEM, header_of, read_header, read_verified

@@ -1,29 +1,40 @@
-"""The main path of the cache scripts with --out: a tar of samples in, a shard of sidecars out.
+"""The main path of the cache scripts with --out: a tar or parquet file of samples in, a shard of sidecars out.
 
-Processes need not know of each other. Each makes the shards of its own tars first, then those that are still missing,
-and writes a shard by one create-only call: the first writer wins, and a process that dies loses the shard it was at.
+Processes need not know of each other. Each makes the shards of its own inputs first, then those that are still
+missing, and writes a shard by one create-only call: the first writer wins, and a process that dies loses the shard it
+was at.
 """
 
 from __future__ import annotations
 
+import os
+import re
+import time
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from tqdm import tqdm
 
 from cachetrain.caching import ranks
-from cachetrain.caching.messages import say
+from cachetrain.caching.inputs import Input, Inputs
+from cachetrain.caching.messages import print_line, say
+from cachetrain.caching.samples import Samples
 from cachetrain.caching.summary import RunSummary
-from cachetrain.caching.tars import InputTar, InputTars, OpenTar
 from cachetrain.caching.writer import Writer
-from cachetrain.data.objects import exists, names_in, open_store, put_new
+from cachetrain.data.many_files import in_threads
+from cachetrain.data.objects import exists, names_in, open_store, put_new, read_range
 from cachetrain.data.shard_set import folder_name, shard_name, shard_number
-from cachetrain.data.shards import build_shard
-from cachetrain.data.sidecar import NULL_STEM, RUN_KEYS, sidecar_bytes
+from cachetrain.data.shards import build_shard, failed_rows, fields_in
+from cachetrain.data.sidecar import NULL_STEM, RUN_KEYS, SidecarError, sidecar_bytes
 from cachetrain.log import counted, warn
 
-# Submits rows of all pairs of a tar to the writer, and reports those that fail.
-Encode = Callable[[OpenTar, Writer], None]
+# Submits rows of all pairs of an input to the writer, and reports those that fail.
+Encode = Callable[[Samples, Writer], None]
+
+# Reading an input in advance has to save this share of the time of encoding, for the memory that it takes.
+_WORTH_AHEAD = 0.05
 
 
 def check_out_args(args: Namespace) -> None:
@@ -37,11 +48,9 @@ def check_out_args(args: Namespace) -> None:
     refused = {
         "--overwrite": args.overwrite,
         "--full": args.full,
-        "--mask files": getattr(args, "mask", None) == "files",
-        "--captions files": "files" in getattr(args, "captions", ()),
     }
     if names := [name for name, given in refused.items() if given]:
-        raise ValueError(f"{names[0]} cannot be combined with --out, which reads tars; omit it")
+        raise ValueError(f"{names[0]} cannot be combined with --out, which reads tars and parquet files; omit it")
 
 
 class ShardRun:
@@ -52,30 +61,30 @@ class ShardRun:
     """
 
     def __init__(self, args: Namespace, fields: Mapping[str, str], summary: RunSummary):
-        self.inputs = InputTars(args.data_root[0])
-        self.out = args.out
+        self.args = args
+        self.inputs = Inputs(args.data_root[0])
         self.store = open_store(args.out)
         self.suffix = args.cache_suffix
         self.folder = folder_name(args.cache_suffix, [fields.get(key, "") for key in RUN_KEYS])
         self.summary = summary
-        self.show_coverage = getattr(args, "bucket", False)
 
     def make(self, encode: Encode) -> int:
-        """Makes the shards that are missing; returns the exit code: 1 if a sample or a tar failed.
+        """Makes the shards that are missing; returns the exit code: 1 if a sample or an input failed.
 
         Raises:
             OSError: a shard cannot be written.
         """
-        names = {tar: f"{self.folder}/{shard_name(tar.number, tar.content)}" for tar in self.inputs.tars}
-        there, num_written = set(names_in(self.store)), 0
+        inputs, there, num_written = self.inputs.inputs, set(names_in(self.store)), 0
+        missing = iter([one for one in _in_turn(inputs) if _name(self.folder, one) not in there])
         with self.summary.time_encoding():
-            for tar in _in_turn(self.inputs.tars):
-                if names[tar] not in there and not exists(self.store, names[tar]):
-                    data = self._shard(tar, encode)
-                    num_written += data is not None and put_new(self.store, names[tar], data)
-        say(f"{self.out}/{self.folder}: {counted(num_written, 'shard')} of {counted(len(names), 'tar')} written")
-        self._warn_of_others(there, set(names.values()))
-        return self.summary.finish_alone(self.show_coverage)
+            for one, samples in self._read_inputs(missing):
+                num_written += self._put(one, samples, encode)
+                del samples  # before the next one is read
+        return finish(self.args, inputs, self.folder, there, num_written, self.summary)
+
+    def make_one(self, one: Input, encode: Encode) -> bool:
+        """Makes the shard of an input, unless it is there; returns whether this call wrote it. Raises like `make`."""
+        return any(self._put(one, samples, encode) for one, samples in self._read_inputs(iter([one])))
 
     def put_null_caption(self, encode: Callable[[Writer], None]) -> None:
         """Makes the sidecar of the null caption, unless it is there; encode(writer) submits its row."""
@@ -86,30 +95,116 @@ class ShardRun:
             for data in writer.sidecars.values():
                 put_new(self.store, name, data)
 
-    def _shard(self, tar: InputTar, encode):
-        """The bytes of the shard of a tar; None if it cannot be read, or all of its samples fail."""
+    def _read_inputs(self, missing) -> Iterator[tuple[Input, Samples]]:
+        """Yields the inputs that can be read and whose shards are missing, with their Samples.
+
+        If reading takes long enough, the next input is read while one is encoded; two are in memory then.
+
+        Args:
+            missing: iterator of Input.
+        """
+        with ThreadPoolExecutor(1) as thread:
+            ahead, helps = None, False
+            while True:
+                start_s = time.perf_counter()
+                entry = ahead.result() if ahead else self._read_next(missing)
+                if entry is None:
+                    return
+                self.summary.times_s["waiting"] += time.perf_counter() - start_s
+                one, samples, read_s = entry
+                del entry
+                ahead = thread.submit(self._read_next, missing) if helps else None
+                if isinstance(samples, Exception):  # here, where it is not taken for one of another input's samples
+                    self.summary.fail(one.where, samples)
+                    continue
+                start_s = time.perf_counter()
+                yield one, samples
+                del samples
+                helps = read_s > _WORTH_AHEAD * (time.perf_counter() - start_s)
+
+    def _read_next(self, missing):
+        """(Input, Samples or an exception, seconds) of the next that has no shard; None: there are no more."""
+        for one in missing:
+            if exists(self.store, _name(self.folder, one)):  # another process has made it meanwhile
+                continue
+            start_s = time.perf_counter()
+            try:
+                samples = self.inputs.open(one)
+            except (OSError, ValueError) as error:
+                samples = error
+            return one, samples, time.perf_counter() - start_s
+        return None
+
+    def _put(self, one, samples, encode):
+        """Makes and writes the shard of an input; returns whether this call wrote it."""
+        name = _name(self.folder, one)
+        data = None if exists(self.store, name) else self._shard(samples, encode)
+        return data is not None and put_new(self.store, name, data)
+
+    def _shard(self, samples: Samples, encode):
+        """The bytes of the shard of an input; None if all of its samples fail."""
         from cachetrain.caching.packing import shard_row  # imports torch
 
-        try:
-            opened = self.inputs.open(tar)
-        except (OSError, ValueError) as error:
-            self.summary.fail(tar.where, error)
-            return None
-        progress = tqdm(total=len(opened.pairs), desc=tar.name, unit=self.summary.unit, disable=None, leave=False)
+        self.summary.recorded = []
+        for path, reason in samples.faults:
+            self.summary.fail(path, reason)
+        name, unit = os.path.basename(samples.where), self.summary.unit
+        progress = tqdm(total=len(samples.pairs), desc=name, unit=unit, disable=None, leave=False)
         with progress, _Collected(self.summary, progress) as writer:
-            encode(opened, writer)
-        kind = self.summary.kind if self.summary.unit == "caption" else None
-        made = [(pair, data) for pair in opened.pairs if (data := writer.sidecars.pop(pair.image, None))]
-        rows = [shard_row(opened.name(pair), pair.image, data, kind) for pair, data in made]
-        return build_shard([row for row, _ in rows], self.suffix, rows[0][1]) if rows else None
+            encode(samples, writer)
+        kind = self.summary.kind if unit == "caption" else None
+        made = [(pair, data) for pair in samples.pairs if (data := writer.sidecars.pop(pair.image, None))]
+        rows = [shard_row(samples.name(pair), pair.image, data, kind) for pair, data in made]
+        failed, self.summary.recorded = _failed(samples, self.summary.recorded), None
+        return build_shard([row for row, _ in rows], self.suffix, rows[0][1], failed) if rows else None
 
-    def _warn_of_others(self, there, expected):
-        """Names the shards of earlier states of the tars; training refuses two shards of one number."""
-        numbers = {tar.number for tar in self.inputs.tars}
-        for name in sorted(there - expected):
-            folder, _, base = name.rpartition("/")
-            if folder == self.folder and shard_number(base) in numbers:
-                warn(f"{self.out}/{name}: is of an earlier state of its tar; delete it before training")
+
+def finish(
+    args: Namespace, inputs: Sequence[Input], folder: str, there: set[str], num_written: int, summary: RunSummary
+) -> int:
+    """Says what was made, and what is wrong with what was there before; returns the exit code.
+
+    Args:
+        there: names of the shards that were there before.
+    """
+    say(f"{args.out}/{folder}: {counted(num_written, 'shard')} of {counted(len(inputs), 'input')} written")
+    names = {_name(folder, one): one for one in inputs}
+    numbers = {one.number for one in inputs}
+    for name in sorted(there - names.keys()):
+        its_folder, _, base = name.rpartition("/")
+        if its_folder == folder and shard_number(base) in numbers:  # training refuses two shards of one number
+            warn(f"{args.out}/{name}: is of an earlier state of its input; delete it before training")
+    _warn_of_failed(args.out, {name: one for name, one in names.items() if name in there and _is_own(one)}, summary)
+    return summary.finish_alone(getattr(args, "bucket", False))
+
+
+def _warn_of_failed(out, inputs, summary):
+    """Warns of rows that failed when shards were made. `inputs`: {name of a shard that is there: Input}."""
+    store = open_store(out)
+
+    def failed(name):
+        try:
+            return failed_rows(fields_in(f"{out}/{name}", partial(read_range, store, name, 0)))
+        except SidecarError as error:
+            return error
+
+    number, first = 0, None
+    for name, earlier in in_threads(failed, inputs):
+        if isinstance(earlier, SidecarError):
+            summary.fail(f"{out}/{name}", earlier)
+        elif earlier.number:
+            number += earlier.number
+            first = first or f"{inputs[name].where}#{': '.join(earlier.first[0])}"
+    if number:
+        summary.counts["failed_before"] = number
+        print_line(  # on all ranks: each looks at its own
+            f"warning: {out}/{os.path.dirname(name)}: {counted(number, 'row')} failed when the shards were made, the "
+            f"first {first}; to try again, delete the shard"
+        )
+
+
+def _name(folder, one):
+    return f"{folder}/{shard_name(one.number, one.content)}"
 
 
 class _Collected(Writer):
@@ -127,12 +222,34 @@ class _Collected(Writer):
         self.sidecars[row.source] = sidecar_bytes(row.tensors, row.metadata)
 
 
-def _in_turn(tars):
-    """The tars in the order in which this process takes them: its own, then those of others from the end.
+def _failed(samples, recorded):
+    """Returns (name, reason) of the samples that failed, in their order, without what differs between machines.
 
-    Processes that are done with their own start with different tars.
+    Args:
+        recorded: list of (path, line) as of `RunSummary.fail`.
+    """
+    images = {pair.image for pair in samples.pairs}
+    places = {path: i for i, pair in enumerate(samples.pairs) for path in (pair.image, *pair.caption_files)}
+    root, failed = f"{samples.where}#", []
+    for path, line in sorted(recorded, key=lambda entry: (places.get(entry[0], -1), entry)):
+        name = os.path.splitext(path)[0].removeprefix(root)
+        reason = line.removeprefix(f"{path}: ") if path in images else line
+        failed.append((name, re.sub("0x[0-9a-f]{6,}", "0x", reason.replace(root, ""))))
+    return failed
+
+
+def _is_own(one):
+    return one.number % ranks.world_size() == ranks.rank()
+
+
+def _in_turn(inputs):
+    """The inputs in the order in which this process takes them: its own, then those of others from the end.
+
+    Processes that are done with their own start with different ones.
     """
     me, size = ranks.rank(), ranks.world_size()
-    own = [tar for tar in tars if tar.number % size == me]
-    others = [tar for tar in tars if tar.number % size != me]
-    return own + sorted(others, key=lambda tar: (-(tar.number // size), (tar.number - me) % size))
+    others = [one for one in inputs if not _is_own(one)]
+    return [
+        *filter(_is_own, inputs),
+        *sorted(others, key=lambda one: (-(one.number // size), (one.number - me) % size)),
+    ]

@@ -34,10 +34,12 @@ class RunSummary:
     Attributes:
         unit: what is encoded: "image" or "caption".
         counts: number of sidecars by state ("fresh", "stale", ...), and of those "encoded", "failed", "masked",
-            "upscaled" and "with_variants"; number of captions "truncated", and of "variants" where there are several.
+            "upscaled" and "with_variants"; "failed_before", in shards that are there; number of captions "truncated",
+            and of "variants" where there are several.
         unknown_words: UnknownWords of the captions encoded.
         leftovers: walk.Leftovers: sidecars without an image, and what this run does not use.
         times_s: "encoding", the whole loop; "waiting", the part of it in which the encoder had no data.
+        recorded: list to which `fail` adds (path, line), if it is not None.
     """
 
     def __init__(self, kind: str, roots: Sequence[str], suffix: str, mask: str | None = None):
@@ -45,14 +47,19 @@ class RunSummary:
         self.unit = "caption" if kind.startswith("txt_") else "image"
         self.mask = mask
         self.leftovers = Leftovers(suffix, masks=mask == "files" or self.unit == "caption")
+        self.upscaled = UpscaledList(os.path.join(roots[0], f"_upscaled{suffix}.txt"))
+        self._count_anew()
+        self.started_s = time.perf_counter()
+        self._first_sizes = []  # headers of the first _MAX_FIRST images that are encoded, as far as all are upscaled
+
+    def _count_anew(self):
         self.counts = Counter()
         self.times_s = Counter()
         self.unknown_words = UnknownWords()
         self.failures = []  # the first _MAX_LISTED
+        self.recorded = None
         self.coverage = Coverage()
-        self.upscaled = UpscaledList(os.path.join(roots[0], f"_upscaled{suffix}.txt"))
-        self.started_s = time.perf_counter()
-        self._first_sizes = []  # headers of the first _MAX_FIRST images that are encoded, as far as all are upscaled
+        self.upscaled.lines.clear()
 
     def fail(self, path: str, reason: str | Exception) -> None:
         """Names and counts a file that gets no sidecar; the run goes on."""
@@ -60,6 +67,8 @@ class RunSummary:
         self.counts["failed"] += 1
         if len(self.failures) < _MAX_LISTED:
             self.failures.append(line)
+        if self.recorded is not None:
+            self.recorded.append((path, line))
         print_line(line)
 
     def add_sidecar(self, source: str, metadata: dict[str, str]) -> None:
@@ -97,8 +106,15 @@ class RunSummary:
 
     @contextmanager
     def time_encoding(self) -> Iterator[None]:
-        """Times the body, which encodes, and prints what was done so far if an error or a signal ends it early."""
+        """Times the body, which encodes; on errors as `telling_what_was_done`."""
         started_s = time.perf_counter()
+        with self.telling_what_was_done():
+            yield
+        self.times_s["encoding"] = time.perf_counter() - started_s
+
+    @contextmanager
+    def telling_what_was_done(self) -> Iterator[None]:
+        """Prints what was done so far if an error or a signal ends the body early."""
         try:
             yield
         except (KeyboardInterrupt, OSError):
@@ -110,7 +126,6 @@ class RunSummary:
                 raise
             print_line(self.line())
             raise OSError(f"{advice} ({error}); what was encoded is kept") from error
-        self.times_s["encoding"] = time.perf_counter() - started_s
 
     def time_waiting(self, batches: Iterable, progress: tqdm) -> Iterator:
         """Yields the batches, and times how long the encoder waits for them."""
@@ -140,6 +155,7 @@ class RunSummary:
             ("masked", f"{counted(counts['masked'], 'image')} masked"),
             ("upscaled", f"{counted(counts['upscaled'], 'image')} upscaled"),
             ("failed", f"{counts['failed']} failed"),
+            ("failed_before", f"{counts['failed_before']} failed before"),
         ):
             parts += [words] if counts[key] else []
         if counts["variants"]:
@@ -155,7 +171,33 @@ class RunSummary:
             exit code, the same on all ranks: 1 if anything failed on any.
         """
         part = self._listed(self.upscaled.write_part) if ranks.rank() else None
-        record = {
+        record = {**self._record(), "upscaled": part}
+        with ranks.gather_records(record, part) as records:
+            for other in records[: ranks.rank()] + records[ranks.rank() + 1 :]:
+                self.add(other)
+            if ranks.rank() == 0:
+                self._listed(self.upscaled.publish, [record["upscaled"] for record in records if record["upscaled"]])
+                self._print(show_coverage)
+        return 1 if self.counts["failed"] else 0
+
+    def take(self) -> dict:
+        """What was counted so far, for `add` of another summary; this one starts to count anew."""
+        record = self._record()
+        self._count_anew()
+        return record
+
+    def add(self, record: dict) -> None:
+        """Adds what another summary has counted, which may be in another process."""
+        self.counts.update(record["counts"])
+        self.times_s.update(record["times_s"])
+        self.failures += record["failures"]
+        self.unknown_words.counts.update(record["captions"])
+        self.unknown_words.words.update(record["words"])
+        self.coverage.images.update(record["images"])
+        self.coverage.kept.update(record["kept"])
+
+    def _record(self):
+        return {
             "counts": self.counts,
             "times_s": self.times_s,
             "failures": self.failures,
@@ -163,26 +205,12 @@ class RunSummary:
             "words": self.unknown_words.words,
             "images": self.coverage.images,
             "kept": self.coverage.kept,
-            "upscaled": part,
         }
-        with ranks.gather_records(record, part) as records:
-            for other in records[: ranks.rank()] + records[ranks.rank() + 1 :]:
-                self.counts.update(other["counts"])
-                self.times_s.update(other["times_s"])
-                self.failures += other["failures"]
-                self.unknown_words.counts.update(other["captions"])
-                self.unknown_words.words.update(other["words"])
-                self.coverage.images.update(other["images"])
-                self.coverage.kept.update(other["kept"])
-            if ranks.rank() == 0:
-                self._listed(self.upscaled.publish, [record["upscaled"] for record in records if record["upscaled"]])
-                self._print(show_coverage)
-        return 1 if self.counts["failed"] else 0
 
     def finish_alone(self, show_coverage: bool = False) -> int:
         """Prints failures and summary of this process, which waits for no other; returns its exit code."""
         self._print(show_coverage)
-        return 1 if self.counts["failed"] else 0
+        return 1 if self.counts["failed"] or self.counts["failed_before"] else 0
 
     def _listed(self, write, *parts):
         """Writes the list of upscaled images or a part of it. All sidecars are made: an error is only a warning."""

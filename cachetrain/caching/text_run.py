@@ -2,7 +2,7 @@
 
 import json
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
 from itertools import chain, pairwise
 
@@ -13,7 +13,8 @@ from cachetrain.caching import ranks, selection
 from cachetrain.caching.arguments import caption_settings
 from cachetrain.caching.assembly import Assembly, Embedded, Texts
 from cachetrain.caching.freshness import caption_source
-from cachetrain.caching.shard_run import ShardRun, check_out_args
+from cachetrain.caching.ray_engine import make_on_ray
+from cachetrain.caching.shard_run import Encode, ShardRun, check_out_args
 from cachetrain.caching.summary import RunSummary
 from cachetrain.caching.unknown_words import unknown_test
 from cachetrain.caching.writer import Row, Writer
@@ -38,7 +39,9 @@ _FAMILIES = {
 _NOT_TEXT = ("unet", "vae", "scheduler", "safety_checker", "feature_extractor", "image_encoder")
 
 
-def cache_captions(args: Namespace, kind: str, settings: dict) -> int:
+def cache_captions(
+    args: Namespace, kind: str, settings: dict, make: Callable[[ShardRun, Encode], int] = ShardRun.make
+) -> int:
     """Writes a sidecar of this kind beside each image under args.data_root that lacks a fresh one.
 
     The sidecar of the null caption, one per data root, is made like the others.
@@ -48,10 +51,14 @@ def cache_captions(args: Namespace, kind: str, settings: dict) -> int:
         settings: what changes the embeddings of a caption, besides the dtypes: clip_skip, or max_length and raw; for
             SDXL, whether the empty caption is zeros is added. {"custom": True}: encode with the pipeline code in the
             model's repository.
+        make: what to do with --out.
 
     Returns:
         exit code: 0, or 1 if some caption failed.
     """
+    summary = RunSummary(kind, args.data_root, args.cache_suffix)
+    if args.engine:
+        return make_on_ray(partial(cache_captions, kind=kind, settings=settings), args, summary)
     of_captions = caption_settings(args)
     custom = "custom" in settings
     components = () if custom else load.text_components(kind, settings)
@@ -67,14 +74,13 @@ def cache_captions(args: Namespace, kind: str, settings: dict) -> int:
         ),
         "settings": json.dumps(settings | dtypes, sort_keys=True),
     }
-    summary = RunSummary(kind, args.data_root, args.cache_suffix)
     make_encoder = (
         partial(_custom_encoder, model_dir)
         if custom
         else partial(_batch_encoder, model_dir, settings, kind, args.batch_size)
     )
     if args.out:
-        return _cache_tars(args, of_captions, make_encoder, fields, summary)
+        return make(*_inputs(args, of_captions, make_encoder, fields, summary))
     nulls = map(null_pair, dict.fromkeys(args.data_root))
     candidates = chain(nulls, selection.find_pairs(args, summary, "files" in of_captions.captions))
     source_of = partial(caption_source, settings=of_captions)
@@ -124,14 +130,14 @@ def _encode(args, pairs, of_captions, make_encoder, fields, summary):
             encoder.write(images_of, writer)
 
 
-def _cache_tars(args, of_captions, make_encoder, fields, summary):
-    """Makes the text half of a shard set, and the null caption in it; returns the exit code."""
+def _inputs(args, of_captions, make_encoder, fields, summary):
+    """Makes the null caption of a shard set; returns the ShardRun of its text half and its Encode."""
     check_out_args(args)
     run, encoder = ShardRun(args, fields, summary), cache(partial(_Encoder, args, make_encoder, fields))
 
-    def encode(tar, writer):
-        read = partial(tar.captions, settings=of_captions)
-        encoder().write(_by_captions(tar.pairs, read, summary, writer.progress), writer)
+    def encode(samples, writer):
+        read = partial(samples.captions, settings=of_captions)
+        encoder().write(_by_captions(samples.pairs, read, summary, writer.progress), writer)
 
     def encode_null(writer):
         pair = null_pair("")
@@ -139,7 +145,7 @@ def _cache_tars(args, of_captions, make_encoder, fields, summary):
         encoder().write({captions.texts: [(pair, captions)]}, writer)
 
     run.put_null_caption(encode_null)
-    return run.make(encode)
+    return run, encode
 
 
 class _Encoder:

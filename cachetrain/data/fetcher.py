@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -159,7 +160,8 @@ class Copies:
         self._pool = ThreadPoolExecutor(THREADS)
         self._running = {}  # (directory, name or name of an index) -> Future
         self._not_before = {}  # the same -> time of the next try
-        self._is_full = 0  # number of the plan for which there was no room
+        self._ahead = deque()  # what is planned and was not started yet
+        self._plan = 0  # number of the plan that this is of
         self._last_warning = -_WARN_EVERY_S
 
     def go_on(self) -> None:
@@ -174,16 +176,20 @@ class Copies:
                 _answer(directory, name)
             else:
                 self._start((directory, name), wanted=True)
-        if self._is_full == self.shelf.plans:
-            return
-        for shard in self.shelf.needed:
-            if len(self._running) >= THREADS:
-                return
-            if shard not in self.shelf.sizes and not _is_there(shard):
+        if self._plan != self.shelf.plans:
+            self._plan, self._ahead = self.shelf.plans, deque(self.shelf.needed)
+        now = time.monotonic()
+        for key in [key for key, time_s in self._not_before.items() if time_s <= now]:
+            del self._not_before[key]
+            if key in self.shelf.needed:
+                self._ahead.append(key)
+        while self._ahead and len(self._running) < THREADS:
+            shard = self._ahead.popleft()
+            if shard not in self.shelf.sizes:
                 self._start(shard, wanted=False)
 
     def _start(self, key, wanted):
-        if key in self._running or time.monotonic() < self._not_before.get(key, 0):
+        if key in self._running or key in self._not_before:
             return
         directory, name = key
         if name.endswith(INDEX):
@@ -202,7 +208,7 @@ class Copies:
             atomic_write(Path(directory, FAILED, request_name(name)), str(error).encode())
             _answer(directory, name)
         elif isinstance(error, NoRoomError) and key not in _requests(self.shelf.stores):
-            self._is_full = self.shelf.plans
+            self._ahead.clear()  # until the next plan
         elif isinstance(error, OSError):
             self._not_before[key] = time.monotonic() + RETRY_S
             self._warn(f"{error}; tried again until it works")

@@ -62,7 +62,7 @@ class FrozenIndex(PairIndex):
         self.num_masked = int(freeze.masks.sum())
         self.num_unpaired = self.num_without_image = self.num_without_pair = self.num_foreign = 0
         self.num_alone = self.num_pairs
-        nothing = Folders(self.image_suffixes, self.text_suffix, False, False)
+        nothing = Folders(self.image_suffixes, self.text_suffix, False)
         self.links, self.numbered_folders = nothing.links, nothing.numbered_folders
 
     def subset(self, positions: np.ndarray) -> PairIndex:

@@ -5,21 +5,16 @@ from __future__ import annotations
 import copy
 import os
 import zlib
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cachetrain import cli
-from cachetrain.data.folders import Folders, overlaps
 from cachetrain.data.headers import Contents, check_same_run, check_unchanged, latent_shape
-from cachetrain.data.many_files import PackedStrings
-from cachetrain.data.shard_set import ShardSet, shard_folders
+from cachetrain.data.pairs import PairList
 from cachetrain.data.sidecar import (
-    NULL_STEM,
     SUFFIXES,
     Header,
     SidecarError,
@@ -36,12 +31,12 @@ from cachetrain.modeling.conditioning import check_text
 if TYPE_CHECKING:
     import torch
 
+    from cachetrain.data.saved_index import IndexFiles
+    from cachetrain.data.shard_set import ShardSet
     from cachetrain.distributed import World
 
-FOLDER_BLOCK = 2048  # as many pairs as a shard has by default
 
-
-class PairIndex:
+class PairIndex(PairList):
     """The pairs in some directories and the contents of their headers, without a Python object per pair.
 
     A directory is a folder of sidecars or a shard set.
@@ -85,6 +80,7 @@ class PairIndex:
         world: World | None = None,
         kohya_repeats: bool = False,
         every_size: bool = False,
+        index_files: IndexFiles | None = None,
         sets: Mapping[str, ShardSet] | None = None,
     ):
         """Lists `directories` and reads every header once; several ranks share the reading.
@@ -99,52 +95,31 @@ class PairIndex:
             world: the ranks that read together; None: this process reads all headers.
             kohya_repeats: a folder like 10_name without a multiply.txt has its number as if it were in one.
             every_size: an epoch visits all samples of a pair, not one of them.
+            index_files: to use, and to save if they say so; None: all folders are listed and all headers read.
             sets: {directory: ShardSet}, for those that are not to be read as they are there.
 
         Raises:
             ValueError: there are no pairs, or caches are unreadable, of the wrong shape, or mixed (the message names
                 two files that differ).
         """
-        self.image_suffixes = (image_suffix,) if isinstance(image_suffix, str) else tuple(image_suffix)
-        self.text_suffix = text_suffix
-        self.sizes = len(self.image_suffixes)
+        super().__init__(directories, image_suffix, text_suffix, one_text)
         self.choices = 1 if every_size else self.sizes
-        self.one_text = one_text
         self.kohya_repeats = kohya_repeats
-        self.directories = [os.fspath(directory) for directory in directories]
-        self._stems = PackedStrings()
-        self._starts = []  # for each directory, the place of its first pair in _stems
-        self._positions = None  # in a subset, its samples in the whole index
-        self._sets = {}  # number of a directory that is a shard set -> ShardSet
-        self._columns = {}  # the same -> its Columns, until headers are read
-        of_pairs = self._list_pairs(repeats or [1.0] * len(self.directories), sets or {})
-        self.repeats = np.concatenate(of_pairs).astype(np.float32).repeat(self.sizes)
+        repeats = repeats or [1.0] * len(self.directories)
+
+        def listed():
+            self.repeats = self._list_pairs(repeats, kohya_repeats, index_files, sets or {})
+            return vars(self)
+
+        vars(self).update(world.share(listed, places_of(self.directories)) if world else listed())
         self.blocks = self._list_blocks()
         self._check_repeats()
-        self._read_headers(world)
-
-    def __len__(self) -> int:
-        """Number of samples."""
-        return len(self._stems) * self.sizes if self._positions is None else len(self._positions)
-
-    @property
-    def num_pairs(self) -> int:
-        return len(self) // self.sizes
-
-    @property
-    def spans(self) -> list[range]:
-        """For each directory, the numbers of its pairs in the whole index."""
-        ends = [*self._starts[1:], len(self._stems)]
-        return [range(start, end) for start, end in zip(self._starts, ends, strict=True)]
+        self._read_headers(world, index_files)
 
     @property
     def samples_per_epoch(self) -> float:
         """Expected number of samples in an epoch; epochs differ where repeats have a fractional part."""
         return float(self.repeats.sum(dtype=np.float64)) / self.choices
-
-    def samples_of(self, pairs: np.ndarray) -> np.ndarray:
-        """The samples of these pairs, numbered from 0; int arrays."""
-        return (pairs[:, None] * self.sizes + np.arange(self.sizes)).ravel()
 
     def subset(self, positions: np.ndarray) -> PairIndex:
         """Returns an index of the samples at `positions`, int array, all samples of some pairs; the two indexes share
@@ -161,14 +136,6 @@ class PairIndex:
         part.blocks = np.concatenate([[0], 1 + np.flatnonzero(np.diff(block)), [len(positions)]])
         part._check_repeats()
         return part
-
-    def stem(self, i: int) -> str:
-        """Path of sample `i` without a suffix."""
-        return self._stems[self._place(i) // self.sizes]
-
-    def relative_name(self, i: int) -> str:
-        """Path of pair `i` without a suffix, relative to its data directory."""
-        return os.path.relpath(self.stem(i), self.directories[self._directory_of(i)])
 
     def shape(self, i: int) -> tuple[int, int, int]:
         """Latent shape (C, h, w) of pair `i`."""
@@ -202,7 +169,7 @@ class PairIndex:
         first = self.image_headers[self.first_like(i)]
         check_unchanged(path, first.run_identity, header.run_identity)
         if (shape := latent_shape(path, header)) != self.shape(i):
-            raise SidecarError(f"{path}: replaced since the run started: the latent was {self.shape(i)}, is {shape}")
+            raise SidecarError(f"{path}: replaced since it was listed: the latent was {self.shape(i)}, is {shape}")
         return data
 
     def text_sidecar(self, i: int) -> bytes:
@@ -214,13 +181,9 @@ class PairIndex:
         check_unchanged(path, self.text_header.run_identity, header.run_identity)
         if (widths := check_text(self.text_kind, path, header)[1]) != self.text_widths:
             raise SidecarError(
-                f"{path}: replaced since the run started: its widths were {self.text_widths}, are {widths}"
+                f"{path}: replaced since it was listed: its widths were {self.text_widths}, are {widths}"
             )
         return data
-
-    def stems_checksum(self) -> int:
-        """Checksum of the paths of all pairs."""
-        return self._stems.checksum()
 
     def checksum(self) -> int:
         """Checksum of the list of pairs: names relative to data directories, order, sizes, repeats and encoders.
@@ -322,15 +285,6 @@ class PairIndex:
         kinds = {suffix: kind for kind, suffix in SUFFIXES.items()}
         return self.text_header.metadata.get("kind") or kinds.get(self.text_suffix, "txt_t5cache")
 
-    def image_path(self, i: int) -> str:
-        return self._image_path_at(self._place(i))
-
-    def text_path(self, i: int) -> str:
-        """Path of the text sidecar of sample `i`; for messages, as in a shard set it is no path."""
-        if (packed := self._packed(i)) and not self.one_text:
-            return packed[0].where(packed[1], self.sizes)
-        return self.one_text or self.stem(i) + self.text_suffix
-
     def headers_of(self, pair: int) -> tuple[list[Header], Header]:
         """Reads (headers of the image sidecars, header of the text sidecar) of a pair of the whole index."""
         first = pair * self.sizes
@@ -340,9 +294,11 @@ class PairIndex:
         packed = None if self.one_text else self._packed(first)
         return images, packed[0].header(packed[1], self.sizes) if packed else read_header(self.text_path(first))
 
-    def caption_stem(self, i: int) -> str:
-        """Path without suffix of the text sidecar of pair `i`, beside which its caption lies."""
-        return os.path.splitext(self.one_text)[0] if self.one_text else self.stem(i)
+    def identities(self, directory: int) -> list[tuple[str, ...]]:
+        """run_identity of a directory's image sidecars of each size and, unless one serves all, the text sidecars."""
+        firsts = self.samples_of(np.array([self._starts[directory]])).tolist()
+        images = [self.image_headers[self._image_path_at(place)].run_identity for place in firsts]
+        return images if self.one_text else [*images, self.text_header.run_identity]
 
     def check_null(self, path: str | os.PathLike, header: Header) -> None:
         """Checks that the sidecar of the null caption fits the text sidecars; warns if headers cannot tell.
@@ -361,87 +317,6 @@ class PairIndex:
         elif not (header.foreign and self.text_header.foreign):
             warn(f"{path} and {self.text_path(0)}: as only one has a header, one encoder may not have made both")
 
-    def _list_pairs(self, repeats, sets):
-        """Lists the pairs of all directories; returns a list of arrays, the repeats of all pairs."""
-        folders = Folders(self.image_suffixes, self.text_suffix, self.one_text is not None, self.kohya_repeats)
-        of_pairs, directories = [], []
-        for directory, number in zip(self.directories, repeats, strict=True):
-            start, num_repeated = len(self._stems), folders.links.num_repeated
-            is_set = directory in sets or shard_folders(directory, self.image_suffixes[0])
-            if is_set and not folders.add_directory(directory):
-                of_pairs.append(number * self._list_set(directory, len(directories), sets.get(directory)))
-            else:
-                for multiple, stems in folders.pairs_in(directory):
-                    for stem in stems:
-                        self._stems.append(stem)
-                    of_pairs.append(np.full(len(stems), number * multiple))
-            if len(self._stems) > start:
-                self._starts.append(start)
-                directories.append(directory)
-            elif folders.links.num_repeated > num_repeated or overlaps(directory, directories):
-                warn(
-                    f"{directory}: all of its pairs are also in a directory given before it; they count once, with "
-                    "the repeats of that directory"
-                )
-            else:
-                suffixes = [*self.image_suffixes, *([] if self.one_text else [self.text_suffix])]
-                expected = " and ".join(f"*{suffix}" for suffix in suffixes)
-                raise ValueError(f"{directory}: no pairs of {expected}; run the cache scripts on it first")
-        self.directories = directories
-        self.links, self.numbered_folders = folders.links, folders.numbered_folders
-        self.num_unpaired = folders.num_unpaired + sum(one.num_unpaired for one in self._sets.values())
-        self.num_without_image, self.num_alone = folders.num_without_image, folders.num_alone
-        self.num_without_pair = folders.num_without_pair
-        return of_pairs
-
-    def _list_set(self, directory, number, shard_set):
-        """Lists the pairs of a shard set, directory `number` of those with pairs; returns their repeats."""
-        suffixes = (*self.image_suffixes, *([] if self.one_text else [self.text_suffix]))
-        shard_set = shard_set or ShardSet(directory, suffixes)
-        root = os.fsencode(os.path.join(directory, ""))
-        columns = shard_set.read_indexes(self.sizes, lambda name: self._stems.append_bytes(root + name))
-        self._sets[number], self._columns[number] = shard_set, columns
-        return columns.repeats
-
-    def _list_blocks(self):
-        ends = [[0]]
-        for number, span in enumerate(self.spans):
-            of_folder = np.arange(span.start + FOLDER_BLOCK, span.stop, FOLDER_BLOCK)
-            ends += [span.start + self._sets[number].ends if number in self._sets else of_folder, [span.stop]]
-        return np.unique(np.concatenate(ends)) * self.sizes
-
-    def _packed(self, i):
-        """(ShardSet, number of the pair in it) of sample `i`; None if its sidecars are files."""
-        if not self._sets:
-            return None
-        directory = self._directory_of(i)
-        if directory not in self._sets:
-            return None
-        return self._sets[directory], self._place(i) // self.sizes - self._starts[directory]
-
-    def _place(self, i):
-        """The number of sample `i` in the whole index, of which this may be a subset."""
-        return i if self._positions is None else int(self._positions[i])
-
-    def _directory_of(self, i):
-        return self._directory_at(self._place(i))
-
-    def _directory_at(self, place):
-        """Number of the directory of a sample of the whole index."""
-        return bisect_right(self._starts, place // self.sizes) - 1
-
-    def _image_path_at(self, place):
-        directory = self._directory_at(place)
-        if directory in self._sets:
-            pair = place // self.sizes - self._starts[directory]
-            return self._sets[directory].where(pair, place % self.sizes)
-        return self._stems[place // self.sizes] + self.image_suffixes[place % self.sizes]
-
-    def first_like(self, i: int) -> str:
-        """The path of the first image sidecar of the directory and size of sample `i`."""
-        start = self._starts[self._directory_of(i)]
-        return self._image_path_at(start * self.sizes + self._place(i) % self.sizes)
-
     def _check_repeats(self):
         if len(self.repeats) and self.repeats.max() > cli.repeats.most:
             raise ValueError(
@@ -454,7 +329,7 @@ class PairIndex:
                 f"--repeats, --train_data_dir DIR:REPEATS and {MULTIPLY}"
             )
 
-    def _read_headers(self, world):
+    def _read_headers(self, world, index_files):
         (self.image_header, *_), self.text_header = self.headers_of(0)
         _, self.text_widths = check_text(self.text_kind, self.text_path(0), self.text_header)
         self.item_bytes = self.text_header.item_bytes
@@ -464,19 +339,27 @@ class PairIndex:
         for path, image in self.image_headers.items():
             check_same_run(self.image_header, image, self.image_path(0), path, may_differ="settings")
         contents = Contents(self)
-        contents.read(self._columns, world)
-        for name in ("shapes", "shape_ids", "image_bytes", "tokens", "all_tokens"):
-            setattr(self, name, getattr(contents, name))
-        self.caption_sources = contents.caption_sources
-        self.num_foreign, self.num_masked = contents.num_foreign, contents.num_masked
+        contents.read(self._columns, self._known, world)
+        self.shapes, self.shape_ids, self.image_bytes = contents.shapes, contents.shape_ids, contents.image_bytes
+        self.tokens, self.all_tokens = (of.repeat(self.sizes) for of in (contents.tokens, contents.all_tokens))
+        self.caption_sources = sorted(set().union(*contents.sources))
+        self.num_foreign, self.num_masked = int((contents.foreign > 0).sum()), int((contents.masked > 0).sum())
+        if index_files:
+            index_files.write(self, contents)
 
     def _image_header(self, i):
         packed = self._packed(i)
         return packed[0].header(packed[1], i % self.sizes) if packed else read_header(self.image_path(i))
 
 
-def null_caption_path(directories: Iterable[str | os.PathLike], text_suffix: str) -> Path | None:
-    """Path of the first `_null_caption` sidecar found in the data directories; None if there is none."""
-    folders = ([directory, *shard_folders(directory, text_suffix)] for directory in directories)
-    paths = (Path(folder) / (NULL_STEM + text_suffix) for of_directory in folders for folder in of_directory)
-    return next((path for path in paths if path.exists()), None)
+def places_of(directories: Iterable[str]) -> list[tuple]:
+    """(path, device, number) of each directory: the same for ranks that see the same directories."""
+
+    def place_of(directory):
+        try:
+            state = os.stat(directory)
+        except OSError:
+            return directory, None, None
+        return directory, state.st_dev, state.st_ino
+
+    return list(map(place_of, directories))

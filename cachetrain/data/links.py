@@ -19,18 +19,18 @@ class Links:
         self.targets = set()
         self.num_repeated = 0
 
-    def without_repeated(self, folder: Folder, stems: list[str], visited: Collection[str]) -> list[str]:
+    def without_repeated(self, folder: Folder, stems: list[bytes], visited: Collection[str]) -> list[bytes]:
         """Returns the stems whose files are not those of a pair listed before.
 
         Args:
             folder: with the names of its links.
-            stems: of the pairs in it.
+            stems: of the pairs in it, as the file system encodes them.
             visited: real paths of all folders listed so far, this one included.
         """
         if not folder.links and not self.targets:
             return stems
         real_folder = os.path.realpath(folder.path)
-        kept = [stem for stem in stems if self._is_new(folder, real_folder, stem, visited)]
+        kept = [stem for stem in stems if self._is_new(folder, real_folder, os.fsdecode(stem), visited)]
         self.num_repeated += len(stems) - len(kept)
         return kept
 

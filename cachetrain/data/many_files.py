@@ -7,9 +7,9 @@ import time
 import zlib
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import accumulate, islice
 from threading import Event
 
 # Items handed to a thread at a time, and number of threads.
@@ -34,6 +34,21 @@ class PackedStrings:
         """Appends a string as `os.fsencode` gives it."""
         self._bytes += string
         self._ends.append(len(self._bytes))
+
+    def extend(self, prefix: bytes, strings: Sequence[bytes]) -> None:
+        """Appends all of `strings`, each after `prefix`."""
+        if strings:
+            ends = accumulate((len(prefix) + len(string) for string in strings), initial=len(self._bytes))
+            self._ends.extend(islice(ends, 1, None))
+            self._bytes += prefix + prefix.join(strings)
+
+    def __getstate__(self) -> tuple:
+        import numpy as np  # World.share shares arrays; no other string can be appended to a copy
+
+        return np.frombuffer(self._bytes, np.uint8), np.frombuffer(self._ends, np.uint64)
+
+    def __setstate__(self, state: tuple) -> None:
+        self._bytes, self._ends = map(memoryview, state)
 
     def __len__(self) -> int:
         return len(self._ends)

@@ -15,7 +15,8 @@ The index has of each row, int arrays [N] unless noted:
     num_bytes         of the tensors
     masked            whether there is a mask
     repeats           float32, how often the pair comes up in an epoch, on average
-Its fields say what all rows agree on: RUN_KEYS, shapes, widths, suffix. Reading a row takes one read and one SHA-256;
+Its fields say what all rows agree on: RUN_KEYS, shapes, widths, suffix; and `failed`, if samples of the input of the
+shard have no row in it. Reading a row takes one read and one SHA-256;
 the sidecar's own header is parsed only if its fields are asked for.
 """
 
@@ -24,7 +25,7 @@ import json
 import mmap
 import os
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
@@ -41,7 +42,10 @@ SHARD_FORMAT = "1"
 INDEX = "__index__/index.safetensors"
 INDEX_START = 512  # where the index begins: behind its tar header
 
+HEAD_BYTES = 2**15  # at the beginning of a shard, where its fields usually are
+
 _BLOCK, _MAX_INDEX = 512, 2**30
+_MAX_FAILED, _MAX_REASON = 100, 200  # that are named in a shard, and characters of each reason
 _NO_SHA256 = "0" * 64
 NOT_SEALED = ValueError, KeyError, TypeError, AttributeError  # what `unsealed` raises
 _DTYPES = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "U64": np.uint64, "F32": np.float32, "F64": np.float64}
@@ -72,12 +76,32 @@ def name_key(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(os.fsencode(name), digest_size=8).digest(), "big")
 
 
-def build_shard(rows: Sequence[Row], suffix: str, widths: dict[str, int]) -> bytes:
-    """Returns the bytes of a shard; the same rows give the same bytes.
+class Failed(NamedTuple):
+    """The samples of the input of a shard that have no row in it.
+
+    Attributes:
+        number: how many there are.
+        first: list of [name, reason], at most _MAX_FAILED.
+    """
+
+    number: int = 0
+    first: Sequence[Sequence[str]] = ()
+
+
+def failed_rows(fields: Mapping) -> Failed:
+    """The samples that have no row in a shard with these fields, `Shard.fields` or of `fields_in`."""
+    return Failed(*fields.get("failed", ()))
+
+
+def build_shard(
+    rows: Sequence[Row], suffix: str, widths: dict[str, int], failed: Sequence[tuple[str, str]] = ()
+) -> bytes:
+    """Returns the bytes of a shard; the same arguments give the same bytes.
 
     Args:
         suffix: of the sidecars, added to the names of the members.
         widths: {name of a text tensor: width}; {} in shards of images.
+        failed: (name, reason) of each sample without a row; the reason says nothing of time or machine.
 
     Raises:
         ValueError: rows differ in one of RUN_KEYS.
@@ -121,6 +145,8 @@ def build_shard(rows: Sequence[Row], suffix: str, widths: dict[str, int]) -> byt
         "sources": sorted({source for row in rows for source in row.sources}),
         **dict(zip(RUN_KEYS, first.header.run_identity, strict=True)),
     }
+    if failed:
+        fields["failed"] = len(failed), [(name, reason[:_MAX_REASON]) for name, reason in failed[:_MAX_FAILED]]
     size = len(sealed(arrays, fields))  # offsets do not change it
     arrays["offset"] += np.uint64(_BLOCK + _padded(size))
     parts = [_member_header(INDEX, size), _padded_bytes(sealed(arrays, fields))]
@@ -298,6 +324,27 @@ class _Fields(Mapping):
 
     def __len__(self) -> int:
         return len(self._fields)
+
+
+def fields_in(where: str, read: Callable[[int], bytes]) -> dict:
+    """The fields of a shard from its beginning alone, not verified.
+
+    Args:
+        where: names the shard in the error message.
+        read: function of a number of bytes that returns as many from the beginning, or all there are.
+
+    Raises:
+        SidecarError: it is no shard, or its index is damaged.
+    """
+    head = read(HEAD_BYTES)
+    start = INDEX_START + 8
+    end = start + int.from_bytes(head[INDEX_START:start], "little")
+    if len(head) < end <= _MAX_INDEX:
+        head = read(end)
+    try:
+        return json.loads(json.loads(head[start:end])["__metadata__"]["shard"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise SidecarError(f"{where}: its index is damaged; copy or pack it again") from error
 
 
 def sealed(arrays: Mapping[str, np.ndarray], fields: Mapping[str, object]) -> bytes:

@@ -39,7 +39,7 @@ SUFFIXES = {
 ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
 
 # Bytes of a header, which takes less than 2 KiB, and of a whole file; more is not read.
-_MAX_HEADER, _MAX_FILE = 2**20, 2**30
+_MAX_HEADER, MAX_FILE = 2**20, 2**30
 
 # The form of the header fields that are numbers. ASCII digits only: int() takes those of all scripts.
 _WHOLE, _DECIMAL = "[0-9]{1,18}", r"[0-9]{1,18}(\.[0-9]{1,30})?(e[+-]?[0-9]{1,3})?"
@@ -196,7 +196,7 @@ def tensors_of(data: bytes, where: Callable[..., str], *args: object) -> "dict[s
 
 def read_verified(path: str | Path) -> tuple[bytes, Header]:
     """Reads and verifies one sidecar like `read_sidecar`, but returns (bytes of the file, Header)."""
-    data = read_bytes(path, _MAX_FILE)
+    data = read_bytes(path, MAX_FILE)
     return data, verified(path, data)
 
 

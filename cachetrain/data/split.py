@@ -14,7 +14,8 @@ import numpy as np
 from cachetrain.data import rng
 from cachetrain.data.frozen import FrozenIndex
 from cachetrain.data.headers import check_same_run
-from cachetrain.data.index import PairIndex
+from cachetrain.data.index import PairIndex, places_of
+from cachetrain.data.saved_index import IndexFiles
 from cachetrain.data.sources import Sources
 from cachetrain.data.unused import MULTIPLY, repeats_in_name
 from cachetrain.log import counted, info, warn
@@ -24,12 +25,13 @@ if TYPE_CHECKING:
 
 
 def open_index(
-    args: Namespace, world: World, pinned: Mapping[str, list[str]] | None = None
+    args: Namespace, world: World, pinned: Mapping[str, list[str]] | None = None, save_index: bool = False
 ) -> tuple[PairIndex, PairIndex | None, Sources]:
-    """Lists the pairs that the trainer's flags name.
+    """Lists the pairs that the trainer's flags name. The ranks of a machine share one list in memory.
 
     Args:
         pinned: of the Sources of a run that goes on.
+        save_index: write index files.
 
     Returns:
         (training pairs, validation pairs or None, where they come from).
@@ -37,14 +39,14 @@ def open_index(
     val_dirs = args.val_data_dir or []
     sources = Sources(args, world, [*args.train_data_dir, *val_dirs], pinned)
     try:
-        return *_open_indexes(args, world, sources, val_dirs), sources
+        return *_open_indexes(args, world, sources, IndexFiles(save_index and world.main)), sources
     except BaseException:
         sources.close()
         raise
 
 
-def _open_indexes(args, world, sources, val_dirs):
-    suffixes, names = (args.imgcache_suffix, args.txtcache_suffix), args.train_data_dir
+def _open_indexes(args, world, sources, index_files):
+    suffixes, names, val_dirs = (args.imgcache_suffix, args.txtcache_suffix), args.train_data_dir, args.val_data_dir
     every_size = args.sizes == "all"
     index, freeze = None, sources.freeze(names[0]) if len(names) == 1 else None
     if freeze and not (args.val_split or args.overfit):
@@ -59,25 +61,32 @@ def _open_indexes(args, world, sources, val_dirs):
         kohya_repeats=args.kohya_repeats,
         every_size=every_size,
         sets=sources.shard_sets(names),
+        index_files=index_files,
     )
     if world.main:
         _warn_of_what_is_listed(index)
-    if args.overfit:
-        pairs = np.sort(rng.permutation(args.seed, 0, index.num_pairs)[: args.overfit])
-        return index.subset(index.samples_of(pairs)), None
-    if args.val_split:
-        return split_index(index, args.val_split)
-    if not val_dirs:
-        return index, None
+    shared = world.share if not isinstance(index, FrozenIndex) else lambda make, _: make()
+    if args.val_split or args.overfit or not val_dirs:
+        return shared(lambda: _parts(index, args), places_of(index.directories))
     directories, sets = [sources.directories[name] for name in val_dirs], sources.shard_sets(val_dirs)
-    held_out = PairIndex(directories, *suffixes, one_text=args.force_txtcache, world=world, sets=sets)
+    held_out = PairIndex(
+        directories, *suffixes, one_text=args.force_txtcache, world=world, sets=sets, index_files=index_files
+    )
     if sources.fetcher:
         sources.fetcher.keep(sources.keep_all(val_dirs))
     for path, header in held_out.image_headers.items():
         check_same_run(index.image_header, header, index.image_path(0), path, may_differ="settings")
     check_same_run(index.text_header, held_out.text_header, index.text_path(0), held_out.text_path(0))
     check_apart(index, held_out)
-    return index, held_out
+    return shared(lambda: (index, held_out), places_of([*index.directories, *directories]))
+
+
+def _parts(index, args):
+    """(training pairs, validation pairs or None) of the pairs of --train_data_dir."""
+    if args.overfit:
+        pairs = np.sort(rng.permutation(args.seed, 0, index.num_pairs)[: args.overfit])
+        return index.subset(index.samples_of(pairs)), None
+    return split_index(index, args.val_split) if args.val_split else (index, None)
 
 
 def split_positions(names: Iterable[str], share: float) -> np.ndarray:

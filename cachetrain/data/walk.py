@@ -9,7 +9,7 @@ import os
 from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator
 from errno import ELOOP
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from cachetrain.atomic import is_abandoned
 from cachetrain.data.captions import CAPTION_SUFFIXES, Pair, caption_order
@@ -34,13 +34,23 @@ SKIPPED_FOLDERS = frozenset(
 # Called as on_error(path, reason) for each file or folder that is skipped.
 OnError = Callable[[str, str], None]
 
+T = TypeVar("T")
+
 
 class Folder(NamedTuple):
-    """One folder of a walk: path, the sorted names of the files that match, and which of these are symbolic links."""
+    """One folder of a walk.
+
+    Attributes:
+        names: of the files that match, sorted.
+        links: those of the names that are symbolic links.
+        settled: whether all could be read, and no link leads nowhere; else the folder may hold other names at another
+            time although nothing in it changes.
+    """
 
     path: str
     names: list[str]
     links: Collection[str] = frozenset()
+    settled: bool = True
 
 
 class Leftovers:
@@ -130,10 +140,19 @@ def walk_folders(
 
     Args:
         visited: real paths of the folders visited so far, which are skipped; the walk adds to this set.
-        keep: whether to list a file with this name.
-        on_error: called for each file or folder that cannot be read; None: the OSError is raised. The files of a
-            folder that can be read only in part are not listed: images would lose their captions.
-        remove_abandoned: delete temporary files left behind by killed runs.
+        keep, on_error, remove_abandoned: of `list_folder`.
+    """
+    return traverse(root, visited, lambda path: list_folder(path, keep, on_error, remove_abandoned))
+
+
+def traverse(
+    root: str | os.PathLike, visited: set[str], list_one: Callable[[str], tuple[T, Collection[str]]]
+) -> Iterator[T]:
+    """Yields what is listed of `root` and the folders under it, in the order described above.
+
+    Args:
+        visited: as of `walk_folders`.
+        list_one: returns (what is yielded of a folder, the sorted names of its subfolders).
     """
     stack = [os.fspath(root)]
     while stack:
@@ -142,28 +161,50 @@ def walk_folders(
         if real_path in visited:
             continue
         visited.add(real_path)
-        names, subfolders, links = [], [], set()
-        try:
-            with os.scandir(path) as entries:
-                for entry in entries:
-                    if entry.name.startswith("."):
-                        if remove_abandoned:
-                            _remove_if_abandoned(entry.path)
-                    elif _is_dir(entry, on_error):
-                        if entry.name not in SKIPPED_FOLDERS:
-                            subfolders.append(entry.name)
-                    elif keep(entry.name):
-                        names.append(entry.name)
-                        if entry.is_symlink():
-                            links.add(entry.name)
-        except OSError as error:
-            if on_error is None:
-                raise
-            on_error(path, f"cannot be read: {error.strerror}")
-            names = []
-        names.sort()
-        yield Folder(path, names, links)
-        stack.extend(os.path.join(path, name) for name in sorted(subfolders, reverse=True))
+        listed, subfolders = list_one(path)
+        yield listed
+        stack.extend(os.path.join(path, name) for name in reversed(subfolders))
+
+
+def list_folder(
+    path: str, keep: Callable[[str], bool], on_error: OnError | None = None, remove_abandoned: bool = False
+) -> tuple[Folder, list[str]]:
+    """Lists one folder; returns (Folder, sorted names of its subfolders).
+
+    Args:
+        keep: whether to list a file with this name.
+        on_error: called for each file or folder that cannot be read; None: the OSError is raised. The files of a
+            folder that can be read only in part are not listed: images would lose their captions.
+        remove_abandoned: delete temporary files left behind by killed runs.
+    """
+    names, subfolders, links, settled = [], [], set(), True
+
+    def fail(*error):
+        nonlocal settled
+        settled = False
+        on_error(*error)
+
+    try:
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    if remove_abandoned:
+                        _remove_if_abandoned(entry.path)
+                elif _is_dir(entry, on_error and fail):
+                    if entry.name not in SKIPPED_FOLDERS:
+                        subfolders.append(entry.name)
+                elif keep(entry.name):
+                    names.append(entry.name)
+                    if entry.is_symlink():
+                        links.add(entry.name)
+                elif settled and entry.is_symlink():
+                    settled = os.path.exists(entry.path)  # else it may lead to a folder at another time
+    except OSError as error:
+        if on_error is None:
+            raise
+        fail(path, f"cannot be read: {error.strerror}")
+        names = []
+    return Folder(path, sorted(names), links, settled), sorted(subfolders)
 
 
 def find_images(

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 shift_factor = cli.Number(float, -1000, 1000)
 _RANGES = {"scaling_factor": cli.scaling_factor, "shift_factor": shift_factor}
 FIELDS = tuple(_RANGES)
+_DEFAULT_OF_KL = 0.18215  # scaling_factor of an AutoencoderKL whose config.json has none
 HOW_TO_SAY = (
     "measure it with cache/calculate_vae_scaling.py --per_channel --out norm.json and pass --norm norm.json to the "
     "image cache script, or pass --vae_scaling_factor to train_from_cached.py"
@@ -169,6 +170,22 @@ def of_vae(vae: ModelMixin) -> LatentScaling | None:
     if statistics is None:
         return None
     return of_values(dict(zip(FIELDS, statistics, strict=True)), type(vae).__name__)
+
+
+def of_config(config: Mapping, where: str | Path) -> LatentScaling | None:
+    """Returns the LatentScaling that a VAE's config.json says, like `of_vae` but without torch and weights.
+
+    Returns:
+        None if it takes the VAE to know it: of other classes than Stable Diffusion's.
+
+    Raises:
+        ValueError: of `check_config`.
+    """
+    check_config(config, where)
+    scaling_factor = config.get("scaling_factor", _DEFAULT_OF_KL)
+    if config.get("_class_name") != "AutoencoderKL" or config.get("latents_mean") or scaling_factor is None:
+        return None
+    return LatentScaling(float(scaling_factor), float(config.get("shift_factor") or 0.0))
 
 
 def check_config(config: Mapping, where: str | Path) -> None:

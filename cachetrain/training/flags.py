@@ -126,6 +126,10 @@ def _data_flags(group):
     _flag(group, "--shard_cache_gb", type=cli.Number(float, 0, 10**6, exclude=(0,)), metavar="GB", resume="free",
           help="how much of --shard_cache shards may take, in GiB; those not needed soon are removed, which needs "
                "--shuffle_window; default: what the disk has")
+    _flag(group, "--save_index", action="store_true", resume="free",
+          help="for a million sidecars: save what they are and what their headers say to .cachetrain/ in each data "
+               "directory; later starts use that, and only read the headers in folders in which files were added, "
+               "removed or replaced since")
     _flag(group, "--model", "--pretrained_model", required=True, resume="free",
           help="pipeline directory, checkpoint or Hugging Face model id whose UNet is trained; a bare UNet without "
                "VAE and text encoder trains too, but cannot draw samples")

@@ -17,8 +17,9 @@ from cachetrain.checkpoints.resume import run_state
 from cachetrain.data import rng
 from cachetrain.data.batching import BatchSampler
 from cachetrain.data.dataset import CachedPairs, Draws
-from cachetrain.data.index import PairIndex, null_caption_path
+from cachetrain.data.index import PairIndex
 from cachetrain.data.loader import make_loader
+from cachetrain.data.pairs import null_caption_path
 from cachetrain.data.ram import RamCache
 from cachetrain.data.sidecar import read_sidecar
 from cachetrain.data.sources import Sources
@@ -193,7 +194,7 @@ def open_run(args: Namespace, world: World, saved: Mapping | None = None) -> Run
         ValueError, OSError: there are no pairs, or the caches or the model cannot be used.
     """
     saved_settings = (saved or {}).get("settings", {})
-    index, held_out, sources = open_index(args, world, (saved or {}).get("shards"))
+    index, held_out, sources = open_index(args, world, (saved or {}).get("shards"), args.save_index)
     model_dir = load.resolve_model(args.model, args.revision)
     noise_scheduler = open_noise_scheduler(model_dir, args.objective, args.zero_terminal_snr)
     if args.use_snr == "auto":

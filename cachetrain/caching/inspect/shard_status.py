@@ -15,7 +15,7 @@ from cachetrain.caching.messages import print_line, say
 from cachetrain.data.freeze import Freeze
 from cachetrain.data.set_files import Bucket, Directory, Entry
 from cachetrain.data.shard_set import check_alike
-from cachetrain.data.shards import ShardIndex
+from cachetrain.data.shards import ShardIndex, failed_rows
 from cachetrain.data.sidecar import verified
 from cachetrain.log import counted
 
@@ -84,7 +84,7 @@ class FolderReport:
             self.shapes["x".join(map(str, index.fields["shapes"][place]))] += int(count)
         tokens = [*self.tokens, *index.arrays["tokens"].tolist()]
         self.tokens = [min(tokens), max(tokens)]
-        num_failed, first = index.fields.get("failed", (0, ()))  # [name, reason] of some
+        num_failed, first = failed_rows(index.fields)
         wanted = self.failed.limit - len(self.failed.first)
         self.failed.first += [f"{name}: {reason}" for name, reason in first[:wanted]]
         self.failed.count += num_failed
