@@ -96,9 +96,10 @@ def test_reinitialized_unet_learns_like_a_fresh_one(shapes, model_t5, tmp_path):
 
 @pytest.mark.parametrize(
     ("precision", "optimizer", "dtype"),
-    [("bf16", "lion", torch.float32), ("bf16_pure", "adamw", torch.bfloat16), ("bf16_pure", "lion", torch.bfloat16),
+    [("bf16", "lion", torch.float32), ("bf16_pure", "adamw", torch.bfloat16),
+     pytest.param("bf16_pure", "lion", torch.bfloat16, marks=pytest.mark.slow),
      ("bf16_pure", "stableadamw", torch.bfloat16), ("fp16", "adamw", torch.float32),
-     ("fp32", "stableadamw", torch.float32)],
+     pytest.param("fp32", "stableadamw", torch.float32, marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_each_precision_and_optimizer_learns_and_saves_its_dtype(
     precision, optimizer, dtype, shapes, model_t5, tmp_path
