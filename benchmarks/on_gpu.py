@@ -9,6 +9,8 @@ tests:             the tests marked `gpu` (tests/test_gpu.py); SD1.5's UNet is c
 training_compiled: the whole training loop against a bare loop, SD1.5's UNet at 512x512, bf16, with torch.compile
 caching_images:    SD's VAE at 512x512 in bf16, the script against the bare model
 caching_text:      T5 of XXL's size in bf16, the script against the bare model
+sdxl:              steps of SDXL's UNet at 1024x1024: all weights, with gradient release, adapters; peak memory
+adapters:          the same for adapters of SD1.5's UNet at 512x512, beside all weights
 training_eager:    as training_compiled, without torch.compile
 saving:            how long a save holds training up
 
@@ -77,6 +79,7 @@ def all_parts(work: Path, batch_size: int) -> list[Part]:
     images = [*cache, "--parts", "images", "--vaes", "sd", "--side", 512, "--num_images", 4096]
     text = [*cache, "--parts", "text", "--t5", "xxl", "--num_captions", 6000]
     saving = ["benchmarks/save_stall.py", "--work", work / "saving", "--saves", 1]
+    ways = ["benchmarks/step_ways.py", "--work", work / "ways"]
     # Two steps of the whole loop, which leave the compiled kernels in inductor's cache.
     compile_ahead = [*compiled, "--loop", "whole", "--windows", 1, "--window_steps", 1]
     return [
@@ -84,6 +87,8 @@ def all_parts(work: Path, batch_size: int) -> list[Part]:
         Part("training_compiled", 300, 90, [*compiled, "--windows", 2]),
         Part("caching_images", 90, 30, images),
         Part("caching_text", 150, 60, text),
+        Part("sdxl", 240, 90, [*ways, "--unets", "sdxl"]),
+        Part("adapters", 150, 60, [*ways, "--unets", "sd15"]),
         Part("training_eager", 180, 75, [*train, "--modes", "eager", "--windows", 1]),
         Part("saving", 90, 30, saving),
     ]
@@ -101,8 +106,11 @@ def tiny_parts(work: Path) -> list[Part]:
     images = [*cache, "--parts", "images", "--vaes", "tiny", "--side", 64, "--num_images", 1]
     text = [*cache, "--parts", "text", "--t5", "tiny", "--num_captions", 12]
     saving = ["benchmarks/save_stall.py", "--work", work / "saving", "--saves", 1, "--unet", "tiny"]
+    ways = ["benchmarks/step_ways.py", "--work", work / "ways", "--tiny", "--device", "cpu"]
+    ways += ["--windows", 1, "--window_steps", 2, "--unets"]
     # The tests of one part: all of them, which the suite deselects, take a minute.
-    commands = [[*tests, "-k", "fused or copied"], train, images, text, train, [*saving, "--device", "cpu"]]
+    commands = [[*tests, "-k", "fused or copied"], train, images, text, [*ways, "sdxl"], [*ways, "sd15"], train]
+    commands += [[*saving, "--device", "cpu"]]
     return [Part(name, 300, 1, command) for name, command in zip(NAMES, commands, strict=True)]
 
 

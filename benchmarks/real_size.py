@@ -27,6 +27,13 @@ from pathlib import Path
 from cachetrain import cli
 
 REPO = Path(__file__).resolve().parent.parent
+SDXL_UNET = {
+    "sample_size": 128, "block_out_channels": (320, 640, 1280), "layers_per_block": 2, "cross_attention_dim": 2048,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": [1, 2, 10], "attention_head_dim": [5, 10, 20], "use_linear_projection": True,
+    "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
+}  # fmt: skip
 CAPTIONS = {
     "astronaut": "a woman in an orange space suit in front of a flag and a model of a space shuttle",
     "chelsea": "a close-up of a tabby cat with green eyes",
@@ -101,13 +108,7 @@ def make_sdxl(work):
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         scaling_factor=0.13025,
     )  # fmt: skip
-    unet = UNet2DConditionModel(
-        sample_size=128, block_out_channels=(320, 640, 1280), layers_per_block=2, cross_attention_dim=2048,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=[1, 2, 10], attention_head_dim=[5, 10, 20], use_linear_projection=True,
-        addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
-    )  # fmt: skip
+    unet = UNet2DConditionModel(**SDXL_UNET)
     tiny = REPO / "models" / "tiny" / "clip" / "tokenizer"
     words = {"vocab_size": 49408, "bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 1}
     clip_l = CLIPTextConfig(**words, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,

@@ -44,8 +44,8 @@ def load_images(data_root: Path) -> torch.Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 
-def new_vae() -> AutoencoderKL:
-    """Returns a fresh AutoencoderKL: 4 latent channels, 8x downsampling, 945 thousand parameters."""
+def new_vae(latent_channels: int = 4) -> AutoencoderKL:
+    """Returns a fresh AutoencoderKL: 8x downsampling, 945 thousand parameters with 4 latent channels."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -53,11 +53,22 @@ def new_vae() -> AutoencoderKL:
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=latent_channels,
         norm_num_groups=4,
         mid_block_add_attention=False,
         sample_size=64,
     )
+
+
+def start_from(vae: AutoencoderKL, path: Path) -> None:
+    """Gives a VAE the weights of another one, but for layers of other shapes: with other latent channels, those on
+    either side of the latents."""
+    from cachetrain.modeling.load import load_vae
+
+    own, weights = vae.state_dict(), load_vae(path).state_dict()
+    fitting = {name: tensor for name, tensor in weights.items() if tensor.shape == own[name].shape}
+    vae.load_state_dict(fitting, strict=False)
+    print(f"{path}: {len(fitting)} of {len(own)} tensors fit", flush=True)
 
 
 def to_float(images: torch.Tensor) -> torch.Tensor:
@@ -123,7 +134,10 @@ def train(images: torch.Tensor, args: argparse.Namespace, device: str) -> None:
 
     validation, images = to_float(images[:NUM_VALIDATION]).to(device), images[NUM_VALIDATION:].to(device)
     torch.manual_seed(args.seed)
-    vae = new_vae().to(device, memory_format=torch.channels_last)
+    vae = new_vae(args.latent_channels)
+    if args.init:
+        start_from(vae, args.init)
+    vae.to(device, memory_format=torch.channels_last)
     ema = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(0.995))
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -152,6 +166,15 @@ def parse_args(argv=None):
     parser = cli.parser(__doc__)
     parser.add_argument("--data_root", type=Path, required=True, help="directory of 64x64 PNGs")
     parser.add_argument("--out", type=Path, required=True, help="directory for the VAE, in diffusers format")
+    parser.add_argument(
+        "--latent_channels", type=cli.positive_int, default=4, help="channels of the latents; the UNet needs as many"
+    )
+    parser.add_argument(
+        "--init",
+        type=Path,
+        metavar="VAE",
+        help="start from this VAE; layers of other shapes, and all by default, are new",
+    )
     parser.add_argument("--max_steps", type=cli.positive_int, default=6000, help="optimizer steps")
     parser.add_argument("--batch_size", type=cli.batch_size, default=8, help="images per step")
     parser.add_argument(

@@ -302,6 +302,20 @@ def test_printed_command_makes_exactly_what_is_missing(tmp_path, models, status,
     assert status(roots=(root,))[0] == 0
 
 
+def test_printed_command_gives_the_numbers_that_the_others_got_from_norm(root, models, status, tmp_path):
+    path = tmp_path / "my norm.json"
+    path.write_text(json.dumps({"scaling_factor": [0.9, 1.1, 1, 2], "shift_factor": 0.5}))
+    (root / "b.img_sdxl").unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)  # the command holds wherever it is run
+        cache_images(root, models["t5"], "--norm", path.name)  # makes one, and changes the headers of five
+    for name in ("b", "c"):
+        (root / f"{name}.img_sdxl").unlink()
+        assert run_printed(status()[1], IMG) == 0
+    numbers = {read_header(file).metadata["scaling_factor"] for file in root.rglob("*.img_sdxl")}
+    assert numbers == {"0.9,1.1,1.0,2.0"} and status()[0] == 0
+
+
 def test_buckets_and_upscaled_images_are_counted(status, tmp_path, models):
     root = tmp_path / "pictures"
     sizes = [(300, 300), (256, 256), (100, 100), (640, 320), (320, 640), (641, 320)]

@@ -357,7 +357,9 @@ def test_what_is_needed_last_goes_first(near_set):
     assert shards_of(near_set.directory) == names[:3]
 
 
-def test_what_cannot_be_fetched_at_all_is_refused_in_one_line(remote, bucket, packed, few_lanes, model_t5, tmp_path):
+def test_what_cannot_be_fetched_at_all_is_refused_in_one_line(
+    remote, bucket, packed, few_lanes, model_t5, tmp_path, monkeypatch
+):
     cache = ["--shard_cache", tmp_path / "near"]
     assert refused(remote, model_t5, tmp_path / "x") == (
         f"{remote}: training from object storage needs --shard_cache, a directory for its shards"
@@ -365,8 +367,18 @@ def test_what_cannot_be_fetched_at_all_is_refused_in_one_line(remote, bucket, pa
     assert "s3://bucket/other: no shards there" in refused(f"{bucket}/other", model_t5, tmp_path / "x", *cache)
     with pytest.raises(OSError, match=r"cannot be listed: .*404"):
         train("s3://nobucket/set", model_t5, tmp_path / "x", *cache, "--max_steps", 1)
-    message = refused(remote, model_t5, tmp_path / "x", *cache, "--shard_cache_gb", 1e-6)
-    assert "GiB are read at a time (without --shuffle_window, all of it)" in message
+    full = shutil.disk_usage(tmp_path)._replace(free=10)
+    for flags, flag, room in (
+        (["--shard_cache_gb", 1e-6], "--shard_cache_gb", "1.07kB"),
+        ([], "--shard_cache", "10.0B"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(sources.shutil, "disk_usage", lambda _: full)
+            message = refused(remote, model_t5, tmp_path / "x", *cache, *flags)
+        assert re.match(
+            rf"{flag}: .*B of {remote} are read at a time \(without --shuffle_window, all of it\)", message
+        )
+        assert f"there is room for {room}; " in message
     store = objects.open_store(remote)
     gone = shards_of(packed)[0]
     data = objects.read(store, gone)[0]

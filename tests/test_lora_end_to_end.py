@@ -71,6 +71,7 @@ def fine_tune(way, base, work):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_an_adapter_learns_a_new_pair_and_the_model_forgets_at_most_5_points(tmp_path):
     base = prepare(tmp_path)
     draw_pair(tmp_path / "pair", base)

@@ -5,9 +5,9 @@ import subprocess
 import sys
 
 import pytest
-from helpers import REPO, load_script
+from helpers import REPO, load_script, trainer_argv
 
-on_gpu = load_script("benchmarks/on_gpu.py")
+on_gpu, step_ways = load_script("benchmarks/on_gpu.py"), load_script("benchmarks/step_ways.py")
 REASON = re.compile(r"\d|not run: no time left|not finished|skipped: \w+|failed")
 
 
@@ -81,8 +81,17 @@ def test_a_part_is_rehearsed_from_the_shell(tmp_path, minutes):
     assert list(rows_of(out)) == ["device", *rows]
 
 
+def test_flags_of_all_ways_are_those_of_the_trainer(tmp_path):
+    ways = [way.split() for unet in step_ways.UNETS.values() for way in unet.ways.values()]
+    for flags in ways:
+        load_script("train_from_cached.py").parse_args(trainer_argv(tmp_path, tmp_path, tmp_path / "out", *flags))
+    assert any("--gradient_release" in flags for flags in ways) and any("--lora_rank" in flags for flags in ways)
+
+
 @pytest.mark.slow
 def test_all_parts_are_rehearsed(tmp_path):
     rows = run(tmp_path / "out.md")
     assert {"gpu tests", "tiny training, bf16, eager, batch 2", "tokens computed"} <= rows.keys()
-    assert not any("exit code" in figure or "not" in figure for figure in rows.values())
+    ways = {f"tiny {name} at 64, batch 2, {way}" for name, unet in step_ways.UNETS.items() for way in unet.ways}
+    assert ways <= rows.keys()
+    assert not any(word in figure for figure in rows.values() for word in ("exit code", "not", "failed:"))

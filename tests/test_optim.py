@@ -3,12 +3,16 @@
 import copy
 import importlib
 import importlib.util
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
+from helpers import train
 
+from cachetrain.checkpoints.state import read_state
+from cachetrain.modeling.load import load_unet
 from cachetrain.modeling.precision import autocast_for
 from cachetrain.training.nonfinite import step_if_finite
 from cachetrain.training.optim import clip_gradients, loss_scaler, make_optimizer
@@ -17,6 +21,7 @@ from cachetrain.training.optimizers import KAHAN_OPTIMIZERS, OPTIMIZERS, check_o
 RATES = {"prodigy": 1.0}
 # Per dtype, of weights near 1: float32 to rounding; bfloat16 with a Kahan sum to half its last bit (2^-9).
 TOLERANCES = {torch.float32: {"rtol": 1e-5, "atol": 1e-6}, torch.bfloat16: {"rtol": 2**-8, "atol": 2**-9}}
+OUTER = re.compile("conv_in|conv_out|time_embedding")  # of the tiny UNet, the layers that are no hidden matrices
 MUON_TOLERANCE = {"rtol": 0, "atol": 2e-4}  # it orthogonalizes in bfloat16: 5% of how far the weights go
 # bitsandbytes is large and, once installed, loaded by diffusers: its cases are slow ones, for which one installs it.
 ADAMW8 = (
@@ -196,6 +201,21 @@ def test_muon_equals_torchs_muon_and_adamw(layout):
     for i, parameter in enumerate(parameters):
         matrix = parameter.permute(order).flatten(1) if i in matrices and parameter.ndim == 4 else parameter
         assert torch.equal(matrix, copies[i]), NAMES[i]
+
+
+@pytest.mark.parametrize("parts", [(), ("conv_in", "attn2.to_")])
+def test_muon_of_a_run_leaves_first_and_last_layers_to_adamw(parts, shapes, model_t5, tmp_path):
+    flags = ["--optimizer", "muon", "--max_steps", 1, "--batch_size", 2]
+    flags += ["--unfreeze_in", "--unfreeze_attn2"] if parts else []
+    train(shapes, model_t5, tmp_path / "run", *flags)
+    state = read_state(tmp_path / "run" / "checkpoint-000001")["optimizer"]["state"]
+    named = dict(load_unet(model_t5 / "unet").named_parameters())
+    named = {name: p for name, p in named.items() if not parts or any(part in name for part in parts)}
+    found = {name: (state[i].keys(), next(iter(state[i].values())).shape) for i, name in enumerate(named)}
+    adam = {"exp_avg", "exp_avg_sq", "step"}
+    wanted = {name: adam if p.ndim == 1 or OUTER.match(name) else {"momentum_buffer"} for name, p in named.items()}
+    assert len(state) == len(named) and found == {name: (wanted[name], p.shape) for name, p in named.items()}
+    assert {keys == adam for name, (keys, _) in found.items() if named[name].ndim > 1} == {True, False}
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -18,6 +18,8 @@ from transformers import (
     T5Tokenizer,
 )
 
+from cachetrain.modeling.load import load_vae
+
 CAPTION = "a small red circle on the left on a blue background"
 SWAPPED = "a small blue circle on the left on a red background"
 PHOTO = "Zwölf Boxkämpfer, a photograph (1923) of 漢字 & wäscherei!"
@@ -87,6 +89,16 @@ def test_tiny_vae_scales_latents_to_unit_variance():
         latents = vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor
     assert latents.shape == (64, 4, 8, 8)
     assert 0.6 < latents.std() < 1.4
+
+
+def test_tiny_vae_of_other_channels_starts_with_all_weights_but_those_beside_the_latents():
+    script, old = load_script("models/train_tiny_vae.py"), load_vae(TINY / "vae").state_dict()
+    vae = script.new_vae(8)
+    script.start_from(vae, TINY / "vae")
+    new = vae.state_dict()
+    changed = {name.rsplit(".", 1)[0] for name in new if not torch.equal(new[name], old[name])}
+    assert changed == {"encoder.conv_out", "quant_conv", "post_quant_conv", "decoder.conv_in"}
+    assert vae.encode(torch.zeros(1, 3, 64, 64)).latent_dist.mean.shape == (1, 8, 8, 8)
 
 
 def test_tiny_vae_accepts_other_sizes():

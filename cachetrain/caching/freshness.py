@@ -23,8 +23,8 @@ TOUCHED = "touched"
 # A sidecar is stale when its header differs from the run in one of these.
 COMPARED_FIELDS = ("kind", "encoder", "settings")
 
-# Where a run says these (--norm), they are written to the headers of sidecars that are fresh otherwise.
-UPDATED_FIELDS = normalisation.FIELDS
+# Where a run says other numbers (--norm), these are written to the headers of sidecars that are fresh otherwise.
+UPDATED_FIELDS = (*normalisation.FIELDS, "norm")
 
 
 class Source(NamedTuple):
@@ -114,7 +114,8 @@ def sidecar_state(
     if state is None:
         state = source_state(header.metadata, source, full)
     updates = {key: wanted[key] for key in UPDATED_FIELDS if key in wanted}
-    if state == TOUCHED or (state == FRESH and any(header.metadata.get(key) != updates[key] for key in updates)):
+    numbers = updates.keys() & normalisation.FIELDS
+    if state == TOUCHED or (state == FRESH and any(header.metadata.get(key) != updates[key] for key in numbers)):
         state = _store_new_state(path, source, updates)
     return state, header.metadata
 

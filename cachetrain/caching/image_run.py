@@ -51,6 +51,7 @@ def cache_images(args: Namespace, kind: str, make: Callable[[ShardRun, Encode], 
     }
     if args.norm:
         fields |= normalisation.of_file(args.norm, fields["encoder"]).header_fields()
+        fields["norm"] = os.path.abspath(args.norm)
     if args.out:
         return make(*_inputs(args, model_dir if args.custom else vae_dir, fields, summary))
     source_of = partial(image_source, masked=args.mask == "files")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from argparse import Namespace
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -81,8 +82,7 @@ class Sources:
 
     def shard_sets(self, names: list[str]) -> dict[str, ShardSet]:
         """{directory: ShardSet} of what flags name, where it is a set."""
-        sets = {self.directories[name]: self._shard_set(name) for name in names if name in self.listings}
-        return sets
+        return {self.directories[name]: self._shard_set(name) for name in names if name in self.listings}
 
     def freeze(self, name: str) -> Freeze | None:
         """The content of a freeze file; None if a flag names something else, or it lists other sidecars."""
@@ -119,12 +119,11 @@ class Sources:
         return str(near_directory(set_name, self._args.shard_cache))
 
     def _shard_set(self, name):
-        directory, listing = self.directories[name], self.listings[name]
-        near = Near(directory) if objects.is_url(name) else None
-        names = [shard for shard in listing.names if folder_suffix(shard.partition("/")[0]) in self.suffixes]
-        return ShardSet(directory, self.suffixes, names, near)
+        near = Near(self.directories[name]) if objects.is_url(name) else None
+        return ShardSet(self.directories[name], self.suffixes, self._needed(name), near)
 
     def _needed(self, name):
+        """The shards of the sidecars that are read."""
         return [
             shard for shard in self.listings[name].names if folder_suffix(shard.partition("/")[0]) in self.suffixes
         ]
@@ -152,24 +151,24 @@ class Sources:
         sizes = sorted((self.listings[name].sizes[shard] for shard in self._needed(name)), reverse=True)
         window = self._args.shuffle_window
         needed = sum(sizes[: LANES * window * len(self.suffixes)] if window else sizes)
-        if limit is not None and needed > limit:
+        directory, flag = Path(self.directories[name]), "--shard_cache_gb"
+        if limit is None:
+            there = sum(path.stat().st_size for path in directory.glob("*/*.tar"))
+            limit, flag = there + shutil.disk_usage(directory).free, "--shard_cache"
+        if needed > limit:
             what = f"a round of --shuffle_window {window}" if window else "without --shuffle_window, all of it"
             raise ValueError(
-                f"--shard_cache_gb {self._args.shard_cache_gb:g}: of {name}, {needed / 2**30:.2f} GiB are read at a "
-                f"time ({what}); use more, or a lower --shuffle_window from 1"
+                f"{flag}: {tqdm.format_sizeof(needed, 'B')} of {name} are read at a time ({what}), but there is room "
+                f"for {tqdm.format_sizeof(limit, 'B')}; make room, or use a lower --shuffle_window from 1"
             )
 
     def _copy_first(self, name, directory, store):
         """Copies the null captions, and the indexes unless there is a freeze file."""
         listing = self.listings[name]
-        nulls = [
-            f"{folder}/{NULL_STEM}{folder_suffix(folder)}"
-            for folder in {s.partition("/")[0] for s in self._needed(name)}
-        ]
-        for null in nulls:
-            if null in listing.sizes:
-                (directory / null).parent.mkdir(parents=True, exist_ok=True)
-                atomic_write(directory / null, objects.read(store, null)[0])
+        null = f"{NULL_STEM}{self._args.txtcache_suffix}"
+        for path in (path for path in listing.sizes if path.partition("/")[2] == null):
+            (directory / path).parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(directory / path, objects.read(store, path)[0])
         if listing.freeze is not None:
             return
         missing = [shard for shard in self._needed(name) if not (directory / (shard + INDEX)).exists()]

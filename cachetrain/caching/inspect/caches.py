@@ -184,7 +184,7 @@ class Caches:
         for identity, some in roots_of.items() if self.kind else ():
             metadata = self.first[identity][1] if identity else {}
             words = [SCRIPTS[self.kind], *(word for root in some for word in ("--data_root", root))]
-            for option in ("model", "revision"):
+            for option in ("model", "revision", "norm"):
                 words += [f"--{option}", metadata[option]] if metadata.get(option) else []
             words += settings_flags(metadata)
             words += captions_flags(self.captions.most_common(1)[0][0] if self.captions else "")
