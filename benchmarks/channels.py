@@ -69,27 +69,32 @@ def make_vae(out, args):
     script("models/train_tiny_vae.py", "--data_root", pictures, "--out", out, *flags)
 
 
-def explained(args, num_images=256):
-    """The share of the variance of the new latents that a linear map of 3x3 of the old ones explains, on pictures
-    that the map was not fitted to."""
+def describe_vae(args, num_images=256):
+    """Returns (the share of the variance of the new latents that a linear map of 3x3 of the old ones explains, on
+    pictures that the map was not fitted to; the percentage of pictures that the new VAE keeps all right)."""
     import torch
     import torch.nn.functional as F
+    from diffusers.image_processor import VaeImageProcessor
 
-    sys.path.append(str(REPO / "models"))
+    sys.path += [str(REPO / "models"), str(REPO / "dataset_scripts")]
+    from score_shapes import judge, percent
     from train_tiny_vae import load_images, to_float
 
     from cachetrain.modeling.load import load_vae
 
     torch.set_num_threads(1)
-    images, latents = to_float(load_images(args.work / "data")[:num_images]), []
+    paths = sorted((args.work / "data").glob("*.png"))[:num_images]
+    images, vaes = to_float(load_images(args.work / "data")[:num_images]), [TINY / "vae", args.work / "vae"]
     with torch.no_grad():
-        for path in (TINY / "vae", args.work / "vae"):
-            latents.append(load_vae(path).encode(images).latent_dist.mean)
+        latents = [load_vae(path).encode(images).latent_dist.mean for path in vaes]
+        decoded = VaeImageProcessor().postprocess(load_vae(vaes[1]).decode(latents[1]).sample)
+    captions = [path.with_suffix(".txt").read_text().strip() for path in paths]
+    kept = percent([judge(*one).followed for one in zip(paths, decoded, captions, strict=True)])
     old, new = F.unfold(latents[0], 3, padding=1).transpose(1, 2), latents[1].flatten(2).transpose(1, 2)
     old, new, half = F.pad(old, (0, 1), value=1.0).double(), new.double(), num_images // 2
     fitted = torch.linalg.lstsq(old[:half].flatten(0, 1), new[:half].flatten(0, 1)).solution
     rest = new[half:] - old[half:] @ fitted
-    return 1 - (rest.square().sum() / (new[half:] - new[half:].mean((0, 1))).square().sum()).item()
+    return 1 - (rest.square().sum() / (new[half:] - new[half:].mean((0, 1))).square().sum()).item(), kept
 
 
 def compose(out, unet, vae, *flags):
@@ -133,7 +138,7 @@ def prepare(args):
 
 
 def score(args, name, trained):
-    """Draws and scores, unless done; returns the percentages of (trained pairs, held-out pairs)."""
+    """Draws and scores, unless done; returns (validation loss, percentages of trained and of held-out pairs)."""
     result = args.work / f"{name}.json"
     if not result.exists():
         drawn = args.work / f"{name}-drawn"
@@ -141,33 +146,37 @@ def score(args, name, trained):
         script("sample.py", "--model", checkpoint(trained), "--out", drawn, *flags)
         script("dataset_scripts/score_shapes.py", drawn, "--json", result)
     pairs = json.loads(result.read_text())
-    return pairs["trained"]["all"], pairs["held_out"]["all"]
+    lines = map(json.loads, (trained / "metrics.jsonl").read_text().splitlines())
+    *_, loss = (line["val/loss_ema"] for line in lines if "val/loss_ema" in line)
+    return loss, pairs["trained"]["all"], pairs["held_out"]["all"]
 
 
 def train_and_score(args, models, way, steps):
     """Trains one way for so many steps, unless done; returns the scores."""
-    eight, model, label = {"IMGCACHE": IMGCACHE}, models[way], way
+    eight, model, label = {"IMGCACHE": IMGCACHE, "VAL_SPLIT": 0.05}, models[way], way
     if way != SCRATCH:
         label = f"{way}-b{args.base_steps}-l{args.layer_steps}-{args.layer_lr:g}"
         flags = ["--unfreeze_in", "--unfreeze_out", "--lr", args.layer_lr]
         model = checkpoint(once(args.work / label, run, args, model, args.layer_steps, *flags, **eight))
     name = f"{label}-{args.lr:g}-s{steps}"
     rest = steps if way == SCRATCH else steps - args.layer_steps
-    return score(args, name, once(args.work / name, run, args, model, rest, "--lr", args.lr, **eight))
+    flags = ["--lr", args.lr, "--val_steps", rest]
+    return score(args, name, once(args.work / name, run, args, model, rest, *flags, **eight))
 
 
 def main(argv=None):
     args = parse_args(argv)
     args.work.mkdir(parents=True, exist_ok=True)
     models = prepare(args)
-    print(f"a linear map of the old latents explains {explained(args):.0%} of the variance of the new ones")
-    print("trained pairs / held-out pairs, all five attributes right\n")
-    print("| UNet | steps | trained / held-out |\n|---|---|---|", flush=True)
+    linear, kept = describe_vae(args)
+    print(f"a linear map of the old latents explains {linear:.0%} of the variance of the new ones")
+    print(f"of pictures that the VAE encodes and decodes, {kept:.0f}% are all right\n")
+    print("| UNet | steps | validation loss | trained / held-out pairs |\n|---|---|---|---|", flush=True)
     runs = [(SCRATCH, steps) for steps in sorted(args.scratch_steps, reverse=True)]
     runs += [(way, steps) for steps in sorted(args.moved_steps, reverse=True) for way in args.ways]
     for way, steps in runs:
         scores = train_and_score(args, models, way, steps)
-        print(f"| {way} | {steps:,} | {scores[0]:.0f} / {scores[1]:.0f} |", flush=True)
+        print("| {} | {:,} | {:.4f} | {:.0f} / {:.0f} |".format(way, steps, *scores), flush=True)
     return 0
 
 
