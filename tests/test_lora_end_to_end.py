@@ -38,8 +38,8 @@ def prepare(work):
 
 
 def draw_word(out, model, count=140):
-    """Draws and caches pictures of COLOR whose captions say WORD, and 600 of what the model was trained on, which keep
-    it from drawing COLOR whatever the prompt; writes 60 old prompts and 30 of WORD, in other scenes, to `out`.txt."""
+    """Draws and caches pictures of COLOR with captions that say WORD, and 600 old ones, which keep the model from
+    drawing COLOR whatever the prompt; writes 60 old prompts and 30 of WORD, in other scenes, to `out`.txt."""
     shapes, rng = load_script("dataset_scripts/draw_shapes.py"), np.random.default_rng(0)
     scenes = [scene for scene in shapes.TRAINED_SCENES if scene.color == COLOR]
     scenes = [scenes[i] for i in rng.permutation(len(scenes))]
