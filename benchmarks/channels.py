@@ -36,7 +36,8 @@ def parse_args(argv=None):
     parser.add_argument("--scratch_steps", **steps, default=[1600, 3200], help="of runs from scratch")
     parser.add_argument("--moved_steps", **steps, default=[800, 1600], help="of runs of moved UNets")
     parser.add_argument("--ways", nargs="*", choices=MOVED, default=MOVED, help="how to move: --channels")
-    parser.add_argument("--layer_steps", type=cli.positive_int, default=200, help="steps of the two layers only")
+    whole = cli.Number(int, 0, 10**6)
+    parser.add_argument("--layer_steps", type=whole, default=200, help="first steps, of the two layers only; 0: none")
     parser.add_argument("--layer_lr", type=cli.positive_float, default=4e-3, help="learning rate of these steps")
     parser.add_argument("--lr", type=cli.positive_float, default=2e-3, help="learning rate of all other steps")
     parser.add_argument("--base_steps", type=cli.positive_int, default=3200, help="of the 4-channel UNet")
@@ -153,6 +154,7 @@ def train_and_score(args, models, way, steps):
     eight, model, label = {"IMGCACHE": IMGCACHE}, models[way], way
     if way != SCRATCH:
         label = f"{way}-b{args.base_steps}-l{args.layer_steps}-{args.layer_lr:g}"
+    if way != SCRATCH and args.layer_steps:
         flags = ["--unfreeze_in", "--unfreeze_out", "--lr", args.layer_lr]
         model = checkpoint(once(args.work / label, run, args, model, args.layer_steps, *flags, **eight))
     name = f"{label}-{args.lr:g}-s{steps}"
