@@ -6,10 +6,10 @@
 On the shapes, with T5, flow matching and the settings of prompt_following.py. The 8-channel VAE starts from the
 4-channel one of models/tiny, but with new layers beside its latents, so that no channel means what it did; how much
 of the new latents is linear in the old ones is printed. With --independent_vae it starts from nothing, which takes
-half an hour more; use another --work. A moved UNet first trains --layer_steps of conv_in and conv_out, then all
-weights; its steps count both. Each number of steps is a run of its own, with a whole cosine schedule. A picture
-counts as right if background, color, shape, place and size are all right. What is finished is skipped when the
-script is started again. 3,200 steps take five minutes on one CPU core.
+half an hour with --vae_steps 6000; use another --work. A moved UNet first trains --layer_steps of conv_in and
+conv_out, then all weights; its steps count both. Each number of steps is a run of its own, with a whole cosine
+schedule. A picture counts as right if background, color, shape, place and size are all right. What is finished is
+skipped when the script is started again. 3,200 steps take five minutes on one CPU core.
 """
 
 import json
@@ -36,13 +36,13 @@ def parse_args(argv=None):
     parser.add_argument("--scratch_steps", **steps, default=[1600, 3200], help="of runs from scratch")
     parser.add_argument("--moved_steps", **steps, default=[800, 1600], help="of runs of moved UNets")
     parser.add_argument("--ways", nargs="*", choices=MOVED, default=MOVED, help="how to move: --channels")
-    parser.add_argument("--layer_steps", type=cli.positive_int, default=200, help="steps of the two layers only")
+    whole = cli.Number(int, 0, 10**6)
+    parser.add_argument("--layer_steps", type=whole, default=200, help="first steps, of the two layers only; 0: none")
     parser.add_argument("--layer_lr", type=cli.positive_float, default=4e-3, help="learning rate of these steps")
     parser.add_argument("--lr", type=cli.positive_float, default=2e-3, help="learning rate of all other steps")
     parser.add_argument("--base_steps", type=cli.positive_int, default=3200, help="of the 4-channel UNet")
-    parser.add_argument(
-        "--independent_vae", action="store_true", help="train the 8-channel VAE from nothing, for 6,000 steps"
-    )
+    parser.add_argument("--vae_steps", type=cli.positive_int, default=1500, help="of the 8-channel VAE")
+    parser.add_argument("--independent_vae", action="store_true", help="train it from nothing; needs 6,000 steps")
     parser.add_argument("--num_images", type=cli.positive_int, default=6000, help="training images")
     args = parser.parse_args(argv)
     args.steps = args.base_steps  # of prompt_following.train, where a call does not say others
@@ -64,32 +64,37 @@ def once(folder, make, *argv, **settings):
 def make_vae(out, args):
     pictures = args.work / "vae_data"
     script("dataset_scripts/draw_shapes.py", "--out", pictures, "--num_images", args.num_images, "--seed", 1)
-    flags = ["--latent_channels", CHANNELS]
-    flags += [] if args.independent_vae else ["--init", TINY / "vae", "--max_steps", 400, "--lr", 1e-3]
+    flags = ["--latent_channels", CHANNELS, "--max_steps", args.vae_steps]
+    flags += [] if args.independent_vae else ["--init", TINY / "vae", "--lr", 1e-3]
     script("models/train_tiny_vae.py", "--data_root", pictures, "--out", out, *flags)
 
 
-def explained(args, num_images=256):
-    """The share of the variance of the new latents that a linear map of 3x3 of the old ones explains, on pictures
-    that the map was not fitted to."""
+def describe_vae(args, num_images=256):
+    """Returns (the share of the variance of the new latents that a linear map of 3x3 of the old ones explains, on
+    pictures that the map was not fitted to; the percentage of pictures that the new VAE keeps all right)."""
     import torch
     import torch.nn.functional as F
+    from diffusers.image_processor import VaeImageProcessor
 
-    sys.path.append(str(REPO / "models"))
+    sys.path += [str(REPO / "models"), str(REPO / "dataset_scripts")]
+    from score_shapes import judge, percent
     from train_tiny_vae import load_images, to_float
 
     from cachetrain.modeling.load import load_vae
 
     torch.set_num_threads(1)
-    images, latents = to_float(load_images(args.work / "data")[:num_images]), []
+    paths = sorted((args.work / "data").glob("*.png"))[:num_images]
+    images, vaes = to_float(load_images(args.work / "data")[:num_images]), [TINY / "vae", args.work / "vae"]
     with torch.no_grad():
-        for path in (TINY / "vae", args.work / "vae"):
-            latents.append(load_vae(path).encode(images).latent_dist.mean)
+        latents = [load_vae(path).encode(images).latent_dist.mean for path in vaes]
+        decoded = VaeImageProcessor().postprocess(load_vae(vaes[1]).decode(latents[1]).sample)
+    captions = [path.with_suffix(".txt").read_text().strip() for path in paths]
+    kept = percent([judge(*one).followed for one in zip(paths, decoded, captions, strict=True)])
     old, new = F.unfold(latents[0], 3, padding=1).transpose(1, 2), latents[1].flatten(2).transpose(1, 2)
     old, new, half = F.pad(old, (0, 1), value=1.0).double(), new.double(), num_images // 2
     fitted = torch.linalg.lstsq(old[:half].flatten(0, 1), new[:half].flatten(0, 1)).solution
     rest = new[half:] - old[half:] @ fitted
-    return 1 - (rest.square().sum() / (new[half:] - new[half:].mean((0, 1))).square().sum()).item()
+    return 1 - (rest.square().sum() / (new[half:] - new[half:].mean((0, 1))).square().sum()).item(), kept
 
 
 def compose(out, unet, vae, *flags):
@@ -149,6 +154,7 @@ def train_and_score(args, models, way, steps):
     eight, model, label = {"IMGCACHE": IMGCACHE}, models[way], way
     if way != SCRATCH:
         label = f"{way}-b{args.base_steps}-l{args.layer_steps}-{args.layer_lr:g}"
+    if way != SCRATCH and args.layer_steps:
         flags = ["--unfreeze_in", "--unfreeze_out", "--lr", args.layer_lr]
         model = checkpoint(once(args.work / label, run, args, model, args.layer_steps, *flags, **eight))
     name = f"{label}-{args.lr:g}-s{steps}"
@@ -160,9 +166,10 @@ def main(argv=None):
     args = parse_args(argv)
     args.work.mkdir(parents=True, exist_ok=True)
     models = prepare(args)
-    print(f"a linear map of the old latents explains {explained(args):.0%} of the variance of the new ones")
-    print("trained pairs / held-out pairs, all five attributes right\n")
-    print("| UNet | steps | trained / held-out |\n|---|---|---|", flush=True)
+    linear, kept = describe_vae(args)
+    print(f"a linear map of the old latents explains {linear:.0%} of the variance of the new ones")
+    print(f"of pictures that the VAE encodes and decodes, {kept:.0f}% are all right\n")
+    print("| UNet | steps | trained / held-out pairs |\n|---|---|---|", flush=True)
     runs = [(SCRATCH, steps) for steps in sorted(args.scratch_steps, reverse=True)]
     runs += [(way, steps) for steps in sorted(args.moved_steps, reverse=True) for way in args.ways]
     for way, steps in runs:

@@ -27,6 +27,7 @@ ZERO = {
     "cache/validate_vae.py": {"--num_images", "--seed"},
     "sample.py": {"--cfgs", "--seed"},
     "launch_tensorboard.py": {"--port"},
+    "benchmarks/channels.py": {"--layer_steps"},
     "benchmarks/prompt_following.py": {"--seed"},
     "benchmarks/word_order.py": {"--seeds"},
     "dataset_scripts/check_captions.py": {"--min_length", "--top"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,7 +20,7 @@ from cachetrain.data.near import INDEX, Fetcher, Near, near_directory
 from cachetrain.data.order import LANES
 from cachetrain.data.shard_set import ShardSet, folder_suffix, folders_of, shard_number, shards_in
 from cachetrain.data.sidecar import NULL_STEM
-from cachetrain.log import counted, info
+from cachetrain.log import counted, info, warn
 from cachetrain.reading import read_bytes
 
 if TYPE_CHECKING:
@@ -49,7 +49,8 @@ class Sources:
 
     Attributes:
         directories: {what a flag names: directory on this machine}.
-        pinned: {what a flag names: names of the shards}, of each shard set; what `Sources` takes when a run goes on.
+        pinned: for each directory, the names of the shards of a set, else None; what `Sources` takes when a run goes
+            on.
         fetcher: Fetcher of this process, or None.
 
     Args:
@@ -61,17 +62,24 @@ class Sources:
     """
 
     def __init__(
-        self, args: Namespace, world: World, names: list[str], pinned: Mapping[str, list[str]] | None = None
+        self, args: Namespace, world: World, names: list[str], pinned: Sequence[list[str] | None] | None = None
     ):
         self._args = args
         self.suffixes = _suffixes(args)
+        of_names = dict(zip(names, pinned, strict=True)) if pinned and len(pinned) == len(names) else {}
         self.listings = _on_all(
-            world, world.main, lambda: {name: _listed(name, (pinned or {}).get(name)) for name in names}
+            world, world.main, lambda: {name: _listed(name, of_names.get(name)) for name in names}
         )
         self.listings = {name: listing for name, listing in self.listings.items() if listing is not None}
-        self.pinned = {name: listing.names for name, listing in self.listings.items() if listing.freeze is None}
+        self.pinned = [
+            self.listings[name].names if name in self.listings and self.listings[name].freeze is None else None
+            for name in names
+        ]
         self.directories = {name: self._directory_of(name) for name in names}
         self.fetcher = None
+        if world.main and (args.shard_cache or args.shard_cache_gb) and not any(map(objects.is_url, names)):
+            flag = "--shard_cache" if args.shard_cache else "--shard_cache_gb"
+            warn(f"{flag} does nothing: no directory is in object storage")
         if any(map(objects.is_url, names)):
             self.fetcher = _on_all(world, world.first_of_machine, self._fetch, share=False)
 
@@ -111,7 +119,7 @@ class Sources:
         ]
 
     def _directory_of(self, name):
-        set_name = os.path.dirname(name) if is_freeze(name) else name
+        set_name = _set_of(name)
         if not objects.is_url(name):
             return set_name
         if not self._args.shard_cache:
@@ -119,8 +127,8 @@ class Sources:
         return str(near_directory(set_name, self._args.shard_cache))
 
     def _shard_set(self, name):
-        near = Near(self.directories[name]) if objects.is_url(name) else None
-        return ShardSet(self.directories[name], self.suffixes, self._needed(name), near)
+        near = Near(self.directories[name], _set_of(name)) if objects.is_url(name) else None
+        return ShardSet(self.directories[name], self.suffixes, self._needed(name), near, self.listings[name].sizes)
 
     def _needed(self, name):
         """The shards of the sidecars that are read."""
@@ -131,7 +139,7 @@ class Sources:
     def _fetch(self):
         """Starts the fetcher, and copies what is needed of each set before the first shard is read."""
         urls = {self.directories[name]: name for name in self.listings if objects.is_url(name)}
-        sets = {directory: os.path.dirname(name) if is_freeze(name) else name for directory, name in urls.items()}
+        sets = {directory: _set_of(name) for directory, name in urls.items()}
         limit = self._args.shard_cache_gb
         limit = int(limit * 2**30) if limit else None
         for directory in sets:
@@ -203,9 +211,14 @@ def _on_all(world, mine, call, share=True):
     return world.gather(result)[0] if share else result
 
 
+def _set_of(name):
+    """The directory or address of the set that a flag names."""
+    return os.path.dirname(name) or os.curdir if is_freeze(name) else name
+
+
 def _listed(name, pinned):
     """The Listing of a shard set or a freeze file; None for a folder of sidecars."""
-    set_name = os.path.dirname(name) if is_freeze(name) else name
+    set_name = _set_of(name)
     if objects.is_url(name):
         store = objects.open_store(set_name)
         sizes = {entry["path"]: entry["size"] for entry in objects.entries_in(store)}
@@ -229,7 +242,8 @@ def _listed(name, pinned):
     if missing := sorted(set(names) - set(there)):
         raise ValueError(
             f"{set_name}/{missing[0]}: is gone, though {'the freeze file lists it' if data else 'the run uses it'}; "
-            f"put it back ({counted(len(missing), 'shard')} missing), or start a new run"
+            f"put it back ({counted(len(missing), 'shard')} missing), or "
+            + ("make a new freeze file" if data else "start a new run")
         )
     return Listing(names, sizes, data)
 
