@@ -63,12 +63,13 @@ def new_vae(latent_channels: int = 4) -> AutoencoderKL:
 def start_from(vae: AutoencoderKL, path: Path) -> None:
     """Gives a VAE the weights of another one, but for layers of other shapes: with other latent channels, those on
     either side of the latents."""
+    from cachetrain.log import counted
     from cachetrain.modeling.load import load_vae
 
     own, weights = vae.state_dict(), load_vae(path).state_dict()
     fitting = {name: tensor for name, tensor in weights.items() if tensor.shape == own[name].shape}
     vae.load_state_dict(fitting, strict=False)
-    print(f"{path}: {len(fitting)} of {len(own)} tensors fit", flush=True)
+    print(f"{path}: {len(fitting)} of {counted(len(own), 'tensor')} fit", flush=True)
 
 
 def to_float(images: torch.Tensor) -> torch.Tensor:

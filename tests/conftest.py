@@ -16,6 +16,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="cachetrain-test-modules-")
 
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cachetrain-test-cache-")  # of modeling/digests.py
+# Of helpers.py; the processes of pytest-xdist share it.
+if run := os.environ.get("PYTEST_XDIST_TESTRUNUID"):
+    os.environ["CACHETRAIN_TEST_NUMBERS"] = os.path.join(tempfile.gettempdir(), f"cachetrain-test-numbers-{run}")
+    os.makedirs(os.environ["CACHETRAIN_TEST_NUMBERS"], exist_ok=True)
+else:
+    os.environ["CACHETRAIN_TEST_NUMBERS"] = tempfile.mkdtemp(prefix="cachetrain-test-numbers-")
 
 # Ray reads its token once, and would leave one in the home directory.
 os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=uuid4().hex * 2)
@@ -25,8 +31,17 @@ os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=uuid4().hex * 2)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
+# They take longest, so they start first, and no process of pytest-xdist works on one of them alone at the end.
+LONGEST = ("test_resume", "test_signals", "test_training", "test_end_to_end", "test_distributed", "test_nonfinite",
+           "test_loop", "test_kills", "test_cache_faults", "test_waits")  # fmt: skip
+
 CHROMIUM_ARGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
                  "--disable-sync", "--no-first-run"]  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import os
 import sys
 import time
 import urllib.request
@@ -40,41 +41,38 @@ def load_script(relative):
     sys.modules[path.stem] = module  # where dataclasses look up annotations
     spec.loader.exec_module(module)
     if relative == "train_from_cached.py":
-        _count_flops_once()
-        _estimate_memory_once()
+        count_and_estimate_once()
     return module
 
 
-def _count_flops_once():
-    """From here on the FLOPs of each UNet config are counted once, not in each run, where it takes half a second."""
+def count_and_estimate_once():
+    """From here on the FLOPs of each UNet config are counted once, not in each run and each forked process, where it
+    takes half a second; the same for the memory that a step takes, whatever the length of its captions."""
+    from cachetrain.training import memory
     from cachetrain.training.logs import run_logs
 
-    counted, count = {}, run_logs.forward_flops
+    count, run_step = run_logs.forward_flops, memory.MemoryModel._run_step
 
     def forward_flops(unet, latent_shape, example):
-        key = json.dumps([unet.config, latent_shape, *example.args], default=str, sort_keys=True)
-        if key not in counted:
-            counted[key] = count(unet, latent_shape, example)
-        return counted[key]
-
-    run_logs.forward_flops = forward_flops
-
-
-def _estimate_memory_once():
-    """The same for the memory that a run takes, whatever the length of its captions."""
-    from cachetrain.training import memory
-
-    estimated, run_step = {}, memory.MemoryModel._run_step
+        return _remembered([unet.config, latent_shape, *example.args], lambda: count(unet, latent_shape, example))
 
     def once(self, setup):
         same = setup._replace(optimizer="", ema=False, offload=False)
         trained = [(parameter.numel(), parameter.requires_grad) for parameter in self.unet.parameters()]
-        key = json.dumps([self.unet.config, self.latent_shape, same, trained], default=str, sort_keys=True)
-        if key not in estimated:
-            estimated[key] = run_step(self, setup)
-        return estimated[key]
+        return _remembered([self.unet.config, self.latent_shape, same, trained], lambda: run_step(self, setup))
 
-    memory.MemoryModel._run_step = once
+    run_logs.forward_flops, memory.MemoryModel._run_step = forward_flops, once
+
+
+def _remembered(key, compute):
+    """compute(), an int, or what it was before, in this process or in another that these tests have started."""
+    name = hashlib.sha256(json.dumps(key, default=str, sort_keys=True).encode()).hexdigest()
+    path = Path(os.environ["CACHETRAIN_TEST_NUMBERS"], name)
+    if not path.exists():
+        part = path.with_name(f"{name}.{os.getpid()}")
+        part.write_text(str(compute()))
+        part.rename(path)
+    return int(path.read_text())
 
 
 def run_script(relative, *argv):

@@ -742,7 +742,8 @@ class Torchrun:
         return found
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow  # ranks without torchrun show the same above
+@pytest.mark.parametrize("size", [2, 3])
 def test_torchrun_gives_what_one_process_gives(jobs, model, mixed, size):
     root, alone = mixed("ranks"), mixed("alone")
     launched = Torchrun(IMAGES, root, model, size, *BUCKETS)

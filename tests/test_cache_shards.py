@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -182,7 +183,7 @@ def test_a_tar_that_changed_is_made_anew_and_the_old_shard_is_named(tars, made, 
     assert run_script(*command("img", model_t5, data, out)) == 0
     captured = capfd.readouterr()
     assert "1 shard of 3 inputs written" in captured.out
-    assert f"{old}: is of an earlier state of its input; delete it before training" in captured.err
+    assert f"{old}: is of an earlier state of its input, or made with other options; delete it" in captured.err
     (new,) = set(out.glob("img_*/00001-*.tar")) - {old}
     assert new.read_bytes() == old.read_bytes()
     old.unlink()
@@ -210,11 +211,21 @@ def test_folders_without_tars_and_two_tars_of_one_number_are_refused(tars, model
         run_script(*command("txt", model_t5, tmp_path, tmp_path / "set"))
 
 
-def test_variants_of_captions_are_made_from_tars_too(tars, model_t5, tmp_path):
-    assert run_script(*command("txt", model_t5, tars, tmp_path, "--captions", "lines", "--prefix", "a ")) == 0
-    (path, *_) = sorted(tmp_path.rglob("00001-*.tar"))
-    shard = Shard(path)
-    assert json.loads(shard.tensors(0)[1]["captions"]) == {"captions": ["lines"], "prefix": "a "}
+def test_variants_of_captions_are_made_from_tars_too_and_anew_with_other_options(tars, model_t5, tmp_path, capfd):
+    shards = {}
+    for prefix in ("a ", "b "):
+        flags = ("--captions", "lines", "--prefix", prefix)
+        assert run_script(*command("txt", model_t5, tars, tmp_path, *flags)) == 0
+        captured = capfd.readouterr()
+        assert "3 shards of 3 inputs written" in captured.out
+        paths = set(tmp_path.rglob("*.tar")).difference(*shards.values())
+        assert len({path.parent for path in tmp_path.rglob("*.tar")}) == 1
+        for path in paths:
+            fields = Shard(path).tensors(0)[1]
+            assert json.loads(fields["captions"]) == {"captions": ["lines"], "prefix": prefix}
+        shards[prefix] = paths
+    old = re.search(r"warning: (.*): is of an earlier state of its input, or made with other options", captured.err)
+    assert old[1] == str(min(shards["a "])) and "delete it, and 2 shards like it, before training" in captured.err
 
 
 @pytest.mark.parametrize("cut", [1, 512, 700, 3000, -10240])

@@ -66,6 +66,7 @@ def test_a_minute_of_training_follows_prompts(world, tmp_path):
     assert score(world, train(world / "model", world / "data", tmp_path / "run"), tmp_path) >= BOUND
 
 
+@pytest.mark.slow
 def test_a_minute_of_training_sdxl_follows_prompts_too(world, tmp_path):
     model, data = tmp_path / "model", world / "data"
     parts = [

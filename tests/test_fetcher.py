@@ -1,5 +1,6 @@
 """Training from object storage and from freeze files: the same batches as from the folder, whatever happens."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -7,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 
 import numpy as np
@@ -129,14 +129,14 @@ def test_a_cache_of_half_the_set_changes_nothing_and_is_never_exceeded(
     assert limit / 2 < max(sizes) <= limit
 
 
-@contextmanager
+@contextlib.contextmanager
 def sampled(measure):
     """Yields a list that a thread fills with what `measure` returns."""
     values, stopped = [], threading.Event()
 
     def sample():
         while not stopped.wait(0.01):
-            with suppress(OSError):
+            with contextlib.suppress(OSError):
                 values.append(measure())
 
     thread = threading.Thread(target=sample)
@@ -169,9 +169,11 @@ def test_a_run_that_goes_on_uses_the_shards_it_started_with(packed, model_t5, tm
     train(data, model_t5, tmp_path / "whole", *RUN)
     train(data, model_t5, run, *RUN[:-1], 3)
     added = pack_more(data)
-    train(data, model_t5, run, *RUN, "--resume", "latest")
+    train(os.path.relpath(data), model_t5, run, *RUN, "--resume", "latest")
     assert content(run, 6) == content(tmp_path / "whole", 6)
-    assert f"{data}: not used: 2 shards that came after the run had started" in capfd.readouterr().out
+    assert (
+        f"{os.path.relpath(data)}: not used: 2 shards that came after the run had started" in capfd.readouterr().out
+    )
     for path in data.glob("*/00003-*.tar"):
         path.unlink()
     message = refused(data, model_t5, run, "--resume", "latest", "--max_steps", 9)
@@ -233,6 +235,25 @@ def test_every_flipped_byte_of_a_freeze_file_is_noticed(packed):
             read_freeze("x", bytes(broken))
 
 
+def test_a_shard_with_another_content_than_the_freeze_file_says_is_refused(packed, tmp_path):
+    data = tmp_path / "set"
+    shutil.copytree(packed, data)
+    first, second, *_ = sorted(data.glob("img*/*.tar"))
+    shutil.copy(first, second)
+    shard_set = ShardSet(str(data), T5)
+    index = FrozenIndex(read_freeze("x", freeze_file(data).read_bytes()), shard_set)
+    assert index.image_tensors(0)
+    with pytest.raises(SidecarError, match=rf"{second}: has another content than the freeze file says"):
+        index.image_tensors(2)
+
+
+def test_a_freeze_file_is_found_by_its_bare_name_and_what_has_no_effect_is_said(packed, model_t5, tmp_path, capfd):
+    with contextlib.chdir(packed):
+        name, flags = freeze_file(packed).name, ("--shard_cache", tmp_path / "near", "--batch_size", 5)
+        train(name, model_t5, tmp_path / "run", "--max_steps", 1, *flags)
+    assert "--shard_cache does nothing: no directory is in object storage" in capfd.readouterr().err
+
+
 # What goes wrong
 
 
@@ -246,7 +267,7 @@ def near_set(packed, tmp_path, monkeypatch):
 
     def start(limit=None):
         fetchers.append(near.Fetcher({str(directory): str(store)}, limit))
-        return fetchers[-1], near.Near(directory)
+        return fetchers[-1], near.Near(directory, str(store))
 
     start.store, start.directory = store, directory
     yield start
@@ -282,6 +303,40 @@ def test_a_missing_shard_and_one_that_is_none_are_named_and_may_come_later(near_
     for name, data in zip((first, second), whole, strict=True):
         (near_set.store / name).write_bytes(data)
         wait_until(lambda name=name: can_open(wanted, near_set.directory, name))
+
+
+@pytest.mark.parametrize("ending", [".tar", ".tar.index"])
+def test_a_damaged_copy_is_fetched_again_once(ending, near_set, tmp_path):
+    _, wanted = near_set()
+    shard_set = ShardSet(str(near_set.directory), T5, shards_of(near_set.store), wanted)
+    shard_set.read_indexes(1, lambda name: None)
+    whole = shard_set.read(4, 0)
+    name = shard_set.names_of(4)[0]
+    damage(near_set.directory / f"{name}{ending.removeprefix('.tar')}")
+    fresh = ShardSet(str(near_set.directory), T5, shards_of(near_set.store), near.Near(near_set.directory, "s3://x"))
+    fresh.read_indexes(1, lambda name: None)
+    assert fresh.read(4, 0) == whole
+    damage(near_set.store / name)
+    damage(near_set.directory / name)
+    fresh = ShardSet(str(near_set.directory), T5, shards_of(near_set.store), near.Near(near_set.directory, "s3://x"))
+    fresh.read_indexes(1, lambda name: None)
+    with pytest.raises(SidecarError, match=rf"s3://x/{name}#.*: row 0 does not match the SHA-256"):
+        fresh.read(4, 0)
+
+
+def damage(path):
+    """Flips a bit of the first row, or of the index if there is no row."""
+    data = bytearray(path.read_bytes())
+    place = 900 if path.suffix == ".index" else shards.Shard(path).arrays["offset"].item(0) + 500
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_worker_does_not_wait_when_the_trainer_is_gone(near_set):
+    _, wanted = near_set()
+    wanted._trainer = -1
+    with pytest.raises(OSError, match="the trainer has ended"):
+        wanted.index_of("img_sdxl-00000000/00000-00000000.tar")
 
 
 def can_open(wanted, directory, name):
@@ -357,7 +412,9 @@ def test_what_is_needed_last_goes_first(near_set):
     assert shards_of(near_set.directory) == names[:3]
 
 
-def test_what_cannot_be_fetched_at_all_is_refused_in_one_line(remote, bucket, packed, few_lanes, model_t5, tmp_path):
+def test_what_cannot_be_fetched_at_all_is_refused_in_one_line(
+    remote, bucket, packed, few_lanes, model_t5, tmp_path, monkeypatch
+):
     cache = ["--shard_cache", tmp_path / "near"]
     assert refused(remote, model_t5, tmp_path / "x") == (
         f"{remote}: training from object storage needs --shard_cache, a directory for its shards"
@@ -365,8 +422,18 @@ def test_what_cannot_be_fetched_at_all_is_refused_in_one_line(remote, bucket, pa
     assert "s3://bucket/other: no shards there" in refused(f"{bucket}/other", model_t5, tmp_path / "x", *cache)
     with pytest.raises(OSError, match=r"cannot be listed: .*404"):
         train("s3://nobucket/set", model_t5, tmp_path / "x", *cache, "--max_steps", 1)
-    message = refused(remote, model_t5, tmp_path / "x", *cache, "--shard_cache_gb", 1e-6)
-    assert "GiB are read at a time (without --shuffle_window, all of it)" in message
+    full = shutil.disk_usage(tmp_path)._replace(free=10)
+    for flags, flag, room in (
+        (["--shard_cache_gb", 1e-6], "--shard_cache_gb", "1.07kB"),
+        ([], "--shard_cache", "10.0B"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(sources.shutil, "disk_usage", lambda _: full)
+            message = refused(remote, model_t5, tmp_path / "x", *cache, *flags)
+        assert re.match(
+            rf"{flag}: .*B of {remote} are read at a time \(without --shuffle_window, all of it\)", message
+        )
+        assert f"there is room for {room}; " in message
     store = objects.open_store(remote)
     gone = shards_of(packed)[0]
     data = objects.read(store, gone)[0]

@@ -58,7 +58,7 @@ def test_overfit_notices_targets_that_have_nothing_to_do_with_the_input(
     from cachetrain.diffusion import objective
 
     monkeypatch.setattr(objective, "target_of", lambda _, latents, *__: torch.randn_like(latents))
-    flags = ["--overfit", 4, "--batch_size", 4, "--max_steps", 150, "--lr", 2e-3, *FLOW]
+    flags = ["--overfit", 4, "--batch_size", 4, "--max_steps", 80, "--lr", 2e-3, *FLOW]
     assert overfit(shapes, model_t5, tmp_path / "run", flags) == 1
 
 
@@ -81,24 +81,25 @@ def test_training_cross_attention_changes_only_its_weights(shapes, model_t5, tmp
 
 def test_reinitialized_unet_learns_like_a_fresh_one(shapes, model_t5, tmp_path):
     """From a trained checkpoint, --reinit_unet must start where a fresh UNet starts, and fall as fast."""
-    common = ["--batch_size", 8, "--lr", 2e-3, "--max_steps", 40, "--log_groups", 1, *FLOW]
+    common = ["--batch_size", 8, "--lr", 2e-3, "--max_steps", 24, "--log_groups", 1, *FLOW]
     fresh, _ = train(shapes, model_t5, tmp_path / "fresh", *common)
-    trained = tmp_path / "fresh" / "checkpoint-000040"
+    trained = tmp_path / "fresh" / "checkpoint-000024"
     goes_on, _ = train(shapes, trained, tmp_path / "on", *common)
     again, _ = train(shapes, trained, tmp_path / "again", *common, "--reinit_unet")
 
     def curve(lines):
-        return np.array([line["01_Training/loss_raw"] for line in lines]).reshape(4, 10).mean(1)
+        return np.array([line["01_Training/loss_raw"] for line in lines]).reshape(3, 8).mean(1)
 
     assert curve(again) == pytest.approx(curve(fresh), rel=0.1)
-    assert curve(goes_on)[0] < 0.75 * curve(fresh)[0]  # what was not re-initialized remembers
+    assert curve(goes_on)[0] < 0.85 * curve(fresh)[0]  # what was not re-initialized remembers
 
 
 @pytest.mark.parametrize(
     ("precision", "optimizer", "dtype"),
-    [("bf16", "lion", torch.float32), ("bf16_pure", "adamw", torch.bfloat16), ("bf16_pure", "lion", torch.bfloat16),
+    [("bf16", "lion", torch.float32), ("bf16_pure", "adamw", torch.bfloat16),
+     pytest.param("bf16_pure", "lion", torch.bfloat16, marks=pytest.mark.slow),
      ("bf16_pure", "stableadamw", torch.bfloat16), ("fp16", "adamw", torch.float32),
-     ("fp32", "stableadamw", torch.float32)],
+     pytest.param("fp32", "stableadamw", torch.float32, marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_each_precision_and_optimizer_learns_and_saves_its_dtype(
     precision, optimizer, dtype, shapes, model_t5, tmp_path

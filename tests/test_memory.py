@@ -7,6 +7,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from helpers import SD15, TINY, memory_model
 from helpers import train as run
+from torch._C._profiler import _EventType
+from torch.profiler._utils import traverse_dfs
 
 from cachetrain.data import ram
 from cachetrain.modeling import lora
@@ -45,9 +47,27 @@ def allocated_by_steps(setup, train):
                 (prediction.float() - latents).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-    events = (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
-    sizes = [size for _, size in sorted((e.start_ns(), e.nbytes()) for e in events)]
-    return max(torch.tensor(sizes).cumsum(0)).item()
+    return peak_of(profile)
+
+
+def peak_of(profile):
+    """The most bytes alive at a time of what was allocated in a profile.
+
+    What an earlier profile has seen allocated is freed in this one if the garbage collector comes to it only now, and
+    counts for nothing.
+    """
+    events = traverse_dfs(profile.profiler.kineto_results.experimental_event_tree())
+    events = [e for e in events if e.tag == _EventType.Allocation]
+    sizes, alive, peak = {}, 0, 0
+    for event in sorted(events, key=lambda e: (e.start_time_ns, e.extra_fields.alloc_size)):
+        block, size = event.extra_fields.ptr, event.extra_fields.alloc_size
+        if size > 0:
+            sizes[block] = size
+            alive += size
+            peak = max(peak, alive)
+        else:
+            alive -= sizes.pop(block, 0)
+    return peak
 
 
 def all_of_it(unet):

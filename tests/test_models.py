@@ -4,8 +4,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +12,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from helpers import TINY, WEIGHTS, render, run_script, weights_of
 from PIL import Image
+from train_ranks import Ranks, open_trainer
 from transformers import T5EncoderModel, T5Tokenizer
 
 from cachetrain.caching.selection import model_fields
@@ -168,6 +167,11 @@ def test_parts_that_do_not_fit_are_refused_and_nothing_is_left(tmp_path):
         compose("clip", tmp_path / "out")
 
 
+def _load_with_its_code(env, argv, folder, rank, moment, cwd):
+    open_trainer(env, [], folder / f"rank{rank}.log")
+    DiffusionPipeline.from_pretrained(*argv, custom_pipeline=argv[0], trust_remote_code=True)
+
+
 def test_our_scripts_run_no_code_from_a_model_directory(model_t5, tmp_path):
     model, canary = tmp_path / "model", tmp_path / "canary"
     shutil.copytree(model_t5, model)
@@ -177,10 +181,7 @@ def test_our_scripts_run_no_code_from_a_model_directory(model_t5, tmp_path):
     assert run_script("sample.py", *argv) == 0
     assert not canary.exists()
     # In a process of its own: diffusers keeps what it imported from one local directory for the next.
-    load_it = (
-        f"DiffusionPipeline.from_pretrained({str(model)!r}, custom_pipeline={str(model)!r}, trust_remote_code=True)"
-    )
-    subprocess.run([sys.executable, "-c", f"from diffusers import DiffusionPipeline; {load_it}"], capture_output=True)
+    Ranks([model], 1, tmp_path / "process", target=_load_with_its_code).finish()
     assert canary.exists()  # so the canary does sing where code runs
 
 

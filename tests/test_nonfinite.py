@@ -130,12 +130,7 @@ def assert_skipped(out, step, expected):
 
 
 KINDS = [(what, value) for what in ("latent", "emb", "loss", "gradient") for value in (NAN, INF)]
-MICROS = [
-    ("latent", NAN, 3, 0),
-    ("emb", INF, 3, 2),
-    *(("loss", INF, 3, micro) for micro in range(3)),
-    ("gradient", INF, 3, 1),
-]
+MICROS = [("latent", NAN, 3, 0), ("loss", INF, 3, 1), ("loss", INF, 3, 2), ("gradient", INF, 3, 1)]
 ALL_MICROS = [(*kind, 3, micro) for kind in KINDS for micro in range(3)]
 
 

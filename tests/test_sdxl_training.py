@@ -211,7 +211,8 @@ def test_compiled_unet_is_one_graph(shapes_sdxl, model_sdxl, tmp_path, monkeypat
 
     monkeypatch.setattr(UNet2DConditionModel, "compile", lambda self, **kw: compile_module(self, backend=keep, **kw))
     torch._dynamo.reset()
-    flags = ["--compile", "--max_steps", 2, "--batch_size", 2, "--log_groups", 1, *adapter]
+    flags = ["--compile", "--max_steps", 2, "--batch_size", 2, "--log_groups", 1, "--gradient_checkpointing"]
+    flags += adapter
     argv = trainer_argv(shapes_sdxl, model_sdxl, tmp_path / "run", *flags, suffixes=SDXL)
     assert run_script("train_from_cached.py", *argv) == 0
     torch._dynamo.reset()

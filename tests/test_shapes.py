@@ -156,7 +156,7 @@ def test_vae_reconstructions_still_show_what_was_drawn():
     from diffusers import AutoencoderKL
 
     vae = AutoencoderKL.from_pretrained(TINY / "vae", torch_dtype=torch.float32)
-    scenes, images = zip(*drawings(200), strict=True)
+    scenes, images = zip(*drawings(100), strict=True)
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2) / 127.5 - 1
     with torch.no_grad():
         decoded = vae.decode(vae.encode(pixels).latent_dist.mean).sample.clamp(-1, 1)

@@ -153,7 +153,7 @@ def test_script_without_the_package_says_in_one_line_what_to_run(script):
         assert "pip install -e ." in done.stderr
 
 
-@pytest.mark.parametrize("script", ["cache/create_clipl.py", "cache/create_img_sdxl.py", "train_from_cached.py"])
+@pytest.mark.parametrize("script", ["cache/create_img_sdxl.py", "train_from_cached.py"])
 def test_an_error_is_one_line_and_exit_code_2(script, tmp_path):
     root = "--train_data_dir" if script.startswith("train") else "--data_root"
     flags = ["--model", tmp_path / "nowhere", root, tmp_path / "missing"]

@@ -633,7 +633,7 @@ def test_bucketed_caches_of_one_folder_train_together_each_batch_of_one_size(sha
     assert len(lines) == 6 and all(line["01_Training/loss"] < 10 for line in lines)
 
 
-@pytest.mark.parametrize(("flavour", "side"), [("t5", 512), ("sd", 256)])
+@pytest.mark.parametrize(("flavour", "side"), [("t5", 256), ("sd", 192)])
 def test_photographs_train_from_their_caches(flavour, side, model_t5, model_sd, tmp_path):
     import skimage.data
     from PIL import Image
@@ -659,11 +659,11 @@ def test_photographs_train_from_their_caches(flavour, side, model_t5, model_sd, 
     assert {Image.open(path).size for path in drawn} == {(side, side)}
 
 
-def front_end(flavour, *argv, cwd, **settings):
-    """Starts train_t5.sh or train_sd.sh with settings as variables."""
+def front_end(flavour, *argv, cwd, path=None, **settings):
+    """Starts a front end with settings as variables; its python3 is this one, or that in the directory `path`."""
     settings = {"IMGCACHE": ".img_sdxl", "LR": "3e-4", "LOGDIR": cwd / "tb", "PRECISION": "fp32", **settings}
     environment = os.environ | {name: str(value) for name, value in settings.items()} | {"VIRTUAL_ENV": "x"}
-    environment["PATH"] = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+    environment["PATH"] = f"{path or os.path.dirname(sys.executable)}:{os.environ['PATH']}"
     return subprocess.Popen(
         [REPO / f"train_{flavour}.sh", *argv],
         cwd=cwd,
@@ -674,13 +674,26 @@ def front_end(flavour, *argv, cwd, **settings):
     )
 
 
-@pytest.mark.parametrize("flavour", ["t5", "sd"])
-def test_front_end_passes_its_settings_and_flags_given_to_it_win(flavour, shapes, model_t5, model_sd, tmp_path):
-    settings = {"DATADIR": shapes, "MODEL": model_t5 if flavour == "t5" else model_sd, "BATCH": 2, "STEPS": 1}
-    started = front_end(flavour, "--seed", "7", "--num_workers", "0", cwd=tmp_path, **settings)
-    _, errors = started.communicate()
-    assert started.returncode == 0, errors
-    name = {"t5": "t5_lion_lr3e-4_b2x1_cosine_g5_s1", "sd": "sd_adamw_lr3e-4_b2x1_cosine_g5_s1"}[flavour]
+def command_of(flavour, *argv, cwd, **settings):
+    """The arguments with which a front end starts the trainer, of which it gets no further."""
+    (cwd / "bin").mkdir(exist_ok=True)
+    fake = cwd / "bin" / "python3"
+    fake.write_text("#!/bin/bash\n[ $1 = -c ] || printf '%s\\0' \"$@\"\n")
+    fake.chmod(0o755)
+    said, errors = front_end(flavour, *argv, cwd=cwd, path=fake.parent, **settings).communicate()
+    script, *words = said.split("\0")[:-1]
+    assert script == str(REPO / "train_from_cached.py"), errors
+    return words
+
+
+@pytest.mark.parametrize("flavour", ["t5", "sd", "sdxl"])
+def test_front_end_passes_its_settings_and_flags_given_to_it_win(flavour, request, tmp_path, monkeypatch):
+    data = request.getfixturevalue("shapes_sdxl" if flavour == "sdxl" else "shapes")
+    settings = {"DATADIR": data, "MODEL": request.getfixturevalue(f"model_{flavour}"), "BATCH": 2, "STEPS": 1}
+    words = command_of(flavour, "--seed", "7", "--num_workers", "0", cwd=tmp_path, **settings)
+    monkeypatch.chdir(tmp_path)
+    assert run_script("train_from_cached.py", *words) == 0
+    name = f"{flavour}_{'adamw' if flavour == 'sd' else 'lion'}_lr3e-4_b2x1_cosine_g5_s1"
     args = json.loads((tmp_path / "output" / name / "args.json").read_text())
     assert (args["learning_rate"], args["seed"], args["use_snr"], args["noise_gamma"]) == (3e-4, 7, True, 5.0)
     assert (tmp_path / "output" / name / f"train_{flavour}.sh").exists()
@@ -732,7 +745,7 @@ def test_front_ends_differ_in_their_settings_only():
     assert len({part.removeprefix(f"${{NAME:-{flavour}_") for flavour, part in parts.items()}) == 1
 
 
-def test_front_end_saves_the_running_run_when_asked_and_resumes_it(shapes, model_t5, tmp_path):
+def test_front_end_saves_the_running_run_when_asked_and_resumes_it(shapes, model_t5, tmp_path, capsys):
     out, metrics = tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
     settings = {"DATADIR": shapes, "MODEL": model_t5, "BATCH": 2, "SCHED": "constant", "OUTPUT": out, "cwd": tmp_path}
     settings |= {"SAVE_STEPS": 100_000}  # however far the run gets, it saves only when asked
@@ -753,10 +766,10 @@ def test_front_end_saves_the_running_run_when_asked_and_resumes_it(shapes, model
     assert len(saved) == 2
     assert asked() == ("", 2)  # the run has ended
     last = int(saved[-1].name.split("-")[1])
-    goes_on = front_end("t5", "resume", "--num_workers", "0", STEPS=last + 2, **settings)
-    said, errors = goes_on.communicate()
-    assert goes_on.returncode == 0, errors
-    assert f"resumes from {saved[-1]}, after step {last}" in said and (out / f"checkpoint-{last + 2:06d}").exists()
+    words = command_of("t5", "resume", "--num_workers", "0", STEPS=last + 2, **settings)
+    assert run_script("train_from_cached.py", *words) == 0
+    assert f"resumes from {saved[-1]}, after step {last}" in capsys.readouterr().out
+    assert (out / f"checkpoint-{last + 2:06d}").exists()
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import REPO, WEIGHTS, WIDE, run_script, train
+from helpers import REPO, WEIGHTS, WIDE, load_script, run_script, train, wait_until
 from PIL import Image, ImageChops
+from train_ranks import Ranks, open_trainer
 
 from cachetrain.atomic import LOCK, is_locked
 from cachetrain.sampling import watch
@@ -229,27 +231,31 @@ def test_what_cannot_be_watched_is_refused(run, tmp_path, capsys):
         assert flags[-2] in capsys.readouterr().err or "--watch" not in flags
 
 
-def test_ctrl_c_ends_it_with_code_130_and_no_half_directory(run):
-    code = f"""
-import sys, time
-sys.path.insert(0, {str(REPO / "tests")!r})
-from helpers import load_script
-from cachetrain.sampling import samples
-def save_png(image, path, **_):
-    image.save(path)
-    print("writing", flush=True)
-    while True:
-        time.sleep(0.1)
-samples.save_png = save_png
-script = load_script("sample.py")
-script.cli.run(script.main)
-"""
-    command = [sys.executable, "-c", code, "--watch", run, "--device", "cpu"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "writing\n" and list((run / "samples").rglob("*.png"))
-    process.send_signal(signal.SIGINT)
-    said = process.communicate()[1]
-    assert process.returncode == 130 and "interrupted" in said
+def _hang_in_a_picture(env, argv, folder, rank, moment, cwd):
+    """sample.py as a process that never gets further than its first picture, of which it makes the file "writing"."""
+    from cachetrain.sampling import samples
+
+    open_trainer(env, [], folder / f"rank{rank}.log")
+
+    def save_png(image, path, **_):
+        image.save(path)
+        (folder / "writing").touch()
+        threading.Event().wait()
+
+    samples.save_png = save_png
+    script = load_script("sample.py")
+    sys.argv = ["sample.py", *argv]
+    script.cli.run(script.main)
+
+
+def test_ctrl_c_ends_it_with_code_130_and_no_half_directory(run, tmp_path):
+    folder = tmp_path / "process"
+    started = Ranks(["--watch", run, "--device", "cpu"], 1, folder, target=_hang_in_a_picture)
+    wait_until((folder / "writing").exists, started.processes[0].is_alive)
+    assert list((run / "samples").rglob("*.png"))
+    os.kill(started.processes[0].pid, signal.SIGINT)
+    (ended,) = started.finish()
+    assert ended.code == 130 and "interrupted" in ended.output
     assert list((run / "samples").iterdir()) == []
 
 

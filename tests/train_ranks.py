@@ -17,7 +17,7 @@ from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
-from helpers import HANG_S, REPO, digest
+from helpers import HANG_S, REPO, count_and_estimate_once, digest
 
 _IMPORTED = ["torch.distributed.fsdp", "torch.nn.parallel", "optimi", "cachetrain.checkpoints.save",
              "cachetrain.training.ema", "cachetrain.training.logs.run_logs", "cachetrain.training.optim",
@@ -125,12 +125,14 @@ def open_trainer(env, argv, log):
     descriptor = os.open(log, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
+    faulthandler.enable()  # a death by SIGSEGV leaves the place of each thread in the log
     import torch
 
     torch.set_num_threads(1)
     spec = importlib.util.spec_from_file_location("train_from_cached", REPO / "train_from_cached.py")
     trainer = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(trainer)
+    count_and_estimate_once()
     sys.argv = ["train_from_cached.py", *argv]
     return trainer
 

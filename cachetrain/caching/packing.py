@@ -41,7 +41,7 @@ def pack(args: Namespace) -> int:
     for number, pairs in enumerate(tqdm(spans, desc="comparing", unit="shard", disable=None, leave=False)):
         for half in halves:
             names[f"{half.folder}/{shard_name(number, list(half.content(pairs)))}"] = half, pairs
-    _check_no_others(args.out, there, names.keys())
+    _check_no_others(args.out, there, names)
     mine = [name for name in sorted(names)[ranks.rank() :: ranks.world_size()] if name not in there]
     num_bytes = 0
     for name in tqdm(mine, desc="packing", unit="shard", disable=None):
@@ -91,11 +91,14 @@ class _Half:
         self.folder = folder_name(self.suffix, read_header(self._path(0)).run_identity)
 
     def content(self, pairs: range) -> Iterator[str]:
-        """What a shard of these pairs holds: a hash of each header, which covers the tensors' hash, and each name."""
+        """What a shard of these pairs holds: each name, a hash of each header, which covers the tensors' hash, and the
+        repeats where they are not 1."""
         for pair in pairs:
             path = self._path(pair)
             yield self._name(pair)
             yield read_header(path).metadata["header_sha256"]
+            if (repeats := self._repeats(pair)) != 1:
+                yield f"x{repeats}"
 
     def shard(self, pairs: range) -> bytes:
         """Returns the bytes of a shard of these pairs; raises like `read_verified`."""
@@ -103,10 +106,13 @@ class _Half:
         return build_shard([self._row(pair) for pair in pairs], self.suffix, widths)
 
     def _row(self, pair):
-        sample, path = pair * self.index.sizes + (self.size or 0), self._path(pair)
+        path = self._path(pair)
         data, _ = read_verified(path)
         row, _ = shard_row(self._name(pair), path, data, self.index.text_kind if self.size is None else None)
-        return row._replace(repeats=float(self.index.repeats[sample]))
+        return row._replace(repeats=self._repeats(pair))
+
+    def _repeats(self, pair):
+        return float(self.index.repeats[pair * self.index.sizes + (self.size or 0)])
 
     def _name(self, pair):
         return self.index.relative_name(pair * self.index.sizes)
@@ -124,13 +130,13 @@ def _halves(index):
 
 def _check_no_others(out, there, expected):
     """Checks that the set has no other shards beside the expected ones, as of an earlier state of the folder."""
-    folders = {name.rpartition("/")[0] for name in expected}
-    for name in sorted(there - expected):
+    folders = {half.folder: "text" if half.size is None else "image" for half, _ in expected.values()}
+    for name in sorted(there - expected.keys()):
         folder, _, base = name.rpartition("/")
         if folder in folders and shard_number(base) is not None:
             raise ValueError(
-                f"{out}/{name}: is of an earlier state of the folder, or of another one; delete {out}/{folder}, or "
-                "choose another --out"
+                f"{out}/{name}: is of an earlier state of the {folders[folder]} sidecars or multiply.txt of the "
+                f"folder, or of another folder; delete {out}/{folder}, or choose another --out"
             )
 
 

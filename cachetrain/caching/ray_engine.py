@@ -22,7 +22,7 @@ from cachetrain import cli
 from cachetrain.caching import ranks
 from cachetrain.caching.inputs import Input, Inputs
 from cachetrain.caching.messages import print_line
-from cachetrain.caching.shard_run import check_out_args, finish
+from cachetrain.caching.shard_run import Half, check_out_args, finish
 from cachetrain.caching.summary import RunSummary
 from cachetrain.data.objects import names_in, open_store
 from cachetrain.log import first_line
@@ -36,13 +36,13 @@ class Made(NamedTuple):
     """What an actor did with an input.
 
     Attributes:
-        folder: of the shard.
+        half: the Half of the shard.
         written: whether this call wrote it.
         record: of RunSummary.take.
         lines: what it printed on stderr.
     """
 
-    folder: str
+    half: Half
     written: bool
     record: dict
     lines: list[str]
@@ -64,7 +64,7 @@ def make_on_ray(cache: Callable[..., int], args: Namespace, summary: RunSummary)
         raise ValueError("--engine ray starts the processes itself; run it once, without torchrun and WORLD_SIZE")
     check_out_args(args)
     inputs, there = Inputs(args.data_root[0]).inputs, set(names_in(open_store(args.out)))
-    folder, num_written, printed = None, 0, set()
+    half, num_written, printed = None, 0, set()
     progress = tqdm(total=len(inputs), desc=summary.kind, unit="input", disable=None)
     with _cluster() as ray, summary.telling_what_was_done(), progress:
         new_actor = _actors_of(ray, cache, args)
@@ -73,16 +73,16 @@ def make_on_ray(cache: Callable[..., int], args: Namespace, summary: RunSummary)
             if isinstance(made, str):
                 summary.fail(one.where, f"{_MAX_LOST} processes died at it; the last one: {made}")
                 continue
-            folder = made.folder
+            half = made.half
             num_written += made.written
             summary.add(made.record)
             for line in dict.fromkeys(made.lines):
                 if line not in printed:
                     print_line(line)
             printed.update(made.lines)
-    if folder is None:
+    if half is None:
         return summary.finish_alone()
-    return finish(args, inputs, folder, there, num_written, summary)
+    return finish(args, inputs, half, there, num_written, summary)
 
 
 @contextmanager
@@ -212,7 +212,7 @@ class ShardMaker:
                     written = self.run.make_one(one, self.encode)
         except (OSError, ValueError) as error:
             raise OSError(f"node {self.node}: {error}") from error
-        return Made(self.run.folder, written, self.run.summary.take(), lines.getvalue().splitlines())
+        return Made(self.run.half, written, self.run.summary.take(), lines.getvalue().splitlines())
 
     def _keep(self, run, encode):
         self.run, self.encode = run, encode

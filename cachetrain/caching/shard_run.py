@@ -14,6 +14,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -53,19 +54,40 @@ def check_out_args(args: Namespace) -> None:
         raise ValueError(f"{names[0]} cannot be combined with --out, which reads tars and parquet files; omit it")
 
 
+class Half(NamedTuple):
+    """One half of a set, as a run makes it.
+
+    Attributes:
+        folder: of its shards, in the set.
+        options: what else changes the rows, beside RUN_KEYS: CaptionSettings.in_header; "" in a half of images.
+    """
+
+    folder: str
+    options: str = ""
+
+    def name(self, one: Input) -> str:
+        """The name of the shard of an input, in the set."""
+        content = (*one.content, self.options) if self.options else one.content
+        return f"{self.folder}/{shard_name(one.number, content)}"
+
+
 class ShardRun:
     """Makes the shards of one half of a set.
 
+    Attributes:
+        half: the Half.
+
     Args:
         fields: header fields of the run, with all of RUN_KEYS that the sidecars have.
+        options: as of Half.
     """
 
-    def __init__(self, args: Namespace, fields: Mapping[str, str], summary: RunSummary):
+    def __init__(self, args: Namespace, fields: Mapping[str, str], summary: RunSummary, options: str = ""):
         self.args = args
         self.inputs = Inputs(args.data_root[0])
         self.store = open_store(args.out)
         self.suffix = args.cache_suffix
-        self.folder = folder_name(args.cache_suffix, [fields.get(key, "") for key in RUN_KEYS])
+        self.half = Half(folder_name(args.cache_suffix, [fields.get(key, "") for key in RUN_KEYS]), options)
         self.summary = summary
 
     def make(self, encode: Encode) -> int:
@@ -75,12 +97,12 @@ class ShardRun:
             OSError: a shard cannot be written.
         """
         inputs, there, num_written = self.inputs.inputs, set(names_in(self.store)), 0
-        missing = iter([one for one in _in_turn(inputs) if _name(self.folder, one) not in there])
+        missing = iter([one for one in _in_turn(inputs) if self.half.name(one) not in there])
         with self.summary.time_encoding():
             for one, samples in self._read_inputs(missing):
                 num_written += self._put(one, samples, encode)
                 del samples  # before the next one is read
-        return finish(self.args, inputs, self.folder, there, num_written, self.summary)
+        return finish(self.args, inputs, self.half, there, num_written, self.summary)
 
     def make_one(self, one: Input, encode: Encode) -> bool:
         """Makes the shard of an input, unless it is there; returns whether this call wrote it. Raises like `make`."""
@@ -88,7 +110,7 @@ class ShardRun:
 
     def put_null_caption(self, encode: Callable[[Writer], None]) -> None:
         """Makes the sidecar of the null caption, unless it is there; encode(writer) submits its row."""
-        name = f"{self.folder}/{NULL_STEM}{self.suffix}"
+        name = f"{self.half.folder}/{NULL_STEM}{self.suffix}"
         if not exists(self.store, name):
             with self.summary.time_encoding(), _Collected(self.summary, tqdm(disable=True)) as writer:
                 encode(writer)
@@ -125,7 +147,7 @@ class ShardRun:
     def _read_next(self, missing):
         """(Input, Samples or an exception, seconds) of the next that has no shard; None: there are no more."""
         for one in missing:
-            if exists(self.store, _name(self.folder, one)):  # another process has made it meanwhile
+            if exists(self.store, self.half.name(one)):  # another process has made it meanwhile
                 continue
             start_s = time.perf_counter()
             try:
@@ -137,7 +159,7 @@ class ShardRun:
 
     def _put(self, one, samples, encode):
         """Makes and writes the shard of an input; returns whether this call wrote it."""
-        name = _name(self.folder, one)
+        name = self.half.name(one)
         data = None if exists(self.store, name) else self._shard(samples, encode)
         return data is not None and put_new(self.store, name, data)
 
@@ -160,20 +182,25 @@ class ShardRun:
 
 
 def finish(
-    args: Namespace, inputs: Sequence[Input], folder: str, there: set[str], num_written: int, summary: RunSummary
+    args: Namespace, inputs: Sequence[Input], half: Half, there: set[str], num_written: int, summary: RunSummary
 ) -> int:
     """Says what was made, and what is wrong with what was there before; returns the exit code.
 
     Args:
         there: names of the shards that were there before.
     """
-    say(f"{args.out}/{folder}: {counted(num_written, 'shard')} of {counted(len(inputs), 'input')} written")
-    names = {_name(folder, one): one for one in inputs}
+    say(f"{args.out}/{half.folder}: {counted(num_written, 'shard')} of {counted(len(inputs), 'input')} written")
+    names = {half.name(one): one for one in inputs}
     numbers = {one.number for one in inputs}
-    for name in sorted(there - names.keys()):
-        its_folder, _, base = name.rpartition("/")
-        if its_folder == folder and shard_number(base) in numbers:  # training refuses two shards of one number
-            warn(f"{args.out}/{name}: is of an earlier state of its input; delete it before training")
+    places = {name: name.rpartition("/") for name in sorted(there - names.keys())}
+    # Training refuses two shards of one number.
+    old = [name for name, (in_, _, base) in places.items() if in_ == half.folder and shard_number(base) in numbers]
+    if old:
+        others = f", and {counted(len(old) - 1, 'shard')} like it," if len(old) > 1 else ""
+        warn(
+            f"{args.out}/{old[0]}: is of an earlier state of its input, or made with other options; "
+            f"delete it{others} before training"
+        )
     _warn_of_failed(args.out, {name: one for name, one in names.items() if name in there and _is_own(one)}, summary)
     return summary.finish_alone(getattr(args, "bucket", False))
 
@@ -201,10 +228,6 @@ def _warn_of_failed(out, inputs, summary):
             f"warning: {out}/{os.path.dirname(name)}: {counted(number, 'row')} failed when the shards were made, the "
             f"first {first}; to try again, delete the shard"
         )
-
-
-def _name(folder, one):
-    return f"{folder}/{shard_name(one.number, one.content)}"
 
 
 class _Collected(Writer):

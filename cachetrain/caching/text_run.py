@@ -133,7 +133,8 @@ def _encode(args, pairs, of_captions, make_encoder, fields, summary):
 def _inputs(args, of_captions, make_encoder, fields, summary):
     """Makes the null caption of a shard set; returns the ShardRun of its text half and its Encode."""
     check_out_args(args)
-    run, encoder = ShardRun(args, fields, summary), cache(partial(_Encoder, args, make_encoder, fields))
+    run = ShardRun(args, fields, summary, of_captions.in_header())
+    encoder = cache(partial(_Encoder, args, make_encoder, fields))
 
     def encode(samples, writer):
         read = partial(samples.captions, settings=of_captions)

@@ -211,7 +211,7 @@ def _blocks(index):
 
 
 def run_state(
-    step: int, visits: int, settings: dict, shards: dict, *, unet, optimizer, scaler, statistics, validation
+    step: int, visits: int, settings: dict, shards: list, *, unet, optimizer, scaler, statistics, validation
 ) -> dict:
     """All that a run resumes from except its weights and their averages, as a dict for Saving.save.
 
@@ -219,7 +219,7 @@ def run_state(
         step: optimizer steps done.
         visits: visits to samples done.
         settings: of `settings_of`.
-        shards: {what --train_data_dir and --val_data_dir name: names of its shards}.
+        shards: of Sources.pinned.
         unet: UNet2DConditionModel.
         optimizer, scaler, statistics: whatever has a state_dict.
         validation: Validation or None.

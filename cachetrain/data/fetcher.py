@@ -22,6 +22,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
+from tqdm import tqdm
+
 from cachetrain import cli
 from cachetrain.atomic import atomic_write, is_abandoned, locked_directory, temporary_path
 from cachetrain.data.near import FAILED, INDEX, POLL_S, WANTED, request_name
@@ -88,7 +90,11 @@ class Shelf:
                     continue
                 later = [other for other in self.sizes if _is_there(other)] if wanted else []
                 if not later:
-                    raise NoRoomError(f"{shard[0]}: no room for {shard[1]}, which has {counted(size, 'byte')}")
+                    free = tqdm.format_sizeof(shutil.disk_usage(shard[0]).free, "B")
+                    raise NoRoomError(
+                        f"{shard[0]}: no room for {shard[1]}, which has {tqdm.format_sizeof(size, 'B')}; {free} are "
+                        f"free on the disk, of which {tqdm.format_sizeof(RESERVE, 'B')} stay free"
+                    )
                 self._remove(max(later, key=self.needed.get))
             self.sizes[shard] = size
             if wanted:

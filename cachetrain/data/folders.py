@@ -87,7 +87,6 @@ class Folders:
     def add_directory(self, directory: str) -> bool:
         """Notes a directory that is listed by other means; returns whether it has been listed already."""
         real_path = os.path.realpath(directory)
-        self.links.num_repeated += real_path in self._visited
         return real_path in self._visited or self._visited.add(real_path)
 
     def pairs_in(
@@ -107,6 +106,8 @@ class Folders:
             OSError: a multiply.txt cannot be read.
         """
         if not Path(directory).is_dir():
+            if Path(directory).exists():
+                raise ValueError(f"{directory}: is a file; expected a directory, or a set's freeze-*.safetensors")
             raise ValueError(f"{directory}: no such directory")
         multiples = {}  # folder -> number that applies in and below the folder, where not 1
         num_without_image, has_images = 0, False

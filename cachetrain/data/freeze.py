@@ -29,6 +29,7 @@ _DTYPES = {
     "contents": np.uint32,
     "sizes": np.uint64,
     "index_ends": np.uint32,
+    "seals": np.uint64,
     "rows": np.uint32,
     "counts": np.uint32,
     "visits": np.float64,
@@ -52,6 +53,7 @@ class Freeze(NamedTuple):
         contents: uint32 [B, H], the hash in the name of each shard.
         sizes: uint64 [B, H], bytes of each shard.
         index_ends: uint32 [B, H], where the index of each shard ends in it.
+        seals: uint64 [B, H], the beginning of the SHA-256 of each index, which covers the hashes of all rows.
         rows: uint32 [B], pairs of each number.
         counts: uint32 [B, K], image sidecars of each latent shape.
         visits: float64 [B, K], how often they come up in an epoch, on average.
@@ -71,6 +73,7 @@ class Freeze(NamedTuple):
     contents: np.ndarray
     sizes: np.ndarray
     index_ends: np.ndarray
+    seals: np.ndarray
     rows: np.ndarray
     counts: np.ndarray
     visits: np.ndarray
@@ -204,6 +207,7 @@ def _of_number(halves, rows, num_sizes):
     return {
         "sizes": [shard.size for shard in halves],
         "index_ends": [shard.index_end for shard in halves],
+        "seals": [shard.seal for shard in halves],
         "rows": len(rows[0]),
         "image_bytes": sum(int(shard.arrays["num_bytes"][of_half].sum(dtype=np.int64)) for shard, of_half in images),
         "tokens": int(text["all_tokens"].sum(dtype=np.int64)),

@@ -40,7 +40,7 @@ class FrozenIndex(PairIndex):
         self.choices = 1 if every_size else self.sizes
         self.one_text, self.kohya_repeats = None, False
         self.directories = [shard_set.directory]
-        shard_set.assume(freeze.rows, np.flatnonzero(freeze.unequal).tolist())
+        shard_set.assume(freeze.rows, np.flatnonzero(freeze.unequal).tolist(), freeze.seals)
         self._sets, self._starts, self._positions = {0: shard_set}, [0], None
         self._stems = _Stems(shard_set)
         self.blocks = np.concatenate([[0], shard_set.ends]) * self.sizes

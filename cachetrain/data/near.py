@@ -43,15 +43,24 @@ def request_name(name: str) -> str:
 
 
 class Near:
-    """The near directory of a set, as processes see it that do not fetch.
+    """The near directory of a set, as processes see it that do not fetch: the trainer that makes it, and its workers.
+
+    Args:
+        url: address of the set.
 
     Attributes:
         waited_s: seconds that this process has waited for shards.
     """
 
-    def __init__(self, directory: str | os.PathLike):
+    def __init__(self, directory: str | os.PathLike, url: str):
         self.directory = os.fspath(directory)
+        self.url = url
         self.waited_s = 0.0
+        self._trainer = os.getpid()
+
+    def where(self, name: str) -> str:
+        """The address of a shard."""
+        return f"{self.url.rstrip('/')}/{name}"
 
     def index_of(self, name: str) -> str:
         """The path of the index of a shard, once it is there; raises like `open`."""
@@ -69,11 +78,17 @@ class Near:
             with suppress(FileNotFoundError):  # removed again in between
                 return shard.open()
 
+    def remove(self, name: str) -> None:
+        """Removes a shard and its index, which are fetched again when they are asked for."""
+        for path in (name, name + INDEX):
+            with suppress(FileNotFoundError):
+                os.unlink(os.path.join(self.directory, path))
+
     def _wait(self, name):
         path = os.path.join(self.directory, name)
         if os.path.exists(path):
             return
-        started, parent = time.monotonic(), os.getppid()
+        started = time.monotonic()
         request, failure = (os.path.join(self.directory, of, request_name(name)) for of in (WANTED, FAILED))
         with suppress(FileNotFoundError):
             os.unlink(failure)
@@ -83,7 +98,7 @@ class Near:
                 if os.path.exists(failure):
                     raise OSError(read_text(failure))
                 _touch(request)  # it was there, and has been removed again
-            if os.getppid() != parent:
+            if self._trainer not in (os.getpid(), os.getppid()):
                 raise OSError(f"{path}: the trainer has ended")
             time.sleep(POLL_S)
         self.waited_s += time.monotonic() - started

@@ -72,6 +72,7 @@ class ShardSet:
         suffixes: Sequence[str],
         names: Iterable[str] | None = None,
         near: Near | None = None,
+        sizes: Mapping[str, int] | None = None,
     ):
         """Lists the shards.
 
@@ -79,6 +80,7 @@ class ShardSet:
             suffixes: of the sidecars of a pair.
             names: of the shards to read, and of those of other suffixes; default: all in the directory.
             near: brings the shards into the directory; default: they are there.
+            sizes: {name of a shard: bytes}, with `near`.
 
         Raises:
             ValueError: there are no shards of a suffix, or several sets of them.
@@ -87,6 +89,8 @@ class ShardSet:
         self.suffixes = tuple(suffixes)
         self.num_unpaired = 0
         self._near = near
+        self._sizes = sizes or {}
+        self._renewed = set()  # names of shards that were fetched again, since the copy was damaged
         names = list(shards_in(directory) if names is None else names)
         listed = [_numbered(directory, names, suffix) for suffix in suffixes]
         numbers = sorted(set.intersection(*map(set, listed)))
@@ -97,7 +101,7 @@ class ShardSet:
         self._alone = [name for of_half in listed for number, name in of_half.items() if number not in common]
         self._ends = []  # of the pairs of each number
         self._rows = {}  # place of a number whose rows do not match one by one -> the rows in each half, once known
-        self._verified = True  # whether the indexes have been read and verified
+        self._seals = None  # of the shards, if they were not read and verified at the start
         self._shards = OrderedDict()  # (place of a number, half) -> Shard, the last used ones at the end
         self._open = OrderedDict()  # those whose files are open
 
@@ -159,21 +163,21 @@ class ShardSet:
         """int64 array, where the pairs of each number end."""
         return np.array(self._ends, np.int64)
 
-    def assume(self, rows: Sequence[int], unequal: Iterable[int]) -> None:
+    def assume(self, rows: Sequence[int], unequal: Iterable[int], seals: np.ndarray) -> None:
         """Takes what a freeze file says in place of `read_indexes`; an index is then read when one of its rows is.
 
         Args:
             rows: number of pairs of each number.
             unequal: places of the numbers whose rows do not match one by one.
+            seals: uint64 [numbers, halves], of the indexes.
         """
         self._ends = np.cumsum(np.array(rows, np.int64)).tolist()
         self._rows = dict.fromkeys(unequal)
-        self._verified = False
+        self._seals = seals
 
     def read(self, pair: int, half: int) -> bytes:
         """The bytes of a sidecar, verified; raises like Shard.read."""
-        shard, row = self._opened_at(pair, half)
-        return bytes(shard.read(row))
+        return bytes(self._read(Shard.read, pair, half))
 
     def header(self, pair: int, half: int) -> Header:
         """The Header of a sidecar, verified; raises like Shard.read."""
@@ -181,8 +185,7 @@ class ShardSet:
 
     def tensors(self, pair: int, half: int) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
         """As Shard.tensors."""
-        shard, row = self._opened_at(pair, half)
-        return shard.tensors(row)
+        return self._read(Shard.tensors, pair, half)
 
     def where(self, pair: int, half: int) -> str:
         """Where the sidecar is, for messages; see Shard.where."""
@@ -250,6 +253,30 @@ class ShardSet:
         row = pair - (self._ends[place - 1] if place else 0)
         return place, int(self._rows_of(place)[half][row]) if place in self._rows else row
 
+    def _read(self, read, pair, half):
+        """Calls a method of a shard that reads a row; if the near copy is damaged, once more with a new one."""
+        shard, row = self._opened_at(pair, half)
+        try:
+            return read(shard, row)
+        except SidecarError:
+            place, _ = self._place_of(pair, half)
+            if not self._renew(self.names[place][half]):
+                raise
+        del self._shards[place, half]
+        self._open.pop((place, half)).close()
+        renewed, _ = self._opened_at(pair, half)
+        if renewed.seal != shard.seal:
+            raise SidecarError(f"{shard.path}: has changed since the run started; start a new run")
+        return read(renewed, row)
+
+    def _renew(self, name):
+        """Removes the near copy of a shard, so that it is fetched again; returns False if it was removed before."""
+        if self._near is None or name in self._renewed:
+            return False
+        self._renewed.add(name)
+        self._near.remove(name)
+        return True
+
     def _opened_at(self, pair, half):
         place, row = self._place_of(pair, half)
         shard, key = self._shard(place, half), (place, half)
@@ -266,7 +293,8 @@ class ShardSet:
     def _shard(self, place, half):
         key = place, half
         if key not in self._shards:
-            self._shards[key] = self._mapped(self.names[place][half], not self._verified)
+            seal = None if self._seals is None else self._seals.item(place, half)
+            self._shards[key] = self._mapped(self.names[place][half], self._seals is not None, seal)
         self._shards.move_to_end(key)
         if len(self._shards) > _MAX_MAPPED:
             oldest, shard = self._shards.popitem(last=False)
@@ -274,8 +302,19 @@ class ShardSet:
             shard.close()
         return self._shards[key]
 
-    def _mapped(self, name, verify=True):
-        return Shard(os.path.join(self.directory, name), verify, self._near.index_of(name) if self._near else None)
+    def _mapped(self, name, verify=True, seal=None):
+        """The Shard of a name. `seal`: that it should have; None: any."""
+        path, near = os.path.join(self.directory, name), self._near
+        try:
+            index, where = (near.index_of(name), near.where(name)) if near else (None, None)
+            shard = Shard(path, verify, index, self._sizes.get(name), where)
+            if seal not in (None, shard.seal):
+                raise SidecarError(f"{shard.path}: has another content than the freeze file says; make a new one")
+            return shard
+        except SidecarError:
+            if not self._renew(name):
+                raise
+        return self._mapped(name, verify, seal)
 
     def __getstate__(self) -> dict:
         # Files are opened anew in another process.

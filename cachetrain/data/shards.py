@@ -212,6 +212,11 @@ class ShardIndex:
         """The values of RUN_KEYS, on which all rows agree."""
         return tuple(self.fields[key] for key in RUN_KEYS)
 
+    @property
+    def seal(self) -> int:
+        """The first 64 bits of the SHA-256 of the index, which covers the hashes of all rows."""
+        return int(self.fields["sha256"][:16], 16)
+
     def names(self) -> list[bytes]:
         """The names of all rows, as the file system encodes them."""
         names, ends = self.arrays["names"].tobytes(), self.arrays["name_ends"].tolist()
@@ -245,28 +250,37 @@ class Shard(ShardIndex):
     Args:
         verify_index: as `verify` of ShardIndex.
         index: path of a copy of the shard's first bytes, up to the end of the index; the shard itself may come later.
+        size: bytes that the shard should have; default: those of the file, or with `index`, any.
+        where: names the shard in messages; default: its path.
 
     Raises:
         SidecarError: it is no shard, or its index is damaged.
         OSError: it cannot be opened.
     """
 
-    def __init__(self, path: str | os.PathLike, verify_index: bool = True, index: str | os.PathLike | None = None):
-        self._file = None
-        source = index or path
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        verify_index: bool = True,
+        index: str | os.PathLike | None = None,
+        size: int | None = None,
+        where: str | None = None,
+    ):
+        self._file, self._file_path = None, os.fspath(path)
+        source, path = index or path, where or path
         with open_regular(source) as file, named_errors(source):
-            size = index_size(path, os.pread(file.fileno(), INDEX_START, 0))
+            index_bytes = index_size(path, os.pread(file.fileno(), INDEX_START, 0))
             file_size = os.fstat(file.fileno()).st_size
-            if file_size < INDEX_START + size:
+            if file_size < INDEX_START + index_bytes:
                 raise SidecarError(f"{path}: its index is damaged; copy or pack it again")
             # Mapped, so that the indexes of thousands of shards stay in the page cache, once for all processes.
-            mapped = mmap.mmap(file.fileno(), INDEX_START + size, access=mmap.ACCESS_READ)
-        super().__init__(path, memoryview(mapped)[INDEX_START:], None if index else file_size, verify_index)
+            mapped = mmap.mmap(file.fileno(), INDEX_START + index_bytes, access=mmap.ACCESS_READ)
+        super().__init__(path, memoryview(mapped)[INDEX_START:], size if index else file_size, verify_index)
 
     def open(self) -> None:
         """Opens the file, unless it is open."""
         if self._file is None:
-            self._file = open_regular(self.path)
+            self._file = open_regular(self._file_path)
 
     def close(self) -> None:
         """Closes the file; reading opens it again."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,7 +20,7 @@ from cachetrain.data.near import INDEX, Fetcher, Near, near_directory
 from cachetrain.data.order import LANES
 from cachetrain.data.shard_set import ShardSet, folder_suffix, folders_of, shard_number, shards_in
 from cachetrain.data.sidecar import NULL_STEM
-from cachetrain.log import counted, info
+from cachetrain.log import counted, info, warn
 from cachetrain.reading import read_bytes
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ class Sources:
 
     Attributes:
         directories: {what a flag names: directory on this machine}.
-        pinned: {what a flag names: names of the shards}, of each shard set; what `Sources` takes when a run goes on.
+        pinned: for each directory, the names of the shards of a set, else None; what `Sources` takes when a run goes
+            on.
         fetcher: Fetcher of this process, or None.
 
     Args:
@@ -60,17 +62,24 @@ class Sources:
     """
 
     def __init__(
-        self, args: Namespace, world: World, names: list[str], pinned: Mapping[str, list[str]] | None = None
+        self, args: Namespace, world: World, names: list[str], pinned: Sequence[list[str] | None] | None = None
     ):
         self._args = args
         self.suffixes = _suffixes(args)
+        of_names = dict(zip(names, pinned, strict=True)) if pinned and len(pinned) == len(names) else {}
         self.listings = _on_all(
-            world, world.main, lambda: {name: _listed(name, (pinned or {}).get(name)) for name in names}
+            world, world.main, lambda: {name: _listed(name, of_names.get(name)) for name in names}
         )
         self.listings = {name: listing for name, listing in self.listings.items() if listing is not None}
-        self.pinned = {name: listing.names for name, listing in self.listings.items() if listing.freeze is None}
+        self.pinned = [
+            self.listings[name].names if name in self.listings and self.listings[name].freeze is None else None
+            for name in names
+        ]
         self.directories = {name: self._directory_of(name) for name in names}
         self.fetcher = None
+        if world.main and (args.shard_cache or args.shard_cache_gb) and not any(map(objects.is_url, names)):
+            flag = "--shard_cache" if args.shard_cache else "--shard_cache_gb"
+            warn(f"{flag} does nothing: no directory is in object storage")
         if any(map(objects.is_url, names)):
             self.fetcher = _on_all(world, world.first_of_machine, self._fetch, share=False)
 
@@ -81,8 +90,7 @@ class Sources:
 
     def shard_sets(self, names: list[str]) -> dict[str, ShardSet]:
         """{directory: ShardSet} of what flags name, where it is a set."""
-        sets = {self.directories[name]: self._shard_set(name) for name in names if name in self.listings}
-        return sets
+        return {self.directories[name]: self._shard_set(name) for name in names if name in self.listings}
 
     def freeze(self, name: str) -> Freeze | None:
         """The content of a freeze file; None if a flag names something else, or it lists other sidecars."""
@@ -111,7 +119,7 @@ class Sources:
         ]
 
     def _directory_of(self, name):
-        set_name = os.path.dirname(name) if is_freeze(name) else name
+        set_name = _set_of(name)
         if not objects.is_url(name):
             return set_name
         if not self._args.shard_cache:
@@ -119,12 +127,11 @@ class Sources:
         return str(near_directory(set_name, self._args.shard_cache))
 
     def _shard_set(self, name):
-        directory, listing = self.directories[name], self.listings[name]
-        near = Near(directory) if objects.is_url(name) else None
-        names = [shard for shard in listing.names if folder_suffix(shard.partition("/")[0]) in self.suffixes]
-        return ShardSet(directory, self.suffixes, names, near)
+        near = Near(self.directories[name], _set_of(name)) if objects.is_url(name) else None
+        return ShardSet(self.directories[name], self.suffixes, self._needed(name), near, self.listings[name].sizes)
 
     def _needed(self, name):
+        """The shards of the sidecars that are read."""
         return [
             shard for shard in self.listings[name].names if folder_suffix(shard.partition("/")[0]) in self.suffixes
         ]
@@ -132,7 +139,7 @@ class Sources:
     def _fetch(self):
         """Starts the fetcher, and copies what is needed of each set before the first shard is read."""
         urls = {self.directories[name]: name for name in self.listings if objects.is_url(name)}
-        sets = {directory: os.path.dirname(name) if is_freeze(name) else name for directory, name in urls.items()}
+        sets = {directory: _set_of(name) for directory, name in urls.items()}
         limit = self._args.shard_cache_gb
         limit = int(limit * 2**30) if limit else None
         for directory in sets:
@@ -152,24 +159,24 @@ class Sources:
         sizes = sorted((self.listings[name].sizes[shard] for shard in self._needed(name)), reverse=True)
         window = self._args.shuffle_window
         needed = sum(sizes[: LANES * window * len(self.suffixes)] if window else sizes)
-        if limit is not None and needed > limit:
+        directory, flag = Path(self.directories[name]), "--shard_cache_gb"
+        if limit is None:
+            there = sum(path.stat().st_size for path in directory.glob("*/*.tar"))
+            limit, flag = there + shutil.disk_usage(directory).free, "--shard_cache"
+        if needed > limit:
             what = f"a round of --shuffle_window {window}" if window else "without --shuffle_window, all of it"
             raise ValueError(
-                f"--shard_cache_gb {self._args.shard_cache_gb:g}: of {name}, {needed / 2**30:.2f} GiB are read at a "
-                f"time ({what}); use more, or a lower --shuffle_window from 1"
+                f"{flag}: {tqdm.format_sizeof(needed, 'B')} of {name} are read at a time ({what}), but there is room "
+                f"for {tqdm.format_sizeof(limit, 'B')}; make room, or use a lower --shuffle_window from 1"
             )
 
     def _copy_first(self, name, directory, store):
         """Copies the null captions, and the indexes unless there is a freeze file."""
         listing = self.listings[name]
-        nulls = [
-            f"{folder}/{NULL_STEM}{folder_suffix(folder)}"
-            for folder in {s.partition("/")[0] for s in self._needed(name)}
-        ]
-        for null in nulls:
-            if null in listing.sizes:
-                (directory / null).parent.mkdir(parents=True, exist_ok=True)
-                atomic_write(directory / null, objects.read(store, null)[0])
+        null = f"{NULL_STEM}{self._args.txtcache_suffix}"
+        for path in (path for path in listing.sizes if path.partition("/")[2] == null):
+            (directory / path).parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(directory / path, objects.read(store, path)[0])
         if listing.freeze is not None:
             return
         missing = [shard for shard in self._needed(name) if not (directory / (shard + INDEX)).exists()]
@@ -204,9 +211,14 @@ def _on_all(world, mine, call, share=True):
     return world.gather(result)[0] if share else result
 
 
+def _set_of(name):
+    """The directory or address of the set that a flag names."""
+    return os.path.dirname(name) or os.curdir if is_freeze(name) else name
+
+
 def _listed(name, pinned):
     """The Listing of a shard set or a freeze file; None for a folder of sidecars."""
-    set_name = os.path.dirname(name) if is_freeze(name) else name
+    set_name = _set_of(name)
     if objects.is_url(name):
         store = objects.open_store(set_name)
         sizes = {entry["path"]: entry["size"] for entry in objects.entries_in(store)}
@@ -230,7 +242,8 @@ def _listed(name, pinned):
     if missing := sorted(set(names) - set(there)):
         raise ValueError(
             f"{set_name}/{missing[0]}: is gone, though {'the freeze file lists it' if data else 'the run uses it'}; "
-            f"put it back ({counted(len(missing), 'shard')} missing), or start a new run"
+            f"put it back ({counted(len(missing), 'shard')} missing), or "
+            + ("make a new freeze file" if data else "start a new run")
         )
     return Listing(names, sizes, data)
 

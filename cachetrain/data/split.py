@@ -6,7 +6,7 @@ import hashlib
 import os
 import shlex
 from argparse import Namespace
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def open_index(
-    args: Namespace, world: World, pinned: Mapping[str, list[str]] | None = None, save_index: bool = False
+    args: Namespace, world: World, pinned: Sequence[list[str] | None] | None = None, save_index: bool = False
 ) -> tuple[PairIndex, PairIndex | None, Sources]:
     """Lists the pairs that the trainer's flags name. The ranks of a machine share one list in memory.
 
