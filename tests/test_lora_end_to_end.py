@@ -88,6 +88,6 @@ def test_an_adapter_learns_a_new_word_and_the_model_forgets_at_most_5_points(tmp
     for way in WAYS:
         trained_after, new_after = fine_tune(way, base, tmp_path)
         print(f"{way}: old prompts {trained:.0f}%, now {trained_after:.0f}%; {WORD} {new:.0f}%, now {new_after:.0f}%")
-        assert new <= 20 and new_after >= 80
+        assert new <= 20 and new_after >= 70
         if way == "lora":
             assert trained_after >= trained - 5
