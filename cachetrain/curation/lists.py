@@ -38,13 +38,13 @@ def find_lists(path: str, on_error: Callable[[str, str], None]) -> Iterator[str]
     if not os.path.isdir(path):
         raise ValueError(f"{path}: no such file or directory")
     keep = (*LISTS, ".json", *IMAGE_SUFFIXES)
-    for folder, names, _ in walk_folders(path, set(), lambda name: name.lower().endswith(keep), on_error):
-        stems = image_stems(names)
-        for name in names:
+    for folder in walk_folders(path, set(), lambda name: name.lower().endswith(keep), on_error):
+        stems = image_stems(folder.names)
+        for name in folder.names:
             stem, suffix = os.path.splitext(name)
             is_list = stem == "metadata" if suffix in LISTS else stem.startswith("meta_") or stem in stems
             if is_list and not is_image(name):
-                yield os.path.join(folder, name)
+                yield os.path.join(folder.path, name)
 
 
 def read_rows(path: str, caption_key: str | None = None) -> Iterator[Row]:
