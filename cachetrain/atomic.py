@@ -60,8 +60,11 @@ def check_replaceable(path: str | Path) -> None:
         raise OSError(errno.EEXIST, "not a regular file, so not replaced; choose another name", str(path))
 
 
-def atomic_write(path: str | Path, data: bytes) -> None:
+def atomic_write(path: str | Path, data: bytes, mode: int | None = None) -> None:
     """Writes bytes to `path`, which holds either its old or its new content at every moment.
+
+    Args:
+        mode: permissions of the file; None: those of any new file.
 
     Raises:
         OSError: it cannot be written, or `path` is not a regular file.
@@ -69,7 +72,12 @@ def atomic_write(path: str | Path, data: bytes) -> None:
     check_replaceable(path)
     temporary = temporary_path(path)
     try:
+        if mode is not None:
+            temporary.touch(0o600)  # before the content is there, which others may not be allowed to read
         temporary.write_bytes(data)
+        if mode is not None:
+            with _if_supported():
+                os.chmod(temporary, stat.S_IMODE(mode))
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)

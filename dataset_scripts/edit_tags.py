@@ -3,13 +3,16 @@
 
     dataset_scripts/edit_tags.py --data_root /data --remove watermark --rename "1girl" "a girl" --dedup --dry_run
 
-The options apply in the order remove, rename, dedup, sort, first, last. Originals are kept as a.txt.bak.
+The options apply in the order remove, rename, dedup, sort, first, last. Each caption file that is replaced is
+kept as a.txt.bak; where that has other content already, as a.txt.bak2, and so on.
 The exit code is 1 if some caption could not be read or written (each is named), 2 on any other error.
 """
 
 import os
 import sys
 from collections import Counter
+from contextlib import suppress
+from itertools import count
 
 try:
     from tqdm import tqdm
@@ -42,7 +45,7 @@ def parse_args(argv=None):
         "--regex", action="store_true", help="the tags of --remove and OLD are regular expressions for whole tags"
     )
     parser.add_argument("--tag_separator", default=",", metavar="TEXT", help="what stands between two tags")
-    parser.add_argument("--no_backup", action="store_true", help="keep no .bak of the originals")
+    parser.add_argument("--no_backup", action="store_true", help="keep no .bak of the files that are replaced")
     parser.add_argument("--top", type=cli.count, default=20, metavar="N", help="show this many changed captions")
     parser.add_argument("--dry_run", action="store_true", help="write nothing, only show what would change")
     args = parser.parse_args(argv)
@@ -80,10 +83,22 @@ def main(argv=None):
 
 
 def replace(path, text, backup):
-    """Writes a caption file; its first original stays as .bak, which later edits do not replace."""
-    if backup and not os.path.lexists(f"{path}.bak"):
-        atomic_write(f"{path}.bak", read_bytes(path))
-    atomic_write(path, f"{text}\n".encode())
+    """Writes a caption file with the permissions that it has; with `backup`, what it held stays in a .bak."""
+    mode = os.stat(path).st_mode
+    if backup:
+        keep(path, read_bytes(path), mode)
+    atomic_write(path, f"{text}\n".encode(), mode)
+
+
+def keep(path, data, mode):
+    """Writes the content of a file to the first free name of .bak, .bak2, .bak3 ..., unless one of them has it."""
+    for number in count(1):
+        name = f"{path}.bak{number if number > 1 else ''}"
+        if not os.path.lexists(name):
+            return atomic_write(name, data, mode)
+        with suppress(OSError):  # a directory, for example; of a link, the content may change
+            if not os.path.islink(name) and read_bytes(name) == data:
+                return None
 
 
 if __name__ == "__main__":

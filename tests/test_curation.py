@@ -156,6 +156,27 @@ def test_edited_tags(root, flags, expected):
     assert (root / "a.txt.bak").read_text() == "a,b,  c, a\n"  # still the original
 
 
+def test_edits_lose_no_content_and_keep_permissions(root):
+    path, edit = root / "a.txt", ("dataset_scripts/edit_tags.py", "--data_root", root, "--rename")
+    (root / "a.txt.bak2").mkdir()
+    (root / "a.txt.bak3").symlink_to("gone")
+    (root / "a.txt.bak4").symlink_to("a.txt")  # has the content of a.txt only until a.txt is replaced
+    for text in ("first, x", "of others, x", "of others, x"):
+        path.write_text(text)
+        path.chmod(0o640)
+        assert run_script(*edit, "x", "y") == 0
+        assert path.read_text() == f"{text[:-1]}y\n"
+    kept = {name: text for name, text in files(root).items() if ".bak" in name and not (root / name).is_symlink()}
+    assert kept == {"a.txt.bak": b"first, x", "a.txt.bak5": b"of others, x"}
+    assert {(root / name).stat().st_mode & 0o777 for name in ("a.txt", *kept)} == {0o640}
+
+
+@pytest.mark.parametrize("tags", [("(", "y"), ("x", r"\g<nope>"), ("x", r"\1"), ("x{99999999999}", "y")])
+def test_bad_regular_expressions_are_refused(root, tags):
+    with pytest.raises(ValueError, match="not a regular expression"):
+        run_script("dataset_scripts/edit_tags.py", "--data_root", root, "--regex", "--rename", *tags)
+
+
 def test_each_kind_of_bad_image_is_found_and_moved_with_its_caption(tmp_path, capsys):
     root, target = tmp_path / "data", tmp_path / "bad"
     data = photograph(root / "a.jpg").read_bytes()

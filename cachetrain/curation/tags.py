@@ -52,7 +52,7 @@ class TagEdit:
             ]
             for pattern, new in renamed:
                 pattern.sub(new, "")  # parses the new tag too
-        except re.error as error:
+        except (re.error, IndexError, OverflowError, RecursionError) as error:
             raise ValueError(f"not a regular expression: {error}") from error
 
         def edit(text):
