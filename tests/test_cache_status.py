@@ -115,6 +115,17 @@ ALL_FRESH = {suffix: {"fresh": 6} for suffix in (IMG, CLIP, T5)}
 # ---- states ----
 
 
+def test_further_caption_files_are_no_captions_for_a_cache_without_captions_files(root, models, status):
+    for folder in ("lone", "both"):
+        save_pictures(root / folder, ["g_1.png"])
+        (root / folder / "g_1.long.txt").write_text("a long caption")
+    (root / "both" / "g_1.TXT").write_text("a caption")
+    lone = (root / "lone", root / "both")
+    roots = [word for one in lone for word in ("--data_root", one)]
+    assert run_script("cache/create_t5cache_768.py", *roots, "--model", models["t5"]) == 0
+    assert table(status(roots=lone)[1]) == {T5: {"fresh": 2}}
+
+
 def test_fresh_and_complete_is_exit_code_0(status):
     code, output = status()
     assert code == 0

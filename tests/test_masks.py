@@ -108,6 +108,8 @@ def test_mask_files_are_no_images_and_bad_ones_are_named(cache, tmp_path, capsys
     levels(1, (64, 72)).save(tmp_path / "b.mask.png")
     Image.new("LA", (72, 64), (255, 9)).save(tmp_path / "c.mask.png")
     (tmp_path / "d.mask.png").write_bytes(b"no image")
+    save_pictures(tmp_path, ["link.png"])
+    (tmp_path / "link.mask.png").symlink_to("moved away.png")
     assert cache(tmp_path, "--mask", "files") == 1
     output = "".join(capsys.readouterr())
     assert sorted(sidecars(tmp_path, SUFFIX)) == ["a", "e"]
@@ -115,12 +117,13 @@ def test_mask_files_are_no_images_and_bad_ones_are_named(cache, tmp_path, capsys
         "{}/b.mask.png: is 64x72, its image 72x64; expected the same aspect ratio",
         "{}/c.mask.png: has transparent pixels",
         "{}/d.mask.png: not an image in one of the formats",
+        "{}/link.mask.png: No such file or directory",
         "not used: 1 mask with a suffix in capitals (F.MASK.PNG), 1 mask without an image (gone.mask.png)\n",
     ):
         assert line.format(tmp_path) in output
     assert cache(tmp_path, "--overwrite") == 0
     output = "".join(capsys.readouterr())
-    assert "found and not used: 5 *.mask.png (" in output and "; --mask files of the image cache scripts" in output
+    assert "found and not used: 6 *.mask.png (" in output and "; --mask files of the image cache scripts" in output
     assert cache(tmp_path, "--mask", "alpha") == 0
     assert "warning: --mask alpha: no image is transparent, so that nothing is masked" in "".join(capsys.readouterr())
 

@@ -54,12 +54,19 @@ def image_source(pair: Pair, masked: bool = False) -> Source:
 
     Args:
         masked: the bytes of its mask file, too; that there is none also counts.
+
+    Raises:
+        OSError: the image cannot be read.
+        ValueError: the mask cannot be read.
     """
     source = _source_of(pair.image)
     if not masked:
         return source
     path = mask_file(pair.image)
-    return source._replace(mask=Source(None, None, lambda: None) if path is None else _source_of(path))
+    try:
+        return source._replace(mask=Source(None, None, lambda: None) if path is None else _source_of(path))
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error  # the file is named, which is not the image
 
 
 def _source_of(path):

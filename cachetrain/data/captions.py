@@ -30,6 +30,12 @@ class Pair(NamedTuple):
     def caption_files(self) -> tuple[str, ...]:
         return (self.caption_file, *self.more) if self.caption_file else ()
 
+    @property
+    def with_one_file(self) -> "Pair":
+        """The pair as found without further files: `a.long.txt` alone is no caption of `a.jpg` then."""
+        suffix = (self.caption_file or "")[len(os.path.splitext(self.image)[0]) :]
+        return Pair(self.image, self.caption_file if suffix.lower() in CAPTION_SUFFIXES else None)
+
 
 class Caption(NamedTuple):
     """A caption, with size and mtime of its file as stored in sidecar headers.

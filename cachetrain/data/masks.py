@@ -11,6 +11,6 @@ def is_mask(name: str) -> bool:
 
 
 def mask_file(image: str) -> str | None:
-    """The path of the mask of an image; None if there is none."""
+    """The path of the mask of an image, also of one that is a link to nothing; None if there is none."""
     path = os.path.splitext(image)[0] + MASK_SUFFIX
-    return path if os.path.exists(path) else None
+    return path if os.path.lexists(path) else None

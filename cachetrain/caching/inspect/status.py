@@ -197,7 +197,9 @@ class Status:
 
     def _caption_source(self, item, header):
         """The source of a text sidecar, with the settings that its header names."""
-        return freshness.caption_source(item.pair, CaptionSettings.from_header(item.path, header.metadata))
+        settings = CaptionSettings.from_header(item.path, header.metadata)
+        pair = item.pair if "files" in settings.captions else item.pair.with_one_file  # as the cache script finds it
+        return freshness.caption_source(pair, settings)
 
     def _add_orphan(self, item, inspection):
         if not inspection.has_our_header:
