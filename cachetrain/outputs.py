@@ -66,6 +66,17 @@ norm = Output("file of --norm", (".json",), b'{\n "scaling_factor": ')
 single_file = Output("single file", (".safetensors",), b'"objective":"')  # of a model, or of an adapter
 
 
+def check_apart(flag: str, out: str, root: str) -> None:
+    """Checks that neither of a folder to write and --data_root lies in the other.
+
+    Raises:
+        ValueError: one does; `flag` names the first.
+    """
+    paths = [os.path.realpath(path) for path in (root, out)]
+    if os.path.commonpath(paths) in paths:
+        raise ValueError(f"{flag} {out}: must be apart from --data_root {root}")
+
+
 def save_sheet(image: "Image", path: str | os.PathLike, **settings) -> None:
     """Writes a picture that `sheet` and `grid` recognize, a PNG with `settings` as text chunks; makes its directory.
 

@@ -57,7 +57,11 @@ def parse_args(argv=None):
     parser.add_argument(
         "--html", type=outputs.page, metavar="FILE", help="write a page of thumbnails, a section per finding"
     )
-    parser.add_argument("--move_to", metavar="DIR", help="move images with findings there, with their captions")
+    parser.add_argument(
+        "--move_to",
+        metavar="DIR",
+        help="move images with findings there, with their captions; outside of --data_root",
+    )
     parser.add_argument("--dry_run", action="store_true", help="move nothing, only say how many")
     return parser.parse_args(argv)
 
@@ -70,6 +74,8 @@ def main(argv=None):
         raise ValueError("needs the package ImageHash; run `pip install -e .[tools]`") from None
     from cachetrain.curation.image_findings import Findings, move_pair
 
+    if args.move_to:
+        outputs.check_apart("--move_to", args.move_to, args.data_root)
     failures, findings = [], Findings(args)
     pairs = find_images([args.data_root], lambda *error: failures.append(": ".join(error)), all_captions=True)
     for pair in tqdm(pairs, unit="image", disable=None):

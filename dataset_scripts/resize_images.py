@@ -4,11 +4,11 @@
     dataset_scripts/resize_images.py --data_root /data --out /data_1024 --max_side 1024
 
 Images are turned upright by their EXIF data. One that is upright and small enough is copied as it is. JPEG, PNG and
-WEBP keep their format, others become PNG. Files that exist in --out are kept: a second run continues the first.
+WEBP keep their format, others become PNG. Captions, masks and each multiply.txt are copied, too. Files that exist in
+--out are kept: a second run continues the first.
 The exit code is 1 if some image failed (each is named), 2 on any other error.
 """
 
-import os
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +17,7 @@ from itertools import islice
 try:
     from tqdm import tqdm
 
-    from cachetrain import cli
+    from cachetrain import cli, outputs
     from cachetrain.curation.messages import print_failures
     from cachetrain.data.walk import find_images
 except ImportError as error:
@@ -42,15 +42,14 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    from cachetrain.curation.resize import copy_pair
+    from cachetrain.curation.resize import copy_multiples, copy_pair
 
-    root, out = (os.path.realpath(path) for path in (args.data_root, args.out))
-    if os.path.commonpath([root, out]) in (root, out):
-        raise ValueError(f"--out {args.out}: must be apart from --data_root {args.data_root}")
-    counts, failures = Counter(), []
+    outputs.check_apart("--out", args.out, args.data_root)
+    counts, failures, folders = Counter(), [], set()
     pairs = find_images([args.data_root], lambda *error: failures.append(": ".join(error)), all_captions=True)
     with ThreadPoolExecutor(args.num_workers) as pool, tqdm(unit="image", disable=None) as progress:
         while window := list(islice(pairs, WINDOW)):
+            failures += copy_multiples(window, folders, args)
             for outcome, reason in pool.map(lambda pair: copy_pair(pair, args), window):
                 counts[outcome] += 1
                 if reason:

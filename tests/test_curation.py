@@ -210,6 +210,22 @@ def test_each_kind_of_bad_image_is_found_and_moved_with_its_caption(tmp_path, ca
     assert (root / "copy.jpg").exists() and "not moved" in capsys.readouterr().err
 
 
+def test_images_are_moved_neither_within_the_folder_nor_away_from_what_they_link_to(root, tmp_path, capsys):
+    target, command = tmp_path / "bad", ("dataset_scripts/check_images.py", "--data_root", root, "--move_to")
+    (root / "c.webp").unlink()
+    (tmp_path / "elsewhere.txt").write_text("caption")
+    (root / "a.txt").symlink_to("../elsewhere.txt")
+    (root / "sub" / "b.txt").symlink_to(tmp_path / "elsewhere.txt")
+    before = files(root)
+    for inside in (root, root / "bad", tmp_path):
+        with pytest.raises(ValueError, match=r"--move_to .*: must be apart from --data_root"):
+            run_script(*command, inside)
+    assert files(root) == before
+    assert run_script(*command, target) == 1
+    assert f"{root / 'a.txt'}: not moved, is a link" in capsys.readouterr().err
+    assert sorted(files(root)) == ["a.png", "a.txt"] and sorted(files(target)) == ["sub/b.jpg", "sub/b.txt"]
+
+
 def test_near_groups_are_those_of_comparing_all_pairs():
     import numpy as np
 
@@ -312,16 +328,21 @@ def test_resized_copies_are_upright_never_enlarged_and_keep_captions_and_alpha(t
     (root / "big.txt").write_text("caption")
     (root / "big.long.txt").write_text("another caption")
     (root / "cut.png").write_bytes((root / "alpha.png").read_bytes()[:60])
+    picture(root / "often" / "below" / "small.png", size=(20, 10))
+    for folder in (root, root / "often"):
+        (folder / "multiply.txt").write_text(folder.name)
     command = ["dataset_scripts/resize_images.py", "--data_root", root, "--out", out, "--max_side", 104]
     assert run_script(*command, "--dry_run") == 1 and not out.exists()
     assert run_script(*command) == 1
-    assert "3 resized, 1 copied, 1 failed" in capsys.readouterr().out
+    assert "3 resized, 2 copied, 1 failed" in capsys.readouterr().out
     sizes = {name: Image.open(out / name).size for name in ("turned.jpg", "alpha.png", "sub/small.bmp", "big.png")}
     assert sizes == {"turned.jpg": (52, 104), "alpha.png": (104, 35), "sub/small.bmp": (20, 10), "big.png": (52, 104)}
     assert Image.open(out / "turned.jpg").getexif().get(0x0112) is None
     assert Image.open(out / "alpha.png").getpixel((0, 0))[3] == 0
+    multiples = {path.relative_to(out).as_posix(): path.read_text() for path in out.rglob("multiply.txt")}
+    assert multiples == {"multiply.txt": "data", "often/multiply.txt": "often"}
     assert (out / "big.txt").read_text() == "caption" and (out / "big.long.txt").read_text() == "another caption"
-    assert run_script(*command) == 1 and "4 kept" in capsys.readouterr().out
+    assert run_script(*command) == 1 and "5 kept" in capsys.readouterr().out
     with pytest.raises(ValueError, match="must be apart"):
         run_script(*command[:4], root / "sub", "--max_side", 104)
 

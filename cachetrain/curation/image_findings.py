@@ -123,13 +123,15 @@ def move_pair(pair: Pair, root: str, target: str, dry_run: bool) -> None:
     """Moves an image, its captions and its mask to the same relative path under `target`, over nothing that exists.
 
     Raises:
-        OSError, ValueError: there is something of the name.
+        OSError, ValueError: there is something of the name, or a link that would point elsewhere from there.
     """
     moves = []
     for path in filter(None, (pair.image, *pair.caption_files, mask_file(pair.image))):
         destination = os.path.join(target, os.path.relpath(path, root))
         if os.path.lexists(destination):
             raise ValueError(f"{path}: not moved, {destination} exists")
+        if os.path.islink(path) and not os.path.isabs(os.readlink(path)):
+            raise ValueError(f"{path}: not moved, is a link to a path relative to its folder")
         moves.append((path, destination))
     for path, destination in () if dry_run else moves:
         os.makedirs(os.path.dirname(destination), exist_ok=True)

@@ -4,6 +4,7 @@ import io
 import os
 import warnings
 from argparse import Namespace
+from collections.abc import Iterable
 
 from PIL import Image
 
@@ -11,6 +12,7 @@ from cachetrain.atomic import atomic_write
 from cachetrain.caching.pixels import open_image, orientation, to_rgb, upright
 from cachetrain.data.captions import Pair
 from cachetrain.data.masks import mask_file
+from cachetrain.data.unused import MULTIPLY
 from cachetrain.data.walk import MAX_IMAGE
 from cachetrain.log import describe
 from cachetrain.reading import read_bytes
@@ -38,13 +40,33 @@ def copy_pair(pair: Pair, args: Namespace) -> tuple[str, str | None]:
             os.makedirs(os.path.dirname(target), exist_ok=True)
             # First, so that an image that is there has its captions and its mask, which may be larger.
             for path in filter(None, (*pair.caption_files, mask_file(pair.image))):
-                copy = os.path.join(args.out, os.path.relpath(path, args.data_root))
-                if not os.path.lexists(copy):
-                    atomic_write(copy, _read(path))
+                _copy(path, args)
             atomic_write(target, data)
         return outcome, None
     except Exception as error:  # Pillow's plugins raise almost anything on malformed input
         return "failed", f"{pair.image}: {describe(error)}"
+
+
+def copy_multiples(pairs: Iterable[Pair], seen: set[str], args: Namespace) -> list[str]:
+    """Copies the multiply.txt of the folders that hold the pairs, and of those above; returns what failed.
+
+    Args:
+        seen: the folders done so far, relative to data_root; those of the pairs are added.
+        args: as of `copy_pair`.
+    """
+    failures = []
+    for pair in pairs:
+        folder = os.path.dirname(os.path.relpath(pair.image, args.data_root))
+        while folder not in seen:
+            seen.add(folder)
+            path = os.path.join(args.data_root, folder, MULTIPLY)
+            try:
+                if os.path.lexists(path) and not args.dry_run:
+                    _copy(path, args)
+            except OSError as error:
+                failures.append(describe(error))
+            folder = os.path.dirname(folder)  # in the end "", which is data_root
+    return failures
 
 
 def resized(data: bytes, max_side: int, quality: int) -> tuple[bytes, str | None, str]:
@@ -68,6 +90,14 @@ def resized(data: bytes, max_side: int, quality: int) -> tuple[bytes, str | None
     file, options = io.BytesIO(), {} if kind == "PNG" else {"quality": quality}
     pixels.save(file, kind, icc_profile=profile, exif=Image.Exif(), **options)
     return file.getvalue(), _SUFFIXES[kind], outcome
+
+
+def _copy(path, args):
+    """Copies a file as it is, unless there is one."""
+    copy = os.path.join(args.out, os.path.relpath(path, args.data_root))
+    if not os.path.lexists(copy):
+        os.makedirs(os.path.dirname(copy), exist_ok=True)
+        atomic_write(copy, _read(path))
 
 
 def _read(path):
