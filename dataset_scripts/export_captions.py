@@ -18,6 +18,7 @@ try:
 
     from cachetrain import cli
     from cachetrain.atomic import staged_file
+    from cachetrain.curation.lists import caption_key
     from cachetrain.curation.messages import print_failures
     from cachetrain.data.captions import read_caption
     from cachetrain.data.walk import find_images
@@ -33,7 +34,9 @@ def parse_args(argv=None):
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="list to write, in or above DIR; default: metadata.jsonl in DIR"
     )
-    parser.add_argument("--caption_key", default="text", metavar="KEY", help="key of the captions in the list")
+    parser.add_argument(
+        "--caption_key", type=caption_key, default="text", metavar="KEY", help="key of the captions in the list"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the list if it exists")
     return parser.parse_args(argv)
 

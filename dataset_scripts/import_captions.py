@@ -19,7 +19,7 @@ try:
     from tqdm import tqdm
 
     from cachetrain import cli
-    from cachetrain.curation.lists import find_lists, read_rows
+    from cachetrain.curation.lists import caption_key, find_lists, read_rows
     from cachetrain.curation.messages import print_failures
     from cachetrain.curation.twins import LOST, Importer
     from cachetrain.log import counted, describe
@@ -37,7 +37,10 @@ def parse_args(argv=None):
         help="folder to which the names in the list are relative; default: the folder of each list",
     )
     parser.add_argument(
-        "--caption_key", metavar="KEY", help="column or key of the captions; default: text, or caption in .json"
+        "--caption_key",
+        type=caption_key,
+        metavar="KEY",
+        help="column or key of the captions; default: text, or caption in .json",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace captions that exist")
     parser.add_argument("--dry_run", action="store_true", help="write nothing, only say what would be written")

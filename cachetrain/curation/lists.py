@@ -4,10 +4,12 @@ Formats: Hugging Face imagefolder (metadata.jsonl, .csv, .parquet), kohya's meta
 .json beside each image of img2dataset.
 """
 
+import argparse
 import csv
 import io
 import json
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -15,15 +17,28 @@ from cachetrain.data.walk import IMAGE_SUFFIXES, image_stems, is_image, walk_fol
 from cachetrain.reading import open_regular
 
 LISTS = (".jsonl", ".csv", ".parquet")
+_IMAGE_KEY = "file_name"
 _CSV_FIELD_BYTES = 2**24  # csv's own limit of 128 kB is below long captions with their other columns
 
 
 class Row(NamedTuple):
-    """One row of a list: where it stands, the image as the list names it, its caption (None: not text)."""
+    """One row of a list: where it stands, the image as the list names it, its caption (None: not text).
+
+    Attributes:
+        fault: why the row as a whole cannot be read.
+    """
 
     where: str
     image: str | None
     caption: str | None
+    fault: str | None = None
+
+
+def caption_key(text: str) -> str:
+    """An argparse type: the column or key of the captions."""
+    if text == _IMAGE_KEY:
+        raise argparse.ArgumentTypeError(f"{text} holds the names of the images; choose another key")
+    return text
 
 
 def find_lists(path: str, on_error: Callable[[str, str], None]) -> Iterator[str]:
@@ -76,15 +91,55 @@ def _jsonl(path, caption_key):
 def _csv(path, caption_key):
     key = caption_key or "text"
     csv.field_size_limit(_CSV_FIELD_BYTES)
-    reader = csv.DictReader(_lines(path), strict=True)
-    try:
-        _check_columns(path, reader.fieldnames or (), key)
-        for row in reader:
-            if None in row:
-                raise csv.Error("more fields than columns; quote texts that hold a comma")
-            yield _row_of(f"{path}:{reader.line_num}", row, key)
-    except csv.Error as error:
-        raise ValueError(f"{path}:{reader.line_num}: not CSV ({error})") from error
+    lines = _CsvLines(_lines(path))
+    rows = csv.reader(lines, strict=True)
+    columns = None
+    while True:
+        where = f"{path}:{lines.begin_row()}"
+        try:
+            fields = next(rows, None)
+        except csv.Error as error:
+            if columns is None:
+                raise ValueError(f"{where}: not CSV ({error})") from error
+            lines.give_back()
+            yield Row(where, None, None, f"not CSV: {error}")
+            continue
+        if columns is None:
+            columns = fields or []
+            _check_columns(path, columns, key)
+        elif fields is None:
+            return
+        elif len(fields) > len(columns):
+            yield Row(where, None, None, "more fields than columns; quote texts that hold a comma")
+        elif fields:
+            yield _row_of(where, dict(zip(columns, fields, strict=False)), key)
+
+
+class _CsvLines:
+    """The lines of a CSV, of which a row that is broken can give back all but its first."""
+
+    def __init__(self, lines):
+        self._lines = lines
+        self._given_back = deque()
+        self._row = []
+        self._number = 1
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self._row.append(self._given_back.popleft() if self._given_back else next(self._lines))
+        return self._row[-1]
+
+    def begin_row(self):
+        """Returns the number of the line with which the next row begins."""
+        self._number += len(self._row)
+        self._row = []
+        return self._number
+
+    def give_back(self):
+        self._given_back.extendleft(reversed(self._row[1:]))
+        del self._row[1:]
 
 
 def _parquet(path, caption_key):
@@ -97,7 +152,7 @@ def _parquet(path, caption_key):
     try:
         with open_regular(path) as raw, parquet.ParquetFile(raw) as file:
             _check_columns(path, file.schema_arrow.names, key)
-            for batch in file.iter_batches(columns=["file_name", key]):
+            for batch in file.iter_batches(columns=[_IMAGE_KEY, key]):
                 for row in batch.to_pylist():
                     number += 1
                     yield _row_of(f"{path}: row {number}", row, key)
@@ -128,12 +183,12 @@ def _kohya_caption(entry, caption_key):
 
 def _row_of(where, row, key):
     row = row if isinstance(row, dict) else {}
-    image, caption = row.get("file_name"), row.get(key)
+    image, caption = row.get(_IMAGE_KEY), row.get(key)
     return Row(where, image if isinstance(image, str) else None, caption if isinstance(caption, str) else None)
 
 
 def _check_columns(path, columns: Iterable[str], key):
-    for column in ("file_name", key):
+    for column in (_IMAGE_KEY, key):
         if column not in columns:
             hint = "; name the captions with --caption_key" if column == key else ""
             raise ValueError(f"{path}: has no column {column}, only {', '.join(map(str, columns)) or 'none'}{hint}")

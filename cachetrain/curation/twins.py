@@ -41,6 +41,8 @@ class Importer:
         return outcome, detail
 
     def _outcome(self, row):
+        if row.fault:
+            return "not text", row.fault
         if row.image is None or row.caption is None or "\0" in row.image + row.caption:
             return "not text", "expected the name of an image and its caption, both texts"
         path = os.path.normpath(os.path.join(self.root, row.image))
