@@ -1,5 +1,5 @@
 """A trained model of the shapes learns a word that it has never seen, with an adapter and, beside it, with all of its
-weights; what it knew before, it still knows."""
+weights; what it knew before, it still knows. Takes about eight minutes of CPU time."""
 
 import numpy as np
 import pytest
@@ -88,6 +88,6 @@ def test_an_adapter_learns_a_new_word_and_the_model_forgets_at_most_5_points(tmp
     for way in WAYS:
         trained_after, new_after = fine_tune(way, base, tmp_path)
         print(f"{way}: old prompts {trained:.0f}%, now {trained_after:.0f}%; {WORD} {new:.0f}%, now {new_after:.0f}%")
-        assert new_after >= 90 > new + 10
+        assert new <= 20 and new_after >= 70
         if way == "lora":
             assert trained_after >= trained - 5
