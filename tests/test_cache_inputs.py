@@ -203,6 +203,11 @@ ODD = {  # members beside a good sample -> (names of the rows that images give, 
     "dots": ({"a.b.jpg": image()}, [], "#a.b.jpg: is no image, as the name of a sample ends at its first dot"),
     "not text": ({"caf\udce9.jpg": image()}, ["caf\udce9"], None),
     "control": ({"a\x1b[1m.jpg": b""}, [], r"#a\x1b[1m.jpg: not an image"),
+    "long name": (
+        {f"{'a' * 246}.jpg": image(), f"{'b' * 247}.jpg": image()},
+        ["a" * 246],
+        "its sidecar would be too",
+    ),
     "16 bit": ({"a.png": encoded(np.full((64, 64), 40000, np.uint16))}, ["a"], None),
 }
 
@@ -288,10 +293,12 @@ def test_a_rerun_names_the_rows_that_failed_before_without_reading_inputs(
         assert make("img", model_t5, faulty, tmp_path) == int(said)
         assert ("3 rows failed when the shards were made" in capfd.readouterr().err) == said
     (path, _) = shards(tmp_path, "img")
-    path.write_bytes(path.read_bytes()[:600])
     monkeypatch.setenv("RANK", "0")
-    assert make("img", model_t5, faulty, tmp_path) == 1
-    assert f"{path}: its index is damaged" in capfd.readouterr().err
+    whole = path.read_bytes()
+    for size, problem in ((len(whole) - 1, "is truncated"), (600, "its index is damaged"), (0, "is not a shard")):
+        path.write_bytes(whole[:size])
+        assert make("img", model_t5, faulty, tmp_path) == 1
+        assert f"{path}: {problem}; delete it, and run again\n" in capfd.readouterr().err
 
 
 def test_shards_with_failed_rows_have_the_same_bytes_wherever_the_input_is(faulty, model_t5, tmp_path):

@@ -12,8 +12,9 @@ import tarfile
 import pytest
 from cache_fixtures import damage_tars, files, make_tars
 from cache_fixtures import shard_command as command
-from helpers import REPO, T5, digest, run_script, train, wait_until
+from helpers import REPO, T5, digest, fake_s3, run_script, train, wait_until
 
+from cachetrain.data import objects
 from cachetrain.data.index import PairIndex
 from cachetrain.data.shards import Shard
 from cachetrain.data.sidecar import read_sidecar
@@ -82,14 +83,27 @@ def test_processes_make_the_same_bytes_in_any_number_and_one_makes_what_others_l
     assert files(tmp_path) == files(made)
 
 
-def test_addresses_of_stores_are_read_and_written_like_directories(tars, made, model_t5, tmp_path):
-    out = tmp_path / "set"
-    out.mkdir()
-    assert make(model_t5, f"file://{tars}", f"file://{out}") == [0, 0]
-    assert sorted(files(out).values()) == sorted(files(made).values())  # under names with the ETags of the tars
-    before = files(out)
-    assert make(model_t5, f"file://{tars}/", f"file://{out}") == [0, 0]
-    assert files(out) == before
+def test_addresses_of_stores_are_read_and_written_like_directories(tars, made, model_t5):
+    with fake_s3() as bucket:
+        store = objects.open_store(bucket)
+        for path in tars.glob("*.tar"):
+            objects.put_new(store, f"cached/tars/{path.name}", path.read_bytes())
+        objects.put_new(store, "cached/tars/00000.parquet", b"no list of URLs")
+        assert make(model_t5, f"{bucket}/cached/tars", f"{bucket}/cached/set") == [0, 0]
+        names = [name for name in objects.names_in(store) if name.startswith("cached/set/")]
+        sidecars = [objects.read(store, name)[0] for name in names]
+        assert sorted(sidecars) == sorted(files(made).values())  # under names with the ETags of the tars
+        assert make(model_t5, f"{bucket}/cached/tars/", f"{bucket}/cached/set") == [0, 0]
+        assert [name for name in objects.names_in(store) if name.startswith("cached/set/")] == names
+
+
+def test_file_addresses_give_the_shards_of_their_paths(tars, made, model_t5, tmp_path):
+    (tmp_path / "a b").symlink_to(tars)
+    (out := tmp_path / "set").mkdir()
+    assert make(model_t5, f"file://{tmp_path}/a%20b", f"file://{out}") == [0, 0]
+    assert files(out) == files(made)
+    with pytest.raises(ValueError, match="file://data: names another machine"):
+        make(model_t5, "file://data", out)
 
 
 def test_processes_start_with_their_own_tars_and_go_on_with_different_others(monkeypatch):
@@ -200,6 +214,13 @@ def test_a_tar_that_changed_is_made_anew_and_the_old_shard_is_named(tars, made, 
 def test_options_that_tars_do_not_have_are_refused(flags, message, tars, model_t5, tmp_path):
     with pytest.raises(ValueError, match=message):
         run_script(*command("img", model_t5, tars, tmp_path / "set", *flags))
+
+
+@pytest.mark.parametrize(("out", "message"), [("", "no directory given"), ("gs:/a", "did you mean gs://a")])
+def test_places_that_are_none_are_refused(out, message, tars, model_t5, capsys):
+    with pytest.raises(SystemExit):
+        run_script(*command("txt", model_t5, tars, None, "--out", out))
+    assert message in capsys.readouterr().err
 
 
 def test_folders_without_tars_and_two_tars_of_one_number_are_refused(tars, model_t5, tmp_path):

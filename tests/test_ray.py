@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -124,6 +125,29 @@ def test_a_cluster_that_does_not_answer_is_named_at_once(tars, tmp_path, monkeyp
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     with pytest.raises(OSError, match=r"cannot connect to Ray at RAY_ADDRESS=127\.0\.0\.1:9: .*refused"):
         run_script(*shard_command("txt", tmp_path, tars, tmp_path / "set", "--engine", "ray"))
+
+
+def test_the_address_of_a_cluster_that_is_gone_is_not_tried(tars, tmp_path, monkeypatch, capfd):
+    import ray
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    addresses = []
+
+    def init(address=None, **_):
+        addresses.append(address)
+        raise RuntimeError("no further")
+
+    monkeypatch.setattr(ray, "init", init)
+    left = Path(os.environ["RAY_TMPDIR"]) / "ray" / "ray_current_cluster"
+    left.parent.mkdir(parents=True)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        for address in (None, f"127.0.0.1:{server.getsockname()[1]}", "127.0.0.1:9"):
+            if address:
+                left.write_text(address)
+            with pytest.raises(OSError, match="cannot connect to Ray: no further"):
+                run_script(*shard_command("txt", tmp_path, tars, tmp_path / "set", "--engine", "ray"))
+    assert addresses == [None, None, "local"]
+    assert "127.0.0.1:9, does not answer; starting Ray here" in capfd.readouterr().err
 
 
 # On a cluster of several nodes, all on this machine

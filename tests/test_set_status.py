@@ -9,6 +9,7 @@ import pytest
 from helpers import T5, fake_s3, run_script
 
 from cachetrain.caching.inspect import set_state
+from cachetrain.caching.packing import shard_row
 from cachetrain.data import objects, set_files, shards
 from cachetrain.data.freeze import freeze_bytes, freeze_of
 from cachetrain.data.shard_set import ShardSet
@@ -146,6 +147,22 @@ def test_verify_names_every_damaged_row_and_only_those(packed, bucket, tmp_path,
     assert status(target) == 0  # without --verify, rows are not read
 
 
+def test_verify_names_damage_between_rows(packed, tmp_path, capsys):
+    target = shutil.copytree(packed, tmp_path / "set")
+    (path, *_) = sorted(target.glob("txt_*/*.tar"))
+    shard, whole = Shard(path), path.read_bytes()
+    header = int(shard.arrays["offset"][3]) - 512
+    where = f"{shard.where(3)}: its tar header is damaged"
+    damage = {header: where, header + 148: where, header - 1: where, header + 511: where}
+    for place, line in (damage | {150: f"{path}: its first tar", len(whole) - 1: f"{path}: its end is"}).items():
+        change(path, [place])
+        assert status(target, "--verify") == 1
+        (named,) = capsys.readouterr().err.splitlines()
+        assert named.startswith(line)
+        path.write_bytes(whole)
+    assert status(target, "--verify") == 0
+
+
 def test_verify_reads_pieces_of_any_size(packed, monkeypatch):
     reference = {path: [Shard(path).where(row) for row in range(len(Shard(path)))] for path in packed.rglob("*.tar")}
     for size in (1, 700, 10**6):
@@ -165,6 +182,13 @@ def test_status_names_rows_that_failed(shapes, tmp_path, capsys, monkeypatch):
     assert status(tmp_path / "set") == 1
     expected = "  rows that failed when the shards were made: 4\n    b/1: is cut off\n    b/2: is no image\n"
     assert expected in capsys.readouterr().out
+
+
+def shorten(path, kind="txt_t5cache"):
+    """Leaves the last row of a shard of captions out; kind None: of images."""
+    shard = Shard(path)
+    rows = [shard_row(shard.name(i), "", bytes(shard.read(i)), kind) for i in range(len(shard) - 1)]
+    path.write_bytes(shards.build_shard([row for row, _ in rows], shard.fields["suffix"], shard.fields["widths"]))
 
 
 @pytest.fixture
@@ -218,7 +242,18 @@ def test_an_interrupted_prune_is_finished_by_the_next(two_runs, monkeypatch):
     assert not any(path.exists() for path in old) and len(list(newer.iterdir())) == 5
 
 
-@pytest.mark.parametrize("case", ["newer half lacks a shard", "same time", "newer is damaged"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "newer half lacks a shard",
+        "same time",
+        "newer is damaged",
+        "a row of the newer is damaged",
+        "newer lacks the null caption",
+        "newer null caption is damaged",
+        "newer has fewer rows",
+    ],
+)
 def test_prune_keeps_the_older_one_where_the_newer_cannot_replace_it(case, two_runs, capsys):
     target, newer, old = two_runs
     stale = next(path for path in old if path.parent.name.startswith("img_"))
@@ -228,17 +263,40 @@ def test_prune_keeps_the_older_one_where_the_newer_cannot_replace_it(case, two_r
         "newer half lacks a shard": "the newer one lacks 1 shard of it, like 00000",
         "same time": "both were written at the same time",
         "newer is damaged": "1 shard of the newer one cannot be used",
+        "a row of the newer is damaged": "1 shard of the newer one cannot be used",
+        "newer lacks the null caption": "the null caption of the newer one is missing",
+        "newer null caption is damaged": "the null caption of the newer one is damaged",
+        "newer has fewer rows": "the newer one has 1 row fewer",
     }[case]
+    null = newer / "_null_caption.txt_t5cache"
     if case == "newer half lacks a shard":
         first.unlink()
     elif case == "newer is damaged":
         first.write_bytes(first.read_bytes()[:600])
+    elif case == "a row of the newer is damaged":
+        change(first, [-1500])
+    elif case == "newer lacks the null caption":
+        null.unlink()
+    elif case == "newer null caption is damaged":
+        change(null, [-1])
+    elif case == "newer has fewer rows":
+        shorten(first)
     for path in (path for folder in target.glob("txt_*") for path in folder.iterdir() if case == "same time"):
         os.utime(path, (10**9, 10**9))
     before = files_of(target)
     assert status(target, "--prune", "--yes") == 1
     assert f"kept by --prune, since {reason}" in capsys.readouterr().out
     assert files_of(target) == before
+
+
+def test_prune_keeps_an_older_shard_with_more_rows(two_runs, capsys):
+    target, _, old = two_runs
+    (stale,) = (path for path in old if path.parent.name.startswith("img_"))
+    newer = next(path for path in stale.parent.glob("00002-*") if path != stale)
+    shorten(newer, None)
+    assert status(target, "--prune", "--yes") == 1
+    assert "kept by --prune, since the newer one has 1 row fewer" in capsys.readouterr().out
+    assert {path for path in old if path.exists()} == {stale}
 
 
 def test_prune_of_object_storage(two_runs, bucket, monkeypatch):
@@ -295,9 +353,18 @@ def test_status_names_shards_of_a_freeze_that_are_gone_and_prune_keeps_those_it_
     gone.unlink()
     assert status(target) == 1
     assert f"1 shard of it gone, like {gone.relative_to(target)}" in capsys.readouterr().out
-    change(freeze, [-1])
-    assert status(target) == 1
-    assert f"{freeze}: is no freeze file, or damaged" in capsys.readouterr().err
+    renamed = freeze.rename(target / "mine.safetensors")
+    before = files_of(target)
+    assert status(target, "--prune", "--yes") == 1 and files_of(target) == before
+    done = capsys.readouterr()
+    assert f"{renamed}: is a freeze file under another name" in done.err
+    assert "kept by --prune, since it may be listed in mine.safetensors, which cannot be used" in done.out
+    change(renamed.rename(freeze), [-1])
+    before = files_of(target)
+    assert status(target, "--prune", "--yes") == 1 and files_of(target) == before
+    done = capsys.readouterr()
+    assert f"{freeze}: is no freeze file, or damaged" in done.err
+    assert f"kept by --prune, since it may be listed in {freeze.name}, which cannot be used" in done.out
 
 
 def test_freeze_refuses_a_set_with_two_runs_and_an_unclear_choice(two_runs, shapes, packed):

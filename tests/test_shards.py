@@ -16,7 +16,7 @@ from sdxl_fixtures import SDXL
 from cachetrain.data.dataset import Sidecars
 from cachetrain.data.index import PairIndex
 from cachetrain.data.ram import RamCache
-from cachetrain.data.shards import Shard
+from cachetrain.data.shards import Shard, member_header
 from cachetrain.data.sidecar import SidecarError, read_sidecar, write_sidecar
 
 RUN = ("--batch_size", 5, "--save_steps", 3, "--cond_dropout", 0.2, "--val_split", 0.2, "--val_steps", 3)
@@ -72,6 +72,14 @@ def same_samples(a, b):
     return True
 
 
+@pytest.mark.parametrize("name", ["a.x", "b/" * 49 + "ab", "b/" * 50 + "a", "ü.x", "caf\udce9.x"])
+@pytest.mark.parametrize("size", [0, 511, 8**11 - 1, 8**11])
+def test_headers_of_members_are_those_of_tarfile(name, size):
+    expected = tarfile.TarInfo(name)
+    expected.size = size
+    assert member_header(name, size) == expected.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+
+
 def test_tars_give_back_each_sidecar_byte_for_byte(folder, packed, tmp_path):
     names = []
     for path in packed.rglob("*.tar"):
@@ -96,6 +104,15 @@ def test_the_same_folder_gives_the_same_bytes_and_shards_that_are_there_are_kept
     assert "24 pairs in 8 shards; 1 shard written" in capsys.readouterr().out
     assert one.read_bytes() == files[one.relative_to(again)]
     assert times.items() <= {path: path.stat().st_mtime_ns for path in again.rglob("*.tar")}.items()
+    capsys.readouterr()
+    for path, size in zip(times, (-1, 0), strict=False):
+        path.write_bytes(path.read_bytes()[:size])
+    names = ("--imgcache_suffix", T5[0], "--txtcache_suffix", T5[1], "--rows", 7)
+    assert run_script("cache/pack_shards.py", "--data_root", folder, "--out", again, *names) == 1
+    said = capsys.readouterr().err
+    cut, empty = list(times)[:2]
+    for path, problem in ((cut, "is truncated"), (empty, "is not a shard")):
+        assert f"{path}: {problem}; delete it, and run again\n" in said
 
 
 def test_processes_share_the_packing(folder, packed, tmp_path, monkeypatch):
@@ -265,10 +282,18 @@ def test_what_is_no_whole_shard_is_refused_at_the_start(change, message, packed,
 def test_sets_that_hold_more_than_one_state_are_refused_with_both_named(folder, packed, model_t5, tmp_path, capsys):
     changed = shutil.copytree(folder, tmp_path / "folder")
     (changed / "00023.img_sdxl").unlink()
-    with pytest.raises(ValueError, match="is of an earlier state of the folder"):
+    with pytest.raises(ValueError, match="is of an earlier state of the folder's image sidecars"):
         pack(changed, shutil.copytree(packed, tmp_path / "set"))
     with pytest.raises(ValueError, match="is of an earlier state of the folder"):  # fewer shards
         pack(folder, tmp_path / "set", rows=24)
+    repeated = shutil.copytree(folder, tmp_path / "repeated")
+    (repeated / "b ü" / "multiply.txt").write_text("3")
+    with pytest.raises(ValueError, match=r"is of an earlier state of the folder's image sidecars or multiply\.txt"):
+        pack(repeated, shutil.copytree(packed, tmp_path / "third"))
+    for half in (tmp_path / "third").glob("img_*"):
+        shutil.rmtree(half)
+    with pytest.raises(ValueError, match=r"'s text sidecars or multiply\.txt, or of another .*; delete .*/txt_t5"):
+        pack(repeated, tmp_path / "third")
     last = sorted(pack(changed, tmp_path / "other").glob("img_sdxl-*/*.tar"))[-1]
     old = sorted((tmp_path / "set").glob("img_sdxl-*/*.tar"))[-1]
     shutil.copy(last, old.parent)
@@ -303,8 +328,22 @@ def test_sets_that_cannot_be_made_are_named(folder, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=f"{tmp_path}/file: cannot be opened: File exists"):
         pack(folder, tmp_path / "file")
-    with pytest.raises(ValueError, match="no directory given"):
-        pack(folder, "")
+
+
+def test_arguments_of_packing_that_cannot_be_meant_are_refused(folder, packed, tmp_path, monkeypatch, capsys):
+    for out, message in (("", "no directory given"), ("s3:/bucket/x", "did you mean s3://bucket/x")):
+        with pytest.raises(SystemExit):
+            pack(folder, out)
+        assert message in capsys.readouterr().err
+    with pytest.raises(ValueError, match=f"{packed}: is a shard set already"):
+        pack(packed, tmp_path)
+    with pytest.raises(ValueError, match="has a suffix twice"):
+        pack(folder, tmp_path, suffixes=([T5[0], T5[0]], T5[1]))
+    with pytest.raises(ValueError, match="is the folder that is packed"):
+        pack(folder, f"{folder.parent}/../{folder.parent.name}/folder/")
+    monkeypatch.setenv("RANK", "x")
+    with pytest.raises(ValueError, match="variable RANK is 'x', expected a number"):
+        pack(folder, tmp_path)
 
 
 def test_sidecars_without_a_header_are_not_packed(shapes, tmp_path):

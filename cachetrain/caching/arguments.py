@@ -1,6 +1,7 @@
 """Arguments that several cache scripts share. Imports no torch, so that `--help` answers at once."""
 
 import argparse
+import re
 from functools import partial
 
 from cachetrain import cli
@@ -184,9 +185,12 @@ def clip_length(args: argparse.Namespace) -> dict[str, int]:
 
 def _cache_parser(doc, kind, model, batch_size):
     parser = cli.parser(doc)
-    add_data_root_argument(parser, " or, with --out, a directory or s3:// address of tars or parquet files")
+    add_data_root_argument(
+        parser, " or, with --out, a directory or s3:// address of tars or parquet files", ", without --out"
+    )
     parser.add_argument(
         "--out",
+        type=set_address,
         metavar="DIR|URL",
         help="write a shard set instead of sidecars: a directory, or s3://, gs:// or az:// with a bucket and a path; "
         "--data_root then holds tars or parquet files of images and captions, 00000.tar and so on",
@@ -214,14 +218,14 @@ def _cache_parser(doc, kind, model, batch_size):
     return parser
 
 
-def add_data_root_argument(parser: argparse.ArgumentParser, more: str = "") -> None:
-    """Adds --data_root; `more` follows what the help says it is."""
+def add_data_root_argument(parser: argparse.ArgumentParser, more: str = "", end: str = "") -> None:
+    """Adds --data_root; `more` follows what the help says it is, and `end` ends the help."""
     parser.add_argument(
         "--data_root",
         action="append",
         required=True,
         metavar="DIR",
-        help=f"folder of images, searched with all sub-folders{more}; can be given several times",
+        help=f"folder of images, searched with all sub-folders{more}; can be given several times{end}",
     )
 
 
@@ -258,6 +262,15 @@ def add_subset_arguments(parser: argparse.ArgumentParser, default: int | None, n
         help=f"look at this many, chosen at random; 0: all{note}",
     )
     parser.add_argument("--seed", type=cli.seed, default=0, help="random seed of that choice")
+
+
+def set_address(text: str) -> str:
+    """argparse type: where a shard set is to be written."""
+    if not text:
+        raise argparse.ArgumentTypeError("no directory given for the shard set")
+    if match := re.match("(s3|gs|az|file):/(?!/)", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: did you mean {match[1]}://{text[match.end() :]}?")
+    return text
 
 
 def cache_suffix(text: str) -> str:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from itertools import groupby
 from typing import NamedTuple
+from urllib.parse import unquote
 
 from cachetrain.caching import parquet
 from cachetrain.caching.samples import MAX_INPUT, Samples
@@ -63,6 +64,7 @@ class Inputs:
     """
 
     def __init__(self, where: str):
+        where = _local_path(where)
         self.store = objects.open_store(where) if objects.is_url(where) else None
         root = where.rstrip("/")
         self.inputs = []
@@ -120,6 +122,16 @@ class Inputs:
             return parquet.has_images(one.where, footer)
         except ValueError:  # damaged, or pyarrow is not installed: the tars do not need it
             return False
+
+
+def _local_path(where):
+    """The path that a `file://` address names, so that both give the same shards; other addresses as they are."""
+    if not where.startswith("file://"):
+        return where
+    path = where.removeprefix("file://").removeprefix("localhost")
+    if not path.startswith("/"):
+        raise ValueError(f"{where}: names another machine; give a path, as file:///data")
+    return unquote(path)
 
 
 def _one_of_each_number(inputs):

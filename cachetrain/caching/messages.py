@@ -19,6 +19,12 @@ def say(*lines: object) -> None:
         print(printable(line))
 
 
+def how_to_mend(error: ValueError) -> str:
+    """What is wrong with a shard of a set that is being made, and what to do."""
+    problem, _, _ = str(error).rpartition("; ")
+    return f"{problem or error}; delete it, and run again"
+
+
 def failure_line(path: str | os.PathLike, reason: str | Exception) -> str:
     """Returns `path: reason`, or the reason alone if it starts with the path, or with that of the file's caption or
     sidecar."""

@@ -12,11 +12,19 @@ _POLL_S = 0.2
 
 
 def rank() -> int:
-    return int(os.environ.get("RANK", 0))
+    return _number("RANK", 0)
 
 
 def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return _number("WORLD_SIZE", 1)
+
+
+def _number(name, default):
+    text = os.environ.get(name, default)
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"the environment variable {name} is {text!r}, expected a number; unset it") from None
 
 
 def is_mine(path: str | os.PathLike) -> bool:

@@ -22,9 +22,8 @@ from cachetrain import cli
 from cachetrain.caching import ranks
 from cachetrain.caching.inputs import Input, Inputs
 from cachetrain.caching.messages import print_line
-from cachetrain.caching.shard_run import Half, check_out_args, finish
+from cachetrain.caching.shard_run import Half, check_out_args, finish, shards_there
 from cachetrain.caching.summary import RunSummary
-from cachetrain.data.objects import names_in, open_store
 from cachetrain.log import first_line
 
 _CPUS = 4  # of an actor in a cluster without GPUs
@@ -63,7 +62,7 @@ def make_on_ray(cache: Callable[..., int], args: Namespace, summary: RunSummary)
     if ranks.world_size() > 1:
         raise ValueError("--engine ray starts the processes itself; run it once, without torchrun and WORLD_SIZE")
     check_out_args(args)
-    inputs, there = Inputs(args.data_root[0]).inputs, set(names_in(open_store(args.out)))
+    inputs, there = Inputs(args.data_root[0]).inputs, shards_there(args.out)
     half, num_written, printed = None, 0, set()
     progress = tqdm(total=len(inputs), desc=summary.kind, unit="input", disable=None)
     with _cluster() as ray, summary.telling_what_was_done(), progress:
@@ -94,12 +93,11 @@ def _cluster():
     except ImportError:
         raise ValueError("--engine ray needs the package ray: pip install -e '.[cluster]'") from None
     address = os.environ.get("RAY_ADDRESS", "")
-    host, _, port = address.rpartition(":")
     try:
-        if port.isdecimal():  # Ray would try for minutes
-            socket.create_connection((host.strip("[]"), port), timeout=10).close()
+        _check_answers(address)
+        found = None if address or _started_here() else "local"
         with cli.deferred_signals() as came:  # Ray sets a handler of its own
-            ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
+            ray.init(found, include_dashboard=False, log_to_driver=False, logging_level="error")
     except (OSError, RuntimeError, ray.exceptions.RayError) as error:
         where = f" at RAY_ADDRESS={address}" if address else ""
         raise OSError(f"cannot connect to Ray{where}: {first_line(error)}") from error
@@ -111,6 +109,29 @@ def _cluster():
         raise OSError(f"the connection to Ray is lost: {first_line(error)}") from error
     finally:
         ray.shutdown()
+
+
+def _check_answers(address):
+    """Raises OSError if nothing answers at `host:port`: Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if port.isdecimal():
+        socket.create_connection((host.strip("[]"), port), timeout=10).close()
+
+
+def _started_here():
+    """Whether the cluster that was started on this machine answers, if any; Ray tries one that is gone, too."""
+    try:
+        from ray._private.utils import read_ray_address
+
+        address = read_ray_address()
+    except (ImportError, AttributeError, TypeError, OSError):  # another version of Ray, which may find it elsewhere
+        return True
+    try:
+        _check_answers(address or "")
+    except OSError:
+        print_line(f"the Ray cluster that was started on this machine, {address}, does not answer; starting Ray here")
+        return False
+    return True
 
 
 def _actors_of(ray, cache, args):

@@ -23,6 +23,7 @@ ANY_IMAGE = ".image"  # the suffix of an image of which only the content says th
 
 _IMAGES = IMAGE_SUFFIXES | {ANY_IMAGE}
 _JSON = ".json"
+_MAX_NAME = 255  # bytes
 
 
 def is_image(suffix: str) -> bool:
@@ -61,6 +62,15 @@ class Samples:
     def name(self, pair: Pair) -> str:
         """The name of a sample."""
         return os.path.splitext(pair.image)[0][len(self.where) + 1 :]
+
+    def drop_long_names(self, suffix: str) -> list[Pair]:
+        """Takes the pairs out of `pairs` whose sidecars of this suffix no file could be; returns them."""
+        kept, dropped = [], []
+        for pair in self.pairs:
+            longest = max(len(os.fsencode(part)) for part in f"{self.name(pair)}{suffix}".split("/"))
+            (dropped if longest > _MAX_NAME else kept).append(pair)
+        self.pairs = kept
+        return dropped
 
     def read(self, path: str) -> bytes:
         """The bytes of a file."""

@@ -19,6 +19,8 @@ from cachetrain.data.sidecar import sidecar_path
 from cachetrain.data.walk import Pairs, find_images
 from cachetrain.modeling.names import is_local, split_subfolder
 
+TOO_LONG = "the name of its sidecar would be too long; shorten the image's name"
+
 
 def find_pairs(args: Namespace, summary: RunSummary, all_captions: bool = False) -> Iterator[Pair]:
     """Yields all pairs under --data_root; `all_captions`: with all caption files of each image.
@@ -62,7 +64,7 @@ def select(
                 raise ValueError(f"{path}: is some other file, no sidecar; delete it or use another --cache_suffix")
         except (OSError, ValueError) as error:
             if getattr(error, "errno", None) == ENAMETOOLONG:
-                error = ValueError("the name of its sidecar would be too long; shorten the image's name")
+                error = ValueError(TOO_LONG)
             return error, {}
         return (None, {}) if args.overwrite else (state, metadata)
 

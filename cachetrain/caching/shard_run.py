@@ -13,21 +13,21 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import NamedTuple
 
 from tqdm import tqdm
 
 from cachetrain.caching import ranks
 from cachetrain.caching.inputs import Input, Inputs
-from cachetrain.caching.messages import print_line, say
+from cachetrain.caching.messages import how_to_mend, print_line, say
 from cachetrain.caching.samples import Samples
+from cachetrain.caching.selection import TOO_LONG
 from cachetrain.caching.summary import RunSummary
 from cachetrain.caching.writer import Writer
-from cachetrain.data.many_files import in_threads
-from cachetrain.data.objects import exists, names_in, open_store, put_new, read_range
+from cachetrain.data.objects import exists, open_store, put_new
+from cachetrain.data.set_files import Bucket, Entry, read_indexes
 from cachetrain.data.shard_set import folder_name, shard_name, shard_number
-from cachetrain.data.shards import build_shard, failed_rows, fields_in
+from cachetrain.data.shards import build_shard, failed_rows
 from cachetrain.data.sidecar import NULL_STEM, RUN_KEYS, SidecarError, sidecar_bytes
 from cachetrain.log import counted, warn
 
@@ -96,7 +96,7 @@ class ShardRun:
         Raises:
             OSError: a shard cannot be written.
         """
-        inputs, there, num_written = self.inputs.inputs, set(names_in(self.store)), 0
+        inputs, there, num_written = self.inputs.inputs, shards_there(self.args.out), 0
         missing = iter([one for one in _in_turn(inputs) if self.half.name(one) not in there])
         with self.summary.time_encoding():
             for one, samples in self._read_inputs(missing):
@@ -170,10 +170,13 @@ class ShardRun:
         self.summary.recorded = []
         for path, reason in samples.faults:
             self.summary.fail(path, reason)
+        for pair in samples.drop_long_names(self.suffix):
+            self.summary.fail(pair.image, TOO_LONG)
         name, unit = os.path.basename(samples.where), self.summary.unit
         progress = tqdm(total=len(samples.pairs), desc=name, unit=unit, disable=None, leave=False)
         with progress, _Collected(self.summary, progress) as writer:
-            encode(samples, writer)
+            if samples.pairs:
+                encode(samples, writer)
         kind = self.summary.kind if unit == "caption" else None
         made = [(pair, data) for pair in samples.pairs if (data := writer.sidecars.pop(pair.image, None))]
         rows = [shard_row(samples.name(pair), pair.image, data, kind) for pair, data in made]
@@ -181,18 +184,28 @@ class ShardRun:
         return build_shard([row for row, _ in rows], self.suffix, rows[0][1], failed) if rows else None
 
 
+def shards_there(out: str) -> dict[str, Entry]:
+    """{name: Entry} of what is in a set; raises OSError if it cannot be listed."""
+    return {entry.name: entry for entry in Bucket(out).entries()}
+
+
 def finish(
-    args: Namespace, inputs: Sequence[Input], half: Half, there: set[str], num_written: int, summary: RunSummary
+    args: Namespace,
+    inputs: Sequence[Input],
+    half: Half,
+    there: dict[str, Entry],
+    num_written: int,
+    summary: RunSummary,
 ) -> int:
     """Says what was made, and what is wrong with what was there before; returns the exit code.
 
     Args:
-        there: names of the shards that were there before.
+        there: of `shards_there`, before the run.
     """
     say(f"{args.out}/{half.folder}: {counted(num_written, 'shard')} of {counted(len(inputs), 'input')} written")
     names = {half.name(one): one for one in inputs}
     numbers = {one.number for one in inputs}
-    places = {name: name.rpartition("/") for name in sorted(there - names.keys())}
+    places = {name: name.rpartition("/") for name in sorted(there.keys() - names.keys())}
     # Training refuses two shards of one number.
     old = [name for name, (in_, _, base) in places.items() if in_ == half.folder and shard_number(base) in numbers]
     if old:
@@ -201,32 +214,31 @@ def finish(
             f"{args.out}/{old[0]}: is of an earlier state of its input, or made with other options; "
             f"delete it{others} before training"
         )
-    _warn_of_failed(args.out, {name: one for name, one in names.items() if name in there and _is_own(one)}, summary)
+    own = {there[name]: one for name, one in names.items() if name in there and _is_own(one)}
+    _warn_of_failed(args.out, own, summary)
     return summary.finish_alone(getattr(args, "bucket", False))
 
 
 def _warn_of_failed(out, inputs, summary):
-    """Warns of rows that failed when shards were made. `inputs`: {name of a shard that is there: Input}."""
-    store = open_store(out)
+    """Warns of rows that failed when shards were made, and of shards that are damaged.
 
-    def failed(name):
-        try:
-            return failed_rows(fields_in(f"{out}/{name}", partial(read_range, store, name, 0)))
-        except SidecarError as error:
-            return error
-
-    number, first = 0, None
-    for name, earlier in in_threads(failed, inputs):
-        if isinstance(earlier, SidecarError):
-            summary.fail(f"{out}/{name}", earlier)
-        elif earlier.number:
+    Args:
+        inputs: {Entry of a shard that was there: its Input}.
+    """
+    files, number, first = Bucket(out), 0, None
+    for entry, index in read_indexes(files, inputs):
+        if isinstance(index, SidecarError):
+            summary.fail(files.path(entry.name), how_to_mend(index))
+            continue
+        earlier = failed_rows(index.fields)
+        if earlier.number:
             number += earlier.number
-            first = first or f"{inputs[name].where}#{': '.join(earlier.first[0])}"
+            first = first or f"{inputs[entry].where}#{': '.join(earlier.first[0])}"
     if number:
         summary.counts["failed_before"] = number
         print_line(  # on all ranks: each looks at its own
-            f"warning: {out}/{os.path.dirname(name)}: {counted(number, 'row')} failed when the shards were made, the "
-            f"first {first}; to try again, delete the shard"
+            f"warning: {out}/{os.path.dirname(entry.name)}: {counted(number, 'row')} failed when the shards were "
+            f"made, the first {first}; to try again, delete the shard"
         )
 
 

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
 from cachetrain.atomic import atomic_write
 from cachetrain.data import objects
+from cachetrain.data.many_files import in_threads
 from cachetrain.data.shards import INDEX_START, ShardIndex, index_size
+from cachetrain.data.sidecar import SidecarError
 from cachetrain.reading import named_errors, open_regular
 
 _CHUNK = 2**20
@@ -159,6 +161,24 @@ def read_index(files: Directory | Bucket, entry: Entry) -> ShardIndex:
         OSError: it cannot be read.
     """
     return ShardIndex(files.path(entry.name), _index_bytes(files, entry), entry.size)
+
+
+def read_indexes(
+    files: Directory | Bucket, entries: Iterable[Entry]
+) -> Iterator[tuple[Entry, ShardIndex | SidecarError]]:
+    """Yields (entry, its ShardIndex, or the error of a shard that is cut off or damaged), in order; reads in threads.
+
+    Raises:
+        OSError: a shard cannot be read.
+    """
+
+    def read(entry):
+        try:
+            return read_index(files, entry)
+        except SidecarError as error:
+            return error
+
+    return in_threads(read, entries)
 
 
 def _index_bytes(files, entry):

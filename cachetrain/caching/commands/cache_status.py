@@ -9,7 +9,8 @@ with --verify. --prune lists orphaned sidecars and deletes them once confirmed.
     cache/cache_status.py --data_root s3://bucket/photos_set --verify
 
 Of a shard set, it shows rows, sizes and encoder of each half, rows that failed or that one half lacks, and what is
-older: another folder of the same suffix, or another shard of the same number. --prune deletes that once confirmed.
+older: another folder of the same suffix, or another shard of the same number. --prune verifies the set, and deletes
+what is older once confirmed.
 
 The exit code is 0 if everything is fresh and complete, 1 if something is stale, corrupt, missing, orphaned, mixed or
 cannot be read, 2 on any other error. A suffix without any sidecars counts as missing only if --cache_suffix names it.
@@ -64,7 +65,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     )
     parser.add_argument("--verify", action="store_true", help="read all tensors and compare them with their SHA-256")
     parser.add_argument(
-        "--prune", action="store_true", help="list orphaned sidecars, or old shards of a set, ask, and delete them"
+        "--prune",
+        action="store_true",
+        help="list orphaned sidecars, or verify a set and list its old shards; ask, and delete them",
     )
     parser.add_argument("--yes", action="store_true", help="with --prune: delete without asking")
     parser.add_argument(
@@ -113,7 +116,7 @@ def report_sets(args: Namespace, sets: list[str]) -> int:
 
 def report_one_set(args: Namespace, root: str) -> bool:
     """Prints the state of a shard set, and deletes what is old in it if asked to; returns whether all is well."""
-    report = SetReport(open_files(root), args.verify)
+    report = SetReport(open_files(root), args.verify or args.prune)
     report.print()
     found = set_prune.find_old(report)
     num_left = sum(len(old.entries) for old in found)

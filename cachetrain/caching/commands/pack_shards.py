@@ -8,7 +8,8 @@ Training from the set is bit-for-bit the training from the folder. The numbers i
 that are in the set already are not packed again, so the same command continues an interrupted run. With RANK and
 WORLD_SIZE set, as torchrun does, each process packs its share. Needs obstore: pip install -e '.[cloud]'.
 
-The exit code is 0 if the set is complete, 2 on any error.
+The exit code is 0 if the set is complete, 1 if a shard that was in it is cut off or has a damaged index, 2 on any
+other error. cache/cache_status.py --verify looks for other damage.
 """
 
 from argparse import Namespace
@@ -24,6 +25,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser.add_argument("--data_root", required=True, metavar="DIR", help="folder whose pairs of sidecars are packed")
     parser.add_argument(
         "--out",
+        type=arguments.set_address,
         required=True,
         metavar="DIR|URL",
         help="the shard set: a directory, or s3://, gs:// or az:// with a bucket and a path",

@@ -11,6 +11,8 @@ from cachetrain.data.shard_set import ShardSet
 from cachetrain.data.shards import ShardIndex
 from cachetrain.data.sidecar import SidecarError
 
+_FIELD, _HEAD = b"freeze_format", 2**16  # is in the first bytes of a freeze file, so many
+
 
 def freeze_set(files: Directory | Bucket, suffixes: Sequence[str]) -> tuple[Freeze, bool]:
     """Writes a freeze file into a set, unless it is there.
@@ -35,7 +37,14 @@ def find_freezes(files: Directory | Bucket, entries: Sequence[Entry]) -> dict[st
     """{name of a freeze file: what it says, or what is wrong with it} among the files of a set."""
     found = {}
     for entry in entries:
-        if is_freeze(entry.name) and "/" not in entry.name:
+        if "/" in entry.name or not entry.name.endswith(".safetensors"):
+            continue
+        if not is_freeze(entry.name):
+            if entry.size and _FIELD in files.read(entry.name, 0, min(entry.size, _HEAD)):
+                found[entry.name] = (
+                    f"{files.path(entry.name)}: is a freeze file under another name; rename or delete it"
+                )
+        else:
             try:
                 data = files.read(entry.name, 0, entry.size)
                 found[entry.name] = read_freeze(files.path(entry.name), data)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import NamedTuple
 
@@ -11,7 +11,8 @@ from tqdm import tqdm
 from cachetrain.caching.inspect.set_state import time_text, written
 from cachetrain.caching.inspect.shard_status import FolderReport, SetReport
 from cachetrain.caching.messages import say
-from cachetrain.data.set_files import Bucket, Directory, Entry
+from cachetrain.data.set_files import Bucket, Directory, Entry, read_indexes
+from cachetrain.data.sidecar import SidecarError
 from cachetrain.log import counted
 
 
@@ -34,20 +35,22 @@ class Old(NamedTuple):
 
 
 def find_old(report: SetReport) -> list[Old]:
-    """Finds what is old. It is kept unless the newer one has all of its shards, undamaged, and is newer; and if a
-    freeze file lists it."""
+    """Finds what is old. It is kept unless the newer one has all of its shards and rows, undamaged, and is newer; if
+    a freeze file lists it; and if what a freeze file lists is not known."""
     found = [_old_folder(one) for one in report.folders if one.newer]
     for half in report.halves:
-        for newest, *others in half.folder.shards.values():
-            found += [_old_shard(half, newest, other) for other in others]
+        found += _old_shards(report.files, half)
     listed = {}  # shard -> freeze file
     for name, freeze in report.freezes.items():
         if not isinstance(freeze, str):
             listed |= dict.fromkeys(chain.from_iterable(freeze.shards()), name)
-    return [_kept_for_freeze(old, listed) for old in found]
+    unknown = min((name for name, freeze in report.freezes.items() if isinstance(freeze, str)), default=None)
+    return [_kept_for_freeze(old, listed, unknown) for old in found]
 
 
-def _kept_for_freeze(old, listed):
+def _kept_for_freeze(old, listed, unknown):
+    if unknown:
+        return old._replace(kept=f"it may be listed in {unknown}, which cannot be used")
     freezes = sorted({listed[entry.name] for entry in old.entries if entry.name in listed})
     return old._replace(kept=f"it is listed in {freezes[0]}") if freezes and not old.kept else old
 
@@ -55,21 +58,40 @@ def _kept_for_freeze(old, listed):
 def _old_folder(report: FolderReport) -> Old:
     folder, newer = report.folder, report.newer
     lacking = sorted(folder.shards.keys() - newer.folder.shards.keys())
+    null = newer.folder.null
+    num_fewer = sum(
+        max(0, report.rows.get(entry.name, 0) - newer.rows.get(newer.current[number].name, 0))
+        for number, entry in report.current.items()
+        if not lacking
+    )
     kept = ""
     if written(folder.entries)[1] == written(newer.folder.entries)[1]:
         kept = "both were written at the same time"
     elif lacking:
         kept = f"the newer one lacks {counted(len(lacking), 'shard')} of it, like {lacking[0]:05d}"
+    elif folder.null and (null is None or null.name in newer.damaged):
+        kept = f"the null caption of the newer one is {'damaged' if null else 'missing'}"
     elif newer.damaged:
         kept = f"{counted(len(newer.damaged), 'shard')} of the newer one cannot be used"
+    elif num_fewer:
+        kept = f"the newer one has {counted(num_fewer, 'row')} fewer"
     entries = [*([folder.null] if folder.null else []), *folder.entries]
     when, newer_when = (time_text(*written(one.entries)) for one in (folder, newer.folder))
     return Old(folder.name, newer.folder.name, entries, when, newer_when, kept)
 
 
-def _old_shard(half: FolderReport, newest: Entry, other: Entry) -> Old:
+def _old_shards(files: Directory | Bucket, half: FolderReport) -> Iterator[Old]:
+    newest_of = {other: newest for newest, *others in half.folder.shards.values() for other in others}
+    for other, index in read_indexes(files, newest_of):
+        num_rows = 0 if isinstance(index, SidecarError) else len(index)
+        yield _old_shard(half, newest_of[other], other, num_rows)
+
+
+def _old_shard(half: FolderReport, newest: Entry, other: Entry, num_rows: int) -> Old:
     kept = "both were written at the same time" if newest.modified == other.modified else ""
     kept = kept or ("the newer one cannot be used" if newest.name in half.damaged else "")
+    num_fewer = num_rows - half.rows.get(newest.name, 0)
+    kept = kept or (f"the newer one has {counted(num_fewer, 'row')} fewer" if num_fewer > 0 else "")
     return Old(other.name, newest.name, [other], time_text(other.modified), time_text(newest.modified), kept)
 
 

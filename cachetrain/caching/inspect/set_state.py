@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from cachetrain.data.set_files import Bucket, Directory, Entry, read_index
 from cachetrain.data.shard_set import folder_suffix, shard_number
-from cachetrain.data.shards import INDEX_START, ShardIndex, index_size
+from cachetrain.data.shards import INDEX, INDEX_START, ShardIndex, index_size, member_header
 from cachetrain.data.sidecar import NULL_STEM
 
 # A request of object storage takes 50 ms, whatever it reads; verifying computes, and holds pieces of 10 MB.
@@ -152,12 +152,16 @@ def _verify(files, entry, problems, progress, stopped):
             yield chunk
 
     path, stream = files.path(entry.name), _Stream(chunks())
-    size = index_size(path, stream.read(INDEX_START))
+    head = stream.read(INDEX_START)
+    size = index_size(path, head)
     index = ShardIndex(path, stream.read(size), entry.size)
+    if head != member_header(INDEX, size):
+        problems.append(f"{path}: its first tar header is damaged; copy or pack the shard again")
     offsets, lengths = index.arrays["offset"].tolist(), index.arrays["length"].tolist()
     for row in np.argsort(index.arrays["offset"], kind="stable").tolist():
-        for _ in stream.pieces(offsets[row] - stream.position):
-            pass
+        between = index.before(row, stream.position)
+        if stream.read(offsets[row] - stream.position) != between:
+            problems.append(f"{index.where(row)}: its tar header is damaged; copy or pack the shard again")
         sha256 = hashlib.sha256()
         for piece in stream.pieces(lengths[row]):
             sha256.update(piece)
@@ -165,6 +169,8 @@ def _verify(files, entry, problems, progress, stopped):
             index.check(row, sha256.digest())
         except ValueError as error:
             problems.append(str(error))
+    if any(map(any, stream.pieces(entry.size - stream.position))):
+        problems.append(f"{path}: its end is damaged; copy or pack the shard again")
     return index
 
 

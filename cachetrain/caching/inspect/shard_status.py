@@ -29,7 +29,8 @@ class FolderReport:
         tokens: length of the shortest and of the longest caption.
         failed: Examples of rows that failed when the shards were made.
         missing: Examples of rows that other halves have; `lacking`: numbers of shards that others have.
-        damaged: set of the names of shards with something wrong, each named on stderr.
+        damaged: set of the names of shards with something wrong, and of a null caption, each named on stderr.
+        rows: {name of a shard: number of its rows}.
     """
 
     def __init__(self, folder: Folder, newer: FolderReport | None = None):
@@ -45,6 +46,7 @@ class FolderReport:
         self.missing = Examples()
         self.lacking = []
         self.damaged = set()
+        self.rows = {}
 
     @property
     def current(self) -> dict[int, Entry]:
@@ -70,6 +72,7 @@ class FolderReport:
                 check_alike(self.first, index)
             except ValueError as error:
                 problems.append(str(error))
+            self.rows[entry.name] = len(index)
             self._add_rows(index)
         for problem in problems:
             print_line(problem)
