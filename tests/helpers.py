@@ -149,9 +149,9 @@ def fake_s3():
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     endpoint = "http://{}:{}".format(*server.get_host_and_port())
-    # All servers of a process share what they hold.
-    urllib.request.urlopen(urllib.request.Request(f"{endpoint}/moto-api/reset", method="POST"))
-    urllib.request.urlopen(urllib.request.Request(f"{endpoint}/bucket", method="PUT"))
+    # What an earlier server of this process holds would be in the bucket.
+    for path, method in (("moto-api/reset", "POST"), ("bucket", "PUT")):
+        urllib.request.urlopen(urllib.request.Request(f"{endpoint}/{path}", method=method))
     names = {"AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y"}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (names | {"AWS_REGION": "us-east-1"}).items():

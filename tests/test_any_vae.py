@@ -229,6 +229,7 @@ def test_measured_numbers_of_each_channel_reach_header_training_checkpoint_and_e
 
     path = tmp_path / "norm.json"
     assert run_script("cache/calculate_vae_scaling.py", data, "--per_channel", "--out", path) == 0
+    assert "\n\nchannel 1\n" in capsys.readouterr().out
     before = {file: read_sidecar(file) for file in data.glob("*.img_sdxl")}
     capsys.readouterr()
     assert run_script(*cache, "--norm", path) == 0

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder
 from helpers import TINY, run_script, weights_of
 
 from cachetrain.modeling import load
@@ -81,8 +81,16 @@ def test_fresh_channels_leave_all_other_weights_and_come_from_the_seed(model_sd,
     assert not any(torch.equal(a[name], c[name]) for name in changed)
 
 
-def test_a_fresh_unet_takes_the_number_of_the_vae(vaes, tmp_path):
-    assert compose(TINY / "unet", vaes(16), tmp_path / "new", "--channels", "fresh").config.out_channels == 16
+def test_a_fresh_unet_takes_the_number_of_the_vae_and_other_ways_have_nothing_to_keep(vaes, tmp_path, capsys):
+    for way, words in (("fresh", ""), ("zero", "--channels zero: the UNet starts with new weights")):
+        assert compose(TINY / "unet", vaes(16), tmp_path / way, "--channels", way).config.out_channels == 16
+        assert words in (said := capsys.readouterr().err) and ("--channels" in said) == bool(words)
+
+
+def test_a_vae_of_videos_is_refused_before_anything_is_made(model_sd, tmp_path):
+    AutoencoderKLTemporalDecoder(block_out_channels=(32,), layers_per_block=1).save_pretrained(tmp_path / "vae")
+    with pytest.raises(ValueError, match="AutoencoderKLTemporalDecoder: encodes video, not images"):
+        compose(model_sd, tmp_path / "vae", tmp_path / "new")
 
 
 def test_channels_change_nothing_where_the_vae_fits(model_sd, tmp_path):

@@ -299,6 +299,7 @@ def test_trainer_tells_what_a_user_may_not_expect_in_the_list_of_pairs(tmp_path,
     data = [str(tmp_path / root) for root in ("some", "none")]
     args = Namespace(train_data_dir=data, dir_weights=[1, 1], imgcache_suffix=IMAGE, txtcache_suffix=TEXT)
     others = {"force_txtcache": None, "sizes": None, "overfit": 0, "val_split": 0, "val_data_dir": None}
+    others |= {"shard_cache": None, "shard_cache_gb": None}
     index, *_ = open_index(Namespace(kohya_repeats=False, **others, **vars(args)), World())
     output = capsys.readouterr()
     assert "warning: no image beside 6 of 10 pairs, which train all the same" in output.err

@@ -334,7 +334,8 @@ def listing_rank(env, argv, folder, rank, moment, cwd):
     from cachetrain.distributed import World
 
     saved_index.SETTLE_S, world, seen = 0.02, World(), {"headers": [], "checksums": [], "tokens": []}
-    flags = dict.fromkeys(("force_txtcache", "sizes", "overfit", "val_data_dir", "dir_weights", "kohya_repeats"))
+    flags = dict.fromkeys(("force_txtcache", "sizes", "overfit", "val_data_dir", "dir_weights", "kohya_repeats",
+                           "shard_cache", "shard_cache_gb"))  # fmt: skip
     flags |= {"imgcache_suffix": ".img_sdxl", "txtcache_suffix": ".txt_t5cache", "val_split": 0.3}
     before(index, "read_header", lambda path: seen["headers"][-1].append(os.fspath(path)))
     for number, directory in enumerate(argv):

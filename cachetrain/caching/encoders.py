@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from cachetrain.modeling.t5_pipeline import takes_frames
-from cachetrain.modeling.vae import vae_reduction
+from cachetrain.modeling.vae import check_takes_images, vae_reduction
 
 FLOAT16_MAX = torch.finfo(torch.float16).max
 
@@ -48,11 +48,8 @@ def check_vae(vae, sizes: Iterable[tuple[int, int]]) -> None:
     Raises:
         ValueError: an autoencoder of videos or sounds; a size that its reduction does not divide.
     """
+    check_takes_images(vae)
     name = type(vae).__name__
-    if not takes_frames(vae) and any(parameter.ndim == 5 for parameter in vae.parameters()):
-        raise ValueError(f"{name}: encodes video, not images; pass an image VAE")
-    if not any(parameter.ndim == 4 for parameter in vae.parameters()) and not takes_frames(vae):
-        raise ValueError(f"{name}: does not encode images; pass an image VAE")
     reduction = vae_reduction(vae)
     for width, height in sizes:
         if width % reduction or height % reduction:

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from cachetrain.atomic import staged_directory
 from cachetrain.diffusion.noise_schedulers import make_scheduler
+from cachetrain.log import warn
 from cachetrain.modeling import load
 from cachetrain.modeling.channels import change_channels
 from cachetrain.modeling.files import component_files, has_weights, read_config
 from cachetrain.modeling.projections import ProjectionOptions, make_projection, projection_into_unet, save_projection
-from cachetrain.modeling.vae import latent_channels
+from cachetrain.modeling.vae import check_takes_images, latent_channels
 from cachetrain.reading import read_text
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ def save_unet(
     Raises:
         ValueError: latent channels or text widths differ from the UNet's.
     """
+    check_takes_images(vae)
     config = read_config(unet_dir)
     channels = latent_channels(vae)
     other_channels = config["in_channels"] != channels
@@ -120,6 +122,8 @@ def save_unet(
             f"encoders give {pooled_width}; pass another --clip_g or --unet"
         )
     if _starts_fresh(unet_dir, target):
+        if other_channels and target.channels != "fresh":
+            warn(f"--channels {target.channels}: the UNet starts with new weights, so there are none to keep")
         config |= {"in_channels": channels, "out_channels": channels} if other_channels else {}
         load.fresh_unet(config, target.seed).save_pretrained(stage.path / "unet")
     elif other_channels:

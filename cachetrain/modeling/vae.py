@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from cachetrain.modeling.t5_pipeline import takes_frames
+
 if TYPE_CHECKING:
     from diffusers import ModelMixin
 
@@ -15,6 +17,21 @@ REFUSED = {
     "AutoencoderKLHunyuanImageRefiner": "takes videos of several frames, made by another model",
     "ConsistencyDecoderVAE": "decodes by sampling a diffusion model; pass the AutoencoderKL that it was made for",
 }
+
+
+def check_takes_images(vae: ModelMixin) -> None:
+    """Refuses an autoencoder of videos or sounds.
+
+    Raises:
+        ValueError: it is one.
+    """
+    dimensions = {parameter.ndim for parameter in vae.parameters()}
+    if takes_frames(vae):
+        return
+    if 5 in dimensions:
+        raise ValueError(f"{type(vae).__name__}: encodes video, not images; pass an image VAE")
+    if 4 not in dimensions:
+        raise ValueError(f"{type(vae).__name__}: does not encode images; pass an image VAE")
 
 
 def latent_channels(vae: ModelMixin) -> int:

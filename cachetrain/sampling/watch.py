@@ -31,7 +31,7 @@ _SETTINGS = {
     "sampler_steps": int,
 }
 # Flags that the runs of older versions do not have.
-_NEWER = {"kohya_repeats": False, "time_ids": None}
+_NEWER = {"kohya_repeats": False, "time_ids": None, "sizes": None, "shard_cache": None, "shard_cache_gb": None}
 
 
 def watch(args: argparse.Namespace) -> int:

@@ -70,7 +70,7 @@ def print_table(overall: Statistics, channels: list[Statistics]) -> None:
 
 def print_factors(row: Statistics, fields: dict[str, str], channel: int | None = None) -> None:
     """Prints the two measured factors, of all latents or of one channel, beside those in the header."""
-    say("" if channel is None else f"\nchannel {channel}")
+    say("", *([] if channel is None else [f"channel {channel}"]))
     for key, what, measured in (
         ("scaling_factor", "1/std", row.inverse_std),
         ("shift_factor", "mean", row.mean),
