@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cachetrain.modeling.t5_pipeline import takes_frames
-
 if TYPE_CHECKING:
     from diffusers import ModelMixin
 
@@ -25,6 +23,8 @@ def check_takes_images(vae: ModelMixin) -> None:
     Raises:
         ValueError: it is one.
     """
+    from cachetrain.modeling.t5_pipeline import takes_frames  # imports torch
+
     dimensions = {parameter.ndim for parameter in vae.parameters()}
     if takes_frames(vae):
         return
