@@ -66,6 +66,7 @@ def random_batch(seed, objective="epsilon", size=6, masked=True):
         "dropped": torch.rand(size, generator=generator) < 0.4,
         "weights": torch.ones(size),
         "samples": torch.arange(size),
+        "waited_s": 0.5,
     }
 
 
@@ -721,7 +722,7 @@ def test_the_document_names_every_tag_and_no_other(unet, tmp_path, monkeypatch):
     text = (REPO / "docs" / "logging.md").read_text(encoding="utf-8")
     named = re.findall(r"^\| `(\d\d_\w+/[^`]+)`", text, re.M)
     patterns = {tag: re.sub(r"<\w+>", ".+", re.escape(tag)) for tag in named}
-    stats = make_stats(unet, tmp_path, flops_per_image=1e9)
+    stats = make_stats(unet, tmp_path, flops_per_image=1e9, shard_readers=2)
     stats._peak = 100.0
     look, rates = diagnostics.Diagnostics(unet, 1, ALL, World(), CPU), optimizer_of()
     rates.param_groups[0]["d"] = 1e-6

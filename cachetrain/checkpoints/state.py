@@ -120,6 +120,12 @@ def _is_validation(value):
     return _is_number(value.get("best")) and _is_count(value.get("stale")) and type(value.get("told")) is bool
 
 
+def _is_shards(value):
+    return isinstance(value, list) and all(
+        names is None or (isinstance(names, list) and all(isinstance(name, str) for name in names)) for names in value
+    )
+
+
 # What a run can have written into each field.
 _FIELDS = {
     "step": _is_count,
@@ -133,6 +139,7 @@ _FIELDS = {
     "statistics": _is_statistics,
     "validation": _is_validation,
 }
+_NEWER = {"shards": _is_shards}  # that checkpoints of earlier versions lack
 # Visits of a step, as multiples of those of the last one: earlier parts of the run may have had larger batches.
 _MAX_BATCH_RATIO = 1000
 
@@ -143,7 +150,7 @@ def _check_fields(state, where, advice):
         raise ValueError(f"{where} is not a JSON object; {advice}")
     if missing := _FIELDS.keys() - state.keys():
         raise ValueError(f"{where} lacks {', '.join(sorted(missing))}; {advice}")
-    wrong = [name for name, is_right in _FIELDS.items() if not is_right(state[name])]
+    wrong = [name for name, is_right in (_FIELDS | _NEWER).items() if name in state and not is_right(state[name])]
     if not wrong:
         settings = state["settings"]
         visits = state["step"] * settings["batch_size"] * settings["gradient_accum"] * settings["ranks"]

@@ -23,10 +23,12 @@ def test_crash_before_and_after_each_operation_of_a_save_leaves_the_old_checkpoi
     power, again_every, saved, model_t5, tmp_path, capfd
 ):
     start, expected, single_files = saved
-    folder, newest = copy(start, tmp_path / "run"), []
+    folder, newest, step = copy(start, tmp_path / "run"), [], min(again_every, 2)
     for number, found in enumerate(
         moments(lambda: Run(model_t5, folder).save(NEW), folder, tmp_path / "found", power)
     ):
+        if number % step:
+            continue
         run = Run(model_t5, found)
         newest.append(check(run, expected, single_files))
         assert not list(run.output_dir.glob(".*")) and not list(run.ckpt_dir.glob(".*"))
@@ -37,7 +39,8 @@ def test_crash_before_and_after_each_operation_of_a_save_leaves_the_old_checkpoi
             assert [step_of(path) for path in checkpoints(run.output_dir)] == [again - 1, again]
             assert not list(run.output_dir.glob(".*")) and not list(run.ckpt_dir.glob(".*"))
     assert newest == sorted(newest) and newest[0] == OLD and newest[-2:] == [NEW, NEW]
-    assert newest.count(OLD) > 50 and newest.count(NEW) > 30  # then old ones are removed, the single file is written
+    # Then old ones are removed, and the single file is written.
+    assert newest.count(OLD) > 50 / step and newest.count(NEW) > 30 / step
     assert "DAMAGED" not in capfd.readouterr().err
 
 
