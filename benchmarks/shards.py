@@ -10,7 +10,7 @@ reads   random reads of pairs, verified, as training makes them: latents [4, 64,
 start   what a training run does before it reads the first pair: it lists the pairs. Shards without their tensors
         stand for large ones, since a start reads indexes only.
 freeze  the same from a freeze file, to the first batch of --shuffle_window 4, and to batch 40,000 of 2,048, where a
-        run goes on; all shards are links to one
+        run is resumed; all shards are links to one
 pack    a folder into shards, against reading, hashing and writing its bytes
 """
 

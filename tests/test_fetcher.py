@@ -172,7 +172,7 @@ def test_a_run_that_goes_on_uses_the_shards_it_started_with(packed, model_t5, tm
     train(os.path.relpath(data), model_t5, run, *RUN, "--resume", "latest")
     assert content(run, 6) == content(tmp_path / "whole", 6)
     assert (
-        f"{os.path.relpath(data)}: not used: 2 shards that came after the run had started" in capfd.readouterr().out
+        f"{os.path.relpath(data)}: not used: 2 shards that were added after the run started" in capfd.readouterr().out
     )
     for path in data.glob("*/00003-*.tar"):
         path.unlink()
@@ -356,7 +356,7 @@ def test_a_killed_fetcher_is_started_again_and_goes_on_with_the_plan(near_set, c
     os.kill(fetcher._process.pid, signal.SIGKILL)
     (near_set.store / "later").rename(near_set.store / names[0])
     wait_until(lambda: shards_of(near_set.directory) == names)
-    assert "the process that fetches shards has ended (-9); it is started again" in capfd.readouterr().err
+    assert "the process that fetches shards has ended (-9); restarting it" in capfd.readouterr().err
 
 
 def test_stop_signals_do_not_end_it_and_the_end_of_the_trainer_does(near_set):
@@ -391,8 +391,13 @@ def test_a_full_disk_waits_for_room_and_says_so(near_set, monkeypatch, capfd):
     (near_set.directory / near.WANTED / near.request_name(names[0])).touch()
     monkeypatch.setattr(fetching.shutil, "disk_usage", lambda _: full)
     wait_until(lambda: copies.go_on() or "no room for" in capfd.readouterr().err)
+    assert shards_of(near_set.directory) == [] and near.request_name(names[0]) in os.listdir(
+        near_set.directory / "wanted"
+    )
     monkeypatch.undo()
     wait_until(lambda: copies.go_on() or shards_of(near_set.directory) == names[:1])
+    wait_until(lambda: copies.go_on() or not os.listdir(near_set.directory / "wanted"))
+    assert (near_set.directory / names[0]).read_bytes() == (near_set.store / names[0]).read_bytes()
 
 
 def test_what_is_needed_last_goes_first(near_set):
@@ -434,6 +439,10 @@ def test_what_cannot_be_fetched_at_all_is_refused_in_one_line(
             rf"{flag}: .*B of {remote} are read at a time \(without --shuffle_window, all of it\)", message
         )
         assert f"there is room for {room}; " in message
+    held_out = uploaded(packed, f"{bucket}/held_out")
+    just_one = ["--shard_cache_gb", 1.5 * megabytes(packed) / 1024]
+    message = refused(remote, model_t5, tmp_path / "x", *cache, "--val_data_dir", held_out, *just_one)
+    assert f"B of {remote}, {held_out} are read at a time" in message
     store = objects.open_store(remote)
     gone = shards_of(packed)[0]
     data = objects.read(store, gone)[0]

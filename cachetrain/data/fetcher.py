@@ -95,7 +95,8 @@ class Shelf:
                         f"{shard[0]}: no room for {shard[1]}, which has {tqdm.format_sizeof(size, 'B')}; {free} are "
                         f"free on the disk, of which {tqdm.format_sizeof(RESERVE, 'B')} stay free"
                     )
-                self._remove(max(later, key=self.needed.get))
+                needed = self.needed  # which another plan may replace meanwhile
+                self._remove(max(later, key=lambda other: needed.get(other, len(needed))))
             self.sizes[shard] = size
             if wanted:
                 self.last_needed[shard] = self.plans
@@ -108,7 +109,7 @@ class Shelf:
 
     def _remove(self, shard):
         del self.sizes[shard]
-        os.unlink(os.path.join(*shard))
+        Path(*shard).unlink(missing_ok=True)  # a process that found it damaged may have removed it
 
     def copy(self, shard: tuple[str, str], wanted: bool) -> None:
         """Copies a shard, and its index beside it.
@@ -217,7 +218,7 @@ class Copies:
             self._ahead.clear()  # until the next plan
         elif isinstance(error, OSError):
             self._not_before[key] = time.monotonic() + RETRY_S
-            self._warn(f"{error}; tried again until it works")
+            self._warn(f"{error}; trying again until it works")
         else:
             raise error
 

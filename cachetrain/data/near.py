@@ -158,7 +158,7 @@ class Fetcher:
             self._process.wait()
             if self._closed:
                 return
-            warn(f"the process that fetches shards has ended ({self._process.returncode}); it is started again")
+            warn(f"the process that fetches shards has ended ({self._process.returncode}); restarting it")
             time.sleep(1)
             with self._lock:
                 self._process.stdout.close()

@@ -49,13 +49,13 @@ class Sources:
 
     Attributes:
         directories: {what a flag names: directory on this machine}.
-        pinned: for each directory, the names of the shards of a set, else None; what `Sources` takes when a run goes
-            on.
+        pinned: for each directory, the names of the shards of a set, else None; what `Sources` takes when a
+            run is resumed.
         fetcher: Fetcher of this process, or None.
 
     Args:
         names: what the flags name.
-        pinned: of the run that goes on.
+        pinned: of the run that is resumed.
 
     Raises:
         ValueError, OSError: a set cannot be listed, or a shard is gone; on all ranks.
@@ -146,28 +146,33 @@ class Sources:
             Path(directory).mkdir(parents=True, exist_ok=True)
         fetcher = Fetcher(sets, limit)
         try:
+            self._check_room(urls.values(), limit)
             for directory, name in urls.items():
-                self._check_room(name, limit)
                 self._copy_first(name, Path(directory), objects.open_store(sets[directory]))
         except BaseException:
             fetcher.close()
             raise
         return fetcher
 
-    def _check_room(self, name, limit):
-        """Checks that what is read at a time fits."""
-        sizes = sorted((self.listings[name].sizes[shard] for shard in self._needed(name)), reverse=True)
-        window = self._args.shuffle_window
-        needed = sum(sizes[: LANES * window * len(self.suffixes)] if window else sizes)
-        directory, flag = Path(self.directories[name]), "--shard_cache_gb"
+    def _check_room(self, names, limit):
+        """Checks that what is read at a time fits: the shards of a round, and all that --val_data_dir names."""
+        window, sizes = self._args.shuffle_window, {True: [], False: []}  # whether of training -> bytes of its shards
+        for name in names:
+            of_name = self.listings[name].sizes
+            sizes[name in self._args.train_data_dir] += [of_name[shard] for shard in self._needed(name)]
+        trained = sorted(sizes[True], reverse=True)
+        needed = sum(trained[: LANES * window * len(self.suffixes)] if window else trained) + sum(sizes[False])
+        flag = "--shard_cache_gb"
         if limit is None:
-            there = sum(path.stat().st_size for path in directory.glob("*/*.tar"))
-            limit, flag = there + shutil.disk_usage(directory).free, "--shard_cache"
+            directories = {Path(self.directories[name]) for name in names}
+            there = sum(path.stat().st_size for directory in directories for path in directory.glob("*/*.tar"))
+            limit, flag = there + shutil.disk_usage(self._args.shard_cache).free, "--shard_cache"
         if needed > limit:
             what = f"a round of --shuffle_window {window}" if window else "without --shuffle_window, all of it"
             raise ValueError(
-                f"{flag}: {tqdm.format_sizeof(needed, 'B')} of {name} are read at a time ({what}), but there is room "
-                f"for {tqdm.format_sizeof(limit, 'B')}; make room, or use a lower --shuffle_window from 1"
+                f"{flag}: {tqdm.format_sizeof(needed, 'B')} of {', '.join(names)} are read at a time ({what}), but "
+                f"there is room for {tqdm.format_sizeof(limit, 'B')}; make room, or use a window of fewer shards, at "
+                "least 1"
             )
 
     def _copy_first(self, name, directory, store):
@@ -238,7 +243,7 @@ def _listed(name, pinned):
     elif pinned is not None:
         names = pinned
         if new := set(there) - set(pinned):
-            info(f"{name}: not used: {counted(len(new), 'shard')} that came after the run had started")
+            info(f"{name}: not used: {counted(len(new), 'shard')} that were added after the run started")
     if missing := sorted(set(names) - set(there)):
         raise ValueError(
             f"{set_name}/{missing[0]}: is gone, though {'the freeze file lists it' if data else 'the run uses it'}; "

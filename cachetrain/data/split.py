@@ -30,7 +30,7 @@ def open_index(
     """Lists the pairs that the trainer's flags name. The ranks of a machine share one list in memory.
 
     Args:
-        pinned: of the Sources of a run that goes on.
+        pinned: of the Sources of the run that is resumed.
         save_index: write index files.
 
     Returns:
